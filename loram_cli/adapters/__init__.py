@@ -1,0 +1,1 @@
+"""LoRA factors to full shapes, on tensors alone."""

@@ -1,0 +1,1 @@
+"""Which tensor is what, as data."""

@@ -1,0 +1,184 @@
+"""What a decoder family's tensors are: names, coupled axes and shapes, read from data."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+Axis = Literal["query", "key_value", "intermediate"]
+"""What one axis of a weight runs over; ``None`` in its place means that it is never pruned."""
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """One linear module of a decoder layer; its weight has shape (rows, columns) = (out, in).
+
+    Attributes:
+        name: Name inside the layer, such as ``self_attn.q_proj``.
+        rows: Segments along the output axis, in order; empty when it is the hidden width.
+            Fused projections have several segments.
+        columns: Segments along the input axis; empty when it is the hidden width.
+        bias: Whether a bias exists, or the config key that says so.
+    """
+
+    name: str
+    rows: tuple[Axis, ...] = ()
+    columns: tuple[Axis, ...] = ()
+    bias: bool | str = False
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """Widths of one decoder layer."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+
+    def axis_units(self, axis: Axis) -> int:
+        """How many indices an axis has: heads times head_dim, or MLP channels."""
+        if axis == "query":
+            return self.num_attention_heads * self.head_dim
+        if axis == "key_value":
+            return self.num_key_value_heads * self.head_dim
+        return self.intermediate_size
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Widths of a whole model, layer by layer, as its ``config.json`` states them."""
+
+    hidden_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    layers: tuple[LayerGeometry, ...]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Geometry":
+        """Read a Hugging Face config, with or without ``per_layer_config``.
+
+        Args:
+            config: The parsed ``config.json``.
+
+        Raises:
+            KeyError: A required width is absent.
+        """
+        heads = config["num_attention_heads"]
+        base = LayerGeometry(
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            intermediate_size=config["intermediate_size"],
+        )
+        overrides = {int(i): widths for i, widths in (config.get("per_layer_config") or {}).items()}
+        fields = LayerGeometry.__dataclass_fields__
+        return cls(
+            hidden_size=config["hidden_size"],
+            vocab_size=config["vocab_size"],
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            layers=tuple(
+                replace(base, **{k: v for k, v in overrides.get(i, {}).items() if k in fields})
+                for i in range(config["num_hidden_layers"])
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Family:
+    """A decoder family: which tensor is what."""
+
+    family: str
+    model_types: tuple[str, ...]
+    architecture: str
+    decoder_layer: str
+    layers: str
+    embedding: str
+    lm_head: str
+    norms: tuple[str, ...]
+    modules: tuple[LinearModule, ...]
+    layer_norms: Mapping[str, Literal["hidden", "head"]]
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> "Family":
+        """Build a family from one parsed file of ``families/``."""
+        modules = tuple(
+            LinearModule(
+                name=module["name"],
+                rows=tuple(module.get("rows", ())),
+                columns=tuple(module.get("columns", ())),
+                bias=module.get("bias", False),
+            )
+            for module in data["modules"]
+        )
+        plain = {key: tuple(data[key]) for key in ("model_types", "norms", "ignored")}
+        return cls(**{**data, **plain, "modules": modules})
+
+    @cached_property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Last name parts of every decoder linear, as PEFT's ``target_modules`` wants them."""
+        return tuple(module.name.rsplit(".", 1)[-1] for module in self.modules)
+
+    @cached_property
+    def lm_head_target(self) -> str:
+        """The output head's name as a PEFT target."""
+        return self.lm_head.rsplit(".", 1)[-1]
+
+    def layer_prefix(self, layer: int) -> str:
+        """Prefix of a layer's tensors, such as ``model.layers.3.``."""
+        return f"{self.layers}.{layer}."
+
+    def module_named(self, name: str) -> tuple[int, LinearModule] | None:
+        """The layer index and module behind a full module name, or None if there is none.
+
+        Args:
+            name: Such as ``model.layers.3.self_attn.q_proj`` (no ``.weight``).
+        """
+        prefix = f"{self.layers}."
+        if not name.startswith(prefix):
+            return None
+        index, _, rest = name[len(prefix) :].partition(".")
+        for module in self.modules:
+            if index.isdigit() and rest == module.name:
+                return int(index), module
+        return None
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a checkpoint tensor is a derived buffer that is safe to leave out."""
+        return any(name.endswith(f".{suffix}") for suffix in self.ignored)
+
+    def tensor_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Every tensor that a checkpoint with this config must hold, with its shape.
+
+        Tied heads are left out, since the file has the embedding alone.
+        """
+        geometry = Geometry.from_config(config)
+        hidden = geometry.hidden_size
+        shapes = {f"{self.embedding}.weight": (geometry.vocab_size, hidden)}
+        for i, layer in enumerate(geometry.layers):
+            shapes.update(self._layer_shapes(i, layer, hidden, config))
+        shapes.update({name: (hidden,) for name in self.norms})
+        if not geometry.tied_embeddings:
+            shapes[f"{self.lm_head}.weight"] = (geometry.vocab_size, hidden)
+        return shapes
+
+    def linear_names(self, num_hidden_layers: int) -> Iterator[str]:
+        """Full names of every decoder linear's weight."""
+        for i in range(num_hidden_layers):
+            for module in self.modules:
+                yield f"{self.layer_prefix(i)}{module.name}.weight"
+
+    def _layer_shapes(
+        self, index: int, layer: LayerGeometry, hidden: int, config: Mapping[str, Any]
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        prefix = self.layer_prefix(index)
+        for module in self.modules:
+            rows = sum(layer.axis_units(axis) for axis in module.rows) or hidden
+            columns = sum(layer.axis_units(axis) for axis in module.columns) or hidden
+            yield f"{prefix}{module.name}.weight", (rows, columns)
+            has_bias = config.get(module.bias, False) if isinstance(module.bias, str) else module.bias
+            if has_bias:
+                yield f"{prefix}{module.name}.bias", (rows,)
+        for name, width in self.layer_norms.items():
+            yield f"{prefix}{name}", (hidden if width == "hidden" else layer.head_dim,)

@@ -1,0 +1,1 @@
+"""Safetensors shards, read and written one tensor at a time."""

@@ -1,0 +1,66 @@
+"""A model by local path or hub id, as a local directory."""
+
+import shutil
+from pathlib import Path
+
+from loram_cli.errors import LoramError
+
+# Weights in safetensors alone: a pickle is never fetched, so it can never be loaded.
+_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+# What travels with the weights from a base to whatever is made of it.
+_COMPANION_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def resolve_model(model: str) -> Path:
+    """The local directory of a model given by path or hub id.
+
+    Raises:
+        LoramError: No such directory, and the hub does not have it or cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise LoramError(f"{model}: no such directory", "--model takes a local directory or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
+    except Exception as error:
+        # The hub library raises a different class for each way to fail; all mean the same here.
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
+        raise LoramError(
+            f"{model}: not a local directory, and the hub did not give it ({reason})",
+            "check the id and the network, or download it and pass the path",
+        ) from error
+
+
+def require_tokenizer(directory: Path) -> None:
+    """Check that a base has a tokenizer, before any long work.
+
+    Raises:
+        LoramError: It has none.
+    """
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise LoramError(
+            f"{directory}: no tokenizer ({', '.join(_TOKENIZER_FILES)} are all absent)",
+            "copy the base model's tokenizer files into the directory",
+        )
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer and generation files that belong to the weights."""
+    for name in _COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,1 @@
+"""Parse flags, call a stage, draw the result."""

@@ -1,0 +1,1 @@
+"""Tasks, harness and sandbox. The door to lm-eval."""

@@ -1,0 +1,1 @@
+"""Parameter and memory accounting: arithmetic alone."""

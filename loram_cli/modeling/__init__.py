@@ -1,0 +1,1 @@
+"""Models in memory: narrow layers, quantization. The door to transformers."""

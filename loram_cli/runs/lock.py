@@ -1,0 +1,51 @@
+"""One writer per directory: an advisory lock that names its holder."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loram_cli.errors import LoramError
+
+
+@contextmanager
+def exclusive_lock(file: Path, guarded: Path) -> Iterator[None]:
+    """Hold ``file`` locked; the kernel lets go of it however the process ends.
+
+    Args:
+        file: The lock file; removed afterwards.
+        guarded: What to name in the error.
+
+    Raises:
+        LoramError: Another process holds it (its process id is in the message).
+    """
+    descriptor = _acquire(file, guarded)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(file: Path, guarded: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise LoramError(f"{guarded}: cannot write here ({error.strerror})") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+            os.close(descriptor)
+            raise LoramError(
+                f"{guarded}: in use by another loram command (process {holder})",
+                "wait for it, or pass another --run or --out",
+            ) from error
+        # The former holder may have removed the file between our open and our lock.
+        if file.exists() and os.fstat(descriptor).st_ino == file.stat().st_ino:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            return descriptor
+        os.close(descriptor)

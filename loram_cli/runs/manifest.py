@@ -1,0 +1,88 @@
+"""``loram.json``: what an output directory is, what it came from and how. Written last."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from loram_cli import __version__
+from loram_cli.errors import LoramError
+
+MANIFEST_NAME = "loram.json"
+SCHEMA_VERSION = 1
+_LIBRARIES = ("torch", "transformers", "peft", "trl", "lm_eval", "safetensors", "bitsandbytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The record of one stage's output.
+
+    Attributes:
+        stage: Which stage made the directory.
+        key: Digest of spec and inputs; the same key means the same output.
+        spec: The stage's spec.
+        inputs: Per input its path and digests.
+        base: Identity of the original base model, carried from stage to stage.
+        keep: Per pruned layer the kept indices (``key_value_heads``, ``intermediate``), carried
+            along so that an adapter directory is enough to recover from.
+        results: What the stage measured.
+        wall_seconds: Time the stage took, summed over resumptions.
+        peak_memory_bytes: Highest memory while it ran (device memory on a GPU, else resident).
+        peak_memory_increase_bytes: The same, less what was in use when the stage began.
+    """
+
+    stage: str
+    key: str
+    spec: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    base: Mapping[str, Any]
+    keep: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)
+    results: Mapping[str, Any] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    peak_memory_increase_bytes: int = 0
+    versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest into a directory whose other files are complete."""
+        text = json.dumps(asdict(self), indent=1, sort_keys=True)
+        (directory / MANIFEST_NAME).write_text(text + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Read and check a directory's manifest.
+
+        Raises:
+            LoramError: There is none, or it is not a manifest of this schema.
+        """
+        file = directory / MANIFEST_NAME
+        try:
+            data = json.loads(file.read_text("utf-8"))
+            if data["schema_version"] != SCHEMA_VERSION:
+                raise LoramError(
+                    f"{file}: schema {data['schema_version']}, this version reads {SCHEMA_VERSION}"
+                )
+            return cls(**data)
+        except FileNotFoundError as error:
+            raise LoramError(
+                f"{directory}: no finished output here ({MANIFEST_NAME} is absent)"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LoramError(f"{file}: not a manifest ({type(error).__name__}: {error})") from error
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of the tool, Python and the libraries that decide results."""
+    versions = {"loram": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions

@@ -1,0 +1,133 @@
+"""Output directories that are either whole or not there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.runs.lock import exclusive_lock
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+
+_KEY_NAME = "loram-key"
+
+
+class StagedDirectory:
+    """A directory being filled beside its final place.
+
+    Attributes:
+        path: Where to write.
+        final: Where :meth:`commit` puts it.
+        finished: The manifest, if the same stage with the same key is already done.
+    """
+
+    def __init__(self, path: Path, final: Path, finished: Manifest | None) -> None:
+        self.path = path
+        self.final = final
+        self.finished = finished
+        self.committed = False
+
+    def commit(self, manifest: Manifest) -> None:
+        """Flush all files, write the manifest, flush again, and move into place."""
+        (self.path / _KEY_NAME).unlink(missing_ok=True)
+        _sync_tree(self.path)
+        manifest.write(self.path)
+        _sync_tree(self.path)
+        retired = _beside(self.final, "old")
+        shutil.rmtree(retired, ignore_errors=True)
+        if self.final.exists():
+            self.final.rename(retired)
+        self.path.rename(self.final)
+        _sync(self.final.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+        self.committed = True
+
+
+@contextmanager
+def staged_directory(
+    final: Path, stage: str, key: str, *, force: bool = False, resumable: bool = False
+) -> Iterator[StagedDirectory]:
+    """Fill a directory aside and move it into place on commit.
+
+    Args:
+        final: The output directory.
+        stage: Name of the stage.
+        key: Digest of everything that decides the output.
+        force: Replace an output made with another key, or redo one with the same.
+        resumable: Keep unfinished work of the same key for the next call.
+
+    Raises:
+        LoramError: Another process is writing it, or the place cannot be written.
+        UsageError: ``final`` exists, is not this stage's output with this key, and not ``force``.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoramError(f"{final.parent}: cannot be created ({error.strerror})") from error
+    with exclusive_lock(_beside(final, "lock"), final):
+        retired = _beside(final, "old")
+        if retired.exists() and not final.exists():
+            retired.rename(final)  # killed between the two renames of a commit
+        finished = _finished(final, stage, key, force)
+        work = _beside(final, "partial")
+        if finished is not None:
+            yield StagedDirectory(work, final, finished)
+            return
+        _prepare(work, key, resumable)
+        staged = StagedDirectory(work, final, None)
+        try:
+            yield staged
+        except OSError as error:
+            if error.filename is None and error.errno is None:
+                raise
+            raise LoramError(f"{error.filename or final}: {error.strerror}") from error
+        finally:
+            if not staged.committed and not resumable:
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def _finished(final: Path, stage: str, key: str, force: bool) -> Manifest | None:
+    if not final.exists() or force:
+        return None
+    if not (final / MANIFEST_NAME).is_file():
+        if final.is_dir() and not any(final.iterdir()):
+            return None
+        raise UsageError(f"{final}: exists and is not an output of loram", "pass another --out")
+    manifest = Manifest.read(final)
+    if manifest.stage == stage and manifest.key == key:
+        return manifest
+    raise UsageError(
+        f"{final}: exists and was made by '{manifest.stage}' with other settings or inputs",
+        "pass --force to replace it, or another --out",
+    )
+
+
+def _prepare(work: Path, key: str, resumable: bool) -> None:
+    key_file = work / _KEY_NAME
+    try:
+        if not (resumable and key_file.is_file() and key_file.read_text() == key):
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            key_file.write_text(key)
+    except OSError as error:
+        raise LoramError(f"{work}: cannot be written ({error.strerror})") from error
+
+
+def _beside(final: Path, suffix: str) -> Path:
+    return final.parent / f".{final.name}.{suffix}"
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, files in os.walk(root):
+        for name in files:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""A stage turns an input directory into an output directory."""

@@ -1,0 +1,1 @@
+"""Data, trainer and adapters. The door to trl and peft."""

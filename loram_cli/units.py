@@ -1,0 +1,61 @@
+"""Units of memory and time, for people."""
+
+import re
+
+from loram_cli.errors import UsageError
+
+KIB = 2**10
+MIB = 2**20
+GIB = 2**30
+
+_BYTES_PER_UNIT = {
+    "": 1,
+    "b": 1,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": 2**40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
+
+
+def format_bytes(count_bytes: float) -> str:
+    """Bytes in the largest binary unit that leaves at least one whole, e.g. ``11.19 GiB``."""
+    for unit_bytes, name in ((2**40, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(count_bytes) >= unit_bytes:
+            return f"{count_bytes / unit_bytes:.2f} {name}"
+    return f"{int(count_bytes)} B"
+
+
+def format_params(count_params: int) -> str:
+    """A parameter count, short: ``13.02B``, ``2.23M``, ``640``."""
+    for scale, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count_params >= scale:
+            return f"{count_params / scale:.2f}{suffix}"
+    return str(count_params)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration: ``4.2 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from ``24GiB``, ``500 MB`` or a bare number.
+
+    Raises:
+        UsageError: The text is not an amount of memory.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _BYTES_PER_UNIT:
+        raise UsageError(f"'{text}' is not an amount of memory", "write it as 24GiB or 500MiB")
+    return int(float(match[1]) * _BYTES_PER_UNIT[match[2].lower()])
