@@ -84,7 +84,7 @@ class Geometry:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """A decoder family: which tensor is what."""
 
@@ -158,7 +158,7 @@ class Family:
         shapes = {f"{self.embedding}.weight": (geometry.vocab_size, hidden)}
         for i, layer in enumerate(geometry.layers):
             shapes.update(self._layer_shapes(i, layer, hidden, config))
-        shapes.update({name: (hidden,) for name in self.norms})
+        shapes.update(dict.fromkeys(self.norms, (hidden,)))
         if not geometry.tied_embeddings:
             shapes[f"{self.lm_head}.weight"] = (geometry.vocab_size, hidden)
         return shapes
@@ -177,7 +177,9 @@ class Family:
             rows = sum(layer.axis_units(axis) for axis in module.rows) or hidden
             columns = sum(layer.axis_units(axis) for axis in module.columns) or hidden
             yield f"{prefix}{module.name}.weight", (rows, columns)
-            has_bias = config.get(module.bias, False) if isinstance(module.bias, str) else module.bias
+            has_bias = (
+                config.get(module.bias, False) if isinstance(module.bias, str) else module.bias
+            )
             if has_bias:
                 yield f"{prefix}{module.name}.bias", (rows,)
         for name, width in self.layer_norms.items():

@@ -9,7 +9,13 @@ from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.specs import digest_of
 
 # What tools rewrite without changing the model.
-_VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+_VOLATILE_CONFIG_KEYS = (
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
 _SAMPLED_WINDOWS = 16
 _WINDOW_BYTES = 4096
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")

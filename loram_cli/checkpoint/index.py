@@ -87,7 +87,9 @@ class CheckpointIndex:
                 tensors[entry.name] = entry
         for name, shard_name in weight_map.items():
             if name not in tensors or tensors[name].file.name != shard_name:
-                raise LoramError(f"{directory / shard_name}: tensor {name} is missing from the shard")
+                raise LoramError(
+                    f"{directory / shard_name}: tensor {name} is missing from the shard"
+                )
         return cls(directory, tensors)
 
     @property
@@ -143,7 +145,9 @@ def read_header(file: Path) -> list[TensorEntry]:
         raise LoramError(f"{file}: the safetensors header is not a mapping", _COPY_AGAIN)
     data_start = 8 + header_bytes
     entries = [
-        _entry(file, name, info, data_start) for name, info in header.items() if name != "__metadata__"
+        _entry(file, name, info, data_start)
+        for name, info in header.items()
+        if name != "__metadata__"
     ]
     entries.sort(key=lambda entry: entry.offset_bytes)
     end = data_start
@@ -176,7 +180,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise LoramError(f"{file}: no such file", "is this a Hugging Face model directory?") from error
+        raise LoramError(
+            f"{file}: no such file", "is this a Hugging Face model directory?"
+        ) from error
     except OSError as error:
         raise LoramError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -206,7 +212,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     for name, shard_name in weight_map.items():
         if not isinstance(shard_name, str) or Path(shard_name).name != shard_name:
             raise LoramError(
-                f"{directory / INDEX_NAME}: tensor {name} points outside the directory ({shard_name!r})"
+                f"{directory / INDEX_NAME}: tensor {name} lies outside the directory ({shard_name!r})"
             )
     return weight_map
 

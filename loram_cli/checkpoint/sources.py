@@ -32,7 +32,9 @@ def resolve_model(model: str) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise LoramError(f"{model}: no such directory", "--model takes a local directory or a hub id")
+        raise LoramError(
+            f"{model}: no such directory", "--model takes a local directory or a hub id"
+        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -39,7 +39,10 @@ class ShardedWriter:
     """
 
     def __init__(
-        self, directory: Path, plan: Mapping[str, TensorPlan], max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        directory: Path,
+        plan: Mapping[str, TensorPlan],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self._directory = directory
         self._plan = dict(plan)
@@ -53,7 +56,10 @@ class ShardedWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._stream is not None:
             self._stream.close()
@@ -73,7 +79,9 @@ class ShardedWriter:
         if name != planned or tensor.dtype != want.dtype or tuple(tensor.shape) != want.shape:
             raise RuntimeError(f"{name}: does not match the plan for {planned}: {want}")
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
-            raise LoramError(f"tensor {name} has NaN or infinite values", "the checkpoint is damaged")
+            raise LoramError(
+                f"tensor {name} has NaN or infinite values", "the checkpoint is damaged"
+            )
         try:
             if shard != self._open_shard:
                 self._start_shard(shard)
@@ -107,7 +115,9 @@ class ShardedWriter:
     def _write_index(self) -> None:
         if len(self._shards) == 1:
             return
-        weight_map = {n: f for f, names in zip(self._files, self._shards, strict=True) for n in names}
+        weight_map = {
+            n: f for f, names in zip(self._files, self._shards, strict=True) for n in names
+        }
         total_bytes = sum(plan.num_bytes for plan in self._plan.values())
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")

@@ -30,10 +30,13 @@ def narrow_class(family: Family) -> type:
     layer_class = getattr(importlib.import_module(module_name), layer_name)
     stack_path, _, stack_attribute = family.layers.rpartition(".")
 
-    def __init__(self: Any, config: Any) -> None:  # noqa: N807 - it becomes the method
+    def __init__(self: Any, config: Any) -> None:
         parent.__init__(self, config)
         if config.is_heterogeneous:
-            layers = [layer_class(config.per_layer_config[i], i) for i in range(len(config.per_layer_config))]
+            layers = [
+                layer_class(config.per_layer_config[i], i)
+                for i in range(len(config.per_layer_config))
+            ]
             setattr(self.get_submodule(stack_path), stack_attribute, torch.nn.ModuleList(layers))
             self.post_init()
 
@@ -104,7 +107,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise LoramError(
             f"{model_dir}: no tokenizer that transformers can read",
-            "the base directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json",
+            "the directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json",
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -116,7 +119,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class _quiet_transformers:  # noqa: N801 - reads as a with-statement
+class _quiet_transformers:
     """Keep transformers' advisory lines and bars off the terminal while a model loads."""
 
     def __enter__(self) -> None:

@@ -45,7 +45,9 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LoramError(f"{file}: not readable ({error})", "delete it and pass --model") from error
+            raise LoramError(
+                f"{file}: not readable ({error})", "delete it and pass --model"
+            ) from error
 
     def settle_model(self, requested: str | None, *, remember: bool = True) -> str:
         """The base model to use: what is asked for, else remembered, else the demo base.

@@ -1,0 +1,62 @@
+"""LoRA factors of a pruned model at the full model's shapes (paper, section 3.2, R(.)).
+
+``delta = B @ A`` with B of shape (out, r) and A of shape (r, in). Pruning kept some rows of the
+weight (output features) and some columns (input features); rows of B and columns of A go back to
+the original indices, and everything else is zero, so that the full delta equals the small one
+where weights were kept and is zero elsewhere.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def scatter_rows(factor: torch.Tensor, rows: Sequence[int], full_rows: int) -> torch.Tensor:
+    """Put the rows of ``lora_B`` back.
+
+    Args:
+        factor: Shape (len(rows), r).
+        rows: Original index of each row.
+        full_rows: Output features of the full weight.
+
+    Returns:
+        Shape (full_rows, r).
+
+    Raises:
+        ValueError: The number of rows does not match.
+    """
+    if factor.shape[0] != len(rows):
+        raise ValueError(f"{factor.shape[0]} rows, {len(rows)} kept indices")
+    full = factor.new_zeros((full_rows, factor.shape[1]))
+    full[torch.tensor(rows, dtype=torch.long)] = factor
+    return full
+
+
+def scatter_columns(
+    factor: torch.Tensor, columns: Sequence[int], full_columns: int
+) -> torch.Tensor:
+    """Put the columns of ``lora_A`` back.
+
+    Args:
+        factor: Shape (r, len(columns)).
+        columns: Original index of each column.
+        full_columns: Input features of the full weight.
+
+    Returns:
+        Shape (r, full_columns).
+
+    Raises:
+        ValueError: The number of columns does not match.
+    """
+    return scatter_rows(factor.T, columns, full_columns).T.contiguous()
+
+
+def gather(
+    full: torch.Tensor, rows: Sequence[int] | None, columns: Sequence[int] | None
+) -> torch.Tensor:
+    """The kept part of a full delta: what recovery must leave equal to the small delta."""
+    if rows is not None:
+        full = full[torch.tensor(rows, dtype=torch.long)]
+    if columns is not None:
+        full = full[:, torch.tensor(columns, dtype=torch.long)]
+    return full

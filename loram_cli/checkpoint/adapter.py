@@ -1,0 +1,80 @@
+"""PEFT adapter directories: LoRA factors by module, read and written without PEFT."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loram_cli.checkpoint.index import read_header, read_json
+from loram_cli.errors import LoramError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """Factors of one module: ``lora_A`` of shape (r, in), ``lora_B`` of shape (out, r)."""
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A LoRA adapter in memory (it is small whatever the model)."""
+
+    config: dict[str, Any]
+    pairs: dict[str, LoraPair]
+
+    def scaling(self, module: str) -> float:
+        """The factor on ``B @ A``: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        rank = self.config.get("rank_pattern", {}).get(module, self.config["r"])
+        alpha = self.config.get("alpha_pattern", {}).get(module, self.config["lora_alpha"])
+        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    @classmethod
+    def read(cls, directory: Path) -> "LoraAdapter":
+        """Read a PEFT LoRA directory.
+
+        Raises:
+            LoramError: Not a LoRA adapter, or one with parts that recovery cannot carry over.
+        """
+        config = read_json(directory / CONFIG_NAME)
+        if config.get("peft_type") != "LORA" or config.get("use_dora"):
+            raise LoramError(f"{directory}: only plain LoRA adapters can be recovered")
+        read_header(directory / WEIGHTS_NAME)
+        from safetensors.torch import load_file
+
+        factors: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(directory / WEIGHTS_NAME).items():
+            module, _, kind = name.removesuffix(".weight").rpartition(".")
+            if not name.startswith(_PREFIX) or kind not in ("lora_A", "lora_B"):
+                raise LoramError(
+                    f"{directory / WEIGHTS_NAME}: tensor {name} is not a LoRA factor",
+                    "train the adapter with LoRA on linear layers only",
+                )
+            if not tensor.isfinite().all():
+                raise LoramError(f"{directory / WEIGHTS_NAME}: tensor {name} has NaN or infinity")
+            factors.setdefault(module.removeprefix(_PREFIX), {})[kind] = tensor
+        for module, pair in factors.items():
+            if len(pair) != 2:
+                raise LoramError(f"{directory / WEIGHTS_NAME}: {module} has only one LoRA factor")
+        if not factors:
+            raise LoramError(f"{directory / WEIGHTS_NAME}: no LoRA factors")
+        return cls(config, {m: LoraPair(p["lora_A"], p["lora_B"]) for m, p in factors.items()})
+
+    def write(self, directory: Path) -> None:
+        """Write as PEFT does."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for module, pair in self.pairs.items():
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair.lora_a.contiguous()
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.lora_b.contiguous()
+        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        text = json.dumps(self.config, indent=2, sort_keys=True)
+        (directory / CONFIG_NAME).write_text(text + "\n", "utf-8")

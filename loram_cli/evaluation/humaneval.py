@@ -1,0 +1,95 @@
+"""HumanEval scored in the sandbox: functional correctness of generated functions.
+
+Source: Chen et al., "Evaluating Large Language Models Trained on Code", arXiv 2107.03374.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from loram_cli.evaluation.sandbox import SandboxResult, run_program
+from loram_cli.reporting import NullReporter, Reporter
+from loram_cli.units import MIB
+
+# Prompt, target and stops are those of lm-eval's stock task, which itself cannot be loaded
+# offline: it fetches its metric from the hub while it is imported, and runs code in-process.
+TASK_CONFIG: dict[str, Any] = {
+    "task": "humaneval",
+    "dataset_path": "openai/openai_humaneval",
+    "output_type": "generate_until",
+    "test_split": "test",
+    "doc_to_text": "{{prompt}}",
+    "doc_to_target": "{{test}}\ncheck({{entry_point}})",
+    "metric_list": [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}],
+    "generation_kwargs": {
+        "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
+        "max_gen_toks": 1024,
+        "do_sample": False,
+    },
+    "repeats": 1,
+    "num_fewshot": 0,
+    "metadata": {"version": 1.0},
+}
+
+
+def program_for(problem: Mapping[str, Any], completion: str) -> str:
+    """The program that ends without error if the completion is right.
+
+    Args:
+        problem: A record of the published layout (``prompt``, ``test``, ``entry_point``).
+        completion: Text that continues the prompt.
+    """
+    call = f"check({problem['entry_point']})"
+    return f"{problem['prompt']}{completion}\n{problem['test']}\n{call}\n"
+
+
+def check_completions(
+    problems: Sequence[Mapping[str, Any]],
+    completions: Sequence[str],
+    *,
+    timeout_seconds: float = 10.0,
+    memory_bytes: int = 512 * MIB,
+    reporter: Reporter | None = None,
+) -> list[SandboxResult]:
+    """Run every completion with its problem's tests, one sandbox each, as many as there are cores.
+
+    Args:
+        problems: One per completion.
+        completions: As generated.
+        timeout_seconds: Per program.
+        memory_bytes: Per program.
+        reporter: Receives progress.
+    """
+    programs = [
+        program_for(problem, text) for problem, text in zip(problems, completions, strict=True)
+    ]
+
+    def run(source: str) -> SandboxResult:
+        return run_program(source, timeout_seconds=timeout_seconds, memory_bytes=memory_bytes)
+
+    results = []
+    with (
+        (reporter or NullReporter()).progress("sandbox", len(programs), "program") as progress,
+        ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
+    ):
+        for result in pool.map(run, programs):
+            results.append(result)
+            progress.advance()
+    return results
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The unbiased estimate of pass@k for one problem, ``1 - C(n-c, k) / C(n, k)``.
+
+    Args:
+        samples: n, completions generated; at least k.
+        correct: c, completions that passed.
+        k: Completions that a user would try.
+
+    Source: arXiv 2107.03374, equation 1.
+    """
+    if not 0 <= correct <= samples or not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} of {correct} correct among {samples} samples is not defined")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)

@@ -1,0 +1,236 @@
+"""What a model costs, from its config alone: parameters, weights, LoRA factors, training state.
+
+Sources: Tables 4 to 6 of "Train Small, Infer Large" (arXiv 2502.13533) for the paper's counts, and
+the storage layout of bitsandbytes for what NF4 takes in truth.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from loram_cli.arch.spec import Family, Geometry
+from loram_cli.errors import UsageError
+from loram_cli.specs import unknown_name
+
+BF16_BYTES = 2
+FP32_BYTES = 4
+
+# bitsandbytes, 4 bit with double quantization (QLoRA, arXiv 2305.14314, section 3).
+NF4_BLOCK_PARAMS = 64
+NF4_NESTED_BLOCK = 256
+# One fp32 mean that is taken off the block maxima before they are quantized.
+NF4_OFFSET_BYTES = FP32_BYTES
+# Every quantized tensor holds its own lookup tables: 16 values for NF4, 256 for the block maxima.
+NF4_TABLE_BYTES = (16 + 256) * FP32_BYTES
+
+# The paper's way with NF4: four parameters share one 2-byte number; nothing else is counted.
+PAPER_NF4_PACKING = 4
+
+# AdamW keeps a first and a second moment for every trained parameter.
+_ADAMW_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class ParamCount:
+    """Parameters of a model, by what they are.
+
+    Attributes:
+        decoder_linear: Weights of the linear modules of all decoder layers.
+        embedding: The input embedding.
+        lm_head: The output head; 0 when it is tied to the embedding.
+        norms: All norm weights.
+        biases: Biases of the linear modules.
+    """
+
+    decoder_linear: int
+    embedding: int
+    lm_head: int
+    norms: int
+    biases: int = 0
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.decoder_linear + self.embedding + self.lm_head + self.norms + self.biases
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What training an adapter holds beside the frozen weights; activations are not in it.
+
+    Attributes:
+        lora_params: Trained parameters.
+        adapter_bytes: The LoRA factors.
+        gradient_bytes: Their gradients.
+        optimizer_bytes: AdamW's two moments, in fp32.
+    """
+
+    lora_params: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Factors, gradients and moments together."""
+        return self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+def count_params(family: Family, config: Mapping[str, Any]) -> ParamCount:
+    """Count the parameters of a model, whole or pruned by structure.
+
+    Args:
+        family: The model's family.
+        config: Its ``config.json``, with or without ``per_layer_config``.
+    """
+    return _count(family, config, sparsity=0.0)
+
+
+def count_nonzero_params(family: Family, config: Mapping[str, Any], sparsity: float) -> ParamCount:
+    """Count what is left where single weights of all decoder linears become zero.
+
+    For ``semi`` (2:4, sparsity 0.5) the count is exact. For ``unst`` it is the arithmetic share;
+    a real checkpoint deviates by its ties and by weights that were zero before.
+
+    Args:
+        family: The model's family.
+        config: The base's ``config.json``.
+        sparsity: Share of zeros in every decoder linear, in [0, 1).
+
+    Raises:
+        UsageError: The sparsity is outside [0, 1).
+    """
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"a sparsity of {sparsity} is outside [0, 1)")
+    return _count(family, config, sparsity)
+
+
+def reduction(base_params: int, remaining_params: int) -> float:
+    """How many times smaller the model became, as Tables 4 to 6 state it."""
+    return base_params / remaining_params
+
+
+def removed_share(base_params: int, remaining_params: int) -> float:
+    """Share of all parameters that is gone.
+
+    Less than the paper's pruning ratio, which is the share of each pruned layer's groups:
+    embeddings, head, norms and the layers kept whole lose nothing.
+    """
+    return 1 - remaining_params / base_params
+
+
+def paper_nf4_params(params: int) -> int:
+    """Parameters under NF4 as Table 6 counts them: four in the place of one, all tensors alike."""
+    return -(-params // PAPER_NF4_PACKING)
+
+
+def nf4_tensor_bytes(params: int) -> int:
+    """Bytes of one tensor in NF4 with double quantization, as bitsandbytes stores it.
+
+    Two weights a byte; per 64 weights an 8-bit block maximum; per 256 such maxima one in fp32; one
+    offset; two lookup tables.
+
+    Args:
+        params: Elements of the tensor.
+    """
+    blocks = -(-params // NF4_BLOCK_PARAMS)
+    nested_blocks = -(-blocks // NF4_NESTED_BLOCK)
+    overhead_bytes = nested_blocks * FP32_BYTES + NF4_OFFSET_BYTES + NF4_TABLE_BYTES
+    return -(-params // 2) + blocks + overhead_bytes
+
+
+def nf4_weight_bytes(family: Family, config: Mapping[str, Any]) -> int:
+    """Bytes of a model's weights once loaded in NF4 with double quantization.
+
+    Only decoder linears are quantized; embedding, head, norms and biases stay in bf16, as
+    transformers leaves them. This is more than the paper's count (:func:`paper_nf4_params` at 2
+    bytes each), the more so the larger the vocabulary is beside the pruned layers.
+    """
+    linears = _linear_names(family, config)
+    total_bytes = 0
+    for name, shape in family.tensor_shapes(config).items():
+        params = math.prod(shape)
+        total_bytes += nf4_tensor_bytes(params) if name in linears else params * BF16_BYTES
+    return total_bytes
+
+
+def default_lora_targets(family: Family) -> tuple[str, ...]:
+    """The paper's targets: every decoder linear, and the output head."""
+    return (*family.lora_targets, family.lm_head_target)
+
+
+def count_lora_params(
+    family: Family, config: Mapping[str, Any], rank: int, targets: Sequence[str] = ()
+) -> int:
+    """Trainable parameters: ``rank * (out + in)`` for every target module.
+
+    Args:
+        family: The model's family.
+        config: Its ``config.json``; on a pruned one the factors are as narrow as the layers.
+        rank: LoRA rank r.
+        targets: Last parts of module names, the head's included; empty for the paper's.
+
+    Raises:
+        UsageError: The rank is not positive, or a target is no module of this family.
+    """
+    if rank < 1:
+        raise UsageError(f"a LoRA rank of {rank} is not positive")
+    known = default_lora_targets(family)
+    for target in targets:
+        if target not in known:
+            raise unknown_name("LoRA target", target, known, f"family {family.family}")
+    wanted = set(targets or known)
+    shapes = family.tensor_shapes(config)
+    trained = [shapes[name] for name in _linear_names(family, config) if _last(name) in wanted]
+    if family.lm_head_target in wanted:
+        # A tied head has no tensor of its own, but a module with the embedding's shape.
+        embedding = shapes[f"{family.embedding}.weight"]
+        trained.append(shapes.get(f"{family.lm_head}.weight", embedding))
+    return sum(rank * (rows + columns) for rows, columns in trained)
+
+
+def training_state(lora_params: int, adapter_param_bytes: int = FP32_BYTES) -> TrainingState:
+    """What AdamW training of LoRA factors holds beside the frozen weights and the activations.
+
+    Args:
+        lora_params: Trained parameters, see :func:`count_lora_params`.
+        adapter_param_bytes: Bytes of a factor's element and of its gradient's. PEFT trains factors
+            in fp32 even on a bf16 or NF4 model.
+    """
+    return TrainingState(
+        lora_params=lora_params,
+        adapter_bytes=lora_params * adapter_param_bytes,
+        gradient_bytes=lora_params * adapter_param_bytes,
+        optimizer_bytes=lora_params * _ADAMW_MOMENTS * FP32_BYTES,
+    )
+
+
+def _count(family: Family, config: Mapping[str, Any], sparsity: float) -> ParamCount:
+    # The decimal as it was written: in binary floating point 0.29 * 100 falls short of 29.
+    share = Fraction(str(sparsity))
+    linears = _linear_names(family, config)
+    counts = dict.fromkeys(("decoder_linear", "embedding", "lm_head", "norms", "biases"), 0)
+    for name, shape in family.tensor_shapes(config).items():
+        params = math.prod(shape)
+        if name in linears:
+            counts["decoder_linear"] += params - math.floor(params * share)
+        elif name == f"{family.embedding}.weight":
+            counts["embedding"] += params
+        elif name == f"{family.lm_head}.weight":
+            counts["lm_head"] += params
+        elif f"{name.removesuffix('.bias')}.weight" in linears:
+            counts["biases"] += params
+        else:
+            counts["norms"] += params
+    return ParamCount(**counts)
+
+
+def _linear_names(family: Family, config: Mapping[str, Any]) -> dict[str, None]:
+    # A dict for its order and its quick lookup.
+    return dict.fromkeys(family.linear_names(len(Geometry.from_config(config).layers)))
+
+
+def _last(tensor_name: str) -> str:
+    return tensor_name.removesuffix(".weight").rsplit(".", 1)[-1]

@@ -1,0 +1,58 @@
+"""What the reader of a memory report must know about its figures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from loram_cli.arch.spec import Family
+from loram_cli.memory.account import count_nonzero_params, count_params, reduction
+from loram_cli.memory.presets import load_preset
+
+_ALWAYS = (
+    "training state is LoRA factors and gradients in fp32 and AdamW's two moments; "
+    "activations, logits and the CUDA context come on top",
+    "NF4 weight memory is what bitsandbytes holds: decoder linears at 4 bits with their block "
+    "maxima, all else in bf16; the paper counts a quarter of all parameters at 2 bytes",
+)
+
+
+def report_notes(
+    family: Family, config: Mapping[str, Any], strategy: str, ratios: Sequence[float]
+) -> Iterator[str]:
+    """Say what the figures contain, and where they differ from the paper's.
+
+    Args:
+        family: The base's family.
+        config: The base's ``config.json``.
+        strategy: ``rand``, ``stru``, ``semi`` or ``unst``.
+        ratios: The ratios worked out.
+    """
+    yield from _ALWAYS
+    if config.get("per_layer_config"):
+        yield (
+            "this model is pruned already: pass the original base as --model to see the reduction"
+        )
+    if ratios and strategy in ("rand", "stru"):
+        yield (
+            "the ratio is the share of groups dropped in each pruned layer, "
+            "not the share of all parameters removed"
+        )
+    elif ratios:
+        yield (
+            f"{strategy} zeroes weights in place: parameters are the non-zeros, "
+            "weight memory and LoRA shapes stay the base's"
+        )
+    if strategy == "semi" and 0.5 in ratios:
+        yield from _semi_erratum(family, config)
+
+
+def _semi_erratum(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    base_params = count_params(family, config).total
+    if base_params != count_params(family, load_preset("llama2-13b")).total:
+        return
+    ours = count_nonzero_params(family, config, 0.5).total
+    printed = count_params(family, load_preset("llama2-7b")).total
+    yield (
+        f"the paper's Table 4 prints {printed} ({reduction(base_params, printed):.2f}x) for this "
+        f"row, which is LLaMA-2-7B's own count; 2:4 of the decoder linears leaves {ours} "
+        f"({reduction(base_params, ours):.2f}x, as in its Table 1)"
+    )

@@ -1,0 +1,43 @@
+"""Configs of published models, so that their memory can be told without their weights.
+
+Each file holds the fields of the model's published ``config.json``, with ``dtype`` and
+``rope_parameters`` as transformers 5 spells them.
+"""
+
+import json
+from importlib import resources
+from typing import Any
+
+from loram_cli.specs import unknown_name
+
+_SUFFIX = ".json"
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of all embedded configs, smaller models of a generation first."""
+    names = [
+        file.name.removesuffix(_SUFFIX)
+        for file in resources.files(__name__).iterdir()
+        if file.name.endswith(_SUFFIX)
+    ]
+
+    def order(name: str) -> tuple[str, float]:
+        generation, _, billions = name.removesuffix("b").rpartition("-")
+        return generation, float(billions)
+
+    return tuple(sorted(names, key=order))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The config of a published model.
+
+    Args:
+        name: One of :func:`preset_names`.
+
+    Raises:
+        UsageError: There is no such preset; the nearest name is told.
+    """
+    if name not in preset_names():
+        raise unknown_name("preset", name, preset_names(), "--preset")
+    file = resources.files(__name__) / f"{name}{_SUFFIX}"
+    return json.loads(file.read_text("utf-8"))

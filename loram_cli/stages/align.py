@@ -1,0 +1,143 @@
+"""Align: a little full-parameter training of the pruned model on plain text (paper, section 3.3)."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.reporting import Reporter
+from loram_cli.runs.manifest import Manifest
+from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignSpec:
+    """How to align.
+
+    Attributes:
+        source: The pruned model's directory.
+        out: Where the aligned model goes.
+        data: Text: a file, a folder, a data set id, or ``demo:corpus``.
+        block_length: Tokens per packed row.
+        learning_rate: The reference code's 5e-5.
+        steps: Optimizer steps.
+        warmup_steps: Steps of linear warm-up.
+        batch: Rows per step.
+        micro_batch: Rows per forward pass.
+        save_steps: Steps between checkpoints.
+        eval_steps: Steps between evaluations.
+        eval_rows: Packed rows held out.
+        train_lm_head: Train the head too; the reference code freezes it.
+        gradient_checkpointing: Trade time for activation memory.
+        bf16: Compute in bfloat16 where the device does.
+        seed: Decides the order.
+        device: Where to run; a GPU when there is one.
+        force: Replace an existing output.
+    """
+
+    source: Path
+    out: Path
+    data: str
+    block_length: int = 512
+    learning_rate: float = 5e-5
+    steps: int = 400
+    warmup_steps: int = 20
+    batch: int = 32
+    micro_batch: int = 4
+    save_steps: int = 50
+    eval_steps: int = 50
+    eval_rows: int = 32
+    train_lm_head: bool = False
+    gradient_checkpointing: bool = False
+    bf16: bool = True
+    seed: int = 42
+    device: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, "block_length", "learning_rate", "steps", "batch", "micro_batch")
+        check_positive(self, "save_steps", "eval_steps")
+        if self.batch % self.micro_batch:
+            raise UsageError(
+                f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch}"
+            )
+
+
+def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
+    """Continue pre-training of the pruned model, and write it as a checkpoint of the same shape.
+
+    Raises:
+        LoramError: The source is no output of ``prune``, or the text is unusable.
+    """
+    from loram_cli.checkpoint.identity import identify
+
+    check_out_of_tree(spec.out, spec.source)
+    manifest = Manifest.read(spec.source)
+    if manifest.stage != "prune":
+        raise LoramError(f"{spec.source}: was made by '{manifest.stage}', 'prune' output is wanted")
+    source = {
+        "path": str(spec.source),
+        "key": manifest.key,
+        **identify(spec.source).to_mapping(),
+    }
+    with stage_run("align", spec, {"source": source}, spec.source, resumable=True) as stage:
+        if stage.finished is not None:
+            return stage.finished
+        results = _align(spec, stage.path, stage.restart_meter, reporter)
+        return stage.commit(results, base=manifest.base, keep=manifest.keep)
+
+
+def _align(
+    spec: AlignSpec, path: Path, start_meter: object, reporter: Reporter
+) -> dict[str, object]:
+    import peft  # noqa: F401 - imported here so that its memory is not charged to training
+    import torch
+    import transformers
+
+    from loram_cli.arch.registry import family_for
+    from loram_cli.checkpoint.index import CheckpointIndex, read_config
+    from loram_cli.checkpoint.sources import copy_companions
+    from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
+    from loram_cli.training.curves import write_curve
+    from loram_cli.training.data import load_text, pack_blocks
+    from loram_cli.training.loop import FitOptions, fit
+
+    family = family_for(read_config(spec.source), str(spec.source))
+    tokenizer = load_tokenizer(spec.source)
+    rows = pack_blocks(load_text(spec.data), tokenizer, spec.block_length)
+    held_out = min(spec.eval_rows, len(rows) // 10)
+    eval_rows, train_rows = rows[:held_out], rows[held_out:]
+    transformers.set_seed(spec.seed)
+    start_meter()  # type: ignore[operator]
+    # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
+    model = load_causal_lm(spec.source, dtype=torch.float32, device=spec.device).train()
+    if not spec.train_lm_head:
+        model.get_submodule(family.lm_head).requires_grad_(False)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    options = FitOptions(
+        learning_rate=spec.learning_rate,
+        max_steps=spec.steps,
+        warmup_steps=spec.warmup_steps,
+        batch=spec.batch,
+        micro_batch=spec.micro_batch,
+        save_steps=spec.save_steps,
+        eval_steps=spec.eval_steps,
+        seed=spec.seed,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        bf16=spec.bf16,
+    )
+    curve = fit(model, tokenizer, train_rows, eval_rows, options, path, reporter)
+    stored = next(iter(CheckpointIndex.open(spec.source).tensors.values())).dtype
+    model.to(stored).save_pretrained(path, max_shard_size="5GB")
+    shutil.copyfile(spec.source / "config.json", path / "config.json")
+    copy_companions(spec.source, path)
+    write_curve(curve, path, "Alignment of the pruned model")
+    evals = [p.loss for p in curve if p.split == "eval"]
+    return {
+        "steps": spec.steps,
+        "tokens": spec.steps * spec.batch * spec.block_length,
+        "trained_params": trained,
+        "final_train_loss": round([p.loss for p in curve if p.split == "train"][-1], 4),
+        "eval_loss_before": round(evals[0], 4) if evals else None,
+        "eval_loss_after": round(evals[-1], 4) if evals else None,
+    }

@@ -1,0 +1,157 @@
+"""What every stage does around its work: key, staged directory, meter, manifest."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.meter import Meter
+from loram_cli.runs.staging import StagedDirectory, staged_directory
+from loram_cli.specs import digest_of, spec_to_mapping
+
+# Fields that say where things lie or how fast to go, not what comes out.
+_NOT_IN_KEY = ("model", "source", "adapter", "out", "force", "device")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage gives back to the CLI.
+
+    Attributes:
+        stage: Its name.
+        read: The directory it read.
+        wrote: The directory it wrote.
+        manifest: The record in it.
+        fresh: False when the output was already there and whole.
+    """
+
+    stage: str
+    read: Path
+    wrote: Path
+    manifest: Manifest
+    fresh: bool
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain form for ``--json``."""
+        return {
+            "stage": self.stage,
+            "read": str(self.read),
+            "wrote": str(self.wrote),
+            "fresh": self.fresh,
+            "results": dict(self.manifest.results),
+            "wall_seconds": self.manifest.wall_seconds,
+            "peak_memory_bytes": self.manifest.peak_memory_bytes,
+            "peak_memory_increase_bytes": self.manifest.peak_memory_increase_bytes,
+        }
+
+
+class StageRun:
+    """A stage under way: write into :attr:`path`, then call :meth:`commit`."""
+
+    def __init__(
+        self, name: str, staged: StagedDirectory, record: Mapping[str, Any], read: Path
+    ) -> None:
+        self._name = name
+        self._staged = staged
+        self._record = record
+        self._read = read
+        self._meter = Meter()
+        self.path = staged.path
+
+    @property
+    def finished(self) -> StageResult | None:
+        """The result, when the same stage with the same key was done before."""
+        manifest = self._staged.finished
+        if manifest is None:
+            return None
+        return StageResult(self._name, self._read, self._staged.final, manifest, fresh=False)
+
+    def restart_meter(self) -> None:
+        """Measure from here: called once the libraries are imported."""
+        self._meter = Meter()
+
+    def commit(
+        self, results: Mapping[str, Any], *, base: Mapping[str, Any], keep: Mapping[str, Any]
+    ) -> StageResult:
+        """Write the manifest and move the directory into place."""
+        manifest = Manifest(
+            **self._record, base=base, keep=keep, results=results, **self._meter.stop()
+        )
+        self._staged.commit(manifest)
+        return StageResult(self._name, self._read, self._staged.final, manifest, fresh=True)
+
+
+@contextmanager
+def stage_run(
+    name: str, spec: Any, inputs: Mapping[str, Any], read: Path, *, resumable: bool = False
+) -> Iterator[StageRun]:
+    """Open a stage's output directory under its key.
+
+    Args:
+        name: The stage.
+        spec: Its spec, with ``out`` and ``force``.
+        inputs: Per input a mapping with ``path`` and digests; the digests enter the key.
+        read: The directory to name as read.
+        resumable: Whether unfinished work is kept for the next call.
+    """
+    plain = spec_to_mapping(spec)
+    key = digest_of(
+        {
+            "stage": name,
+            "spec": {k: v for k, v in plain.items() if k not in _NOT_IN_KEY},
+            "inputs": {
+                label: {k: v for k, v in record.items() if k != "path"}
+                for label, record in inputs.items()
+            },
+        }
+    )
+    record = {"stage": name, "key": key, "spec": plain, "inputs": inputs}
+    with staged_directory(spec.out, name, key, force=spec.force, resumable=resumable) as staged:
+        yield StageRun(name, staged, record, read)
+
+
+def check_out_of_tree(out: Path, *inputs: Path) -> None:
+    """Refuse an output inside, above or equal to an input.
+
+    Raises:
+        UsageError: The output would overwrite an input.
+    """
+    for directory in inputs:
+        mine, theirs = out.resolve(), directory.resolve()
+        if mine == theirs or mine in theirs.parents or theirs in mine.parents:
+            raise UsageError(f"--out {out} and the input {directory} overlap", "pass another --out")
+
+
+def check_free_disk(out: Path, needed_bytes: int) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        LoramError: Less is free than needed.
+    """
+    import shutil
+
+    from loram_cli.units import format_bytes
+
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise LoramError(
+            f"{out}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free",
+            "free some space, or pass --out on another disk",
+        )
+
+
+def check_positive(spec: Any, *names: str) -> None:
+    """Refuse numbers that must be above zero and are not.
+
+    Raises:
+        UsageError: One is not.
+    """
+    for name in names:
+        if getattr(spec, name) <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be above 0")

@@ -1,0 +1,227 @@
+"""Train: LoRA on the pruned (or aligned) model, or on any base for comparison."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.reporting import Reporter
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """How to train; the defaults are the paper's.
+
+    Attributes:
+        source: The model's directory: pruned, aligned, or a base.
+        out: Where the adapter goes.
+        data: Instructions: a ``.jsonl`` file, a data set id, or ``demo:train``.
+        eval_data: Held-out instructions; without it some of ``data`` are held out.
+        eval_examples: How many to hold out.
+        max_length: Tokens per example.
+        rank: r.
+        alpha: The update is scaled by alpha / r.
+        dropout: LoRA dropout.
+        targets: Module names; empty for every decoder linear and an untied head.
+        quantize: ``nf4`` holds the frozen model in 4 bits (QLoRAM).
+        learning_rate: Peak of the cosine schedule.
+        steps: Optimizer steps.
+        warmup_steps: Steps of linear warm-up.
+        batch: Examples per step.
+        micro_batch: Examples per forward pass.
+        save_steps: Steps between checkpoints.
+        eval_steps: Steps between evaluations.
+        loss_on: ``answer`` alone, or ``all`` tokens.
+        gradient_checkpointing: Trade time for activation memory.
+        bf16: Compute in bfloat16 where the device does.
+        seed: Decides order, split and dropout.
+        device: Where to run; a GPU when there is one.
+        force: Replace an existing output.
+    """
+
+    source: Path
+    out: Path
+    data: str
+    eval_data: str | None = None
+    eval_examples: int = 64
+    max_length: int = 512
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ()
+    quantize: Literal["nf4"] | None = None
+    learning_rate: float = 1e-5
+    steps: int = 400
+    warmup_steps: int = 100
+    batch: int = 128
+    micro_batch: int = 4
+    save_steps: int = 50
+    eval_steps: int = 50
+    loss_on: Literal["answer", "all"] = "answer"
+    gradient_checkpointing: bool = False
+    bf16: bool = True
+    seed: int = 42
+    device: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_length", "rank", "alpha", "learning_rate", "steps", "batch")
+        check_positive(self, "micro_batch", "save_steps", "eval_steps")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout {self.dropout} is outside [0, 1)")
+        if self.batch % self.micro_batch:
+            raise UsageError(
+                f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch}"
+            )
+
+
+def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
+    """Fit an adapter and write it with its loss curve.
+
+    Raises:
+        LoramError: The data is unusable, or the loss is not finite.
+    """
+    check_out_of_tree(spec.out, spec.source)
+    source, base, keep = describe_source(spec.source)
+    with stage_run("train", spec, {"source": source}, spec.source, resumable=True) as stage:
+        if stage.finished is not None:
+            return stage.finished
+        results = _train(spec, stage.path, stage.restart_meter, reporter)
+        return stage.commit(results, base=base, keep=keep)
+
+
+def describe_source(source: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Digests of the model to train on, the base that it descends from, and what was kept of it.
+
+    Raises:
+        LoramError: The directory is another stage's output.
+    """
+    from loram_cli.checkpoint.identity import identify
+
+    identity = {"path": str(source), **identify(source).to_mapping()}
+    if not (source / MANIFEST_NAME).is_file():
+        return identity, identity, {}
+    manifest = Manifest.read(source)
+    if manifest.stage not in ("prune", "align", "merge"):
+        raise LoramError(f"{source}: was made by '{manifest.stage}', a model directory is wanted")
+    base = identity if manifest.stage == "merge" else dict(manifest.base)
+    return {**identity, "key": manifest.key}, base, dict(manifest.keep)
+
+
+def _train(
+    spec: TrainSpec, path: Path, start_meter: Callable[[], None], reporter: Reporter
+) -> dict[str, Any]:
+    import peft  # noqa: F401 - imported here so that its memory is not charged to training
+    import transformers
+
+    from loram_cli.arch.registry import family_for
+    from loram_cli.checkpoint.index import read_config
+    from loram_cli.modeling.narrow import load_tokenizer
+    from loram_cli.training.adapters import add_lora, check_targets, default_targets, save_lora
+    from loram_cli.training.curves import write_curve
+    from loram_cli.training.data import encode_examples
+    from loram_cli.training.loop import FitOptions, fit
+
+    config = read_config(spec.source)
+    family = family_for(config, str(spec.source))
+    tied = bool(config.get("tie_word_embeddings"))
+    targets = spec.targets or default_targets(family, tied)
+    check_targets(targets, family)
+    if tied and not spec.targets:
+        reporter.note(
+            f"embeddings are tied: {family.lm_head_target} is left out of the LoRA targets"
+        )
+    tokenizer = load_tokenizer(spec.source)
+    encode = {"answer_only": spec.loss_on == "answer", "reporter": reporter}
+    train_examples, eval_examples = _split(spec, tokenizer, reporter)
+    train_rows = encode_examples(train_examples, tokenizer, spec.max_length, **encode)
+    eval_rows = (
+        encode_examples(eval_examples, tokenizer, spec.max_length, **encode)
+        if eval_examples
+        else []
+    )
+    transformers.set_seed(spec.seed)
+    start_meter()
+    model = _load(spec, family)
+    trained_on = CountedModel.of(spec.source)
+    model = add_lora(
+        model,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        dropout=spec.dropout,
+        targets=targets,
+        quantized=spec.quantize is not None,
+    ).train()
+    options = FitOptions(
+        learning_rate=spec.learning_rate,
+        max_steps=spec.steps,
+        warmup_steps=spec.warmup_steps,
+        batch=spec.batch,
+        micro_batch=spec.micro_batch,
+        save_steps=spec.save_steps,
+        eval_steps=spec.eval_steps,
+        seed=spec.seed,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        bf16=spec.bf16,
+    )
+    curve = fit(model, tokenizer, train_rows, eval_rows, options, path, reporter)
+    save_lora(model, path)
+    write_curve(curve, path, "LoRA training")
+    evals = [p.loss for p in curve if p.split == "eval"]
+    return {
+        "steps": spec.steps,
+        "examples": len(train_rows),
+        "targets": list(targets),
+        "trained_on_params": trained_on.params,
+        "lora_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "final_train_loss": round([p.loss for p in curve if p.split == "train"][-1], 4),
+        "eval_loss_before": round(evals[0], 4) if evals else None,
+        "eval_loss_after": round(evals[-1], 4) if evals else None,
+    }
+
+
+@dataclass(frozen=True)
+class CountedModel:
+    """How many parameters a model directory holds."""
+
+    params: int
+
+    @classmethod
+    def of(cls, directory: Path) -> "CountedModel":
+        """Count from the headers alone."""
+        import math
+
+        from loram_cli.checkpoint.index import CheckpointIndex
+
+        index = CheckpointIndex.open(directory)
+        return cls(sum(math.prod(entry.shape) for entry in index.tensors.values()))
+
+
+def _load(spec: TrainSpec, family: Any) -> Any:
+    import torch
+
+    from loram_cli.modeling.narrow import default_device, load_causal_lm
+    from loram_cli.modeling.quantize import nf4_config
+
+    device = spec.device or default_device()
+    # CPUs are slow at, and some lack, bfloat16 outside of matrix products.
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    quantization = nf4_config(dtype, family) if spec.quantize else None
+    return load_causal_lm(spec.source, dtype=dtype, device=device, quantization_config=quantization)
+
+
+def _split(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> tuple[list[Any], list[Any]]:
+    import random
+
+    from loram_cli.training.data import load_instructions
+
+    examples = load_instructions(spec.data, tokenizer, reporter)
+    if spec.eval_data is not None:
+        held_out = load_instructions(spec.eval_data, tokenizer, reporter)
+        return examples, held_out[: spec.eval_examples]
+    random.Random(spec.seed).shuffle(examples)
+    count = min(spec.eval_examples, len(examples) // 10)
+    return examples[count:], examples[:count]

@@ -1,0 +1,87 @@
+"""A small random Llama with a byte-level tokenizer, and the reference inputs where present."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+
+
+@pytest.fixture
+def shared_file():
+    def find(name):
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"reference input {name} is not beside the checkout")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Bytes as tokens, plus bos and eos; no pad token, like Llama's own."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tokenizer):
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+@pytest.fixture
+def model(tiny_config):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny_config)).eval()
+
+
+@pytest.fixture
+def stories(shared_file):
+    import transformers
+
+    folder = shared_file("models/stories260k")
+    transformers.utils.logging.disable_progress_bar()
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(folder),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    def write(name, records):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        return path
+
+    return write
