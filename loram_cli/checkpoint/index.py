@@ -212,7 +212,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     for name, shard_name in weight_map.items():
         if not isinstance(shard_name, str) or Path(shard_name).name != shard_name:
             raise LoramError(
-                f"{directory / INDEX_NAME}: tensor {name} lies outside the directory ({shard_name!r})"
+                f"{directory / INDEX_NAME}: {name} lies outside the directory ({shard_name!r})"
             )
     return weight_map
 

@@ -190,7 +190,7 @@ _DEMO_DATA: dict[str, Callable[[], list[dict[str, str]]]] = {
 
 
 def load_demo(name: str) -> list[dict[str, str]]:
-    """One of the demo's data sets: ``corpus``, ``calibration``, ``train``, ``validation``, ``test``.
+    """One of the demo's data sets: corpus, calibration, train, validation or test.
 
     Raises:
         ValueError: There is no such data set.

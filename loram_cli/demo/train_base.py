@@ -38,7 +38,7 @@ Seed {seed}, {steps} steps of {batch} blocks of {block} tokens. Held out, never 
 | what | score |
 | --- | --- |
 | perplexity of the corpus, 200 new documents | {perplexity:.3f} |
-| right final number, 200 one- and two-step problems in the corpus's own styles, greedy | {native:.1%} |
+| right final number, 200 problems of one or two steps, any style, greedy | {native:.1%} |
 | exact match `#### N`, 200 fine-tuning problems of one to three steps, greedy | {exact:.1%} |
 """
 

@@ -1,33 +1,57 @@
-"""NF4 quantization with double quantization (QLoRA, arXiv 2305.14314). The door to bitsandbytes."""
+"""NF4 quantization of a pruned base for QLoRAM. The door to bitsandbytes."""
 
+import importlib.util
+import logging
 from typing import Any
 
 import torch
 
-from loram_cli.arch.spec import Family
 from loram_cli.errors import LoramError
 
 
-def nf4_config(compute_dtype: torch.dtype, family: Family) -> Any:
-    """What ``from_pretrained`` needs to quantize every decoder linear while loading.
+def nf4_config(compute_dtype: torch.dtype, *, skip_modules: tuple[str, ...] = ("lm_head",)) -> Any:
+    """Load decoder linears in 4-bit NormalFloat, block constants quantized a second time.
+
+    Source: QLoRA (arXiv 2305.14314), section 3, as the paper's QLoRAM uses it.
 
     Args:
-        compute_dtype: Type in which products are taken.
-        family: Names the output head, which stays as it is.
+        compute_dtype: Weights are expanded to this type for each product.
+        skip_modules: Kept in the model's own type; the output head by default.
+
+    Returns:
+        A ``BitsAndBytesConfig`` for ``from_pretrained``.
 
     Raises:
         LoramError: bitsandbytes is not installed.
     """
-    try:
-        import bitsandbytes  # noqa: F401 - transformers would fail later and longer
-    except ImportError as error:
-        raise LoramError("--quantize nf4 needs bitsandbytes", "pip install bitsandbytes") from error
-    from transformers import BitsAndBytesConfig
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LoramError(
+            "NF4 needs bitsandbytes, which is not installed here",
+            "pip install bitsandbytes, or train without --quantize",
+        )
+    # bitsandbytes tells of a missing optional CPU kernel when it is imported; it works without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
 
-    return BitsAndBytesConfig(
+    return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=[family.lm_head],
+        llm_int8_skip_modules=list(skip_modules),
     )
+
+
+def prepare_for_training(model: Any) -> None:
+    """Freeze a quantized model and raise its norms to fp32.
+
+    As PEFT's ``prepare_model_for_kbit_training``, except that embedding and head stay in their
+    type: raising those too would cost more memory than all 4-bit layers of a well pruned model.
+
+    Args:
+        model: Loaded with :func:`nf4_config`; changed in place.
+    """
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dim() == 1:
+            parameter.data = parameter.data.to(torch.float32)

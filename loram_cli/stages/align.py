@@ -1,4 +1,4 @@
-"""Align: a little full-parameter training of the pruned model on plain text (paper, section 3.3)."""
+"""Align: a little full-parameter training of the pruned model on text (paper, section 3.3)."""
 
 import shutil
 from dataclasses import dataclass

@@ -1,73 +1,123 @@
-"""LoRA adapters on a model in memory. The door to peft."""
+"""LoRA adapters by PEFT: what they target, how they start, how they are saved."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loram_cli.arch.spec import Family
 from loram_cli.errors import UsageError
+from loram_cli.reporting import Reporter
+from loram_cli.specs import unknown_name
+from loram_cli.training.quiet import quiet_libraries
 
 
-def default_targets(family: Family, tied_embeddings: bool) -> tuple[str, ...]:
-    """Every decoder linear and the head (paper, appendix); no head where it is the embedding.
+def lora_targets(
+    family: Family,
+    *,
+    tied_embeddings: bool,
+    reporter: Reporter,
+    targets: Sequence[str] | None = None,
+) -> tuple[str, ...]:
+    """Module names that get LoRA factors: every decoder linear and the output head by default.
 
-    A LoRA on a tied head would have to change the input embedding as well, or untie it.
-    """
-    return family.lora_targets if tied_embeddings else (*family.lora_targets, family.lm_head_target)
-
-
-def check_targets(targets: tuple[str, ...], family: Family) -> None:
-    """Refuse a target that the family does not have.
-
-    Raises:
-        UsageError: An unknown name.
-    """
-    from loram_cli.specs import unknown_name
-
-    known = (*family.lora_targets, family.lm_head_target)
-    for target in targets:
-        if target not in known:
-            raise unknown_name("module", target, known, "--targets")
-    if not targets:
-        raise UsageError("--targets is empty")
-
-
-def add_lora(
-    model: Any, *, rank: int, alpha: int, dropout: float, targets: tuple[str, ...], quantized: bool
-) -> Any:
-    """Wrap the model so that only fresh LoRA factors train.
+    A tied head is left out: its factors would have to be merged into the embedding as well.
 
     Args:
-        model: A causal LM whose layers may differ in width.
-        rank: r.
-        alpha: The update is scaled by alpha / r.
-        dropout: On the adapter's input.
-        targets: Module names, as PEFT's ``target_modules``.
-        quantized: Whether the model is in NF4.
+        family: Of the model.
+        tied_embeddings: Whether the head is the embedding.
+        reporter: Told when the head is left out.
+        targets: An own choice among the family's modules.
+
+    Raises:
+        UsageError: A target that the family does not have, or a tied head.
     """
-    import peft
-
-    if quantized:
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=list(targets),
-        # PEFT looks for tied weights among the targets; ours never include the embedding.
-        bias="none",
-    )
-    return peft.get_peft_model(model, config)
-
-
-def save_lora(model: Any, directory: Path) -> None:
-    """Write the adapter alone; with a head among the targets PEFT would add the embedding."""
-    model.save_pretrained(directory, save_embedding_layers=False)
-    (directory / "README.md").unlink(missing_ok=True)
+    head = family.lm_head_target
+    known = (*family.lora_targets, head)
+    if targets is None:
+        if not tied_embeddings:
+            return known
+        reporter.note(f"embeddings are tied: {head} gets no LoRA factors")
+        return family.lora_targets
+    if not targets:
+        raise UsageError("no LoRA targets", f"known: {', '.join(known)}")
+    for name in targets:
+        if name not in known:
+            raise unknown_name("LoRA target", name, known, f"family {family.family}")
+    if head in targets and tied_embeddings:
+        raise UsageError(f"LoRA target {head}: this model's head is tied to its embedding")
+    return tuple(targets)
 
 
-def attach_lora(model: Any, adapter_dir: Path) -> Any:
-    """Load a finished adapter onto a model, for inference."""
-    import peft
+def lora_config(
+    targets: Sequence[str], *, rank: int = 8, alpha: float = 16, dropout: float = 0.05
+) -> Any:
+    """PEFT's config; defaults are the paper's (r 8, alpha 16, dropout 0.05).
 
-    return peft.PeftModel.from_pretrained(model, adapter_dir).eval()
+    Args:
+        targets: From :func:`lora_targets`.
+        rank: Of the factors.
+        alpha: The product is scaled by alpha / rank.
+        dropout: On the input of ``lora_A`` while training.
+
+    Raises:
+        UsageError: A value out of range.
+    """
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise UsageError(
+            f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: "
+            "rank from 1, alpha above 0, dropout from 0 to below 1 are wanted"
+        )
+    with quiet_libraries():
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=list(targets),
+            bias="none",
+        )
+
+
+def attach_lora(model: Any, config: Any, *, seed: int) -> Any:
+    """Freeze the model and give it LoRA factors in fp32; ``lora_B`` is zero.
+
+    Args:
+        model: A causal LM, its layers possibly of different widths or in 4 bits; changed in place.
+        config: From :func:`lora_config`.
+        seed: Decides the initial ``lora_A``; torch's global generators are left as they were.
+
+    Returns:
+        A ``PeftModel``.
+    """
+    with quiet_libraries():
+        from peft import get_peft_model
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
+
+
+def save_adapter(model: Any, out: Path, *, base_model: str | None = None) -> None:
+    """Write the adapter as PEFT does, without the embeddings and the same bytes each time.
+
+    Args:
+        model: A ``PeftModel``.
+        out: Directory to write into.
+        base_model: Stated as ``base_model_name_or_path``; None keeps what PEFT states.
+    """
+    with quiet_libraries():
+        model.save_pretrained(out, save_embedding_layers=False)
+    path = out / "adapter_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    if base_model is not None:
+        config["base_model_name_or_path"] = base_model
+    # PEFT keeps targets in a set, whose order changes from process to process.
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    # PEFT's model card is a form to fill in, and names the local path of the base.
+    (out / "README.md").unlink(missing_ok=True)

@@ -1,39 +1,76 @@
-"""The loss curve, as numbers and as a picture."""
+"""Loss curves as CSV and as a picture."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from loram_cli.training.loop import LossPoint
+from loram_cli.training.options import LossRow
+
+_TRAIN_COLOUR, _EVAL_COLOUR, _INK = "#4878a8", "#c8553d", "#333333"
+# From this many points on a smoothed line is drawn over the raw one.
+_SMOOTH_FROM = 30
 
 
-def write_curve(points: Sequence[LossPoint], directory: Path, title: str) -> None:
-    """Write ``loss.csv`` (step, split, loss) and ``loss.png``.
+def write_curve_csv(rows: Iterable[LossRow], path: Path) -> None:
+    """One line per point: step, split, loss (nats per token), learning rate."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "split", "loss", "learning_rate"])
+        for row in rows:
+            rate = "" if row.learning_rate is None else f"{row.learning_rate:.6g}"
+            writer.writerow([row.step, row.split, f"{row.loss:.6f}", rate])
+
+
+def draw_curve(rows: Sequence[LossRow], path: Path, title: str) -> None:
+    """Draw training and evaluation loss over steps as a PNG.
 
     Args:
-        points: The curve.
-        directory: Where both go.
-        title: Headline of the picture.
+        rows: The curve.
+        path: The picture's file.
+        title: What was trained.
     """
-    with (directory / "loss.csv").open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["step", "split", "loss"])
-        writer.writerows([p.step, p.split, f"{p.loss:.6f}"] for p in points)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    # Figure without pyplot: no global state, and no window system is asked for.
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for split, style in (
-        ("train", {"color": "#9db4c8"}),
-        ("eval", {"color": "#c2410c", "marker": "o"}),
-    ):
-        chosen = [p for p in points if p.split == split]
-        if chosen:
-            label = "training" if split == "train" else "held out"
-            axes.plot([p.step for p in chosen], [p.loss for p in chosen], label=label, **style)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    train = [(row.step, row.loss) for row in rows if row.split == "train"]
+    evaluation = [(row.step, row.loss) for row in rows if row.split == "eval"]
+    if len(train) >= _SMOOTH_FROM:
+        axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, alpha=0.25, linewidth=1)
+        axes.plot(*zip(*_smoothed(train), strict=True), color=_TRAIN_COLOUR, linewidth=1.8,
+                  label="train (smoothed)")  # fmt: skip
+    elif train:
+        axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, linewidth=1.8, label="train")
+    if evaluation:
+        axes.plot(*zip(*evaluation, strict=True), color=_EVAL_COLOUR, linewidth=1.8, marker="o",
+                  markersize=5, label="eval")  # fmt: skip
+        step, loss = evaluation[-1]
+        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8),
+                      ha="right", color=_EVAL_COLOUR, fontsize=9)  # fmt: skip
+    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.set_xlabel("optimizer step", color=_INK)
+    axes.set_ylabel("loss (nats per token)", color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    axes.margins(x=0.02)
     axes.legend(frameon=False)
-    FigureCanvasAgg(figure).print_png(directory / "loss.png")
+    # Without the library's version in the file, the same curve gives the same bytes.
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Mean over a window of a fifteenth of the curve, centred, shorter at both ends."""
+    half = max(1, len(points) // 30)
+    smooth = []
+    for i, (step, _) in enumerate(points):
+        # As many points on either side, so that an end is not drawn towards the middle.
+        reach = min(half, i, len(points) - 1 - i)
+        window = [loss for _, loss in points[i - reach : i + reach + 1]]
+        smooth.append((step, sum(window) / len(window)))
+    return smooth

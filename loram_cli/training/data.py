@@ -1,285 +1,294 @@
-"""Text and instruction data in the field's common layouts, as token rows."""
+"""Training data as text: documents for alignment, prompt and completion for fine-tuning."""
 
-import gzip
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from loram_cli.errors import LoramError
-from loram_cli.reporting import Reporter
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.reporting import NullReporter, Reporter
+from loram_cli.training.records import (
+    DEMO_PREFIX,
+    Record,
+    is_text_file,
+    local_files,
+    read_records,
+    read_text_file,
+)
 
-IGNORED_LABEL = -100
-DEMO_PREFIX = "demo:"
-_ALPACA = "### Instruction:\n{instruction}\n\n{extra}### Response:\n"
-_LAYOUTS = "prompt/completion, instruction/output, question/answer, or messages"
+T = TypeVar("T")
 
-TokenRow = dict[str, list[int]]
-"""``input_ids`` and ``labels``, of equal length; labels of -100 carry no loss."""
+# The template of Stanford Alpaca, with and without an input, to the letter.
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_LAYOUTS = (
+    "prompt/completion, instruction(+input)/output, question/answer, messages or conversations"
+)
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+# Two or more blank lines part documents; one blank line parts paragraphs of the same document.
+_DOCUMENT_BREAK = re.compile(r"\n[^\S\n]*\n[^\S\n]*\n\s*|<\|endoftext\|>")
+_MAX_DOCUMENT_CHARS = 20_000
 
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn: what is given, and what is to be said."""
+    """One thing to learn: given ``prompt``, write ``completion``.
+
+    Attributes:
+        prompt: Text that is given.
+        completion: Text that is learnt; the end-of-sequence token follows it.
+        special_tokens: Whether the tokenizer adds its own (bos); not after a chat template,
+            which has written them already.
+    """
 
     prompt: str
     completion: str
+    special_tokens: bool = True
 
 
-def load_text(source: str) -> list[str]:
-    """Documents of plain text.
+def load_text(
+    source: str, *, limit: int | None = None, reporter: Reporter | None = None
+) -> list[str]:
+    """Documents to continue pre-training, or to calibrate, on.
+
+    Plain text is cut into documents where two or more lines are blank (and at ``<|endoftext|>``),
+    and every 20,000 characters at a line's end. Records give their ``text`` field; records in an
+    instruction layout give prompt and completion as one text.
 
     Args:
-        source: A ``.txt`` file (documents are split at blank lines), a ``.jsonl`` or ``.json``
-            file with ``text``, a folder of those, ``demo:NAME``, or a hub data set id.
+        source: A .txt, .jsonl(.gz), .json or .parquet file, a folder of those, ``demo:corpus``,
+            ``demo:calibration``, or a hub data set id ``owner/name[:config][@split]``.
+        limit: Take at most so many documents.
+        reporter: Told of documents left out because they are empty.
 
     Raises:
-        LoramError: Nothing there, or a record without text (with its line number).
+        LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
-    path = Path(source).expanduser()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     texts: list[str] = []
-    if path.exists():
-        for file in files:
-            if file.suffix == ".txt":
-                texts += [part for part in _read(file).split("\n\n") if part.strip()]
-            elif _is_json(file):
-                texts += [_field(record, "text", where) for where, record in _json_records(file)]
-    else:
-        texts = [_field(record, "text", where) for where, record in _remote_records(source)]
-    if not any(text.strip() for text in texts):
-        raise LoramError(
-            f"{source}: no text", "give .txt files, or .jsonl files with a 'text' field"
-        )
+    empty = 0
+    for text in _documents(source, limit):
+        if not text.strip():
+            empty += 1
+            continue
+        texts.append(text)
+        if limit is not None and len(texts) >= limit:
+            break
+    if empty:
+        (reporter or NullReporter()).warn(f"{source}: {empty} empty documents left out")
+    if not texts:
+        raise LoramError(f"{source}: no text in it")
     return texts
 
 
-def load_instructions(source: str, tokenizer: Any, reporter: Reporter) -> list[Example]:
-    """Instruction examples.
+def load_instructions(
+    source: str,
+    *,
+    tokenizer: Any | None = None,
+    limit: int | None = None,
+    reporter: Reporter | None = None,
+) -> list[Example]:
+    """Examples to fine-tune on; each record's layout is told by its fields.
+
+    ``question``/``answer`` is rendered exactly as lm-eval's gsm8k does, ``instruction``/``output``
+    by Alpaca's template, ``messages`` by the tokenizer's chat template: one example for each of
+    the assistant's turns.
 
     Args:
-        source: A ``.jsonl`` (may be gzipped) or ``.json`` file, ``demo:NAME``, or a data set id.
-        tokenizer: Its chat template renders ``messages``.
-        reporter: Warned where there is no template.
+        source: A .jsonl(.gz), .json or .parquet file, a folder of those, ``demo:train``,
+            ``demo:validation``, ``demo:test``, or a hub id ``owner/name[:config][@split]``.
+        tokenizer: Whose chat template renders messages.
+        limit: Read at most so many records.
+        reporter: Told of what is left out or rendered without a chat template.
 
     Raises:
-        LoramError: Nothing there, or a record in no known layout (with its line number).
+        LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
-    path = Path(source).expanduser()
-    records = _json_records(path) if path.exists() else _remote_records(source)
-    render = _ChatRenderer(tokenizer, reporter)
-    examples = [e for where, record in records for e in render_record(record, where, render)]
+    reporter = reporter or NullReporter()
+    chat = _Chat(tokenizer)
+    examples: list[Example] = []
+    empty = 0
+    for record in read_records(source, limit=limit):
+        for example in _examples(record, chat):
+            if example.completion.strip():
+                examples.append(example)
+            else:
+                empty += 1
+    if empty:
+        reporter.warn(f"{source}: {empty} examples with an empty answer left out")
+    if chat.used_fallback:
+        reporter.warn(
+            "the tokenizer has no chat template: messages are rendered as 'User: .. Assistant: ..'"
+        )
     if not examples:
-        raise LoramError(f"{source}: no examples", f"records with {_LAYOUTS} are wanted")
+        raise LoramError(f"{source}: no examples in it", f"layouts: {_LAYOUTS}")
     return examples
 
 
-def render_record(
-    record: Mapping[str, Any], where: str, render_chat: "_ChatRenderer | None" = None
-) -> list[Example]:
-    """Examples of one record; a chat gives one for each assistant turn.
-
-    ``question``/``answer`` is rendered as lm-evaluation-harness asks its GSM8K questions, and
-    ``instruction``/``output`` as Alpaca does.
-
-    Raises:
-        LoramError: The record is in no known layout, or a field is not text.
-    """
-    if "messages" in record and render_chat is not None:
-        return render_chat.examples(record["messages"], where)
-    if "prompt" in record and "completion" in record:
-        prompt = _field(record, "prompt", where)
-        example = Example(prompt, _field(record, "completion", where))
-    elif "question" in record and "answer" in record:
-        question, answer = _field(record, "question", where), _field(record, "answer", where)
-        example = Example(f"Question: {question}\nAnswer:", f" {answer}")
-    elif "instruction" in record and "output" in record:
-        instruction, given = _field(record, "instruction", where), record.get("input") or ""
-        extra = f"### Input:\n{given}\n\n" if given else ""
-        prompt = _ALPACA.format(instruction=instruction, extra=extra)
-        example = Example(prompt, _field(record, "output", where))
-    else:
-        fields = ", ".join(map(str, record)) or "none"
-        raise LoramError(f"{where}: fields {fields}; {_LAYOUTS} are wanted")
-    if not example.completion.strip():
-        raise LoramError(f"{where}: the answer is empty")
-    return [example]
-
-
-def encode_examples(
-    examples: Iterable[Example],
-    tokenizer: Any,
-    max_length: int,
-    *,
-    answer_only: bool,
-    reporter: Reporter,
-) -> list[TokenRow]:
-    """Token rows with the end-of-sequence token appended.
+def split_eval(items: Sequence[T], fraction_or_count: float, seed: int) -> tuple[list[T], list[T]]:
+    """Set a random part aside for evaluation; both parts keep their order.
 
     Args:
-        examples: What to encode.
-        tokenizer: A Hugging Face tokenizer.
-        max_length: Tokens at most; longer rows are cut at their end.
-        answer_only: Whether the prompt's labels are masked.
-        reporter: Told how many rows were cut or dropped.
+        items: What to split.
+        fraction_or_count: Below 1 a share, from 1 on a count; 0 sets nothing aside.
+        seed: Decides which.
+
+    Returns:
+        Training part and evaluation part.
 
     Raises:
-        LoramError: No example has an answer token left.
+        UsageError: Negative, not whole, or nothing would be left to train on.
     """
-    rows: list[TokenRow] = []
-    cut = dropped = 0
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for example in examples:
-        prompt_ids = tokenizer(example.prompt)["input_ids"]
-        # Some tokenizers end every text with eos; between prompt and answer that would be wrong.
-        if eos and len(prompt_ids) > 1 and prompt_ids[-1:] == eos:
-            prompt_ids = prompt_ids[:-1]
-        answer_ids = tokenizer(example.completion, add_special_tokens=False)["input_ids"] + eos
-        ids = (prompt_ids + answer_ids)[:max_length]
-        cut += len(prompt_ids) + len(answer_ids) > max_length
-        if len(ids) <= len(prompt_ids):
-            dropped += 1
-            continue
-        masked = len(prompt_ids) if answer_only else 0
-        rows.append({"input_ids": ids, "labels": [IGNORED_LABEL] * masked + ids[masked:]})
-    if not rows:
-        raise LoramError(
-            f"no example has an answer within {max_length} tokens", "raise --max-length"
+    wanted = fraction_or_count
+    if wanted < 0 or (wanted >= 1 and wanted != int(wanted)):
+        raise UsageError(f"evaluation split {wanted:g}: a share below 1 or a whole count is wanted")
+    count = int(wanted) if wanted >= 1 else round(wanted * len(items))
+    if 0 < wanted < 1:
+        count = max(1, count)
+    if count >= len(items) > 0 and count:
+        raise UsageError(
+            f"evaluation split {wanted:g} takes all {len(items)} examples",
+            "set less aside, or pass more data",
         )
-    if cut:
-        reporter.warn(
-            f"{cut} examples were longer than {max_length} tokens: {dropped} dropped, rest cut"
-        )
-    return rows
+    chosen = set(random.Random(seed).sample(range(len(items)), count))
+    return (
+        [item for i, item in enumerate(items) if i not in chosen],
+        [item for i, item in enumerate(items) if i in chosen],
+    )
 
 
-def pack_blocks(texts: Iterable[str], tokenizer: Any, block_length: int) -> list[TokenRow]:
-    """Documents joined by the end-of-sequence token and cut into equal blocks.
-
-    Raises:
-        LoramError: There is less text than one block.
-    """
-    ids: list[int] = []
-    for text in texts:
-        ids.extend(tokenizer(text)["input_ids"])
-        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-    starts = range(0, len(ids) - block_length + 1, block_length)
-    if not starts:
-        raise LoramError(f"the text has {len(ids)} tokens, less than one block of {block_length}")
-    blocks = [ids[start : start + block_length] for start in starts]
-    return [{"input_ids": block, "labels": list(block)} for block in blocks]
+def _documents(source: str, limit: int | None) -> Iterator[str]:
+    is_demo = source.startswith(DEMO_PREFIX)
+    files = None if is_demo else local_files(source)
+    if files is None:
+        yield from (_text_of(record) for record in read_records(source, limit=limit))
+        return
+    for file in files:
+        if is_text_file(file):
+            yield from _split_documents(read_text_file(file))
+        else:
+            yield from (_text_of(record) for record in read_records(os.fspath(file)))
 
 
-class _ChatRenderer:
-    """Renders messages by the tokenizer's template, or plainly where it has none."""
-
-    def __init__(self, tokenizer: Any, reporter: Reporter) -> None:
-        self._tokenizer = tokenizer
-        self._reporter = reporter
-        self._warned = False
-
-    def examples(self, messages: Any, where: str) -> list[Example]:
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict)
-            and isinstance(m.get("content"), str)
-            and isinstance(m.get("role"), str)
-            for m in messages
-        ):
-            raise LoramError(f"{where}: 'messages' must be a list of role and content")
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
-        if not turns:
-            raise LoramError(f"{where}: 'messages' has no assistant turn to learn")
-        return [Example(self._prompt(messages[:i]), messages[i]["content"]) for i in turns]
-
-    def _prompt(self, messages: list[dict[str, str]]) -> str:
-        if self._tokenizer.chat_template:
-            return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        if not self._warned:
-            self._reporter.warn("the tokenizer has no chat template: turns are written 'User: ...'")
-            self._warned = True
-        lines = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
-        return "\n".join([*lines, "Assistant: "])
+def _split_documents(text: str) -> Iterator[str]:
+    for document in _DOCUMENT_BREAK.split(text.replace("\r\n", "\n")):
+        rest = document
+        while len(rest) > _MAX_DOCUMENT_CHARS:
+            cut = rest.rfind("\n", 0, _MAX_DOCUMENT_CHARS) + 1 or _MAX_DOCUMENT_CHARS
+            yield rest[:cut]
+            rest = rest[cut:]
+        if rest.strip():
+            yield rest
 
 
-def _is_json(file: Path) -> bool:
-    return file.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-
-
-def _read(file: Path) -> str:
-    opener = gzip.open if file.suffix == ".gz" else Path.open
+def _text_of(record: Record) -> str:
+    if "text" in record.fields:
+        return _string(record, "text")
     try:
-        with opener(file, "rb") as stream:
-            data = stream.read()
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise LoramError(f"{file}, line {line}: not UTF-8 text") from error
-    except OSError as error:
-        raise LoramError(f"{file}: cannot be read ({error.strerror or error})") from error
-
-
-def _json_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not file.is_file() or not _is_json(file):
-        raise LoramError(f"{file}: not a .jsonl or .json file")
-    text = _read(file)
-    if file.name.removesuffix(".gz").endswith(".json"):
-        try:
-            records = json.loads(text)
-        except ValueError as error:
-            raise LoramError(f"{file}: not valid JSON ({error})") from error
-        if not isinstance(records, list):
-            raise LoramError(f"{file}: a list of records is wanted")
-        numbered = [(f"{file}, record {i}", record) for i, record in enumerate(records, 1)]
-    else:
-        numbered = []
-        for i, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    numbered.append((f"{file}, line {i}", json.loads(line)))
-                except ValueError as error:
-                    raise LoramError(f"{file}, line {i}: not valid JSON ({error})") from error
-    for where, record in numbered:
-        if not isinstance(record, dict):
-            raise LoramError(f"{where}: a JSON object is wanted")
-        yield where, record
-
-
-def _remote_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if source.startswith(DEMO_PREFIX):
-        from loram_cli.demo.problems import load_demo
-
-        try:
-            records = load_demo(source.removeprefix(DEMO_PREFIX))
-        except ValueError as error:
-            raise LoramError(str(error)) from error
-    else:
-        records = _hub_records(source)
-    for i, record in enumerate(records, 1):
-        yield f"{source}, record {i}", record
-
-
-def _hub_records(source: str) -> Iterable[dict[str, Any]]:
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise LoramError(f"{source}: no such file or folder")
-    import datasets
-
-    try:
-        return datasets.load_dataset(source, split="train")
-    except Exception as error:
-        # Each way to fail has its own class in the hub library; the answer is the same.
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
+        examples = _examples(record, _Chat(None))
+    except LoramError:
         raise LoramError(
-            f"{source}: not a local file, and the hub did not give it ({reason})",
-            "check the id and the network, or pass a local .jsonl file",
-        ) from error
+            f"{record.where}: no field 'text' (fields: {', '.join(record.fields) or 'none'})"
+        ) from None
+    # Turns share their beginnings; the last prompt holds all of them.
+    return examples[-1].prompt + examples[-1].completion
 
 
-def _field(record: Mapping[str, Any], name: str, where: str) -> str:
-    value = record.get(name)
+def _examples(record: Record, chat: "_Chat") -> list[Example]:
+    fields = record.fields
+    if "messages" in fields or "conversations" in fields:
+        key = "messages" if "messages" in fields else "conversations"
+        return chat.render(_messages(record, key, fields[key]), record.where)
+    if "prompt" in fields and "completion" in fields:
+        if isinstance(fields["prompt"], list):
+            turns = [*fields["prompt"], *_as_list(fields["completion"])]
+            return chat.render(_messages(record, "prompt", turns), record.where)[-1:]
+        return [Example(_string(record, "prompt"), _string(record, "completion"))]
+    if "instruction" in fields and ("output" in fields or "response" in fields):
+        instruction = _string(record, "instruction")
+        context = _string(record, "input") if fields.get("input") is not None else ""
+        template = _ALPACA_WITH_INPUT if context.strip() else _ALPACA
+        answer = _string(record, "output" if "output" in fields else "response")
+        return [
+            Example(template.format_map({"instruction": instruction, "input": context}), answer)
+        ]
+    if "question" in fields and "answer" in fields:
+        question, answer = _string(record, "question"), _string(record, "answer")
+        return [Example(f"Question: {question}\nAnswer:", f" {answer}")]
+    raise LoramError(
+        f"{record.where}: no known layout (fields: {', '.join(map(str, fields)) or 'none'})",
+        f"layouts: {_LAYOUTS}",
+    )
+
+
+def _string(record: Record, key: str) -> str:
+    value = record.fields[key]
     if not isinstance(value, str):
-        raise LoramError(f"{where}: field '{name}' must be text, not {type(value).__name__}")
+        raise LoramError(f"{record.where}: field '{key}' must be text, not {value!r:.60}")
     return value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _messages(record: Record, key: str, turns: Any) -> list[dict[str, str]]:
+    if not isinstance(turns, list) or not turns:
+        raise LoramError(f"{record.where}: field '{key}' must be a list of messages")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        turn = turn if isinstance(turn, Mapping) else {}
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise LoramError(
+                f"{record.where}: message {number} of '{key}' needs 'role' and 'content' as text"
+            )
+        messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
+    if all(message["role"] != "assistant" for message in messages):
+        raise LoramError(f"{record.where}: '{key}' has no message of the assistant to learn from")
+    return messages
+
+
+class _Chat:
+    """Renders conversations, by the tokenizer's template where it has one."""
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+        self._has_template = getattr(tokenizer, "chat_template", None) is not None
+        self.used_fallback = False
+
+    def render(self, messages: list[dict[str, str]], where: str) -> list[Example]:
+        """One example for each turn of the assistant."""
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self._has_template:
+            return [self._by_template(messages[: i + 1], where) for i in turns]
+        self.used_fallback = True
+        return [_plain_turn(messages[: i + 1]) for i in turns]
+
+    def _by_template(self, messages: list[dict[str, str]], where: str) -> Example:
+        import jinja2
+
+        apply = self._tokenizer.apply_chat_template
+        try:
+            prompt = apply(messages[:-1], tokenize=False, add_generation_prompt=True)
+            whole = apply(messages, tokenize=False)
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise LoramError(f"{where}: the chat template refuses it ({error})") from error
+        # Some templates write a turn that is asked for differently from one that is there.
+        prompt = os.path.commonprefix([prompt, whole])
+        return Example(prompt, whole[len(prompt) :], special_tokens=False)
+
+
+def _plain_turn(messages: list[dict[str, str]]) -> Example:
+    lines = [f"{_ROLE_NAMES.get(m['role'], m['role'])}: {m['content']}\n" for m in messages[:-1]]
+    return Example("".join(lines) + "Assistant:", f" {messages[-1]['content']}")

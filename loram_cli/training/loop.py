@@ -1,180 +1,249 @@
-"""Training under transformers' Trainer: the door to it, for alignment and for LoRA alike."""
+"""Trains a model: full parameters on text (alignment), or a LoRA adapter on examples.
 
+Both go through transformers' Trainer. A run leaves checkpoints in ``work_dir/checkpoints`` and
+goes on from the newest whole one when it is started again with the same settings and data.
+"""
+
+import hashlib
 import json
 import math
-import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loram_cli.errors import LoramError
-from loram_cli.reporting import Progress, Reporter
-from loram_cli.training.data import IGNORED_LABEL, TokenRow
-
-CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """How to train.
-
-    Attributes:
-        learning_rate: Peak of the cosine schedule.
-        max_steps: Optimizer steps.
-        warmup_steps: Steps of linear warm-up.
-        batch: Rows per optimizer step.
-        micro_batch: Rows per forward pass; gradients accumulate up to ``batch``.
-        save_steps: Steps between checkpoints.
-        eval_steps: Steps between evaluations of the held-out rows.
-        seed: Decides order and dropout.
-        gradient_checkpointing: Trade time for activation memory.
-        bf16: Compute in bfloat16 under autocast.
-    """
-
-    learning_rate: float
-    max_steps: int
-    warmup_steps: int
-    batch: int
-    micro_batch: int
-    save_steps: int
-    eval_steps: int
-    seed: int
-    gradient_checkpointing: bool
-    bf16: bool
+from loram_cli.reporting import Reporter
+from loram_cli.specs import digest_of, spec_to_mapping
+from loram_cli.training.checkpoints import newest_checkpoint
+from loram_cli.training.options import FitOptions, FitResult, curve_rows, resolve_precision
+from loram_cli.training.quiet import quiet_libraries
+from loram_cli.training.tokens import PadCollator, TokenRow
 
 
-@dataclass(frozen=True)
-class LossPoint:
-    """One point of the loss curve; ``split`` is ``train`` or ``eval``."""
-
-    step: int
-    split: str
-    loss: float
-
-
-def fit(
+def fit_causal_text(
     model: Any,
-    tokenizer: Any,
-    train_rows: list[TokenRow],
-    eval_rows: list[TokenRow],
+    train: Sequence[TokenRow],
+    evaluation: Sequence[TokenRow],
     options: FitOptions,
     work_dir: Path,
     reporter: Reporter,
-) -> list[LossPoint]:
-    """Train whatever parameters require gradients, resuming from the newest whole checkpoint.
+    *,
+    train_lm_head: bool = False,
+) -> FitResult:
+    """Continue pre-training every parameter of a pruned model on packed text.
+
+    The output head stays frozen by default, as in the paper's reference code. With tied
+    embeddings the head is the embedding, and so both stay frozen: that matrix is the one part
+    of the pruned model that the full model shares entry by entry, and the adapter will meet the
+    original one.
 
     Args:
-        model: A causal LM, or one wrapped by PEFT.
-        tokenizer: Gives the padding.
-        train_rows: Rows to learn.
-        eval_rows: Rows held out; may be empty.
-        options: How to train.
-        work_dir: Where checkpoints are kept while training goes on.
-        reporter: Told of steps, loss and rate.
-
-    Returns:
-        The loss curve, from the first step on, across interruptions.
+        model: A causal LM, changed in place; parameters become fp32.
+        train: Packed blocks, see :func:`.tokens.pack_tokens`.
+        evaluation: Blocks set aside; may be empty.
+        options: How.
+        work_dir: Where checkpoints are kept.
+        reporter: Told of progress.
+        train_lm_head: Train the output head as well.
 
     Raises:
-        LoramError: The loss is not finite.
+        LoramError: The loss is not finite, or a token is outside the vocabulary.
+        KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written.
     """
-    import transformers
+    model.requires_grad_(True)
+    if not train_lm_head:
+        head = model.get_output_embeddings()
+        head.requires_grad_(False)
+        if head.weight is model.get_input_embeddings().weight:
+            reporter.note("embeddings are tied: lm_head is frozen, and the embedding with it")
+    return _fit(model, train, evaluation, options, work_dir, reporter, "align")
 
-    accumulation = options.batch // options.micro_batch
-    on_gpu = model.device.type == "cuda"
-    arguments = transformers.TrainingArguments(
-        output_dir=str(work_dir / CHECKPOINTS),
-        max_steps=options.max_steps,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(options.warmup_steps, options.max_steps // 2),
-        per_device_train_batch_size=options.micro_batch,
-        per_device_eval_batch_size=options.micro_batch,
-        gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=options.gradient_checkpointing,
-        bf16=options.bf16,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        seed=options.seed,
-        logging_steps=max(1, options.max_steps // 100),
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if eval_rows else "no",
-        eval_steps=options.eval_steps,
-        eval_on_start=bool(eval_rows),
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-    resume_from = newest_checkpoint(work_dir / CHECKPOINTS)
-    with reporter.progress("train", options.max_steps, "step") as progress:
-        trainer = transformers.Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows or None,
-            data_collator=transformers.DataCollatorForSeq2Seq(
-                tokenizer, label_pad_token_id=IGNORED_LABEL
-            ),
-            callbacks=[_make_callback(transformers.TrainerCallback, progress)],
+
+def fit_lora(
+    model: Any,
+    train: Sequence[TokenRow],
+    evaluation: Sequence[TokenRow],
+    options: FitOptions,
+    work_dir: Path,
+    reporter: Reporter,
+) -> FitResult:
+    """Train the LoRA factors of a PEFT model.
+
+    Args:
+        model: From :func:`.adapters.attach_lora`, changed in place.
+        train: Rows, see :func:`.tokens.tokenize_examples`.
+        evaluation: Rows set aside; may be empty.
+        options: How.
+        work_dir: Where checkpoints are kept.
+        reporter: Told of progress.
+
+    Raises:
+        LoramError: The loss is not finite, or a token is outside the vocabulary.
+        KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written.
+    """
+    return _fit(model, train, evaluation, options, work_dir, reporter, "train")
+
+
+def total_steps(options: FitOptions, rows: int) -> int:
+    """Optimizer steps of a run over ``rows`` sequences."""
+    if options.steps is not None:
+        return options.steps
+    micro_batches = math.ceil(rows / options.micro_batch)
+    per_epoch = math.ceil(micro_batches / (options.batch // options.micro_batch))
+    return max(1, math.ceil(options.epochs * per_epoch))
+
+
+def _fit(
+    model: Any,
+    train: Sequence[TokenRow],
+    evaluation: Sequence[TokenRow],
+    options: FitOptions,
+    work_dir: Path,
+    reporter: Reporter,
+    label: str,
+) -> FitResult:
+    with quiet_libraries():
+        # Imported here, where the libraries' own lines are kept quiet.
+        from loram_cli.training.trainer import (
+            Interruption,
+            StepCallback,
+            StepTrainer,
+            training_arguments,
         )
-        trainer.remove_callback(transformers.PrinterCallback)
-        if resume_from is not None:
-            reporter.note(f"resuming from step {resume_from.name.rpartition('-')[2]}")
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        if eval_rows and options.max_steps % options.eval_steps:
-            trainer.evaluate()
-    shutil.rmtree(work_dir / CHECKPOINTS, ignore_errors=True)
-    return _curve(trainer.state.log_history)
 
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed.
-
-    The trainer writes ``trainer_state.json`` last, so its presence and soundness mark a whole one.
-    """
-    whole = None
-    steps = [(int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*")]
-    for _, path in sorted(steps):
+        _check_rows(model, [*train, *evaluation], reporter)
+        device = next(model.parameters()).device.type
+        precision = resolve_precision(options.precision, device)
+        _cast_parameters(model, precision)
+        trainable = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+        steps = total_steps(options, len(train))
+        warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
+        folder = work_dir / "checkpoints"
+        found = newest_checkpoint(
+            folder, _fingerprint(options, precision, train, evaluation, trainable)
+        )
+        if found is not None:
+            reporter.note(f"going on from the checkpoint of step {found[1]} of {steps}")
+        interruption = Interruption()
+        use_cache = model.config.use_cache
+        model.config.use_cache = False
         try:
-            json.loads((path / "trainer_state.json").read_text("utf-8"))
-            whole = path
-        except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)
-    return whole
+            with interruption.caught(), reporter.progress(label, steps, "step") as progress:
+                trainer = StepTrainer(
+                    model=model,
+                    args=training_arguments(
+                        options,
+                        folder,
+                        steps=steps,
+                        warmup_steps=warmup_steps,
+                        precision=precision,
+                        device=device,
+                        evaluates=bool(evaluation),
+                        fresh=found is None,
+                    ),  # fmt: skip
+                    data_collator=PadCollator(_pad_token_id(model), 8 if device == "cuda" else 1),
+                    train_dataset=train,
+                    eval_dataset=evaluation or None,
+                    callbacks=[
+                        StepCallback(
+                            progress, interruption, options.batch, evaluates=bool(evaluation)
+                        )
+                    ],
+                )
+                _remove_printer(trainer)
+                if found is not None and found[1] >= steps:
+                    # All steps are done; the trainer itself would begin another one.
+                    trainer._load_from_checkpoint(str(found[0]))
+                    progress.advance(steps)
+                    state = json.loads((found[0] / "trainer_state.json").read_text("utf-8"))
+                    done, log = state["global_step"], state["log_history"]
+                else:
+                    trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+                    done, log = trainer.state.global_step, trainer.state.log_history
+        finally:
+            model.config.use_cache = use_cache
+        if interruption.requested and done < steps:
+            reporter.note(f"stopped at step {done}; the same command goes on from there")
+            raise KeyboardInterrupt
+        # Takes off the mixed-precision wrapper that the trainer put around forward.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+    model.eval()
+    return FitResult(
+        steps=done,
+        history=curve_rows(log),
+        trainable_params=sum(math.prod(shape) for shape in trainable.values()),
+        precision=precision,
+        resumed_from=found[1] if found else None,
+    )
 
 
-def _make_callback(parent: type, progress: Progress) -> Any:
-    class Forward(parent):
-        """Passes the trainer's events on, and stops at a loss that is not finite."""
-
-        seen = 0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            progress.advance(state.global_step - self.seen)
-            self.seen = state.global_step
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
-            for name in ("loss", "eval_loss"):
-                if name not in logs:
-                    continue
-                if not math.isfinite(logs[name]):
-                    raise LoramError(
-                        f"{name} is {logs[name]} at step {state.global_step}",
-                        "lower --learning-rate, and check the data",
-                    )
-                progress.detail(f"{name} {logs[name]:.3f}")
-
-    return Forward()
+def _check_rows(model: Any, rows: Sequence[TokenRow], reporter: Reporter) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    highest = max(int(row.input_ids.max()) for row in rows)
+    if highest >= vocabulary:
+        raise LoramError(
+            f"the tokenizer gives token {highest}, but the model has only {vocabulary} embeddings",
+            "the model's directory must hold its own tokenizer",
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(row.input_ids) for row in rows)
+    if positions is not None and longest > positions:
+        reporter.warn(f"sequences of {longest} tokens exceed the model's {positions} positions")
 
 
-def _curve(history: list[dict[str, Any]]) -> list[LossPoint]:
-    points = []
-    for row in history:
-        for name, split in (("loss", "train"), ("eval_loss", "eval")):
-            if name in row:
-                points.append(LossPoint(int(row["step"]), split, float(row[name])))
-    return points
+def _cast_parameters(model: Any, precision: str) -> None:
+    """Trained parameters to fp32, and without mixed precision all others too.
+
+    Parameter by parameter, because a quantized model refuses ``float()``; packed 4-bit weights
+    are integers and stay as they are.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and (parameter.requires_grad or precision == "fp32"):
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def _fitting_warmup(warmup_steps: int, steps: int, reporter: Reporter) -> int:
+    if warmup_steps < steps:
+        return warmup_steps
+    shorter = steps // 10
+    reporter.warn(f"warm-up cut from {warmup_steps} to {shorter}: there are only {steps} steps")
+    return shorter
+
+
+def _pad_token_id(model: Any) -> int:
+    """Any valid id does: padding carries no loss, and nothing attends to it."""
+    pad = model.config.pad_token_id
+    return pad if isinstance(pad, int) and pad >= 0 else 0
+
+
+def _remove_printer(trainer: Any) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _fingerprint(
+    options: FitOptions,
+    precision: str,
+    train: Sequence[TokenRow],
+    evaluation: Sequence[TokenRow],
+    trainable: dict[str, tuple[int, ...]],
+) -> str:
+    """What must be the same for a checkpoint to be worth going on from."""
+    data = hashlib.sha256()
+    for rows in (train, evaluation):
+        data.update(f"{len(rows)};".encode())
+        for row in rows:
+            data.update(f"{len(row.input_ids)},{row.answer_start};".encode())
+            data.update(row.input_ids.tobytes())
+    # How often a checkpoint is written changes nothing in the result.
+    plain = spec_to_mapping(replace(options, checkpoint_steps=1))
+    shapes = {name: list(shape) for name, shape in trainable.items()}
+    return digest_of(
+        {"options": plain, "precision": precision, "data": data.hexdigest(), "trainable": shapes}
+    )

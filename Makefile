@@ -1,0 +1,37 @@
+# make demo, make test: each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-slow lint bench clean
+
+help:
+	@echo "make demo       install, then the whole pipeline on the embedded demo base"
+	@echo "make test       install, then lint and the default tests"
+	@echo "make test-slow  the slow tests"
+	@echo "make bench      streaming against cp: memory and time"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/loram run recipes/demo.yaml
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/installed
+	$(BIN)/python tests/bench/stream.py
+
+clean:
+	rm -rf $(VENV) loram-run build dist *.egg-info

@@ -1,0 +1,77 @@
+"""``loram align``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loram_cli.cli import options
+
+NAME = "align"
+EPILOG = "Example: loram align --data fineweb-sample.jsonl --steps 400"
+
+
+def command(
+    data: Annotated[
+        str | None, typer.Option(help="Text: .txt, .jsonl, a folder, a data set id.")
+    ] = None,
+    run: options.Run = options.DEFAULT_RUN,
+    source: Annotated[
+        Path | None, typer.Option("--in", help="Pruned directory, not the run's.")
+    ] = None,
+    out: options.Out = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: 400]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate. [default: 5e-5]")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Linear warm-up. [default: 20]")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows per step. [default: 32]")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Rows per forward pass. [default: 4]")
+    ] = None,
+    block_length: Annotated[int | None, typer.Option(help="Tokens per row. [default: 512]")] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps per checkpoint. [default: 50]")
+    ] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Steps per evaluation. [default: 50]")
+    ] = None,
+    train_lm_head: Annotated[
+        bool, typer.Option("--train-lm-head", help="Train the head too.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    bf16: Annotated[bool | None, typer.Option(help="Compute in bfloat16.")] = None,
+    device: options.Device = None,
+    seed: options.Seed = None,
+    force: options.Force = False,
+    json_output: options.Json = False,
+) -> None:
+    """Train the pruned model a little on plain text, so that its updates fit the full one."""
+    from loram_cli.cli.render import show_result, stage_lines
+    from loram_cli.stages import align, resolve
+
+    values = options.given(
+        data=data,
+        source=source,
+        out=out,
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        batch=batch,
+        micro_batch=micro_batch,
+        block_length=block_length,
+        save_steps=save_steps,
+        eval_steps=eval_steps,
+        train_lm_head=train_lm_head,
+        gradient_checkpointing=gradient_checkpointing,
+        device=device,
+        seed=seed,
+        force=force,
+    )
+    if bf16 is not None:
+        values["bf16"] = bf16
+    with options.reporter_for(json_output) as reporter:
+        directory, name = options.settle(run, None, reporter, remember=False)
+        options.tell_defaults(name, NAME, values, reporter)
+        result = align.run(resolve.align_spec(directory, name, values), reporter)
+        show_result(result, stage_lines(result), json_output)

@@ -1,0 +1,104 @@
+"""The ``loram`` command: wiring, and the last word on errors and exit codes."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+
+import click
+import typer
+
+from loram_cli import __version__
+from loram_cli.cli import align, evaluate, memory, prune, recover, run, train
+from loram_cli.errors import LoramError
+
+app = typer.Typer(
+    name="loram",
+    help="Fine-tune a large model on hardware that cannot hold it: train LoRA on a pruned model, "
+    "use it on the full one (LoRAM, arXiv 2502.13533).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (prune, align, train, recover, evaluate, memory, run):
+    app.command(module.NAME, epilog=module.EPILOG)(module.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def callback(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    """Hold the options of ``loram`` itself."""
+
+
+def main() -> None:
+    """Run the command line and exit with 0, 1 (failure), 2 (usage), 130 (Ctrl-C) or 143."""
+    _quiet_libraries()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(run_command(None))
+
+
+def run_command(arguments: list[str] | None) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: The words after ``loram``; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        outcome = typer.main.get_command(app).main(
+            args=arguments, prog_name="loram", standalone_mode=False
+        )
+        return outcome if isinstance(outcome, int) else 0
+    except LoramError as error:
+        return _fail(str(error), error.exit_code)
+    except click.exceptions.Abort:
+        return _fail("interrupted; the same command goes on where this one stopped", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", "loram")
+        return _fail(f"{error.format_message()}\nsee '{where} --help'", error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where this one stopped", 130)
+    except Exception as error:
+        if os.environ.get("LORAM_DEBUG"):
+            raise
+        if "No space left on device" in str(error):
+            return _fail("no space left on the disk\nfree some and run the same command", 1)
+        return _fail(
+            f"internal: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            "this is a bug in loram; LORAM_DEBUG=1 shows the traceback to report",
+            1,
+        )
+
+
+def _fail(text: str, code: int) -> int:
+    typer.echo(f"error: {text}", err=True)
+    return code
+
+
+def _quiet_libraries() -> None:
+    # Notes that libraries write for programmers; ours name flags and files instead.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    if not os.environ.get("LORAM_DEBUG"):
+        warnings.simplefilter("ignore")
+        for name in ("bitsandbytes", "peft", "accelerate", "datasets", "torch"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)

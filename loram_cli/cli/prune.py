@@ -1,0 +1,86 @@
+"""``loram prune``."""
+
+from typing import Annotated
+
+import typer
+
+from loram_cli.cli import options
+
+NAME = "prune"
+EPILOG = "Example: loram prune --model ./Llama-2-13b-hf --ratio 0.65 --calibration text.jsonl"
+
+
+def command(
+    strategy: Annotated[
+        str | None, typer.Option(help="rand: random groups; stru: ranked groups.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of groups to drop per pruned layer.")
+    ] = None,
+    model: options.Model = None,
+    run: options.Run = options.DEFAULT_RUN,
+    out: options.Out = None,
+    keep_first: Annotated[
+        int | None, typer.Option(help="First layers kept whole. [default: 4]")
+    ] = None,
+    keep_last: Annotated[
+        int | None, typer.Option(help="Last layers kept whole. [default: 2]")
+    ] = None,
+    importance: Annotated[
+        str | None, typer.Option(help="stru's ranking: taylor or l2 (no data).")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text for taylor: file, folder, data set id.")
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="Windows of text. [default: 10]")
+    ] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option(help="Tokens a window. [default: 128]")
+    ] = None,
+    seed: options.Seed = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json_output: options.Json = False,
+) -> None:
+    """Drop whole attention groups and MLP channels of the base, once, offline."""
+    from loram_cli.cli.render import print_json, show_result, stage_lines, stdout_console
+    from loram_cli.stages import prune, resolve
+    from loram_cli.units import format_bytes, format_params
+
+    values = options.given(
+        strategy=strategy,
+        ratio=ratio,
+        out=out,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        importance=importance,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+        calibration_length=calibration_length,
+        seed=seed,
+        force=force,
+    )
+    with options.reporter_for(json_output) as reporter:
+        directory, name = options.settle(run, model, reporter, remember=False)
+        options.tell_defaults(name, NAME, values, reporter)
+        spec = resolve.prune_spec(directory, name, values)
+        if dry_run:
+            plan = prune.plan(spec).results()
+            if json_output:
+                print_json(plan)
+                return
+            console = stdout_console()
+            console.print(
+                f"would prune {spec.model} ({format_params(plan['base_params'])}) into {spec.out}: "
+                f"{format_params(plan['pruned_params'])}, {plan['reduction']:.2f}x smaller, "
+                f"{format_bytes(plan['weight_bytes'])} on disk"
+            )
+            console.print("layer: attention heads / key-value heads / MLP channels")
+            for layer, (heads, kv_heads, channels) in plan["widths"].items():
+                console.print(f"{layer:>5}: {heads} / {kv_heads} / {channels}")
+            return
+        result = prune.run(spec, reporter)
+        if out is None:
+            directory.settle_model(model)
+        show_result(result, stage_lines(result), json_output)

@@ -1,0 +1,219 @@
+"""Progress, notes and tables on a terminal, and their plain forms elsewhere."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from loram_cli.reporting import Progress as ProgressProtocol
+from loram_cli.stages.common import StageResult
+from loram_cli.units import format_bytes, format_params, format_seconds
+
+_PLAIN_SECONDS = 10.0
+_NEXT = {
+    "prune": "loram align (or loram train, to skip alignment)",
+    "align": "loram train",
+    "train": "loram recover",
+    "recover": "loram eval",
+    "merge": "loram eval",
+}
+
+
+class ConsoleReporter:
+    """Draws on stderr: bars on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, *, quiet_notes: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._quiet = quiet_notes
+
+    def note(self, line: str) -> None:
+        """Print a note."""
+        if not self._quiet:
+            self._console.print(escape(line), style="dim")
+
+    def warn(self, line: str) -> None:
+        """Print a warning."""
+        self._console.print(f"warning: {escape(line)}", style="yellow")
+
+    @contextmanager
+    def progress(
+        self, label: str, total: float | None, unit: str = "it"
+    ) -> Iterator[ProgressProtocol]:
+        """Open a bar, or plain lines when stderr is no terminal."""
+        if not self._console.is_terminal:
+            plain = _PlainProgress(self._console, label, total, unit)
+            yield plain
+            plain.finish()
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+        )
+        with Progress(*columns, console=self._console, transient=True) as bars:
+            task = bars.add_task(label, total=total or 0, detail="", rate="")
+            yield _BarProgress(bars, task, unit)
+
+
+class _BarProgress:
+    def __init__(self, bars: Progress, task: TaskID, unit: str) -> None:
+        self._bars, self._task, self._unit = bars, task, unit
+        self._started, self._done = time.monotonic(), 0.0
+
+    def advance(self, steps: float = 1) -> None:
+        self._done += steps
+        rate = self._done / max(1e-6, time.monotonic() - self._started)
+        self._bars.update(self._task, advance=steps, rate=f"{rate:.1f} {self._unit}/s")
+
+    def detail(self, text: str) -> None:
+        self._bars.update(self._task, detail=text)
+
+
+class _PlainProgress:
+    def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
+        self._console, self._label, self._total, self._unit = console, label, total, unit
+        self._started = self._told = time.monotonic()
+        self._done = 0.0
+        self._detail = ""
+
+    def advance(self, steps: float = 1) -> None:
+        self._done += steps
+        now = time.monotonic()
+        if now - self._told >= _PLAIN_SECONDS:
+            self._told = now
+            self._line(now)
+
+    def detail(self, text: str) -> None:
+        self._detail = text
+
+    def finish(self) -> None:
+        if self._told != self._started:
+            self._line(time.monotonic())
+
+    def _line(self, now: float) -> None:
+        rate = self._done / max(1e-6, now - self._started)
+        parts = [f"{self._label}: {self._done:.0f}"]
+        if self._total:
+            parts[0] += f"/{self._total:.0f}"
+            left = max(0.0, self._total - self._done) / max(rate, 1e-6)
+            parts.append(f"{format_seconds(left)} left")
+        parts[0] += f" {self._unit}"
+        parts.insert(1, f"{rate:.1f} {self._unit}/s")
+        self._console.print(escape(", ".join([*parts, *filter(None, [self._detail])])))
+
+
+def show_result(result: StageResult, lines: Sequence[str], json_output: bool) -> None:
+    """Print what a stage did: JSON, or what was read and written, a few figures, what is next."""
+    if json_output:
+        print_json(result.to_mapping())
+        return
+    console = stdout_console()
+    state = "" if result.fresh else " (was done already; --force redoes it)"
+    console.print(f"{result.stage}: read {result.read}, wrote {result.wrote}{state}")
+    for line in lines:
+        console.print(f"  {line}")
+    if result.fresh:
+        console.print(
+            f"  took {format_seconds(result.manifest.wall_seconds)}, "
+            f"peak memory {format_bytes(result.manifest.peak_memory_bytes)} "
+            f"({format_bytes(result.manifest.peak_memory_increase_bytes)} above the start)"
+        )
+    if result.stage in _NEXT:
+        console.print(f"next: {_NEXT[result.stage]}")
+
+
+def stage_lines(result: StageResult) -> list[str]:
+    """The figures worth showing of a stage's result."""
+    r = result.manifest.results
+    if result.stage == "prune":
+        return [
+            f"{format_params(r['base_params'])} -> {format_params(r['pruned_params'])} parameters: "
+            f"{r['reduction']:.2f}x smaller ({r['removed_share']:.1%} of all parameters removed), "
+            f"{format_bytes(r['weight_bytes'])} on disk"
+        ]
+    if result.stage in ("align", "train"):
+        lines = []
+        if result.stage == "train":
+            trained_on = format_params(r["trained_on_params"])
+            lines.append(f"LoRA of {format_params(r['lora_params'])} parameters on {trained_on}")
+        if r.get("eval_loss_before") is not None:
+            before, after = r["eval_loss_before"], r["eval_loss_after"]
+            lines.append(f"held-out loss {before:.4f} -> {after:.4f} in {r['steps']} steps")
+        return [*lines, f"loss curve: {result.wrote / 'loss.png'}, {result.wrote / 'loss.csv'}"]
+    if result.stage == "recover":
+        return [
+            f"{r['modules']} modules verified: kept rows and columns equal, zero elsewhere; "
+            f"{format_params(r['small_params'])} -> {format_params(r['full_params'])} parameters"
+        ]
+    return []
+
+
+def eval_table(results: dict[str, Any]) -> Table:
+    """The comparison: a row per model, a column per score."""
+    title = "held-out results"
+    if results["bundled"]:
+        title += " (bundled sample, not the published benchmark)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for name in ("model", "trained on", "training memory", "training time"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    columns = list(
+        dict.fromkeys(
+            (s["task"], s["metric"]) for r in results["rows"].values() for s in r["scores"]
+        )
+    )
+    for task, metric in columns:
+        table.add_column(task if task == metric else f"{task}\n{metric}", justify="right")
+    for label, row in results["rows"].items():
+        training = row["training"] or {}
+        scores = {(s["task"], s["metric"]): s for s in row["scores"]}
+        table.add_row(
+            label,
+            format_params(training["trained_on_params"]) if training else "-",
+            format_bytes(training["peak_memory_increase_bytes"]) if training else "-",
+            format_seconds(training["wall_seconds"]) if training else "-",
+            *(_score_text(scores.get(column)) for column in columns),
+        )
+    return table
+
+
+def eval_remarks(results: dict[str, Any]) -> list[str]:
+    """Lines under the table: what was skipped and why, and how many documents were scored."""
+    first = next(iter(results["rows"].values()))["scores"]
+    remarks = [f"{s['task']}: not run, {s['skipped']}" for s in first if s["skipped"]]
+    counted = {s["task"]: s["samples"] for s in first if not s["skipped"]}
+    if counted:
+        remarks.append("documents: " + ", ".join(f"{task} {n}" for task, n in counted.items()))
+    remarks.append("training memory: peak above what was in use when training began")
+    return remarks
+
+
+def _score_text(score: dict[str, Any] | None) -> str:
+    if score is None or score["value"] is None:
+        return "not run"
+    if not score["higher_is_better"]:
+        return f"{score['value']:.3f}"
+    margin = f" ±{score['stderr']:.1%}" if score["stderr"] else ""
+    return f"{score['value']:.1%}{margin}"
+
+
+def stdout_console() -> Console:
+    """Stdout, wide enough for tables when it is not a terminal."""
+    width = None if sys.stdout.isatty() else max(130, shutil.get_terminal_size().columns)
+    return Console(highlight=False, soft_wrap=True, markup=False, width=width)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value) + "\n")

@@ -1,0 +1,77 @@
+"""``loram run``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loram_cli.cli import options
+
+NAME = "run"
+EPILOG = "Example: loram run recipes/demo.yaml"
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="YAML file with the stages; see recipes/.")],
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", envvar="LORAM_RUN", help="Run directory; else the recipe's."),
+    ] = None,
+    model: options.Model = None,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json_output: options.Json = False,
+) -> None:
+    """Run the stages of a recipe: what is done is skipped, what was interrupted goes on."""
+    from dataclasses import asdict, replace
+
+    from loram_cli.cli.render import (
+        eval_remarks,
+        eval_table,
+        print_json,
+        show_result,
+        stage_lines,
+        stdout_console,
+    )
+    from loram_cli.runs.rundir import RunDirectory
+    from loram_cli.stages import pipeline
+    from loram_cli.stages.common import StageResult
+    from loram_cli.stages.recipe import load_recipe
+    from loram_cli.units import format_bytes, format_params
+
+    loaded = load_recipe(recipe)
+    if model is not None:
+        loaded = replace(loaded, model=model)
+    console = stdout_console()
+    if dry_run:
+        plan = pipeline.dry_run(loaded)
+        if json_output:
+            print_json(asdict(plan))
+            return
+        console.print(
+            f"{loaded.model}: {format_params(plan.base_params)} -> "
+            f"{format_params(plan.pruned_params)} "
+            f"parameters to train on ({format_bytes(plan.pruned_weight_bytes)} in bf16, "
+            f"{format_bytes(plan.nf4_weight_bytes)} in NF4)"
+        )
+        for stage in plan.stages:
+            words = " ".join(f"{k}={v}" for k, v in plan.values.get(stage, {}).items())
+            console.print(f"  {stage}: {words}".rstrip(": "))
+        return
+    directory = RunDirectory(run or loaded.run or options.DEFAULT_RUN)
+
+    def tell(result: StageResult) -> None:
+        if not json_output:
+            show_result(result, stage_lines(result), False)
+
+    with options.reporter_for(json_output) as reporter:
+        results = pipeline.run(loaded, directory, force=force, reporter=reporter, on_result=tell)
+        if json_output:
+            print_json([result.to_mapping() for result in results])
+            return
+        for result in results:
+            if result.stage == "eval":
+                scores = dict(result.manifest.results)
+                console.print(eval_table(scores))
+                for remark in eval_remarks(scores):
+                    console.print(remark)

@@ -1,0 +1,96 @@
+"""``loram train``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loram_cli.cli import options
+
+NAME = "train"
+EPILOG = "Example: loram train --data instructions.jsonl --quantize nf4"
+
+
+def command(
+    data: Annotated[
+        str | None, typer.Option(help="Instructions: .jsonl file or data set id.")
+    ] = None,
+    run: options.Run = options.DEFAULT_RUN,
+    source: Annotated[
+        Path | None,
+        typer.Option("--in", help="Model directory, not the run's aligned or pruned one."),
+    ] = None,
+    out: options.Out = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out instructions.")] = None,
+    eval_examples: Annotated[
+        int | None, typer.Option(help="How many to hold out. [default: 64]")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="nf4: hold the frozen model in 4 bits.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: 400]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate. [default: 1e-5]")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Linear warm-up. [default: 100]")] = None,
+    batch: Annotated[int | None, typer.Option(help="Examples per step. [default: 128]")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Examples per pass. [default: 4]")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens per example. [default: 512]")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA r. [default: 8]")] = None,
+    alpha: Annotated[int | None, typer.Option(help="LoRA alpha. [default: 16]")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout. [default: 0.05]")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Modules, comma-separated. [default: all]")
+    ] = None,
+    loss_on: Annotated[str | None, typer.Option(help="answer or all. [default: answer]")] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps per checkpoint. [default: 50]")
+    ] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Steps per evaluation. [default: 50]")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    bf16: Annotated[bool | None, typer.Option(help="Compute in bfloat16.")] = None,
+    device: options.Device = None,
+    seed: options.Seed = None,
+    force: options.Force = False,
+    json_output: options.Json = False,
+) -> None:
+    """Fit LoRA on the small model (QLoRAM with --quantize nf4)."""
+    from loram_cli.cli.render import show_result, stage_lines
+    from loram_cli.stages import resolve, train
+
+    values = options.given(
+        data=data,
+        source=source,
+        out=out,
+        eval_data=eval_data,
+        eval_examples=eval_examples,
+        quantize=quantize,
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        batch=batch,
+        micro_batch=micro_batch,
+        max_length=max_length,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=tuple(targets.split(",")) if targets else None,
+        loss_on=loss_on,
+        save_steps=save_steps,
+        eval_steps=eval_steps,
+        gradient_checkpointing=gradient_checkpointing,
+        device=device,
+        seed=seed,
+        force=force,
+    )
+    if bf16 is not None:
+        values["bf16"] = bf16
+    with options.reporter_for(json_output) as reporter:
+        directory, name = options.settle(run, None, reporter, remember=False)
+        options.tell_defaults(name, NAME, values, reporter)
+        result = train.run(resolve.train_spec(directory, name, values), reporter)
+        show_result(result, stage_lines(result), json_output)

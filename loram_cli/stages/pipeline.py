@@ -1,0 +1,123 @@
+"""Run the stages of a recipe; what is done is skipped, what was interrupted goes on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from loram_cli.reporting import Reporter
+from loram_cli.runs.rundir import RunDirectory
+from loram_cli.stages import align, evaluate, prune, recover, resolve, train
+from loram_cli.stages.common import StageResult
+from loram_cli.stages.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a recipe would do.
+
+    Attributes:
+        stages: Names in order.
+        values: The values that each one sets.
+        base_params: Parameters of the base.
+        pruned_params: Parameters to train on.
+        pruned_weight_bytes: Their memory in bf16.
+        nf4_weight_bytes: Their memory in NF4, by the paper's count.
+    """
+
+    stages: tuple[str, ...]
+    values: dict[str, dict[str, Any]]
+    base_params: int
+    pruned_params: int
+    pruned_weight_bytes: int
+    nf4_weight_bytes: int
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Plan a recipe from its preset or from its base's config, without reading weights.
+
+    Raises:
+        LoramError: The base is not at hand and the recipe names no preset.
+        UsageError: Ratio or keep flags do not fit the model.
+    """
+    import math
+
+    from loram_cli.arch.registry import family_for
+    from loram_cli.arch.spec import Geometry
+    from loram_cli.checkpoint.index import read_config
+    from loram_cli.memory.presets import load_preset
+    from loram_cli.pruning.plan import layer_widths, per_layer_config
+
+    config = (
+        load_preset(recipe.preset)
+        if recipe.preset
+        else read_config(resolve.model_dir(recipe.model))
+    )
+    family = family_for(config, recipe.model)
+    section = recipe.section("prune")
+    chosen = {k: section[k] for k in ("keep_first", "keep_last") if k in section}
+    geometry = Geometry.from_config(config)
+    widths = layer_widths(geometry, section.get("ratio", prune.PruneSpec.ratio), **chosen)
+    narrow = {**config, "per_layer_config": per_layer_config(geometry, widths)}
+    base, pruned = (
+        sum(math.prod(shape) for shape in family.tensor_shapes(c).values())
+        for c in (config, narrow)
+    )
+    values = {stage: recipe.section(stage) for stage in recipe.stages}
+    return DryRun(recipe.stages, values, base, pruned, pruned * 2, pruned // 2)
+
+
+def run(
+    recipe: Recipe,
+    directory: RunDirectory,
+    *,
+    force: bool,
+    reporter: Reporter,
+    on_result: Callable[[StageResult], None],
+) -> list[StageResult]:
+    """Run every stage of a recipe in order.
+
+    Args:
+        recipe: What to run.
+        directory: Where outputs go.
+        force: Redo every stage.
+        reporter: Told of progress.
+        on_result: Called after each stage.
+
+    Raises:
+        LoramError: A stage failed; what was done before it stays done.
+    """
+    model = directory.settle_model(recipe.model)
+    results: list[StageResult] = []
+    for stage in recipe.stages:
+        for result in _run_stage(stage, recipe, directory, model, force, reporter):
+            on_result(result)
+            results.append(result)
+    return results
+
+
+def _run_stage(
+    stage: str,
+    recipe: Recipe,
+    directory: RunDirectory,
+    model: str,
+    force: bool,
+    reporter: Reporter,
+) -> list[StageResult]:
+    values = {**recipe.section(stage), "force": force}
+    if stage == "prune":
+        return [prune.run(resolve.prune_spec(directory, model, values), reporter)]
+    if stage == "align":
+        return [align.run(resolve.align_spec(directory, model, values), reporter)]
+    if stage == "train":
+        return [train.run(resolve.train_spec(directory, model, values), reporter)]
+    if stage == "full_lora":
+        values = {**recipe.section("train"), "force": force}
+        return [train.run(resolve.full_lora_spec(directory, model, values), reporter)]
+    if stage == "recover":
+        merge = values.pop("merge", False)
+        results = [recover.run(resolve.recover_spec(directory, model, values), reporter)]
+        if merge:
+            merging = resolve.merge_spec(directory, model, {"force": force})
+            results.append(recover.merge(merging, reporter))
+        return results
+    return [evaluate.run(resolve.eval_spec(directory, model, values), reporter)]

@@ -1,0 +1,143 @@
+"""From a run directory and a few values to a stage's spec: what the values leave open."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
+from loram_cli.specs import spec_from_mapping
+from loram_cli.stages.align import AlignSpec
+from loram_cli.stages.evaluate import EvalSpec
+from loram_cli.stages.prune import PruneSpec
+from loram_cli.stages.recipe import demo_recipe
+from loram_cli.stages.recover import MergeSpec, RecoverSpec
+from loram_cli.stages.train import TrainSpec
+
+Values = Mapping[str, Any]
+FULL_LORA = "full-lora"
+
+
+def model_dir(model: str) -> Path:
+    """The local directory of the demo base, a path or a hub id.
+
+    Raises:
+        LoramError: It cannot be had.
+    """
+    if model == DEMO_MODEL:
+        from importlib import resources
+
+        return Path(str(resources.files("loram_cli.demo") / "base"))
+    from loram_cli.checkpoint.sources import resolve_model
+
+    return resolve_model(model)
+
+
+def stage_defaults(model: str, stage: str) -> dict[str, Any]:
+    """What the demo base's own recipe sets for a stage; empty for any other model."""
+    return dict(demo_recipe().section(stage)) if model == DEMO_MODEL else {}
+
+
+def prune_spec(run: RunDirectory, model: str, values: Values) -> PruneSpec:
+    """The spec of ``prune``; the base and the place come from the run unless given."""
+    filled = {**stage_defaults(model, "prune"), "out": run.output("prune"), **values}
+    return spec_from_mapping(PruneSpec, {"model": model_dir(model), **filled}, "prune")
+
+
+def align_spec(run: RunDirectory, model: str, values: Values) -> AlignSpec:
+    """The spec of ``align``; it reads what ``prune`` wrote.
+
+    Raises:
+        UsageError: No text is given.
+    """
+    filled = {
+        **stage_defaults(model, "align"),
+        "source": run.output("prune"),
+        "out": run.output("align"),
+        **values,
+    }
+    _require(filled, "data", "align trains on plain text", "pass --data FILE_OR_FOLDER")
+    return spec_from_mapping(AlignSpec, filled, "align")
+
+
+def train_spec(run: RunDirectory, model: str, values: Values) -> TrainSpec:
+    """The spec of ``train``; it reads what ``align`` wrote, else what ``prune`` wrote.
+
+    Raises:
+        UsageError: No instructions are given.
+    """
+    filled = {**stage_defaults(model, "train"), "out": run.output("train"), **values}
+    if "source" not in filled:
+        filled["source"] = trainable(run)
+    _require(filled, "data", "train learns from instructions", "pass --data FILE.jsonl")
+    return spec_from_mapping(TrainSpec, filled, "train")
+
+
+def full_lora_spec(run: RunDirectory, model: str, values: Values) -> TrainSpec:
+    """The same training on the base itself, to compare with."""
+    places = {"source": model_dir(model), "out": run.path / FULL_LORA}
+    return train_spec(run, model, {**values, **places})
+
+
+def recover_spec(run: RunDirectory, model: str, values: Values) -> RecoverSpec:
+    """The spec of ``recover``; it reads what ``train`` wrote."""
+    places = {"adapter": run.output("train"), "out": run.output("recover")}
+    return spec_from_mapping(
+        RecoverSpec, {"model": model_dir(model), **places, **values}, "recover"
+    )
+
+
+def merge_spec(run: RunDirectory, model: str, values: Values) -> MergeSpec:
+    """The spec of ``recover --merge``'s second half; it reads the recovered adapter."""
+    places = {"adapter": run.output("recover"), "out": run.output("merge")}
+    return spec_from_mapping(MergeSpec, {"model": model_dir(model), **places, **values}, "merge")
+
+
+def eval_spec(run: RunDirectory, model: str, values: Values) -> EvalSpec:
+    """The spec of ``eval``; its rows are whatever the run has made."""
+    base = model_dir(model)
+    filled = {
+        **stage_defaults(model, "eval"),
+        "out": run.output("eval"),
+        "rows": eval_rows(run, base),
+        "demo_data": model == DEMO_MODEL and not values.get("task_data"),
+        **values,
+    }
+    return spec_from_mapping(EvalSpec, {"model": base, **filled}, "eval")
+
+
+def eval_rows(run: RunDirectory, base: Path) -> dict[str, tuple[Path, ...]]:
+    """Rows of a comparison: base, pruned as it is, LoRAM, and full LoRA where they exist."""
+    rows: dict[str, tuple[Path, ...]] = {"base": (base,)}
+    if run.is_done("prune"):
+        rows["pruned"] = (run.output("prune"),)
+    if run.is_done("recover"):
+        rows["loram"] = (base, run.output("recover"))
+    if (run.path / FULL_LORA / "loram.json").is_file():
+        rows[FULL_LORA] = (base, run.path / FULL_LORA)
+    return rows
+
+
+def trainable(run: RunDirectory) -> Path:
+    """The aligned model if there is one and it descends from the pruned one, else the pruned.
+
+    Raises:
+        LoramError: Nothing was pruned, or the alignment is of an older pruning.
+    """
+    if not run.is_done("prune"):
+        raise LoramError(f"{run.output('prune')}: no pruned model yet", "run 'loram prune' first")
+    if not run.is_done("align"):
+        return run.output("prune")
+    pruned, aligned = Manifest.read(run.output("prune")), Manifest.read(run.output("align"))
+    if aligned.inputs["source"]["key"] != pruned.key:
+        raise LoramError(
+            f"{run.output('align')}: was made from an older pruning than {run.output('prune')}",
+            "run 'loram align --force', or pass --in to choose",
+        )
+    return run.output("align")
+
+
+def _require(values: Values, key: str, why: str, hint: str) -> None:
+    if values.get(key) is None:
+        raise UsageError(f"--{key} is missing: {why}", hint)

@@ -1,0 +1,158 @@
+"""How a training run goes, and what it gives back."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from loram_cli.errors import UsageError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Settings shared by alignment and LoRA training.
+
+    Attributes:
+        learning_rate: Peak, after warm-up.
+        steps: Optimizer steps; or None and ``epochs``.
+        epochs: Passes over the data; or None and ``steps``.
+        batch: Sequences per optimizer step.
+        micro_batch: Sequences in memory at a time; divides ``batch``.
+        warmup_steps: Steps over which the rate rises from 0.
+        schedule: How it falls afterwards.
+        weight_decay: AdamW's.
+        max_grad_norm: Gradients are clipped to this norm.
+        optimizer: ``adamw``, or ``paged_adamw_8bit`` of bitsandbytes, which keeps a quarter of
+            the optimizer state.
+        precision: Of the computation; ``auto`` is bf16 on a GPU that has it, else fp32.
+        gradient_checkpointing: Recompute activations instead of keeping them.
+        checkpoint_steps: Write a checkpoint every so many steps.
+        eval_steps: Evaluate every so many steps, besides start and end; None for these two alone.
+        seed: Decides data order and dropout.
+    """
+
+    learning_rate: float
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 128
+    micro_batch: int = 4
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    precision: Precision = "auto"
+    gradient_checkpointing: bool = False
+    checkpoint_steps: int = 100
+    eval_steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UsageError: Names the setting and what it may be.
+        """
+        if (self.steps is None) == (self.epochs is None):
+            raise UsageError("either steps or epochs must be given, and not both")
+        for name in ("steps", "epochs", "batch", "micro_batch", "checkpoint_steps", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"{name} must be above 0, not {value}")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise UsageError(f"{name} must be a number above 0, not {value}")
+        if self.warmup_steps < 0 or not 0 <= self.weight_decay < float("inf"):
+            raise UsageError("warmup_steps and weight_decay must not be negative")
+        if self.batch % self.micro_batch:
+            raise UsageError(
+                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}",
+                "gradients of whole micro-batches are summed into a batch",
+            )
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """One point of a loss curve.
+
+    Attributes:
+        step: Optimizer steps done.
+        split: ``train``: mean over the step's batch; ``eval``: over the evaluation split.
+        loss: Mean negative log-likelihood per token that carries loss, in nats.
+        learning_rate: Of that step; None for ``eval``.
+    """
+
+    step: int
+    split: Literal["train", "eval"]
+    loss: float
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training run did.
+
+    Attributes:
+        steps: Optimizer steps done in all, those before a resume included.
+        history: The loss curve, in order.
+        trainable_params: How many parameters were trained.
+        precision: ``fp32`` or ``bf16``.
+        resumed_from: The step that a checkpoint gave back, or None.
+    """
+
+    steps: int
+    history: tuple[LossRow, ...]
+    trainable_params: int
+    precision: str
+    resumed_from: int | None
+
+    @property
+    def final_loss(self) -> float:
+        """The last step's training loss."""
+        return [row.loss for row in self.history if row.split == "train"][-1]
+
+    def eval_losses(self) -> tuple[float, float] | None:
+        """Evaluation loss at the start and at the end, or None without an evaluation split."""
+        losses = [row.loss for row in self.history if row.split == "eval"]
+        return (losses[0], losses[-1]) if losses else None
+
+
+def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf16"]:
+    """What ``auto`` means on a device.
+
+    On a CPU it is fp32: bf16 there is slower unless the CPU has matrix units for it.
+
+    Args:
+        precision: As asked for.
+        device: ``cpu``, ``cuda``, ...
+    """
+    if precision != "auto":
+        return precision
+    if device.startswith("cuda"):
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "fp32"
+
+
+def weights_dtype(precision: Precision, device: str, *, full_parameters: bool) -> torch.dtype:
+    """The type to load a model's weights in before training it.
+
+    Trained parameters are kept in fp32 whatever the computation, since bf16 has too few digits
+    for the small steps of a small learning rate; frozen ones follow the computation.
+    """
+    if full_parameters or resolve_precision(precision, device) == "fp32":
+        return torch.float32
+    return torch.bfloat16
+
+
+def curve_rows(log_history: list[dict[str, Any]]) -> tuple[LossRow, ...]:
+    """The loss curve in a trainer's log."""
+    rows = []
+    for entry in log_history:
+        if "loss" in entry:
+            rows.append(LossRow(entry["step"], "train", entry["loss"], entry["learning_rate"]))
+        elif "eval_loss" in entry:
+            rows.append(LossRow(entry["step"], "eval", entry["eval_loss"]))
+    return tuple(rows)

@@ -1,0 +1,27 @@
+"""Keeps libraries' advisory lines off the terminal: only the Reporter speaks to the user."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# bitsandbytes reports a missing optional CPU kernel whenever anything imports it, peft included.
+_LOGGERS = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "transformers")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Raise the level of the training libraries' loggers to errors while the block runs."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # The optimizer's first step comes before the scheduler's on resume as well; torch counts
+            # calls of a wrapper that accelerate replaces, and so believes otherwise.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)`")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,149 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loram_cli.cli.app import run_command
+from loram_cli.stages import pipeline
+from loram_cli.stages.recipe import load_recipe
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+FLAGS = ["--keep-first", "1", "--keep-last", "1", "--ratio", "0.5"]
+
+
+def loram(*words: object) -> int:
+    return run_command([str(word) for word in words])
+
+
+def test_chain_of_commands(base, text_file, instructions, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LORAM_RUN", str(tmp_path / "run"))
+    assert loram("prune", "--model", base, "--strategy", "rand", *FLAGS) == 0
+    assert "next: loram align" in capsys.readouterr().out
+    assert loram("train", "--data", instructions, "--steps", 2, "--batch", 4, "--no-bf16") == 0
+    assert loram("recover", "--merge", "--json") == 0
+    out = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert out["recover"]["results"]["modules"] == 29
+    data = f"perplexity={instructions}"
+    code = loram("eval", "--tasks", "perplexity,humaneval", "--task-data", data, "--limit", 8)
+    assert code == 0
+    table = capsys.readouterr().out
+    assert "loram" in table
+    assert "--allow-code-execution" in table
+    assert loram("memory-report") == 0
+    assert "pruned" in capsys.readouterr().out
+
+
+def test_same_command_again_is_done_already(base, tmp_path, capsys):
+    words = ["prune", "--run", tmp_path, "--model", base, "--strategy", "rand", *FLAGS]
+    assert loram(*words) == 0
+    assert loram(*words) == 0
+    assert "was done already" in capsys.readouterr().out
+    assert loram(*words[:-1], "0.6") == 2
+    assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["prune", "--ratio", "1.5"], 2, "--ratio 1.5 is outside (0, 1)"),
+        (["prune", "--strategy", "strut"], 2, "did you mean 'stru'"),
+        (["prune", "--nonsense"], 2, "--nonsense"),
+        (["prune", "--model", "./gone"], 1, "./gone: no such directory"),
+        (["align"], 1, "no finished output here"),
+        (["train"], 1, "run 'loram prune' first"),
+        (["recover"], 1, "no finished output here"),
+        (["eval", "--task-data", "gsm8k"], 2, "NAME=FILE"),
+        (["memory-report", "--preset", "llama2-13"], 2, "did you mean 'llama2-13b'"),
+        (["run", "gone.yaml"], 2, "gone.yaml"),
+    ],
+)
+def test_mistakes_are_one_or_two_lines(words, code, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LORAM_RUN", str(tmp_path / "run"))
+    assert loram(*words) == code
+    err = capsys.readouterr().err
+    assert message in err
+    errors = [line for line in err.splitlines() if not line.startswith(("no --model", "defaults"))]
+    assert len(errors) <= 2
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "pruned").exists()
+
+
+def test_dry_run_writes_nothing(base, tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["prune", "--run", run, "--model", base, "--strategy", "rand", *FLAGS, "--dry-run"]
+    assert loram(*words) == 0
+    assert "would prune" in capsys.readouterr().out
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipes_open_with_their_launch_line_and_dry_run(recipe: Path, capsys):
+    lines = recipe.read_text().splitlines()
+    assert lines[0] == f"# loram run recipes/{recipe.name}"
+    assert any("Memory:" in line for line in lines[:8])
+    plan = pipeline.dry_run(load_recipe(recipe))
+    assert plan.pruned_params < plan.base_params
+    assert loram("run", recipe, "--dry-run") == 0
+    assert "prune" in capsys.readouterr().out
+
+
+def test_unknown_recipe_keys_get_a_suggestion(tmp_path, capsys):
+    file = tmp_path / "r.yaml"
+    file.write_text("model: demo\nprune:\n  ratioo: 0.5\n")
+    assert loram("run", file) == 2
+    assert "did you mean 'ratio'" in capsys.readouterr().err
+    file.write_text("model: demo\nprune:\n  ratio: high\n")
+    assert loram("run", file) == 2
+    assert "a number is wanted, not 'high'" in capsys.readouterr().err
+
+
+def test_interrupt_is_130_and_leaves_nothing_half_written(base, text_file, tmp_path):
+    run = tmp_path / "run"
+    assert loram("prune", "--run", run, "--model", base, "--strategy", "rand", *FLAGS) == 0
+    words = ["align", "--run", str(run), "--data", str(text_file), "--steps", "100000"]
+    words += ["--batch", "4", "--block-length", "32", "--save-steps", "5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loram_cli", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    checkpoints = run / ".aligned.partial" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "goes on where this one stopped" in err
+    assert "Traceback" not in err
+    assert not (run / "aligned").exists()
+
+
+@pytest.mark.slow
+def test_real_weights_and_text(shared: Path, tmp_path, capsys):
+    model, data = shared / "models" / "stories260k", shared / "data"
+    run = ["--run", tmp_path / "run"]
+    text = ["--calibration", data / "wikitext2_valid.txt"]
+    keep = ["--keep-first", 1, "--keep-last", 1]
+    assert loram("prune", *run, "--model", model, "--ratio", 0.5, *keep, *text) == 0
+    words = ["--steps", 40, "--batch", 16, "--micro-batch", 16, "--learning-rate", 5e-3]
+    words += ["--warmup-steps", 5, "--data", data / "gsm8k_train.jsonl"]
+    assert loram("train", *run, *words) == 0
+    assert loram("recover", *run) == 0
+    test = f"perplexity={data / 'gsm8k_test.jsonl'}"
+    capsys.readouterr()
+    assert (
+        loram("eval", *run, "--tasks", "perplexity", "--task-data", test, "--limit", 100, "--json")
+        == 0
+    )
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"]["rows"]
+    scores = {label: row["scores"][0]["value"] for label, row in rows.items()}
+    assert scores["loram"] < scores["base"] < scores["pruned"]
