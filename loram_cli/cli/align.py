@@ -40,7 +40,9 @@ def command(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
-    bf16: Annotated[bool | None, typer.Option(help="Compute in bfloat16.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="auto, fp32 or bf16. [default: auto]")
+    ] = None,
     device: options.Device = None,
     seed: options.Seed = None,
     force: options.Force = False,
@@ -64,12 +66,11 @@ def command(
         eval_steps=eval_steps,
         train_lm_head=train_lm_head,
         gradient_checkpointing=gradient_checkpointing,
+        precision=precision,
         device=device,
         seed=seed,
         force=force,
     )
-    if bf16 is not None:
-        values["bf16"] = bf16
     with options.reporter_for(json_output) as reporter:
         directory, name = options.settle(run, None, reporter, remember=False)
         options.tell_defaults(name, NAME, values, reporter)

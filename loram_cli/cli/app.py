@@ -80,7 +80,7 @@ def run_command(arguments: list[str] | None) -> int:
         if "No space left on device" in str(error):
             return _fail("no space left on the disk\nfree some and run the same command", 1)
         return _fail(
-            f"internal: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            f"internal: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
             "this is a bug in loram; LORAM_DEBUG=1 shows the traceback to report",
             1,
         )

@@ -52,7 +52,9 @@ def command(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
-    bf16: Annotated[bool | None, typer.Option(help="Compute in bfloat16.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="auto, fp32 or bf16. [default: auto]")
+    ] = None,
     device: options.Device = None,
     seed: options.Seed = None,
     force: options.Force = False,
@@ -83,12 +85,11 @@ def command(
         save_steps=save_steps,
         eval_steps=eval_steps,
         gradient_checkpointing=gradient_checkpointing,
+        precision=precision,
         device=device,
         seed=seed,
         force=force,
     )
-    if bf16 is not None:
-        values["bf16"] = bf16
     with options.reporter_for(json_output) as reporter:
         directory, name = options.settle(run, None, reporter, remember=False)
         options.tell_defaults(name, NAME, values, reporter)

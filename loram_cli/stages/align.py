@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
@@ -29,7 +30,7 @@ class AlignSpec:
         eval_rows: Packed rows held out.
         train_lm_head: Train the head too; the reference code freezes it.
         gradient_checkpointing: Trade time for activation memory.
-        bf16: Compute in bfloat16 where the device does.
+        precision: ``bf16`` or ``fp32``; ``auto`` is bf16 on a GPU that has it.
         seed: Decides the order.
         device: Where to run; a GPU when there is one.
         force: Replace an existing output.
@@ -49,7 +50,7 @@ class AlignSpec:
     eval_rows: int = 32
     train_lm_head: bool = False
     gradient_checkpointing: bool = False
-    bf16: bool = True
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 42
     device: str | None = None
     force: bool = False
@@ -94,50 +95,57 @@ def _align(
     import torch
     import transformers
 
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import CheckpointIndex, read_config
+    from loram_cli.checkpoint.index import CheckpointIndex
     from loram_cli.checkpoint.sources import copy_companions
     from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
-    from loram_cli.training.curves import write_curve
-    from loram_cli.training.data import load_text, pack_blocks
-    from loram_cli.training.loop import FitOptions, fit
+    from loram_cli.training.curves import draw_curve, write_curve_csv
+    from loram_cli.training.data import load_text
+    from loram_cli.training.loop import fit_causal_text
+    from loram_cli.training.options import FitOptions
+    from loram_cli.training.tokens import pack_tokens
 
-    family = family_for(read_config(spec.source), str(spec.source))
     tokenizer = load_tokenizer(spec.source)
-    rows = pack_blocks(load_text(spec.data), tokenizer, spec.block_length)
+    rows = pack_tokens(load_text(spec.data), tokenizer, spec.block_length)
     held_out = min(spec.eval_rows, len(rows) // 10)
     eval_rows, train_rows = rows[:held_out], rows[held_out:]
     transformers.set_seed(spec.seed)
     start_meter()  # type: ignore[operator]
     # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
     model = load_causal_lm(spec.source, dtype=torch.float32, device=spec.device).train()
-    if not spec.train_lm_head:
-        model.get_submodule(family.lm_head).requires_grad_(False)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     options = FitOptions(
         learning_rate=spec.learning_rate,
-        max_steps=spec.steps,
+        steps=spec.steps,
         warmup_steps=spec.warmup_steps,
         batch=spec.batch,
         micro_batch=spec.micro_batch,
-        save_steps=spec.save_steps,
+        checkpoint_steps=spec.save_steps,
         eval_steps=spec.eval_steps,
         seed=spec.seed,
         gradient_checkpointing=spec.gradient_checkpointing,
-        bf16=spec.bf16,
+        precision=spec.precision,
     )
-    curve = fit(model, tokenizer, train_rows, eval_rows, options, path, reporter)
+    fitted = fit_causal_text(
+        model,
+        train_rows,
+        eval_rows,
+        options,
+        path,
+        reporter,
+        train_lm_head=spec.train_lm_head,
+    )
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)
     stored = next(iter(CheckpointIndex.open(spec.source).tensors.values())).dtype
     model.to(stored).save_pretrained(path, max_shard_size="5GB")
     shutil.copyfile(spec.source / "config.json", path / "config.json")
     copy_companions(spec.source, path)
-    write_curve(curve, path, "Alignment of the pruned model")
-    evals = [p.loss for p in curve if p.split == "eval"]
+    write_curve_csv(fitted.history, path / "loss.csv")
+    draw_curve(fitted.history, path / "loss.png", "Alignment of the pruned model")
+    evals = fitted.eval_losses()
     return {
         "steps": spec.steps,
         "tokens": spec.steps * spec.batch * spec.block_length,
-        "trained_params": trained,
-        "final_train_loss": round([p.loss for p in curve if p.split == "train"][-1], 4),
+        "trained_params": fitted.trainable_params,
+        "final_train_loss": round(fitted.final_loss, 4),
         "eval_loss_before": round(evals[0], 4) if evals else None,
-        "eval_loss_after": round(evals[-1], 4) if evals else None,
+        "eval_loss_after": round(evals[1], 4) if evals else None,
     }

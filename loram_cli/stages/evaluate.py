@@ -107,12 +107,12 @@ _DEMO_TASKS = ("gsm8k", "perplexity")
 def _demo_requests(spec: EvalSpec, path: Path) -> list[Any]:
     from loram_cli.demo.problems import load_demo
     from loram_cli.evaluation.requests import TaskRequest
-    from loram_cli.training.data import render_record
+    from loram_cli.training.data import load_instructions
 
     records = load_demo("test")[: spec.limit]
     file = path / "demo-gsm8k.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-    examples = [e for record in records for e in render_record(record, "demo:test")]
+    examples = load_instructions("demo:test", limit=spec.limit)
     requests = {
         "gsm8k": TaskRequest(
             "gsm8k", data_file=file, bundled=True, num_fewshot=spec.num_fewshot or 0
@@ -147,14 +147,14 @@ def _score_row(
     if done.is_file():
         return json.loads(done.read_text("utf-8"))
     from loram_cli.evaluation.harness import evaluate_model
+    from loram_cli.modeling.adapted import attach_adapter
     from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
-    from loram_cli.training.adapters import attach_lora
 
     reporter.note(f"evaluating {label}: {' + '.join(map(str, parts))}")
     dtype = "float32" if not _has_gpu(spec.device) else "auto"
     model = load_causal_lm(parts[0], dtype=dtype, device=spec.device)
     for adapter in parts[1:]:
-        model = attach_lora(model, adapter)
+        model = attach_adapter(model, adapter)
     scores = evaluate_model(
         model,
         load_tokenizer(spec.model),

@@ -1,5 +1,6 @@
 """Train: LoRA on the pruned (or aligned) model, or on any base for comparison."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class TrainSpec:
         eval_steps: Steps between evaluations.
         loss_on: ``answer`` alone, or ``all`` tokens.
         gradient_checkpointing: Trade time for activation memory.
-        bf16: Compute in bfloat16 where the device does.
+        precision: ``bf16`` or ``fp32``; ``auto`` is bf16 on a GPU that has it.
         seed: Decides order, split and dropout.
         device: Where to run; a GPU when there is one.
         force: Replace an existing output.
@@ -62,7 +63,7 @@ class TrainSpec:
     eval_steps: int = 50
     loss_on: Literal["answer", "all"] = "answer"
     gradient_checkpointing: bool = False
-    bf16: bool = True
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 42
     device: str | None = None
     force: bool = False
@@ -120,66 +121,62 @@ def _train(
     from loram_cli.arch.registry import family_for
     from loram_cli.checkpoint.index import read_config
     from loram_cli.modeling.narrow import load_tokenizer
-    from loram_cli.training.adapters import add_lora, check_targets, default_targets, save_lora
-    from loram_cli.training.curves import write_curve
-    from loram_cli.training.data import encode_examples
-    from loram_cli.training.loop import FitOptions, fit
+    from loram_cli.training.adapters import attach_lora, lora_config, lora_targets, save_adapter
+    from loram_cli.training.curves import draw_curve, write_curve_csv
+    from loram_cli.training.loop import fit_lora
+    from loram_cli.training.options import FitOptions
+    from loram_cli.training.tokens import tokenize_examples
 
     config = read_config(spec.source)
     family = family_for(config, str(spec.source))
     tied = bool(config.get("tie_word_embeddings"))
-    targets = spec.targets or default_targets(family, tied)
-    check_targets(targets, family)
-    if tied and not spec.targets:
-        reporter.note(
-            f"embeddings are tied: {family.lm_head_target} is left out of the LoRA targets"
-        )
-    tokenizer = load_tokenizer(spec.source)
-    encode = {"answer_only": spec.loss_on == "answer", "reporter": reporter}
-    train_examples, eval_examples = _split(spec, tokenizer, reporter)
-    train_rows = encode_examples(train_examples, tokenizer, spec.max_length, **encode)
-    eval_rows = (
-        encode_examples(eval_examples, tokenizer, spec.max_length, **encode)
-        if eval_examples
-        else []
+    targets = lora_targets(
+        family, tied_embeddings=tied, reporter=reporter, targets=spec.targets or None
     )
+    tokenizer = load_tokenizer(spec.source)
+    train_examples, eval_examples = _split(spec, tokenizer, reporter)
+
+    def encode(examples: list[Any]) -> list[Any]:
+        whole = spec.loss_on == "all"
+        return tokenize_examples(
+            examples, tokenizer, spec.max_length, reporter, loss_on_prompt=whole
+        )
+
+    train_rows = encode(train_examples)
+    eval_rows = encode(eval_examples) if eval_examples else []
     transformers.set_seed(spec.seed)
     start_meter()
     model = _load(spec, family)
     trained_on = CountedModel.of(spec.source)
-    model = add_lora(
-        model,
-        rank=spec.rank,
-        alpha=spec.alpha,
-        dropout=spec.dropout,
-        targets=targets,
-        quantized=spec.quantize is not None,
-    ).train()
+    config = lora_config(targets, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout)
+    model = attach_lora(model, config, seed=spec.seed).train()
     options = FitOptions(
         learning_rate=spec.learning_rate,
-        max_steps=spec.steps,
+        steps=spec.steps,
         warmup_steps=spec.warmup_steps,
         batch=spec.batch,
         micro_batch=spec.micro_batch,
-        save_steps=spec.save_steps,
+        checkpoint_steps=spec.save_steps,
         eval_steps=spec.eval_steps,
         seed=spec.seed,
         gradient_checkpointing=spec.gradient_checkpointing,
-        bf16=spec.bf16,
+        precision=spec.precision,
     )
-    curve = fit(model, tokenizer, train_rows, eval_rows, options, path, reporter)
-    save_lora(model, path)
-    write_curve(curve, path, "LoRA training")
-    evals = [p.loss for p in curve if p.split == "eval"]
+    fitted = fit_lora(model, train_rows, eval_rows, options, path, reporter)
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    save_adapter(model, path)
+    write_curve_csv(fitted.history, path / "loss.csv")
+    draw_curve(fitted.history, path / "loss.png", "LoRA training")
+    evals = fitted.eval_losses()
     return {
         "steps": spec.steps,
         "examples": len(train_rows),
         "targets": list(targets),
         "trained_on_params": trained_on.params,
-        "lora_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "final_train_loss": round([p.loss for p in curve if p.split == "train"][-1], 4),
+        "lora_params": fitted.trainable_params,
+        "final_train_loss": round(fitted.final_loss, 4),
         "eval_loss_before": round(evals[0], 4) if evals else None,
-        "eval_loss_after": round(evals[-1], 4) if evals else None,
+        "eval_loss_after": round(evals[1], 4) if evals else None,
     }
 
 
@@ -201,16 +198,19 @@ class CountedModel:
 
 
 def _load(spec: TrainSpec, family: Any) -> Any:
-    import torch
-
     from loram_cli.modeling.narrow import default_device, load_causal_lm
-    from loram_cli.modeling.quantize import nf4_config
+    from loram_cli.modeling.quantize import nf4_config, prepare_for_training
+    from loram_cli.training.options import weights_dtype
 
     device = spec.device or default_device()
-    # CPUs are slow at, and some lack, bfloat16 outside of matrix products.
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    quantization = nf4_config(dtype, family) if spec.quantize else None
-    return load_causal_lm(spec.source, dtype=dtype, device=device, quantization_config=quantization)
+    dtype = weights_dtype(spec.precision, device, full_parameters=False)
+    quantization = nf4_config(dtype, skip_modules=(family.lm_head,)) if spec.quantize else None
+    model = load_causal_lm(
+        spec.source, dtype=dtype, device=device, quantization_config=quantization
+    )
+    if spec.quantize:
+        prepare_for_training(model)
+    return model
 
 
 def _split(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> tuple[list[Any], list[Any]]:
@@ -218,9 +218,9 @@ def _split(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> tuple[list[An
 
     from loram_cli.training.data import load_instructions
 
-    examples = load_instructions(spec.data, tokenizer, reporter)
+    examples = load_instructions(spec.data, tokenizer=tokenizer, reporter=reporter)
     if spec.eval_data is not None:
-        held_out = load_instructions(spec.eval_data, tokenizer, reporter)
+        held_out = load_instructions(spec.eval_data, tokenizer=tokenizer, reporter=reporter)
         return examples, held_out[: spec.eval_examples]
     random.Random(spec.seed).shuffle(examples)
     count = min(spec.eval_examples, len(examples) // 10)

@@ -285,8 +285,10 @@ class _Chat:
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise LoramError(f"{where}: the chat template refuses it ({error})") from error
         # Some templates write a turn that is asked for differently from one that is there.
-        prompt = os.path.commonprefix([prompt, whole])
-        return Example(prompt, whole[len(prompt) :], special_tokens=False)
+        shared = 0
+        while shared < min(len(prompt), len(whole)) and prompt[shared] == whole[shared]:
+            shared += 1
+        return Example(whole[:shared], whole[shared:], special_tokens=False)
 
 
 def _plain_turn(messages: list[dict[str, str]]) -> Example:

@@ -127,6 +127,16 @@ def _fit(
         )
         if found is not None:
             reporter.note(f"going on from the checkpoint of step {found[1]} of {steps}")
+        arguments = training_arguments(
+            options,
+            folder,
+            steps=steps,
+            warmup_steps=warmup_steps,
+            precision=precision,
+            device=device,
+            evaluates=bool(evaluation),
+            fresh=found is None,
+        )
         interruption = Interruption()
         use_cache = model.config.use_cache
         model.config.use_cache = False
@@ -134,16 +144,7 @@ def _fit(
             with interruption.caught(), reporter.progress(label, steps, "step") as progress:
                 trainer = StepTrainer(
                     model=model,
-                    args=training_arguments(
-                        options,
-                        folder,
-                        steps=steps,
-                        warmup_steps=warmup_steps,
-                        precision=precision,
-                        device=device,
-                        evaluates=bool(evaluation),
-                        fresh=found is None,
-                    ),  # fmt: skip
+                    args=arguments,
                     data_collator=PadCollator(_pad_token_id(model), 8 if device == "cuda" else 1),
                     train_dataset=train,
                     eval_dataset=evaluation or None,

@@ -1,7 +1,6 @@
 """Keeps libraries' advisory lines off the terminal: only the Reporter speaks to the user."""
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,11 +16,7 @@ def quiet_libraries() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            # The optimizer's first step comes before the scheduler's on resume as well; torch counts
-            # calls of a wrapper that accelerate replaces, and so believes otherwise.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)`")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

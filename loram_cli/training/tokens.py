@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ class PadCollator:
 
 def _chunks(items: Iterable[Any]) -> Iterable[list[Any]]:
     iterator = iter(items)
-    while chunk := [item for _, item in zip(range(_TEXTS_AT_A_TIME), iterator, strict=False)]:
+    while chunk := list(islice(iterator, _TEXTS_AT_A_TIME)):
         yield chunk
 
 

@@ -24,7 +24,7 @@ def test_chain_of_commands(base, text_file, instructions, tmp_path, capsys, monk
     monkeypatch.setenv("LORAM_RUN", str(tmp_path / "run"))
     assert loram("prune", "--model", base, "--strategy", "rand", *FLAGS) == 0
     assert "next: loram align" in capsys.readouterr().out
-    assert loram("train", "--data", instructions, "--steps", 2, "--batch", 4, "--no-bf16") == 0
+    assert loram("train", "--data", instructions, "--steps", 2, "--batch", 4) == 0
     assert loram("recover", "--merge", "--json") == 0
     out = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert out["recover"]["results"]["modules"] == 29

@@ -27,7 +27,7 @@ def prune_spec(base: Path, out: Path, **changes: object) -> prune.PruneSpec:
 
 def train_spec(source: Path, out: Path, data: Path, **changes: object) -> train.TrainSpec:
     settings = {"steps": 3, "batch": 4, "micro_batch": 2, "learning_rate": 1e-2, "warmup_steps": 0}
-    settings |= {"max_length": 64, "eval_examples": 4, "bf16": False, "eval_steps": 2}
+    settings |= {"max_length": 64, "eval_examples": 4, "eval_steps": 2}
     return train.TrainSpec(source=source, out=out, data=str(data), **{**settings, **changes})
 
 
@@ -37,7 +37,7 @@ def chain(base: Path, text_file: Path, instructions: Path, tmp_path_factory) -> 
     prune.run(prune_spec(base, run / "pruned", strategy="stru", calibration=str(text_file)), SILENT)
     spec = align.AlignSpec(
         source=run / "pruned", out=run / "aligned", data=str(text_file), steps=2, batch=4,
-        block_length=32, bf16=False, learning_rate=1e-3,
+        block_length=32, learning_rate=1e-3,
     )  # fmt: skip
     align.run(spec, SILENT)
     train.run(train_spec(run / "aligned", run / "adapter", instructions), SILENT)

@@ -1,116 +1,259 @@
 import gzip
 import json
-from pathlib import Path
 
 import pytest
-from conftest import save_tokenizer
 
-from loram_cli.errors import LoramError
-from loram_cli.modeling.narrow import load_tokenizer
-from loram_cli.reporting import NullReporter
-from loram_cli.training.data import (
-    IGNORED_LABEL,
-    Example,
-    encode_examples,
-    load_instructions,
-    load_text,
-    pack_blocks,
-)
-
-SILENT = NullReporter()
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.training.data import Example, load_instructions, load_text, split_eval
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(directory)
-    return load_tokenizer(directory)
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(content, str | bytes):
+            content = "".join(json.dumps(record) + "\n" for record in content)
+        content = content.encode() if isinstance(content, str) else content
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        return str(path)
+
+    return write
 
 
-def write(tmp_path: Path, *rows: object) -> str:
-    file = tmp_path / "data.jsonl"
-    file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    return str(file)
+def test_text_file_is_cut_at_two_blank_lines_and_keeps_paragraphs_together(write):
+    source = write("a.txt", "one\n\nstill one\n\n \n\ntwo\n<|endoftext|>three\n")
+    assert load_text(source) == ["one\n\nstill one", "two\n", "three\n"]
+
+
+def test_long_text_is_cut_at_line_ends_and_nothing_is_lost(write):
+    text = "".join(f"line {i} of a long document\n" for i in range(3000))
+    documents = load_text(write("long.txt", text))
+    assert len(documents) > 3
+    assert "".join(documents) == text
+    assert all(document.endswith("\n") for document in documents)
+
+
+def test_text_without_any_line_end_is_cut_all_the_same(write):
+    assert [len(d) for d in load_text(write("a.txt", "x" * 50_001))] == [20_000, 20_000, 10_001]
+
+
+def test_folder_is_read_in_the_order_of_its_names(write, tmp_path):
+    write("corpus/b.jsonl", [{"text": "second"}, {"text": "third"}])
+    write("corpus/a.txt", "first")
+    write("corpus/sub/c.txt.gz", "fourth")
+    write("corpus/notes.md", "not data")
+    assert load_text(str(tmp_path / "corpus")) == ["first", "second", "third", "fourth"]
+
+
+def test_json_list_and_parquet_give_their_text(write, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    assert load_text(write("a.json", json.dumps([{"text": "x"}, {"text": "y"}]))) == ["x", "y"]
+    assert load_text(write("lines.json", [{"text": "x"}, {"text": "y"}])) == ["x", "y"]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["p", "q"]}), path)
+    assert load_text(str(path)) == ["p", "q"]
+
+
+def test_limit_and_empty_documents(write, reporter):
+    source = write("a.jsonl", [{"text": "x"}, {"text": " "}, {"text": "y"}, {"text": "z"}])
+    assert load_text(source, reporter=reporter) == ["x", "y", "z"]
+    assert "1 empty" in reporter.warnings[0]
+    assert load_text(source, limit=1) == ["x"]
+
+
+def test_instruction_records_serve_as_text(write):
+    source = write("a.jsonl", [{"question": "2+2?", "answer": "4"}])
+    assert load_text(source) == ["Question: 2+2?\nAnswer: 4"]
+
+
+def test_demo_sets_load():
+    assert load_text("demo:calibration", limit=3)
+    first = load_instructions("demo:train", limit=3)[0]
+    assert first.prompt.startswith("Question: ")
+    with pytest.raises(UsageError, match="demo:nothing"):
+        load_text("demo:nothing")
 
 
 @pytest.mark.parametrize(
-    ("record", "example"),
+    ("record", "prompt", "completion"),
     [
-        ({"prompt": "p", "completion": "c"}, Example("p", "c")),
-        ({"question": "q", "answer": "a"}, Example("Question: q\nAnswer:", " a")),
+        ({"prompt": "a", "completion": "b"}, "a", "b"),
+        ({"question": "a", "answer": "b"}, "Question: a\nAnswer:", " b"),
         (
-            {"instruction": "i", "output": "o"},
-            Example("### Instruction:\ni\n\n### Response:\n", "o"),
+            {"instruction": "Add.", "output": "b"},
+            "Below is an instruction that describes a task. Write a response that appropriately "
+            "completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n",
+            "b",
+        ),
+        (
+            {"instruction": "Add {x}.", "input": "1 {y}", "output": "b"},
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nAdd {x}.\n\n### Input:\n1 {y}\n\n### Response:\n",
+            "b",
         ),
     ],
 )
-def test_layouts(tmp_path: Path, tokenizer, record, example):
-    assert load_instructions(write(tmp_path, record), tokenizer, SILENT) == [example]
+def test_layouts(write, record, prompt, completion):
+    assert load_instructions(write("a.jsonl", [record])) == [Example(prompt, completion)]
 
 
-def test_every_assistant_turn_is_an_example(tmp_path: Path, tokenizer):
-    turns = [("user", "hi"), ("assistant", "hello"), ("user", "more"), ("assistant", "sure")]
-    record = {"messages": [{"role": r, "content": c} for r, c in turns]}
-    examples = load_instructions(write(tmp_path, record), tokenizer, SILENT)
-    assert [e.completion for e in examples] == ["hello", "sure"]
-    assert examples[1].prompt == "User: hi\nAssistant: hello\nUser: more\nAssistant: "
+def test_gsm8k_layout_is_lm_evals(shared_file):
+    import lm_eval.tasks
+    import yaml
+
+    folder = next(iter(lm_eval.tasks.__path__))
+    with open(f"{folder}/gsm8k/gsm8k.yaml") as file:
+        task = yaml.safe_load(file)
+    example = load_instructions(str(shared_file("data/gsm8k_train.jsonl")), limit=1)[0]
+    question = example.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+    assert task["doc_to_text"].replace("{{question}}", question) == example.prompt
+    assert example.completion.startswith(" ")
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (["{broken"], "line 1: not valid JSON"),
-        (
-            [{"prompt": "p", "completion": "c"}, {"text": "x"}],
-            "line 2: fields text; prompt/completion",
-        ),
-        ([{"prompt": "p", "completion": 3}], "line 1: field 'completion' must be text"),
-        ([{"prompt": "p", "completion": " "}], "line 1: the answer is empty"),
-        (["[1, 2]"], "line 1: a JSON object is wanted"),
-        ([], "no examples"),
-    ],
-)
-def test_bad_rows_name_their_line(tmp_path: Path, tokenizer, rows, message):
-    with pytest.raises(LoramError, match=message):
-        load_instructions(write(tmp_path, *rows), tokenizer, SILENT)
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Ciao"},
+]
 
 
-def test_broken_utf8_and_missing_files(tmp_path: Path, tokenizer):
-    (tmp_path / "data.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
-    with pytest.raises(LoramError, match="line 2: not UTF-8"):
-        load_text(str(tmp_path / "data.jsonl"))
-    with pytest.raises(LoramError, match="no such file or folder"):
-        load_text(str(tmp_path / "gone.txt"))
+def test_messages_without_template_fall_back_and_warn(write, tokenizer, reporter):
+    source = write("a.jsonl", [{"messages": MESSAGES}])
+    examples = load_instructions(source, tokenizer=tokenizer, reporter=reporter)
+    assert examples == [
+        Example("System: Be brief.\nUser: Hi\nAssistant:", " Hello"),
+        Example("System: Be brief.\nUser: Hi\nAssistant: Hello\nUser: Bye\nAssistant:", " Ciao"),
+    ]
+    assert "no chat template" in reporter.warnings[0]
 
 
-def test_text_sources(tmp_path: Path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo")
-    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as stream:
-        stream.write('{"text": "three"}\n')
-    assert load_text(str(tmp_path)) == ["one", "two", "three"]
-    assert load_text("demo:calibration")
+def test_messages_go_through_the_chat_template(write, tokenizer, reporter):
+    import copy
 
-
-def test_loss_is_on_the_answer_alone(tokenizer):
-    rows = encode_examples([Example("ab", "cd")], tokenizer, 64, answer_only=True, reporter=SILENT)
-    assert rows[0]["labels"][:2] == [IGNORED_LABEL] * 2
-    assert rows[0]["labels"][2:] == rows[0]["input_ids"][2:]
-    assert rows[0]["input_ids"][-1] == tokenizer.eos_token_id
-    everything = encode_examples(
-        [Example("ab", "cd")], tokenizer, 64, answer_only=False, reporter=SILENT
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    assert everything[0]["labels"] == everything[0]["input_ids"]
+    source = write("a.jsonl", [{"conversations": [
+        {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}])  # fmt: skip
+    examples = load_instructions(source, tokenizer=chatty, reporter=reporter)
+    assert examples == [Example("<s>[user]Hi</s>[assistant]", "Hello</s>", special_tokens=False)]
+    assert not reporter.warnings
 
 
-def test_an_answer_that_is_cut_off_is_dropped(tokenizer):
-    with pytest.raises(LoramError, match="--max-length"):
-        encode_examples([Example("a" * 9, "b")], tokenizer, 8, answer_only=True, reporter=SILENT)
+def test_a_template_that_refuses_is_one_clear_line(write, tokenizer):
+    import copy
+
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(LoramError, match=r"line 1: the chat template refuses it \(no system role"):
+        load_instructions(write("a.jsonl", [{"messages": MESSAGES}]), tokenizer=strict)
 
 
-def test_packing_loses_less_than_a_block(tokenizer):
-    texts = ["abcdefg"] * 10
-    blocks = pack_blocks(texts, tokenizer, 16)
-    assert len(blocks) == 10 * 8 // 16
-    assert all(len(b["input_ids"]) == 16 for b in blocks)
-    with pytest.raises(LoramError, match="less than one block"):
-        pack_blocks(["a"], tokenizer, 16)
+def test_empty_answers_are_left_out_with_a_warning(write, reporter):
+    records = [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "b"}]
+    assert len(load_instructions(write("a.jsonl", records), reporter=reporter)) == 1
+    assert "1 examples with an empty answer" in reporter.warnings[0]
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", GOOD + '{"prompt": \n', r"a\.jsonl, line 2: broken JSON"),
+        ("a.jsonl", GOOD + "\n[1]\n", r"line 3: an object .* not a list"),
+        ("a.jsonl", GOOD + '{"promt": "a", "completion": "b"}', r"line 2: no known layout \(fields: p"),
+        ("a.jsonl", '{"prompt": "a", "completion": 3}', r"line 1: field 'completion' must be text"),
+        ("a.jsonl", '{"question": null, "answer": "3"}', r"line 1: field 'question' must be text"),
+        ("a.jsonl", GOOD.encode() + b'{"prompt": "\xff"}', r"line 2: not UTF-8 .*0xff"),
+        ("a.jsonl", "", r"a\.jsonl: no examples"),
+        ("a.jsonl", '{"messages": []}', r"line 1: field 'messages' must be a list of messages"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', r"line 1: message 1 .* needs 'role'"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', r"no message of the assis"),
+        ("a.jsonl", "[" * 100_000, r"line 1: JSON is nested too deeply"),
+        ("a.json", '[{"prompt": "a",\n "completion" "b"}]', r"a\.json, line 2: broken JSON"),
+        ("a.json", '{"prompt": "a", "completion": "b"}', r"a list of records is wanted, not an obj"),
+        ("a.parquet", "no parquet at all", r"a\.parquet: not a readable parquet file"),
+        ("a.jsonl.gz", None, r"a\.jsonl\.gz: cannot be read"),
+        ("a.txt", "plain", r"a\.txt: plain text where records are wanted"),
+        ("a.csv", "x", r"a\.csv: unknown kind of data file"),
+    ],
+)  # fmt: skip
+def test_bad_instruction_data_is_one_clear_line(tmp_path, name, content, says):
+    path = tmp_path / name
+    if content is None:
+        path.write_bytes(gzip.compress(GOOD.encode() * 50)[:-12])
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(LoramError, match=says) as caught:
+        load_instructions(str(path))
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "/nowhere/data", "./x", "a/b/c"])
+def test_missing_local_source(source):
+    with pytest.raises(LoramError, match="no such file or folder"):
+        load_instructions(source)
+
+
+def test_empty_text_sources(write, tmp_path):
+    with pytest.raises(LoramError, match="no text in it"):
+        load_text(write("a.txt", " \n\n\n\n"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LoramError, match="holds no data file"):
+        load_text(str(tmp_path / "empty"))
+    with pytest.raises(LoramError, match=r"line 1: no field 'text' \(fields: body\)"):
+        load_text(write("b.jsonl", [{"body": "x"}]))
+
+
+def test_hub_failure_is_one_line(monkeypatch):
+    import datasets
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(LoramError, match="the hub did not give it") as caught:
+        load_instructions("owner/name:main@test")
+    assert "long trace" not in str(caught.value)
+
+
+def test_hub_id_carries_config_and_split(monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return iter([{"question": str(i), "answer": "b"} for i in range(9)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_instructions("openai/gsm8k:main@test", limit=4)) == 4
+    assert calls == [(("openai/gsm8k", "main"), {"split": "test", "streaming": True})]
+
+
+def test_split_is_disjoint_whole_and_seeded():
+    items = list(range(100))
+    train, evaluation = split_eval(items, 0.1, seed=1)
+    assert len(evaluation) == 10
+    assert sorted(train + evaluation) == items
+    assert (train, evaluation) == split_eval(items, 0.1, seed=1)
+    assert evaluation != split_eval(items, 0.1, seed=2)[1]
+    assert len(split_eval(items, 7, seed=1)[1]) == 7
+    assert split_eval(items, 0, seed=1) == (items, [])
+    assert len(split_eval([1, 2, 3], 0.01, seed=1)[1]) == 1
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, 100])
+def test_split_that_cannot_be(share):
+    with pytest.raises(UsageError, match="evaluation split"):
+        split_eval(list(range(100)), share, seed=0)
