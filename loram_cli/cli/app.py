@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 import warnings
+from typing import Any
 
-import click
 import typer
 
 from loram_cli import __version__
@@ -64,17 +64,11 @@ def run_command(arguments: list[str] | None) -> int:
         return outcome if isinstance(outcome, int) else 0
     except LoramError as error:
         return _fail(str(error), error.exit_code)
-    except click.exceptions.Abort:
-        return _fail("interrupted; the same command goes on where this one stopped", 130)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except click.ClickException as error:
-        where = getattr(getattr(error, "ctx", None), "command_path", "loram")
-        return _fail(f"{error.format_message()}\nsee '{where} --help'", error.exit_code)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted; the same command goes on where this one stopped", 130)
     except Exception as error:
+        if hasattr(error, "format_message"):
+            return _usage(error)
         if os.environ.get("LORAM_DEBUG"):
             raise
         if "No space left on device" in str(error):
@@ -84,6 +78,16 @@ def run_command(arguments: list[str] | None) -> int:
             "this is a bug in loram; LORAM_DEBUG=1 shows the traceback to report",
             1,
         )
+
+
+def _usage(error: Any) -> int:
+    """The line for a parsing error; typer's classes of it are not public."""
+    where = getattr(getattr(error, "ctx", None), "command_path", "loram")
+    text = error.format_message().strip()
+    if not text or "\n" in text:
+        error.show()
+        return 2
+    return _fail(f"{text}\nsee '{where} --help'", error.exit_code)
 
 
 def _fail(text: str, code: int) -> int:

@@ -42,8 +42,24 @@ def nf4_config(compute_dtype: torch.dtype, *, skip_modules: tuple[str, ...] = ("
     )
 
 
+def keep_standard_layout(model: Any) -> None:
+    """Keep 4-bit weights in the layout that they were loaded in.
+
+    On a CPU with bf16 instructions, bitsandbytes repacks a layer's weights in place the first
+    time that it runs in evaluation mode. That fails for widths that are no multiple of 64, which
+    pruned layers have, and rounds the block constants on the way back: an evaluation would change
+    the weights that are trained on.
+
+    Args:
+        model: Loaded with :func:`nf4_config`; changed in place.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def prepare_for_training(model: Any) -> None:
-    """Freeze a quantized model and raise its norms to fp32.
+    """Freeze a quantized model, keep its layout, and raise its norms to fp32.
 
     As PEFT's ``prepare_model_for_kbit_training``, except that embedding and head stay in their
     type: raising those too would cost more memory than all 4-bit layers of a well pruned model.
@@ -51,6 +67,7 @@ def prepare_for_training(model: Any) -> None:
     Args:
         model: Loaded with :func:`nf4_config`; changed in place.
     """
+    keep_standard_layout(model)
     model.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dim() == 1:

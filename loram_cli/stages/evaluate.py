@@ -79,12 +79,16 @@ def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
         from loram_cli.evaluation.requests import resolve_tasks
 
         others = [task for task in spec.tasks if not (spec.demo_data and task in _DEMO_TASKS)]
-        requests = resolve_tasks(
-            others,
-            spec.task_data,
-            prefer_bundled=spec.demo_data,
-            num_fewshot=spec.num_fewshot,
-            limit=spec.limit,
+        requests = (
+            resolve_tasks(
+                others,
+                spec.task_data,
+                prefer_bundled=spec.demo_data,
+                num_fewshot=spec.num_fewshot,
+                limit=spec.limit,
+            )
+            if others
+            else []
         )
         if spec.demo_data:
             requests = [*_demo_requests(spec, stage.path), *requests]

@@ -111,7 +111,6 @@ def _run_stage(
     if stage == "train":
         return [train.run(resolve.train_spec(directory, model, values), reporter)]
     if stage == "full_lora":
-        values = {**recipe.section("train"), "force": force}
         return [train.run(resolve.full_lora_spec(directory, model, values), reporter)]
     if stage == "recover":
         merge = values.pop("merge", False)

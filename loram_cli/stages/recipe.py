@@ -53,7 +53,7 @@ class Recipe:
 
     def section(self, stage: str) -> dict[str, Any]:
         """The values of one stage; empty when it is absent."""
-        return dict(getattr(self, stage, None) or {})
+        return dict(getattr(self, "train" if stage == "full_lora" else stage) or {})
 
     @property
     def stages(self) -> tuple[str, ...]:

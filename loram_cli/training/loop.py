@@ -19,7 +19,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.specs import digest_of, spec_to_mapping
 from loram_cli.training.checkpoints import newest_checkpoint
 from loram_cli.training.options import FitOptions, FitResult, curve_rows, resolve_precision
-from loram_cli.training.quiet import quiet_libraries
+from loram_cli.training.quiet import no_progress_bars, quiet_libraries
 from loram_cli.training.tokens import PadCollator, TokenRow
 
 
@@ -87,6 +87,21 @@ def fit_lora(
     return _fit(model, train, evaluation, options, work_dir, reporter, "train")
 
 
+def save_causal_lm(model: Any, out: Path, *, dtype: torch.dtype) -> None:
+    """Write a trained model as an ordinary Hugging Face directory.
+
+    Args:
+        model: From :func:`fit_causal_text`; changed in place to ``dtype``.
+        out: Directory to write into.
+        dtype: Of the tensors in the file, usually the pruned checkpoint's own.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    with quiet_libraries(), no_progress_bars():
+        model.save_pretrained(out, max_shard_size="5GB")
+
+
 def total_steps(options: FitOptions, rows: int) -> int:
     """Optimizer steps of a run over ``rows`` sequences."""
     if options.steps is not None:
@@ -105,7 +120,7 @@ def _fit(
     reporter: Reporter,
     label: str,
 ) -> FitResult:
-    with quiet_libraries():
+    with quiet_libraries(), no_progress_bars():
         # Imported here, where the libraries' own lines are kept quiet.
         from loram_cli.training.trainer import (
             Interruption,
@@ -172,7 +187,7 @@ def _fit(
         # Takes off the mixed-precision wrapper that the trainer put around forward.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if options.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
     model.eval()
     return FitResult(
         steps=done,

@@ -126,6 +126,10 @@ class StepTrainer(Trainer):
         self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": total / count}
         self.log(metrics)
+        # Tells the loop that this step has been evaluated.
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -134,7 +134,7 @@ def test_train_leaves_a_curve_and_no_checkpoints(chain: Path):
     assert {"loss.png", "loss.csv", "adapter_config.json", "loram.json"} <= names
     assert "checkpoints" not in names
     lines = (chain / "adapter" / "loss.csv").read_text().splitlines()
-    assert lines[0] == "step,split,loss"
+    assert lines[0] == "step,split,loss,learning_rate"
     assert {line.split(",")[1] for line in lines[1:]} == {"train", "eval"}
 
 
@@ -258,6 +258,6 @@ def test_diverging_training_says_so(chain: Path, instructions: Path, tmp_path: P
     spec = train_spec(
         chain / "pruned", tmp_path / "adapter", instructions, learning_rate=1e30, steps=4
     )
-    with pytest.raises(LoramError, match="lower --learning-rate"):
+    with pytest.raises(LoramError, match="lower the learning rate"):
         train.run(spec, SILENT)
     assert not (tmp_path / "adapter").exists()

@@ -108,9 +108,9 @@ def make_model_dir(tokenizer, tmp_path_factory):
             config.save_pretrained(path)
             plain = json.loads((path / "config.json").read_text())
             plain["per_layer_config"] = {"1": NARROW_LAYER}
+            plain["allow_global_per_layer_attribute_access"] = True
             (path / "config.json").write_text(json.dumps(plain))
             config = transformers.AutoConfig.from_pretrained(path)
-            config.allow_global_per_layer_attribute_access = True
             model = narrow_class(family_for({"model_type": "llama"}, "test"))(config)
         else:
             model = transformers.LlamaForCausalLM(config)

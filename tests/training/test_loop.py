@@ -11,7 +11,7 @@ import torch
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter
 from loram_cli.training.checkpoints import newest_checkpoint
-from loram_cli.training.loop import fit_causal_text, fit_lora, total_steps
+from loram_cli.training.loop import fit_causal_text, fit_lora, save_causal_lm, total_steps
 from loram_cli.training.options import FitOptions, resolve_precision, weights_dtype
 from loram_cli.training.tokens import TokenRow, pack_tokens
 
@@ -212,7 +212,7 @@ def test_tied_head_freezes_the_embedding_with_a_note(
     assert not torch.equal(model.get_input_embeddings().weight, before)
 
 
-def test_aligned_model_saves_and_loads_as_it_is(load, tokenizer, tmp_path):
+def test_aligned_model_saves_and_loads_as_it_is(load, tokenizer, tmp_path, capfd):
     model = load()
     blocks = pack_tokens(["one two three four " * 40], tokenizer, 32)
     options = replace(OPTIONS, precision="bf16", gradient_checkpointing=True)
@@ -220,10 +220,13 @@ def test_aligned_model_saves_and_loads_as_it_is(load, tokenizer, tmp_path):
     assert result.precision == "bf16"
     assert model.config.use_cache
     assert not model.is_gradient_checkpointing
-    model.save_pretrained(tmp_path / "out")
+    save_causal_lm(model, tmp_path / "out", dtype=torch.bfloat16)
+    loaded = load(tmp_path / "out", dtype="auto")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
-        assert torch.equal(load(tmp_path / "out")(ids).logits, model(ids).logits)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_gradient_checkpointing_changes_no_weight(with_lora, rows, tmp_path):
