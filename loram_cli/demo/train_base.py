@@ -179,7 +179,7 @@ def main(arguments: list[str]) -> None:
     transformers.Trainer(model=model, args=training, train_dataset=blocks).train()
     model = model.to(torch.bfloat16)
     model.config.use_cache = True
-    # Taken over from the config when the model was built: without it, greedy decoding is 10x slower.
+    # Taken from the config when the model was built; without it, decoding is 10x slower.
     model.generation_config.use_cache = True
     measured = score(model.float(), tokenizer)
     model.to(torch.bfloat16).save_pretrained(options.out)
