@@ -1,9 +1,10 @@
-"""A tiny random Llama with a byte-level tokenizer, and text to feed it."""
+"""Models and data that many tests share."""
 
 import json
 from pathlib import Path
 
 import pytest
+from tiny import make_base
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -13,45 +14,6 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared folder with real weights and data is absent")
     return SHARED
-
-
-def save_tokenizer(directory: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<eos>": 0, "<pad>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", model_max_length=256
-    )
-    fast.save_pretrained(directory)
-
-
-def make_base(directory: Path, seed: int = 0, **changes: object) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": 258,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 256,
-        "eos_token_id": 0,
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "tie_word_embeddings": False,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
-    model.save_pretrained(directory)
-    save_tokenizer(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tokenizer
+from tiny import save_tokenizer
 
 from loram_cli.arch.registry import families, family_for
 from loram_cli.arch.spec import Family, Geometry

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_base
 from safetensors.torch import load_file
+from tiny import make_base
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.modeling.narrow import load_causal_lm
