@@ -46,11 +46,11 @@ def draw_curve(rows: Sequence[LossRow], path: Path, title: str) -> None:
     elif train:
         axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, linewidth=1.8, label="train")
     if evaluation:
+        # A line between start and end alone would show a course that nobody measured.
+        style = {"linestyle": "-" if len(evaluation) > 2 else "none", "markersize": 6}
+        label = f"eval (last {evaluation[-1][1]:.3f})"
         axes.plot(*zip(*evaluation, strict=True), color=_EVAL_COLOUR, linewidth=1.8, marker="o",
-                  markersize=5, label="eval")  # fmt: skip
-        step, loss = evaluation[-1]
-        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8),
-                      ha="right", color=_EVAL_COLOUR, fontsize=9)  # fmt: skip
+                  label=label, **style)  # fmt: skip
     axes.set_title(title, loc="left", fontsize=11, color=_INK)
     axes.set_xlabel("optimizer step", color=_INK)
     axes.set_ylabel("loss (nats per token)", color=_INK)
