@@ -35,3 +35,14 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"question": f"What is {i} plus 1?", "answer": f"#### {i + 1}"} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture
+def shared_file():
+    def find(name):
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"reference input {name} is not beside the checkout")
+        return path
+
+    return find

@@ -40,3 +40,23 @@ def make_base(directory: Path, seed: int = 0, **changes: object) -> Path:
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
+
+
+def llama_like_tokenizer(*, pad: bool):
+    """Bytes as tokens, and a bos that it adds itself, like Llama's own; with or without a pad."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<s>", "</s>", *(["<pad>"] if pad else [])]
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    padding = {"pad_token": "<pad>"} if pad else {}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", **padding
+    )

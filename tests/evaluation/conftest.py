@@ -1,42 +1,16 @@
-"""A small random Llama with a byte-level tokenizer, and the reference inputs where present."""
+"""A small random Llama with a byte-level tokenizer."""
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
-
-SHARED = Path(__file__).resolve().parents[3] / "shared"
-
-
-@pytest.fixture
-def shared_file():
-    def find(name):
-        path = SHARED / name
-        if not path.exists():
-            pytest.skip(f"reference input {name} is not beside the checkout")
-        return path
-
-    return find
+from tiny import llama_like_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     """Bytes as tokens, plus bos and eos; no pad token, like Llama's own."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>"
-    )
+    return llama_like_tokenizer(pad=False)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,10 @@
 
 import json
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from tiny import llama_like_tokenizer
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 NARROW_LAYER = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -47,34 +46,10 @@ def reporter():
     return RecordingReporter()
 
 
-@pytest.fixture
-def shared_file():
-    def find(name):
-        path = SHARED / name
-        if not path.exists():
-            pytest.skip(f"reference input {name} is not beside the checkout")
-        return path
-
-    return find
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     """Bytes as tokens, with a bos that it adds itself, like Llama's own."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return llama_like_tokenizer(pad=True)
 
 
 @pytest.fixture(scope="session")
