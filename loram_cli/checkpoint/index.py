@@ -97,6 +97,11 @@ class CheckpointIndex:
         """Bytes of all tensors together."""
         return sum(entry.num_bytes for entry in self.tensors.values())
 
+    @property
+    def num_params(self) -> int:
+        """Elements of all tensors together."""
+        return sum(math.prod(entry.shape) for entry in self.tensors.values())
+
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]], ignored: Any) -> None:
         """Compare with the shapes that the config promises.
 

@@ -71,8 +71,8 @@ def command(
         seed=seed,
         force=force,
     )
-    with options.reporter_for(json_output) as reporter:
-        directory, name = options.settle(run, None, reporter, remember=False)
-        options.tell_defaults(name, NAME, values, reporter)
-        result = align.run(resolve.align_spec(directory, name, values), reporter)
-        show_result(result, stage_lines(result), json_output)
+    reporter = options.reporter_for(json_output)
+    directory, name = options.settle(run, None, reporter, remember=False)
+    options.tell_defaults(name, NAME, values, reporter)
+    result = align.run(resolve.align_spec(directory, name, values), reporter)
+    show_result(result, stage_lines(result), json_output)

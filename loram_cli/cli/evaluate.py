@@ -38,13 +38,7 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Compare base, pruned and recovered models on the same held-out tasks."""
-    from loram_cli.cli.render import (
-        eval_remarks,
-        eval_table,
-        print_json,
-        show_result,
-        stdout_console,
-    )
+    from loram_cli.cli.render import print_json, show_result, show_scores
     from loram_cli.stages import evaluate, resolve
 
     values = options.given(
@@ -60,21 +54,17 @@ def command(
         allow_code_execution=allow_code_execution,
         device=device,
         seed=seed,
-        force=True if out is None and not force else force,
+        force=out is None or force,
     )
-    with options.reporter_for(json_output) as reporter:
-        directory, name = options.settle(run, model, reporter, remember=False)
-        options.tell_defaults(name, NAME, values, reporter)
-        result = evaluate.run(resolve.eval_spec(directory, name, values), reporter)
-        if json_output:
-            print_json(result.to_mapping())
-            return
-        show_result(result, [], json_output)
-        console = stdout_console()
-        results = dict(result.manifest.results)
-        console.print(eval_table(results))
-        for remark in eval_remarks(results):
-            console.print(remark)
+    reporter = options.reporter_for(json_output)
+    directory, name = options.settle(run, model, reporter, remember=False)
+    options.tell_defaults(name, NAME, values, reporter)
+    result = evaluate.run(resolve.eval_spec(directory, name, values), reporter)
+    if json_output:
+        print_json(result.to_mapping())
+        return
+    show_result(result, [], json_output)
+    show_scores(result)
 
 
 def parse_task_data(entries: list[str]) -> dict[str, Path]:

@@ -44,25 +44,25 @@ def command(
         keep_last=keep_last,
         rank=rank,
     )
-    with options.reporter_for(json_output) as reporter:
-        if preset is None:
-            directory, name = options.settle(run, model, reporter, remember=False)
-            base = Path(name) if Path(name).is_file() else resolve.model_dir(name)
-            values["model"] = base
-            if directory.is_done("prune") and not ratio and model is None:
-                values["pruned"] = directory.output("prune")
-        elif model is not None:
-            values["model"] = Path(model)
-        result = report.run(
-            spec_from_mapping(report.MemoryReportSpec, values, "memory-report"), reporter
-        )
-        if json_output:
-            print_json(result.to_mapping())
-            return
-        console = stdout_console()
-        console.print(memory_table(result))
-        for note in result.notes:
-            console.print(note)
+    reporter = options.reporter_for(json_output)
+    if preset is None:
+        directory, name = options.settle(run, model, reporter, remember=False)
+        base = Path(name) if Path(name).is_file() else resolve.model_dir(name)
+        values["model"] = base
+        if directory.is_done("prune") and not ratio and model is None:
+            values["pruned"] = directory.output("prune")
+    elif model is not None:
+        values["model"] = Path(model)
+    result = report.run(
+        spec_from_mapping(report.MemoryReportSpec, values, "memory-report"), reporter
+    )
+    if json_output:
+        print_json(result.to_mapping())
+        return
+    console = stdout_console()
+    console.print(memory_table(result))
+    for note in result.notes:
+        console.print(note)
 
 
 def memory_table(result: object) -> object:

@@ -1,7 +1,5 @@
 """Options that several commands share, and how a command turns flags into values."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,9 +66,8 @@ def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-@contextlib.contextmanager
-def reporter_for(json_output: bool) -> Iterator[Reporter]:
+def reporter_for(json_output: bool) -> Reporter:
     """The reporter of a command; it draws on stderr, and with ``--json`` tells no notes."""
     from loram_cli.cli.render import ConsoleReporter
 
-    yield ConsoleReporter(quiet_notes=json_output)
+    return ConsoleReporter(quiet_notes=json_output)

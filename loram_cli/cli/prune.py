@@ -61,26 +61,26 @@ def command(
         seed=seed,
         force=force,
     )
-    with options.reporter_for(json_output) as reporter:
-        directory, name = options.settle(run, model, reporter, remember=False)
-        options.tell_defaults(name, NAME, values, reporter)
-        spec = resolve.prune_spec(directory, name, values)
-        if dry_run:
-            plan = prune.plan(spec).results()
-            if json_output:
-                print_json(plan)
-                return
-            console = stdout_console()
-            console.print(
-                f"would prune {spec.model} ({format_params(plan['base_params'])}) into {spec.out}: "
-                f"{format_params(plan['pruned_params'])}, {plan['reduction']:.2f}x smaller, "
-                f"{format_bytes(plan['weight_bytes'])} on disk"
-            )
-            console.print("layer: attention heads / key-value heads / MLP channels")
-            for layer, (heads, kv_heads, channels) in plan["widths"].items():
-                console.print(f"{layer:>5}: {heads} / {kv_heads} / {channels}")
+    reporter = options.reporter_for(json_output)
+    directory, name = options.settle(run, model, reporter, remember=False)
+    options.tell_defaults(name, NAME, values, reporter)
+    spec = resolve.prune_spec(directory, name, values)
+    if dry_run:
+        plan = prune.plan(spec).results()
+        if json_output:
+            print_json(plan)
             return
-        result = prune.run(spec, reporter)
-        if out is None:
-            directory.settle_model(model)
-        show_result(result, stage_lines(result), json_output)
+        console = stdout_console()
+        console.print(
+            f"would prune {spec.model} ({format_params(plan['base_params'])}) into {spec.out}: "
+            f"{format_params(plan['pruned_params'])}, {plan['reduction']:.2f}x smaller, "
+            f"{format_bytes(plan['weight_bytes'])} on disk"
+        )
+        console.print("layer: attention heads / key-value heads / MLP channels")
+        for layer, (heads, kv_heads, channels) in plan["widths"].items():
+            console.print(f"{layer:>5}: {heads} / {kv_heads} / {channels}")
+        return
+    result = prune.run(spec, reporter)
+    if out is None:
+        directory.settle_model(model)
+    show_result(result, stage_lines(result), json_output)

@@ -31,17 +31,17 @@ def command(
     from loram_cli.cli.render import print_json, show_result, stage_lines
     from loram_cli.stages import recover, resolve
 
-    with options.reporter_for(json_output) as reporter:
-        directory, name = options.settle(run, model, reporter, remember=False)
-        values = options.given(adapter=adapter, out=out, force=force)
-        result = recover.run(resolve.recover_spec(directory, name, values), reporter)
-        if not merge:
-            show_result(result, stage_lines(result), json_output)
-            return
-        values = options.given(adapter=result.wrote, out=merge_out, force=force)
-        merged = recover.merge(resolve.merge_spec(directory, name, values), reporter)
-        if json_output:
-            print_json({"recover": result.to_mapping(), "merge": merged.to_mapping()})
-            return
+    reporter = options.reporter_for(json_output)
+    directory, name = options.settle(run, model, reporter, remember=False)
+    values = options.given(adapter=adapter, out=out, force=force)
+    result = recover.run(resolve.recover_spec(directory, name, values), reporter)
+    if not merge:
         show_result(result, stage_lines(result), json_output)
-        show_result(merged, stage_lines(merged), json_output)
+        return
+    values = options.given(adapter=result.wrote, out=merge_out, force=force)
+    merged = recover.merge(resolve.merge_spec(directory, name, values), reporter)
+    if json_output:
+        print_json({"recover": result.to_mapping(), "merge": merged.to_mapping()})
+        return
+    show_result(result, stage_lines(result), json_output)
+    show_result(merged, stage_lines(merged), json_output)

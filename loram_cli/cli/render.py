@@ -160,6 +160,15 @@ def stage_lines(result: StageResult) -> list[str]:
     return []
 
 
+def show_scores(result: StageResult) -> None:
+    """Print the comparison of an evaluation, and the remarks under it."""
+    console = stdout_console()
+    results = dict(result.manifest.results)
+    console.print(eval_table(results))
+    for remark in eval_remarks(results):
+        console.print(remark)
+
+
 def eval_table(results: dict[str, Any]) -> Table:
     """The comparison: a row per model, a column per score."""
     title = "held-out results"

@@ -26,10 +26,9 @@ def command(
     from dataclasses import asdict, replace
 
     from loram_cli.cli.render import (
-        eval_remarks,
-        eval_table,
         print_json,
         show_result,
+        show_scores,
         stage_lines,
         stdout_console,
     )
@@ -64,14 +63,11 @@ def command(
         if not json_output:
             show_result(result, stage_lines(result), False)
 
-    with options.reporter_for(json_output) as reporter:
-        results = pipeline.run(loaded, directory, force=force, reporter=reporter, on_result=tell)
-        if json_output:
-            print_json([result.to_mapping() for result in results])
-            return
-        for result in results:
-            if result.stage == "eval":
-                scores = dict(result.manifest.results)
-                console.print(eval_table(scores))
-                for remark in eval_remarks(scores):
-                    console.print(remark)
+    reporter = options.reporter_for(json_output)
+    results = pipeline.run(loaded, directory, force=force, reporter=reporter, on_result=tell)
+    if json_output:
+        print_json([result.to_mapping() for result in results])
+        return
+    for result in results:
+        if result.stage == "eval":
+            show_scores(result)

@@ -7,7 +7,6 @@ modelling half of transformers lands.
 """
 
 import importlib
-import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
 from loram_cli.checkpoint.index import read_config
 from loram_cli.errors import LoramError
+from loram_cli.modeling.quiet import no_progress_bars, quiet_libraries
 
 
 @cache
@@ -71,7 +71,7 @@ def load_causal_lm(
     # Global widths stay readable: the base class's __init__ needs them before layers are replaced.
     config.allow_global_per_layer_attribute_access = True
     kwargs = {} if quantization_config is None else {"quantization_config": quantization_config}
-    with _quiet_transformers():
+    with quiet_libraries(), no_progress_bars():
         model, report = narrow_class(family).from_pretrained(
             model_dir,
             config=config,
@@ -102,7 +102,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     import transformers
 
     try:
-        with _quiet_transformers():
+        with quiet_libraries(), no_progress_bars():
             tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise LoramError(
@@ -117,22 +117,3 @@ def load_tokenizer(model_dir: Path) -> Any:
 def default_device() -> str:
     """``cuda`` when a GPU is usable, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class _quiet_transformers:
-    """Keep transformers' advisory lines and bars off the terminal while a model loads."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self._verbosity = hf_logging.get_verbosity()
-        self._bars = hf_logging.is_progress_bar_enabled()
-        hf_logging.set_verbosity(logging.CRITICAL)
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *exc: object) -> None:
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.set_verbosity(self._verbosity)
-        if self._bars:
-            hf_logging.enable_progress_bar()

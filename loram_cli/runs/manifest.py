@@ -30,7 +30,7 @@ class Manifest:
         keep: Per pruned layer the kept indices (``key_value_heads``, ``intermediate``), carried
             along so that an adapter directory is enough to recover from.
         results: What the stage measured.
-        wall_seconds: Time the stage took, summed over resumptions.
+        wall_seconds: Time the stage took, since it was last resumed.
         peak_memory_bytes: Highest memory while it ran (device memory on a GPU, else resident).
         peak_memory_increase_bytes: The same, less what was in use when the stage began.
     """

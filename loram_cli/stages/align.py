@@ -1,14 +1,16 @@
 """Align: a little full-parameter training of the pruned model on text (paper, section 3.3)."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loram_cli.errors import LoramError, UsageError
+from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
+from loram_cli.stages.fitting import check_fit, finish_fit, fit_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +58,8 @@ class AlignSpec:
     force: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "block_length", "learning_rate", "steps", "batch", "micro_batch")
-        check_positive(self, "save_steps", "eval_steps")
-        if self.batch % self.micro_batch:
-            raise UsageError(
-                f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch}"
-            )
+        check_positive(self, "block_length")
+        check_fit(self)
 
 
 def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
@@ -89,7 +87,7 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
 
 
 def _align(
-    spec: AlignSpec, path: Path, start_meter: object, reporter: Reporter
+    spec: AlignSpec, path: Path, start_meter: Callable[[], None], reporter: Reporter
 ) -> dict[str, object]:
     import peft  # noqa: F401 - imported here so that its memory is not charged to training
     import torch
@@ -98,10 +96,8 @@ def _align(
     from loram_cli.checkpoint.index import CheckpointIndex
     from loram_cli.checkpoint.sources import copy_companions
     from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
-    from loram_cli.training.curves import draw_curve, write_curve_csv
     from loram_cli.training.data import load_text
-    from loram_cli.training.loop import fit_causal_text
-    from loram_cli.training.options import FitOptions
+    from loram_cli.training.loop import fit_causal_text, save_causal_lm
     from loram_cli.training.tokens import pack_tokens
 
     tokenizer = load_tokenizer(spec.source)
@@ -109,43 +105,26 @@ def _align(
     held_out = min(spec.eval_rows, len(rows) // 10)
     eval_rows, train_rows = rows[:held_out], rows[held_out:]
     transformers.set_seed(spec.seed)
-    start_meter()  # type: ignore[operator]
+    start_meter()
     # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
     model = load_causal_lm(spec.source, dtype=torch.float32, device=spec.device).train()
-    options = FitOptions(
-        learning_rate=spec.learning_rate,
-        steps=spec.steps,
-        warmup_steps=spec.warmup_steps,
-        batch=spec.batch,
-        micro_batch=spec.micro_batch,
-        checkpoint_steps=spec.save_steps,
-        eval_steps=spec.eval_steps,
-        seed=spec.seed,
-        gradient_checkpointing=spec.gradient_checkpointing,
-        precision=spec.precision,
-    )
     fitted = fit_causal_text(
         model,
         train_rows,
         eval_rows,
-        options,
+        fit_options(spec),
         path,
         reporter,
         train_lm_head=spec.train_lm_head,
     )
-    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    losses = finish_fit(fitted, path, "Alignment of the pruned model")
     stored = next(iter(CheckpointIndex.open(spec.source).tensors.values())).dtype
-    model.to(stored).save_pretrained(path, max_shard_size="5GB")
+    save_causal_lm(model, path, dtype=stored)
     shutil.copyfile(spec.source / "config.json", path / "config.json")
     copy_companions(spec.source, path)
-    write_curve_csv(fitted.history, path / "loss.csv")
-    draw_curve(fitted.history, path / "loss.png", "Alignment of the pruned model")
-    evals = fitted.eval_losses()
     return {
         "steps": spec.steps,
         "tokens": spec.steps * spec.batch * spec.block_length,
         "trained_params": fitted.trainable_params,
-        "final_train_loss": round(fitted.final_loss, 4),
-        "eval_loss_before": round(evals[0], 4) if evals else None,
-        "eval_loss_after": round(evals[1], 4) if evals else None,
+        **losses,
     }

@@ -66,10 +66,15 @@ def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
     Raises:
         LoramError: A task's data cannot be had, or a model cannot be loaded.
     """
+    from loram_cli.checkpoint.identity import identify
     from loram_cli.runs.digests import file_digest
 
+    # Most rows share the base, and its digests are read from all of its shards.
+    models = {parts[0] for parts in spec.rows.values()}
+    identities = {model: identify(model).to_mapping() for model in models}
     inputs: dict[str, Any] = {
-        f"row {label}": _row_input(parts) for label, parts in spec.rows.items()
+        f"row {label}": _row_input(parts, identities[parts[0]])
+        for label, parts in spec.rows.items()
     }
     for name, file in spec.task_data.items():
         inputs[f"task {name}"] = {"path": str(file), "bytes": file_digest(file)}
@@ -128,12 +133,11 @@ def _demo_requests(spec: EvalSpec, path: Path) -> list[Any]:
     return [requests[task] for task in spec.tasks if task in requests]
 
 
-def _row_input(parts: tuple[Path, ...]) -> dict[str, Any]:
+def _row_input(parts: tuple[Path, ...], identity: dict[str, str]) -> dict[str, Any]:
     from loram_cli.checkpoint.adapter import WEIGHTS_NAME
-    from loram_cli.checkpoint.identity import identify
     from loram_cli.runs.digests import file_digest
 
-    record = {"path": " + ".join(map(str, parts)), **identify(parts[0]).to_mapping()}
+    record = {"path": " + ".join(map(str, parts)), **identity}
     for adapter in parts[1:]:
         record["adapter"] = file_digest(adapter / WEIGHTS_NAME)
     return record
@@ -151,14 +155,14 @@ def _score_row(
     if done.is_file():
         return json.loads(done.read_text("utf-8"))
     from loram_cli.evaluation.harness import evaluate_model
-    from loram_cli.modeling.adapted import attach_adapter
     from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
+    from loram_cli.training.adapters import load_adapter
 
     reporter.note(f"evaluating {label}: {' + '.join(map(str, parts))}")
     dtype = "float32" if not _has_gpu(spec.device) else "auto"
     model = load_causal_lm(parts[0], dtype=dtype, device=spec.device)
     for adapter in parts[1:]:
-        model = attach_adapter(model, adapter)
+        model = load_adapter(model, adapter)
     scores = evaluate_model(
         model,
         load_tokenizer(spec.model),

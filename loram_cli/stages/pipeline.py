@@ -39,11 +39,10 @@ def dry_run(recipe: Recipe) -> DryRun:
         LoramError: The base is not at hand and the recipe names no preset.
         UsageError: Ratio or keep flags do not fit the model.
     """
-    import math
-
     from loram_cli.arch.registry import family_for
     from loram_cli.arch.spec import Geometry
     from loram_cli.checkpoint.index import read_config
+    from loram_cli.memory.account import count_params
     from loram_cli.memory.presets import load_preset
     from loram_cli.pruning.plan import layer_widths, per_layer_config
 
@@ -58,10 +57,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     geometry = Geometry.from_config(config)
     widths = layer_widths(geometry, section.get("ratio", prune.PruneSpec.ratio), **chosen)
     narrow = {**config, "per_layer_config": per_layer_config(geometry, widths)}
-    base, pruned = (
-        sum(math.prod(shape) for shape in family.tensor_shapes(c).values())
-        for c in (config, narrow)
-    )
+    base, pruned = (count_params(family, c).total for c in (config, narrow))
     values = {stage: recipe.section(stage) for stage in recipe.stages}
     return DryRun(recipe.stages, values, base, pruned, pruned * 2, pruned // 2)
 

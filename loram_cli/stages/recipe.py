@@ -1,6 +1,6 @@
 """Recipes: the stages of a run in one YAML file, typed."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -49,7 +49,7 @@ class Recipe:
     train: dict[str, Any] | None = None
     full_lora: bool = False
     recover: dict[str, Any] | None = None
-    eval: dict[str, Any] | None = field(default=None)
+    eval: dict[str, Any] | None = None
 
     def section(self, stage: str) -> dict[str, Any]:
         """The values of one stage; empty when it is absent."""

@@ -78,20 +78,25 @@ def check_base(manifest: Manifest, model: Path, adapter: Path) -> dict[str, Any]
     return {"path": str(model), **identity}
 
 
+def _open_inputs(
+    spec: RecoverSpec | MergeSpec, stage: str, otherwise: str
+) -> tuple[Manifest, dict[str, Any]]:
+    """The adapter's manifest and the record of both inputs, once they are known to fit."""
+    check_out_of_tree(spec.out, spec.model, spec.adapter)
+    manifest = Manifest.read(spec.adapter)
+    if manifest.stage != stage:
+        raise LoramError(f"{spec.adapter}: was made by '{manifest.stage}', {otherwise}")
+    base = check_base(manifest, spec.model, spec.adapter)
+    return manifest, {"base": base, "adapter": adapter_input(spec.adapter, manifest)}
+
+
 def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
     """Scatter an adapter to the base's shapes and check it factor by factor.
 
     Raises:
         LoramError: Another base, an adapter that does not fit, or a failed check.
     """
-    check_out_of_tree(spec.out, spec.model, spec.adapter)
-    manifest = Manifest.read(spec.adapter)
-    if manifest.stage != "train":
-        raise LoramError(
-            f"{spec.adapter}: was made by '{manifest.stage}', 'train' output is wanted"
-        )
-    base = check_base(manifest, spec.model, spec.adapter)
-    inputs = {"base": base, "adapter": adapter_input(spec.adapter, manifest)}
+    manifest, inputs = _open_inputs(spec, "train", "'train' output is wanted")
     with stage_run("recover", spec, inputs, spec.adapter) as stage:
         if stage.finished is not None:
             return stage.finished
@@ -118,7 +123,7 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
                 "full_params": _params(full),
                 "training": training_record(manifest),
             },
-            base=base,
+            base=inputs["base"],
             keep=manifest.keep,
         )
 
@@ -165,16 +170,9 @@ def merge(spec: MergeSpec, reporter: Reporter) -> StageResult:
     """
     from loram_cli.checkpoint.index import CheckpointIndex
 
-    check_out_of_tree(spec.out, spec.model, spec.adapter)
-    manifest = Manifest.read(spec.adapter)
-    if manifest.stage != "recover":
-        raise LoramError(
-            f"{spec.adapter}: was made by '{manifest.stage}', run 'loram recover' first"
-        )
-    base = check_base(manifest, spec.model, spec.adapter)
+    _, inputs = _open_inputs(spec, "recover", "run 'loram recover' first")
     index = CheckpointIndex.open(spec.model)
     check_free_disk(spec.out, index.num_bytes)
-    inputs = {"base": base, "adapter": adapter_input(spec.adapter, manifest)}
     with stage_run("merge", spec, inputs, spec.adapter) as stage:
         if stage.finished is not None:
             return stage.finished
@@ -189,7 +187,7 @@ def merge(spec: MergeSpec, reporter: Reporter) -> StageResult:
         (stage.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(spec.model, stage.path)
         results = {"modules": len(adapter.pairs), "weight_bytes": index.num_bytes}
-        return stage.commit(results, base=base, keep={})
+        return stage.commit(results, base=inputs["base"], keep={})
 
 
 def merge_weights(

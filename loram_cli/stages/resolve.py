@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
 from loram_cli.specs import spec_from_mapping
 from loram_cli.stages.align import AlignSpec
@@ -114,7 +114,7 @@ def eval_rows(run: RunDirectory, base: Path) -> dict[str, tuple[Path, ...]]:
         rows["pruned"] = (run.output("prune"),)
     if run.is_done("recover"):
         rows["loram"] = (base, run.output("recover"))
-    if (run.path / FULL_LORA / "loram.json").is_file():
+    if (run.path / FULL_LORA / MANIFEST_NAME).is_file():
         rows[FULL_LORA] = (base, run.path / FULL_LORA)
     return rows
 

@@ -1,6 +1,5 @@
 """Train: LoRA on the pruned (or aligned) model, or on any base for comparison."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
+from loram_cli.stages.fitting import check_fit, finish_fit, fit_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +69,10 @@ class TrainSpec:
     force: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "max_length", "rank", "alpha", "learning_rate", "steps", "batch")
-        check_positive(self, "micro_batch", "save_steps", "eval_steps")
+        check_positive(self, "max_length", "rank", "alpha")
+        check_fit(self)
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout {self.dropout} is outside [0, 1)")
-        if self.batch % self.micro_batch:
-            raise UsageError(
-                f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch}"
-            )
 
 
 def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
@@ -119,12 +115,10 @@ def _train(
     import transformers
 
     from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import read_config
+    from loram_cli.checkpoint.index import CheckpointIndex, read_config
     from loram_cli.modeling.narrow import load_tokenizer
     from loram_cli.training.adapters import attach_lora, lora_config, lora_targets, save_adapter
-    from loram_cli.training.curves import draw_curve, write_curve_csv
     from loram_cli.training.loop import fit_lora
-    from loram_cli.training.options import FitOptions
     from loram_cli.training.tokens import tokenize_examples
 
     config = read_config(spec.source)
@@ -147,54 +141,19 @@ def _train(
     transformers.set_seed(spec.seed)
     start_meter()
     model = _load(spec, family)
-    trained_on = CountedModel.of(spec.source)
-    config = lora_config(targets, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout)
-    model = attach_lora(model, config, seed=spec.seed).train()
-    options = FitOptions(
-        learning_rate=spec.learning_rate,
-        steps=spec.steps,
-        warmup_steps=spec.warmup_steps,
-        batch=spec.batch,
-        micro_batch=spec.micro_batch,
-        checkpoint_steps=spec.save_steps,
-        eval_steps=spec.eval_steps,
-        seed=spec.seed,
-        gradient_checkpointing=spec.gradient_checkpointing,
-        precision=spec.precision,
-    )
-    fitted = fit_lora(model, train_rows, eval_rows, options, path, reporter)
-    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    lora = lora_config(targets, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout)
+    model = attach_lora(model, lora, seed=spec.seed).train()
+    fitted = fit_lora(model, train_rows, eval_rows, fit_options(spec), path, reporter)
     save_adapter(model, path)
-    write_curve_csv(fitted.history, path / "loss.csv")
-    draw_curve(fitted.history, path / "loss.png", "LoRA training")
-    evals = fitted.eval_losses()
+    losses = finish_fit(fitted, path, "LoRA training")
     return {
         "steps": spec.steps,
         "examples": len(train_rows),
         "targets": list(targets),
-        "trained_on_params": trained_on.params,
+        "trained_on_params": CheckpointIndex.open(spec.source).num_params,
         "lora_params": fitted.trainable_params,
-        "final_train_loss": round(fitted.final_loss, 4),
-        "eval_loss_before": round(evals[0], 4) if evals else None,
-        "eval_loss_after": round(evals[1], 4) if evals else None,
+        **losses,
     }
-
-
-@dataclass(frozen=True)
-class CountedModel:
-    """How many parameters a model directory holds."""
-
-    params: int
-
-    @classmethod
-    def of(cls, directory: Path) -> "CountedModel":
-        """Count from the headers alone."""
-        import math
-
-        from loram_cli.checkpoint.index import CheckpointIndex
-
-        index = CheckpointIndex.open(directory)
-        return cls(sum(math.prod(entry.shape) for entry in index.tensors.values()))
 
 
 def _load(spec: TrainSpec, family: Any) -> Any:

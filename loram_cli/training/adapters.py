@@ -9,9 +9,9 @@ import torch
 
 from loram_cli.arch.spec import Family
 from loram_cli.errors import UsageError
+from loram_cli.modeling.quiet import quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.specs import unknown_name
-from loram_cli.training.quiet import quiet_libraries
 
 
 def lora_targets(
@@ -100,6 +100,19 @@ def attach_lora(model: Any, config: Any, *, seed: int) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return get_peft_model(model, config)
+
+
+def load_adapter(model: Any, adapter_dir: Path) -> Any:
+    """Put a finished adapter on a model, for inference.
+
+    Args:
+        model: The model that the adapter's shapes fit.
+        adapter_dir: Written by ``train`` or ``recover``.
+    """
+    with quiet_libraries():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, adapter_dir).eval()
 
 
 def save_adapter(model: Any, out: Path, *, base_model: str | None = None) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from loram_cli.errors import LoramError
+from loram_cli.modeling.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.specs import digest_of, spec_to_mapping
 from loram_cli.training.checkpoints import newest_checkpoint
 from loram_cli.training.options import FitOptions, FitResult, curve_rows, resolve_precision
-from loram_cli.training.quiet import no_progress_bars, quiet_libraries
 from loram_cli.training.tokens import PadCollator, TokenRow
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.training.quiet import quiet_libraries
+from loram_cli.modeling.quiet import quiet_libraries
 
 DEMO_PREFIX = "demo:"
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from loram_cli.errors import LoramError
+from loram_cli.modeling.quiet import quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.training.data import Example
-from loram_cli.training.quiet import quiet_libraries
 
 IGNORED_LABEL = -100
 _TEXTS_AT_A_TIME = 256
