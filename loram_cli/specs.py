@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar
 from loram_cli.errors import UsageError
 
 T = TypeVar("T")
+# An error is a line or two; lm-eval alone knows thousands of tasks.
+_MOST_NAMES = 16
 
 
 def spec_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -59,7 +61,9 @@ def unknown_name(kind: str, name: str, known: typing.Iterable[str], where: str) 
     """The error for a name that does not exist, with the nearest one that does."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+    more = f", and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    known_names = ", ".join(names[:_MOST_NAMES]) + more
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {known_names}"
     return UsageError(f"{where}: unknown {kind} '{name}'", hint)
 
 

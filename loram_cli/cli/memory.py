@@ -70,16 +70,19 @@ def memory_table(result: object) -> object:
     from rich import box
     from rich.table import Table
 
-    from loram_cli.units import GIB, format_params
+    from loram_cli.units import GIB, MIB, format_params
 
+    # One unit for the whole table, so that its rows compare; a tiny model would be 0.00 GiB.
+    large = max(row.weight_bytes for row in result.rows) >= GIB / 2
+    unit, unit_bytes = ("GiB", GIB) if large else ("MiB", MIB)
     table = Table(
         title=f"{result.source}: parameters and weight memory",
         box=box.SIMPLE_HEAD,
         title_justify="left",
     )
     names = (
-        "model", "parameters", "removed", "paper count", "reduction", "paper GiB", "weights GiB",
-        "LoRA", "training GiB*",
+        "model", "parameters", "removed", "paper count", "reduction", f"paper {unit}",
+        f"weights {unit}", "LoRA", f"training {unit}*",
     )  # fmt: skip
     for name in names:
         table.add_column(name, justify="left" if name == "model" else "right")
@@ -90,9 +93,9 @@ def memory_table(result: object) -> object:
             f"{row.removed_share:.1%}",
             f"{row.paper_params:,}",
             f"{row.paper_reduction:.2f}x",
-            f"{row.paper_weight_bytes / GIB:.2f}",
-            f"{row.weight_bytes / GIB:.2f}",
+            f"{row.paper_weight_bytes / unit_bytes:.2f}",
+            f"{row.weight_bytes / unit_bytes:.2f}",
             format_params(row.lora_params),
-            f"{row.training_bytes_without_activations / GIB:.2f}",
+            f"{row.training_bytes_without_activations / unit_bytes:.2f}",
         )
     return table
