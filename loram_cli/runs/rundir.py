@@ -33,6 +33,19 @@ class RunDirectory:
         """Whether the stage's output is there and whole."""
         return (self.output(stage) / MANIFEST_NAME).is_file()
 
+    def require(self, stage: str) -> Path:
+        """The stage's output, which must be there.
+
+        Raises:
+            LoramError: It is not; says which command writes it.
+        """
+        if not self.is_done(stage):
+            command = "recover --merge" if stage == "merge" else stage
+            raise LoramError(
+                f"{self.output(stage)}: nothing finished there yet", f"run 'loram {command}' first"
+            )
+        return self.output(stage)
+
     def remembered_model(self) -> str | None:
         """The base model of this run, or None before the first command.
 

@@ -50,13 +50,11 @@ def align_spec(run: RunDirectory, model: str, values: Values) -> AlignSpec:
 
     Raises:
         UsageError: No text is given.
+        LoramError: Nothing was pruned.
     """
-    filled = {
-        **stage_defaults(model, "align"),
-        "source": run.output("prune"),
-        "out": run.output("align"),
-        **values,
-    }
+    filled = {**stage_defaults(model, "align"), "out": run.output("align"), **values}
+    if "source" not in filled:
+        filled["source"] = run.require("prune")
     _require(filled, "data", "align trains on plain text", "pass --data FILE_OR_FOLDER")
     return spec_from_mapping(AlignSpec, filled, "align")
 
@@ -81,11 +79,15 @@ def full_lora_spec(run: RunDirectory, model: str, values: Values) -> TrainSpec:
 
 
 def recover_spec(run: RunDirectory, model: str, values: Values) -> RecoverSpec:
-    """The spec of ``recover``; it reads what ``train`` wrote."""
-    places = {"adapter": run.output("train"), "out": run.output("recover")}
-    return spec_from_mapping(
-        RecoverSpec, {"model": model_dir(model), **places, **values}, "recover"
-    )
+    """The spec of ``recover``; it reads what ``train`` wrote.
+
+    Raises:
+        LoramError: Nothing was trained.
+    """
+    filled = {"model": model_dir(model), "out": run.output("recover"), **values}
+    if "adapter" not in filled:
+        filled["adapter"] = run.require("train")
+    return spec_from_mapping(RecoverSpec, filled, "recover")
 
 
 def merge_spec(run: RunDirectory, model: str, values: Values) -> MergeSpec:
@@ -125,11 +127,10 @@ def trainable(run: RunDirectory) -> Path:
     Raises:
         LoramError: Nothing was pruned, or the alignment is of an older pruning.
     """
-    if not run.is_done("prune"):
-        raise LoramError(f"{run.output('prune')}: no pruned model yet", "run 'loram prune' first")
+    source = run.require("prune")
     if not run.is_done("align"):
-        return run.output("prune")
-    pruned, aligned = Manifest.read(run.output("prune")), Manifest.read(run.output("align"))
+        return source
+    pruned, aligned = Manifest.read(source), Manifest.read(run.output("align"))
     if aligned.inputs["source"]["key"] != pruned.key:
         raise LoramError(
             f"{run.output('align')}: was made from an older pruning than {run.output('prune')}",
