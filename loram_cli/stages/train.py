@@ -173,14 +173,10 @@ def _load(spec: TrainSpec, family: Any) -> Any:
 
 
 def _split(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> tuple[list[Any], list[Any]]:
-    import random
-
-    from loram_cli.training.data import load_instructions
+    from loram_cli.training.data import load_instructions, split_eval
 
     examples = load_instructions(spec.data, tokenizer=tokenizer, reporter=reporter)
     if spec.eval_data is not None:
         held_out = load_instructions(spec.eval_data, tokenizer=tokenizer, reporter=reporter)
         return examples, held_out[: spec.eval_examples]
-    random.Random(spec.seed).shuffle(examples)
-    count = min(spec.eval_examples, len(examples) // 10)
-    return examples[count:], examples[:count]
+    return split_eval(examples, min(spec.eval_examples, len(examples) // 10), spec.seed)
