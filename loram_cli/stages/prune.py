@@ -220,76 +220,15 @@ def _keep_indices(
 ) -> "dict[int, LayerKeep]":
     from loram_cli.pruning.plan import pruned_layers
     from loram_cli.pruning.select import keep_highest, keep_random
+    from loram_cli.stages.ranking import group_scores
 
     layers = pruned_layers(len(planned.before.layers), spec.keep_first, spec.keep_last)
     if spec.strategy == "rand":
         return {
             i: keep_random(planned.before.layers[i], planned.after[i], spec.seed, i) for i in layers
         }
-    score = _taylor_scores if spec.needs_calibration else _l2_scores
-    scores = score(spec, planned, layers, reporter)
+    scores = group_scores(spec, planned, layers, reporter)
     return {i: keep_highest(scores[i], planned.after[i]) for i in layers}
-
-
-def _l2_scores(
-    spec: PruneSpec, planned: PrunePlan, layers: range, reporter: Reporter
-) -> dict[int, Any]:
-    from loram_cli.checkpoint.reader import TensorReader
-    from loram_cli.pruning.scores import l2_salience, layer_scores
-
-    scores = {}
-    with (
-        TensorReader(planned.index) as reader,
-        reporter.progress("rank", len(layers), "layer") as bar,
-    ):
-        for i in layers:
-            prefix = planned.family.layer_prefix(i)
-            scores[i] = layer_scores(
-                planned.family,
-                planned.before.layers[i],
-                lambda module, prefix=prefix: l2_salience(
-                    reader.read(f"{prefix}{module.name}.weight")
-                ),
-            )
-            bar.advance()
-    return scores
-
-
-def _taylor_scores(
-    spec: PruneSpec, planned: PrunePlan, layers: range, reporter: Reporter
-) -> dict[int, Any]:
-    from loram_cli.modeling.gradients import loss_gradients
-    from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
-    from loram_cli.pruning.calibrate import calibration_windows
-    from loram_cli.pruning.scores import layer_scores, taylor_salience
-    from loram_cli.training.data import load_text
-
-    assert spec.calibration is not None
-    texts = load_text(spec.calibration)
-    windows = calibration_windows(
-        texts,
-        load_tokenizer(spec.model),
-        spec.calibration_samples,
-        spec.calibration_length,
-        spec.seed,
-    )
-    model = load_causal_lm(spec.model)
-    family = planned.family
-    names = [
-        f"{family.layer_prefix(i)}{module.name}.weight" for i in layers for module in family.modules
-    ]
-    scores = {}
-    with loss_gradients(model, names, windows, reporter) as gradients:
-        for i in layers:
-            prefix = family.layer_prefix(i)
-            scores[i] = layer_scores(
-                family,
-                planned.before.layers[i],
-                lambda module, prefix=prefix: taylor_salience(
-                    *gradients[f"{prefix}{module.name}.weight"]
-                ).cpu(),
-            )
-    return scores
 
 
 def _write_weights(
