@@ -1,5 +1,6 @@
 """Rank the groups of every pruned layer: by magnitude, or by gradients on calibration text."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loram_cli.reporting import Reporter
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def group_scores(
-    spec: "PruneSpec", planned: "PrunePlan", layers: range, reporter: Reporter
+    spec: "PruneSpec", planned: "PrunePlan", layers: range, work: Path, reporter: Reporter
 ) -> "dict[int, LayerScores]":
     """Score every group of the given layers as ``spec.importance`` says.
 
@@ -18,6 +19,7 @@ def group_scores(
         spec: How to prune.
         planned: The base and its widths.
         layers: The layers to be pruned.
+        work: The directory being written, for what does not fit the calibration's memory.
         reporter: Told of progress.
 
     Returns:
@@ -27,11 +29,11 @@ def group_scores(
         LoramError: The calibration text is unusable, or the loss on it is not finite.
     """
     score = _taylor_scores if spec.needs_calibration else _l2_scores
-    return score(spec, planned, layers, reporter)
+    return score(spec, planned, layers, work, reporter)
 
 
 def _l2_scores(
-    spec: "PruneSpec", planned: "PrunePlan", layers: range, reporter: Reporter
+    spec: "PruneSpec", planned: "PrunePlan", layers: range, work: Path, reporter: Reporter
 ) -> "dict[int, LayerScores]":
     from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.pruning.scores import l2_salience, layer_scores
@@ -55,37 +57,26 @@ def _l2_scores(
 
 
 def _taylor_scores(
-    spec: "PruneSpec", planned: "PrunePlan", layers: range, reporter: Reporter
+    spec: "PruneSpec", planned: "PrunePlan", layers: range, work: Path, reporter: Reporter
 ) -> "dict[int, LayerScores]":
-    from loram_cli.modeling.gradients import loss_gradients
-    from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
-    from loram_cli.pruning.calibrate import calibration_windows
+    from loram_cli.modeling.gradients import layer_gradients
+    from loram_cli.modeling.streaming import LayerStream
     from loram_cli.pruning.scores import layer_scores, taylor_salience
-    from loram_cli.training.data import load_text
+    from loram_cli.stages.calibration import load_windows, open_pool
 
-    assert spec.calibration is not None
-    texts = load_text(spec.calibration)
-    windows = calibration_windows(
-        texts,
-        load_tokenizer(spec.model),
-        spec.calibration_samples,
-        spec.calibration_length,
-        spec.seed,
-    )
-    model = load_causal_lm(spec.model)
+    assert planned.calibration is not None
+    windows = load_windows(spec, planned.calibration)
     family = planned.family
-    names = [
-        f"{family.layer_prefix(i)}{module.name}.weight" for i in layers for module in family.modules
-    ]
+    modules = [module.name for module in family.modules if module.rows or module.columns]
     scores = {}
-    with loss_gradients(model, names, windows, reporter) as gradients:
-        for i in layers:
-            prefix = family.layer_prefix(i)
+    with (
+        LayerStream(spec.model, spec.device) as stream,
+        open_pool(spec, planned.calibration, stream, work) as pool,
+    ):
+        for i, gradients in layer_gradients(stream, windows, layers, modules, pool, reporter):
             scores[i] = layer_scores(
                 family,
                 planned.before.layers[i],
-                lambda module, prefix=prefix: taylor_salience(
-                    *gradients[f"{prefix}{module.name}.weight"]
-                ).cpu(),
+                lambda module, gradients=gradients: taylor_salience(*gradients[module.name]).cpu(),
             )
     return scores
