@@ -33,11 +33,16 @@ def command(
         str | None, typer.Option(help="Text for taylor: file, folder, data set id.")
     ] = None,
     calibration_samples: Annotated[
-        int | None, typer.Option(help="Windows of text. [default: 10]")
+        int | None, typer.Option(help="Windows of text. [taylor: 10]")
     ] = None,
     calibration_length: Annotated[
-        int | None, typer.Option(help="Tokens a window. [default: 128]")
+        int | None, typer.Option(help="Tokens a window. [taylor: 128]")
     ] = None,
+    calibration_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for activations; the rest goes to disk. [default: 4GiB]"),
+    ] = None,
+    device: options.Device = None,
     seed: options.Seed = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
@@ -46,7 +51,7 @@ def command(
     """Drop whole attention groups and MLP channels of the base, once, offline."""
     from loram_cli.cli.render import print_json, show_result, stage_lines, stdout_console
     from loram_cli.stages import prune, resolve
-    from loram_cli.units import format_bytes, format_params
+    from loram_cli.units import format_bytes, format_params, parse_bytes
 
     values = options.given(
         strategy=strategy,
@@ -58,6 +63,8 @@ def command(
         calibration=calibration,
         calibration_samples=calibration_samples,
         calibration_length=calibration_length,
+        calibration_memory_bytes=parse_bytes(calibration_memory) if calibration_memory else None,
+        device=device,
         seed=seed,
         force=force,
     )
@@ -76,6 +83,13 @@ def command(
             f"{format_params(plan['pruned_params'])}, {plan['reduction']:.2f}x smaller, "
             f"{format_bytes(plan['weight_bytes'])} on disk"
         )
+        if plan["calibration"]:
+            c = plan["calibration"]
+            console.print(
+                f"calibration: {c['samples']} windows of {c['length']} tokens; one decoder layer "
+                f"in memory, activations {format_bytes(c['activation_memory_bytes'])} in memory "
+                f"and {format_bytes(c['activation_disk_bytes'])} on disk"
+            )
         console.print("layer: attention heads / key-value heads / MLP channels")
         for layer, (heads, kv_heads, channels) in plan["widths"].items():
             console.print(f"{layer:>5}: {heads} / {kv_heads} / {channels}")

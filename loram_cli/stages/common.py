@@ -13,7 +13,7 @@ from loram_cli.runs.staging import StagedDirectory, staged_directory
 from loram_cli.specs import digest_of, spec_to_mapping
 
 # Fields that say where things lie or how fast to go, not what comes out.
-_NOT_IN_KEY = ("model", "source", "adapter", "out", "force", "device")
+_NOT_IN_KEY = ("model", "source", "adapter", "out", "force", "device", "calibration_memory_bytes")
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from loram_cli.stages.common import (
     check_out_of_tree,
     stage_run,
 )
+from loram_cli.units import GIB
 
 if TYPE_CHECKING:
     from loram_cli.arch.spec import Family, Geometry, LayerGeometry
     from loram_cli.checkpoint.index import CheckpointIndex
     from loram_cli.checkpoint.writer import TensorPlan
     from loram_cli.pruning.groups import LayerKeep
+    from loram_cli.stages.calibration import CalibrationNeeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +36,12 @@ class PruneSpec:
         keep_last: Layers at the output side that stay whole.
         importance: How ``stru`` ranks: first-order ``taylor``, or ``l2`` magnitude (no data).
         calibration: Text for ``taylor``: a path, a data set id, or ``demo:calibration``.
-        calibration_samples: Windows of text.
-        calibration_length: Tokens per window.
+        calibration_samples: Windows of text; None for the method's own number.
+        calibration_length: Tokens per window; None for the method's own number.
+        calibration_memory_bytes: Memory for hidden states at layer boundaries; what exceeds it
+            lies on the output's disk meanwhile.
         seed: Decides the draw and the windows.
+        device: Where calibration runs; a GPU when there is one.
         max_shard_bytes: Upper bound on one shard of the output.
         force: Replace an existing output.
     """
@@ -47,11 +52,13 @@ class PruneSpec:
     ratio: float = 0.65
     keep_first: int = 4
     keep_last: int = 2
-    importance: Literal["taylor", "l2"] = "taylor"
+    importance: Literal["taylor", "l2"] | None = None
     calibration: str | None = None
-    calibration_samples: int = 10
-    calibration_length: int = 128
+    calibration_samples: int | None = None
+    calibration_length: int | None = None
+    calibration_memory_bytes: int = 4 * GIB
     seed: int = 42
+    device: str | None = None
     max_shard_bytes: int = 5 * 10**9
     force: bool = False
 
@@ -62,8 +69,11 @@ class PruneSpec:
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} cannot be negative")
         for name in ("calibration_samples", "calibration_length", "max_shard_bytes"):
-            if getattr(self, name) < (2 if name == "calibration_length" else 1):
+            value = getattr(self, name)
+            if value is not None and value < (2 if name == "calibration_length" else 1):
                 raise UsageError(f"--{name.replace('_', '-')} is too low")
+        if self.calibration_memory_bytes < 0:
+            raise UsageError("--calibration-memory cannot be negative")
         if self.needs_calibration and self.calibration is None:
             raise UsageError(
                 "--strategy stru ranks by gradients on text, and no --calibration is given",
@@ -71,9 +81,14 @@ class PruneSpec:
             )
 
     @property
+    def method(self) -> str | None:
+        """How what goes is chosen; None where it is drawn."""
+        return None if self.strategy == "rand" else self.importance or "taylor"
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether text is needed."""
-        return self.strategy == "stru" and self.importance == "taylor"
+        return self.method == "taylor"
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ class PrunePlan:
         tensors: Every output tensor, in writing order.
         base_params: Parameters of the base.
         pruned_params: Parameters of the output.
+        calibration: What calibration reads and holds; None without it.
     """
 
     family: "Family"
@@ -99,6 +115,7 @@ class PrunePlan:
     tensors: "dict[str, TensorPlan]"
     base_params: int
     pruned_params: int
+    calibration: "CalibrationNeeds | None" = None
 
     @property
     def out_bytes(self) -> int:
@@ -114,6 +131,7 @@ class PrunePlan:
             "reduction": round(self.base_params / self.pruned_params, 4),
             "removed_share": round(1 - self.pruned_params / self.base_params, 4),
             "weight_bytes": self.out_bytes,
+            "calibration": self.calibration.to_mapping() if self.calibration else None,
             "pruned_layers": changed,
             "widths": {
                 str(i): [
@@ -141,6 +159,7 @@ def plan(spec: PruneSpec) -> PrunePlan:
     from loram_cli.checkpoint.sources import require_tokenizer
     from loram_cli.checkpoint.writer import TensorPlan
     from loram_cli.pruning.plan import layer_widths, per_layer_config
+    from loram_cli.stages.calibration import calibration_needs
 
     check_out_of_tree(spec.out, spec.model)
     config = read_config(spec.model)
@@ -164,7 +183,10 @@ def plan(spec: PruneSpec) -> PrunePlan:
         for name, entry in index.tensors.items()
         if name in shapes
     }
-    check_free_disk(spec.out, sum(tensor.num_bytes for tensor in tensors.values()))
+    stored = index.tensors[f"{family.embedding}.weight"].dtype
+    calibration = calibration_needs(spec, config, stored) if spec.needs_calibration else None
+    scratch_bytes = calibration.disk_bytes if calibration else 0
+    check_free_disk(spec.out, sum(t.num_bytes for t in tensors.values()) + scratch_bytes)
     return PrunePlan(
         family,
         pruned_config,
@@ -174,11 +196,12 @@ def plan(spec: PruneSpec) -> PrunePlan:
         tensors,
         sum(math.prod(shape) for shape in expected.values()),
         sum(math.prod(shape) for shape in shapes.values()),
+        calibration,
     )
 
 
 def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
-    """Prune, streaming: ``rand`` and ``l2`` never hold more than a few tensors.
+    """Prune, streaming: ``rand`` and ``l2`` hold a few tensors, ``taylor`` one decoder layer.
 
     Raises:
         LoramError: See :func:`plan`; also NaN weights, or unusable calibration text.
@@ -192,7 +215,7 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        keep = _keep_indices(spec, planned, reporter)
+        keep = _keep_indices(spec, planned, stage.path, reporter)
         _write_weights(spec, planned, keep, stage.path, reporter)
         (stage.path / "config.json").write_text(json.dumps(planned.config, indent=2) + "\n")
         copy_companions(spec.model, stage.path)
@@ -216,80 +239,19 @@ def _expected_shapes(
 
 
 def _keep_indices(
-    spec: PruneSpec, planned: PrunePlan, reporter: Reporter
+    spec: PruneSpec, planned: PrunePlan, work: Path, reporter: Reporter
 ) -> "dict[int, LayerKeep]":
     from loram_cli.pruning.plan import pruned_layers
     from loram_cli.pruning.select import keep_highest, keep_random
+    from loram_cli.stages.ranking import group_scores
 
     layers = pruned_layers(len(planned.before.layers), spec.keep_first, spec.keep_last)
     if spec.strategy == "rand":
         return {
             i: keep_random(planned.before.layers[i], planned.after[i], spec.seed, i) for i in layers
         }
-    score = _taylor_scores if spec.needs_calibration else _l2_scores
-    scores = score(spec, planned, layers, reporter)
+    scores = group_scores(spec, planned, layers, work, reporter)
     return {i: keep_highest(scores[i], planned.after[i]) for i in layers}
-
-
-def _l2_scores(
-    spec: PruneSpec, planned: PrunePlan, layers: range, reporter: Reporter
-) -> dict[int, Any]:
-    from loram_cli.checkpoint.reader import TensorReader
-    from loram_cli.pruning.scores import l2_salience, layer_scores
-
-    scores = {}
-    with (
-        TensorReader(planned.index) as reader,
-        reporter.progress("rank", len(layers), "layer") as bar,
-    ):
-        for i in layers:
-            prefix = planned.family.layer_prefix(i)
-            scores[i] = layer_scores(
-                planned.family,
-                planned.before.layers[i],
-                lambda module, prefix=prefix: l2_salience(
-                    reader.read(f"{prefix}{module.name}.weight")
-                ),
-            )
-            bar.advance()
-    return scores
-
-
-def _taylor_scores(
-    spec: PruneSpec, planned: PrunePlan, layers: range, reporter: Reporter
-) -> dict[int, Any]:
-    from loram_cli.modeling.gradients import loss_gradients
-    from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
-    from loram_cli.pruning.calibrate import calibration_windows
-    from loram_cli.pruning.scores import layer_scores, taylor_salience
-    from loram_cli.training.data import load_text
-
-    assert spec.calibration is not None
-    texts = load_text(spec.calibration)
-    windows = calibration_windows(
-        texts,
-        load_tokenizer(spec.model),
-        spec.calibration_samples,
-        spec.calibration_length,
-        spec.seed,
-    )
-    model = load_causal_lm(spec.model)
-    family = planned.family
-    names = [
-        f"{family.layer_prefix(i)}{module.name}.weight" for i in layers for module in family.modules
-    ]
-    scores = {}
-    with loss_gradients(model, names, windows, reporter) as gradients:
-        for i in layers:
-            prefix = family.layer_prefix(i)
-            scores[i] = layer_scores(
-                family,
-                planned.before.layers[i],
-                lambda module, prefix=prefix: taylor_salience(
-                    *gradients[f"{prefix}{module.name}.weight"]
-                ).cpu(),
-            )
-    return scores
 
 
 def _write_weights(

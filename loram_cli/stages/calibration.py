@@ -1,0 +1,119 @@
+"""What calibrated pruning reads and holds: windows of text, and hidden states between layers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loram_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from loram_cli.modeling.activations import BoundaryPool
+    from loram_cli.modeling.streaming import LayerStream
+    from loram_cli.stages.prune import PruneSpec
+
+# Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults.
+_DEFAULT_WINDOWS = {"taylor": (10, 128), "sparsegpt": (128, 2048)}
+
+
+@dataclass(frozen=True)
+class CalibrationNeeds:
+    """What calibration will hold beside one decoder layer.
+
+    Attributes:
+        samples: Windows of text.
+        length: Tokens per window.
+        boundaries: Layer boundaries whose hidden states are kept at a time.
+        boundary_bytes: Hidden states of one boundary.
+        memory_bytes: How much of them stays in memory.
+        disk_bytes: How much of them goes to the output's disk meanwhile.
+    """
+
+    samples: int
+    length: int
+    boundaries: int
+    boundary_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+
+    def to_mapping(self) -> dict[str, int]:
+        """Plain form for a manifest."""
+        return {
+            "samples": self.samples,
+            "length": self.length,
+            "activation_memory_bytes": self.memory_bytes,
+            "activation_disk_bytes": self.disk_bytes,
+        }
+
+
+def calibration_needs(
+    spec: "PruneSpec", config: dict[str, Any], stored: "torch.dtype"
+) -> CalibrationNeeds:
+    """Windows and activation storage, before any text or weight is read.
+
+    Args:
+        spec: How to prune.
+        config: The base's ``config.json``.
+        stored: Type of the base's weights.
+
+    Raises:
+        LoramError: The text is a local path with nothing usable there.
+        UsageError: A window is longer than the model's context.
+    """
+    from loram_cli.modeling.activations import computed_dtype
+    from loram_cli.modeling.gradients import boundaries_kept
+    from loram_cli.training.records import DEMO_PREFIX, local_files
+
+    assert spec.calibration is not None
+    if not spec.calibration.startswith(DEMO_PREFIX):
+        local_files(spec.calibration)
+    samples, length = _DEFAULT_WINDOWS[spec.method or "taylor"]
+    positions = config.get("max_position_embeddings") or length
+    samples = spec.calibration_samples or samples
+    if spec.calibration_length is not None and spec.calibration_length > positions:
+        raise UsageError(
+            f"--calibration-length {spec.calibration_length} exceeds the model's {positions} "
+            "positions",
+            f"pass at most {positions}",
+        )
+    length = spec.calibration_length or min(length, positions)
+    boundaries = boundaries_kept(config["num_hidden_layers"], spec.keep_first)
+    each = samples * length * config["hidden_size"] * computed_dtype(stored).itemsize
+    in_memory = min(boundaries, spec.calibration_memory_bytes // each)
+    return CalibrationNeeds(
+        samples, length, boundaries, each, in_memory * each, (boundaries - in_memory) * each
+    )
+
+
+def load_windows(spec: "PruneSpec", needs: CalibrationNeeds) -> "torch.Tensor":
+    """Token ids of the calibration windows, shape (samples, length).
+
+    Raises:
+        LoramError: The text is unusable, or too short.
+    """
+    from loram_cli.modeling.narrow import load_tokenizer
+    from loram_cli.pruning.calibrate import calibration_windows
+    from loram_cli.training.data import load_text
+
+    assert spec.calibration is not None
+    texts = load_text(spec.calibration)
+    tokenizer = load_tokenizer(spec.model)
+    return calibration_windows(texts, tokenizer, needs.samples, needs.length, spec.seed)
+
+
+def open_pool(
+    spec: "PruneSpec", needs: CalibrationNeeds, stream: "LayerStream", work: Path
+) -> "BoundaryPool":
+    """Where hidden states between layers are kept.
+
+    Args:
+        spec: Says how much memory they may take.
+        needs: Their shape.
+        stream: Their type.
+        work: The directory being written; what exceeds the memory goes into a folder of it.
+    """
+    from loram_cli.modeling.activations import BoundaryPool
+
+    shape = (needs.samples, needs.length, stream.hidden_size)
+    return BoundaryPool(shape, stream.dtype, spec.calibration_memory_bytes, work / "activations")
