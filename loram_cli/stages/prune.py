@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,10 +16,11 @@ from loram_cli.stages.common import (
 )
 
 if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family, Geometry, LayerGeometry
+    from loram_cli.arch.spec import Family, Geometry, LayerGeometry, LinearModule
     from loram_cli.checkpoint.index import CheckpointIndex
     from loram_cli.checkpoint.writer import TensorPlan
     from loram_cli.pruning.groups import LayerKeep
+    from loram_cli.pruning.scores import SalienceSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,22 +236,24 @@ def _keep_indices(
 def _l2_scores(
     spec: PruneSpec, planned: PrunePlan, layers: range, reporter: Reporter
 ) -> dict[int, Any]:
+    from loram_cli.checkpoint.background import read_ahead
     from loram_cli.checkpoint.reader import TensorReader
-    from loram_cli.pruning.scores import l2_salience, layer_scores
+    from loram_cli.pruning.scores import l2_sums, layer_scores_from_sums
 
     scores = {}
     with (
         TensorReader(planned.index) as reader,
         reporter.progress("rank", len(layers), "layer") as bar,
     ):
+
+        def sums(layer: int, module: "LinearModule") -> "SalienceSums":
+            name = f"{planned.family.layer_prefix(layer)}{module.name}.weight"
+            with read_ahead(chunk for _, chunk in reader.read_chunks(name)) as chunks:
+                return l2_sums(chunks)
+
         for i in layers:
-            prefix = planned.family.layer_prefix(i)
-            scores[i] = layer_scores(
-                planned.family,
-                planned.before.layers[i],
-                lambda module, prefix=prefix: l2_salience(
-                    reader.read(f"{prefix}{module.name}.weight")
-                ),
+            scores[i] = layer_scores_from_sums(
+                planned.family, planned.before.layers[i], partial(sums, i)
             )
             bar.advance()
     return scores
@@ -299,6 +303,7 @@ def _write_weights(
     directory: Path,
     reporter: Reporter,
 ) -> None:
+    from loram_cli.checkpoint.background import read_ahead
     from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.checkpoint.writer import ShardedWriter
     from loram_cli.pruning.slicing import read_kept
@@ -307,7 +312,12 @@ def _write_weights(
         TensorReader(planned.index) as reader,
         ShardedWriter(directory, planned.tensors, spec.max_shard_bytes) as writer,
         reporter.progress("write", planned.out_bytes / 2**20, "MiB") as progress,
+        read_ahead(
+            (name, rows)
+            for name in planned.tensors
+            for rows in read_kept(reader, name, planned.family, planned.before, keep)
+        ) as kept,
     ):
-        for name, tensor in planned.tensors.items():
-            writer.write(name, read_kept(reader, name, planned.family, planned.before, keep))
-            progress.advance(tensor.num_bytes / 2**20)
+        for name, rows in kept:
+            writer.write(name, rows)
+            progress.advance(rows.nbytes / 2**20)
