@@ -9,8 +9,8 @@ help:
 	@echo "make demo       install, then the whole pipeline on the embedded demo base"
 	@echo "make test       install, then lint and the default tests"
 	@echo "make test-slow  the slow tests"
-	@echo "make bench      streaming against cp: memory and time (14 GB of disk)"
-	@echo "make bench-huge the same on a checkpoint larger than its memory limit (34 GB of disk)"
+	@echo "make bench      streaming against cp: memory and time (9 GB of disk)"
+	@echo "make bench-huge the same on a checkpoint larger than its memory limit (27 GB of disk)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -34,10 +34,10 @@ MOST_TIMES_CP = 1.3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prune, recover and merge beyond a memory limit.")
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--limit-gib", type=float, default=4.0, help="RLIMIT_DATA of a command")
     parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--folder", help="where to work; needs three times the checkpoint")
+    parser.add_argument("--folder", help="where to work; needs twice the checkpoint")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loram-bench-", dir=flags.folder) as name:
         bench(Path(name), flags.layers, int(flags.limit_gib * GIB), flags.times)

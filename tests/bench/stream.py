@@ -1,6 +1,6 @@
 """Streaming against ``cp``: ``make bench``.
 
-Generates a multi-shard checkpoint of 4.4 GB, then copies it with ``cp`` and prunes it with
+Generates a multi-shard checkpoint of 4.1 GB, then copies it with ``cp`` and prunes it with
 ``rand`` and with ``stru --importance l2``: in turn, three times over, each in its own process and
 with the checkpoint dropped from the page cache beforehand.
 
@@ -14,7 +14,18 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from measure import MIB, Measure, copy_command, forget, remove, repeat, run
+from measure import (
+    MIB,
+    Measure,
+    copy_command,
+    folder_bytes,
+    forget,
+    generate,
+    remove,
+    repeat,
+    run,
+    shards,
+)
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
@@ -23,11 +34,6 @@ CONFIG = {
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu",
 }  # fmt: skip
 TIMES = 3
-GENERATE = Path(__file__).with_name("generate.py")
-
-
-def folder_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 def main() -> None:
@@ -35,7 +41,7 @@ def main() -> None:
         root = Path(name)
         base, out = root / "base", root / "out"
         (root / "config.json").write_text(json.dumps(CONFIG))
-        run([sys.executable, str(GENERATE), "checkpoint", str(root / "config.json"), str(base)])
+        generate("checkpoint", root / "config.json", base, 10**9)
         idle = run([sys.executable, "-c", "import torch, loram_cli.stages.prune"])
         largest = 2 * max(CONFIG["vocab_size"], 11008) * CONFIG["hidden_size"] * 2
         prune = [sys.executable, "-m", "loram_cli", "prune", "--model", str(base)]
@@ -56,7 +62,7 @@ def main() -> None:
 
         print(
             f"checkpoint: {folder_bytes(base) / 1e9:.2f} GB in "
-            f"{len(list(base.glob('*.safetensors')))} shards; its two largest tensors: "
+            f"{len(shards(base))} shards; its two largest tensors: "
             f"{largest / MIB:.0f} MiB; a process that only imports torch: "
             f"{idle.peak_bytes / MIB:.0f} MiB",
             flush=True,
