@@ -10,7 +10,7 @@ help:
 	@echo "make test       install, then lint and the default tests"
 	@echo "make test-slow  the slow tests"
 	@echo "make bench      streaming against cp: memory and time (9 GB of disk)"
-	@echo "make bench-huge the same on a checkpoint larger than its memory limit (27 GB of disk)"
+	@echo "make bench-huge the same on a checkpoint larger than its memory limit (23 GB of disk)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

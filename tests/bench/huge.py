@@ -34,7 +34,7 @@ MOST_TIMES_CP = 1.3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prune, recover and merge beyond a memory limit.")
-    parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--limit-gib", type=float, default=4.0, help="RLIMIT_DATA of a command")
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--folder", help="where to work; needs twice the checkpoint")
@@ -90,13 +90,16 @@ def bench(root: Path, layers: int, limit_bytes: int, times: int) -> None:
     jobs = {label: partial(job, label, limited) for label in commands}
     results = repeat(jobs, times, partial(print, flush=True))
     print(f"medians of {times}; memory is the highest of {times}")
-    print(f"{'command':<14}{'written':>10}{'seconds':>9}{'x cp':>7}{'peak':>10}{'page cache':>12}")
+    print(
+        f"{'command':<14}{'written':>10}{'seconds':>9}{'cpu s':>8}{'x cp':>7}{'peak':>10}{'page cache':>12}"
+    )
     missed = []
     for label, measure in results.items():
         ratio = measure.seconds / results["cp"].seconds
         cached = "-" if measure.cached_bytes is None else f"{measure.cached_bytes / GIB:.2f} GiB"
         print(
-            f"{label:<14}{written[label] / 1e9:>7.2f} GB{measure.seconds:>9.1f}{ratio:>7.2f}"
+            f"{label:<14}{written[label] / 1e9:>7.2f} GB{measure.seconds:>9.1f}"
+            f"{measure.cpu_seconds:>8.1f}{ratio:>7.2f}"
             f"{measure.peak_bytes / GIB:>6.2f} GiB{cached:>12}"
         )
         if ratio > MOST_TIMES_CP or measure.peak_bytes > bar_bytes:

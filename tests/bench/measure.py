@@ -25,6 +25,7 @@ class Measure:
     """One run of a command."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     cached_bytes: int | None
 
@@ -64,7 +65,8 @@ def run(
     sampler.join()
     if process.returncode:
         raise SystemExit(f"failed ({process.returncode}): {' '.join(words)}\n{said}")
-    return Measure(seconds, usage.ru_maxrss * 1024, max(samples) if samples else None)
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Measure(seconds, cpu_seconds, usage.ru_maxrss * 1024, max(samples, default=None))
 
 
 def forget(*directories: Path) -> None:
@@ -109,10 +111,12 @@ def repeat(
     for _ in range(times):
         for label, job in jobs.items():
             runs[label].append(job())
-            tell(f"  {label}: {runs[label][-1].seconds:.1f} s")
+            last = runs[label][-1]
+            tell(f"  {label}: {last.seconds:.1f} s, of a processor {last.cpu_seconds:.1f} s")
     return {
         label: Measure(
             statistics.median(m.seconds for m in of),
+            statistics.median(m.cpu_seconds for m in of),
             max(m.peak_bytes for m in of),
             max((m.cached_bytes for m in of if m.cached_bytes is not None), default=None),
         )

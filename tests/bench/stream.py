@@ -71,11 +71,12 @@ def main() -> None:
         results = repeat(jobs, TIMES, partial(print, flush=True))
         print(f"medians of {TIMES}; memory is the highest of {TIMES}")
         print(
-            f"{'command':<16}{'written':>10}{'seconds':>9}{'x cp':>7}{'peak':>11}{'above import':>14}"
+            f"{'command':<16}{'written':>10}{'seconds':>9}{'cpu s':>8}{'x cp':>7}{'peak':>11}{'above import':>14}"
         )
         for label, measure in results.items():
             print(
                 f"{label:<16}{written[label] / 1e9:>7.2f} GB{measure.seconds:>9.1f}"
+                f"{measure.cpu_seconds:>8.1f}"
                 f"{measure.seconds / results['cp'].seconds:>7.2f}"
                 f"{measure.peak_bytes / MIB:>7.0f} MiB"
                 f"{max(0, measure.peak_bytes - idle.peak_bytes) / MIB:>10.0f} MiB"
