@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench bench-huge clean
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded demo base"
 	@echo "make test       install, then lint and the default tests"
 	@echo "make test-slow  the slow tests"
-	@echo "make bench      streaming against cp: memory and time"
+	@echo "make bench      streaming against cp: memory and time (9 GB of disk)"
+	@echo "make bench-huge the same on a checkpoint larger than its memory limit (23 GB of disk)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,9 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python tests/bench/stream.py
+
+bench-huge: $(VENV)/installed
+	$(BIN)/python tests/bench/huge.py
 
 clean:
 	rm -rf $(VENV) loram-run build dist *.egg-info

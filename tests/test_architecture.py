@@ -17,7 +17,7 @@ FLOORS = (
     {"pruning", "adapters", "memory", "demo"},
     {"arch", "checkpoint"},
     {"runs"},
-    {"errors", "units", "reporting", "specs"},
+    {"errors", "units", "reporting", "specs", "hub"},
 )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from loram_cli.checkpoint.adapter import LoraPair
+
 
 def scatter_rows(factor: torch.Tensor, rows: Sequence[int], full_rows: int) -> torch.Tensor:
     """Put the rows of ``lora_B`` back.
@@ -60,3 +62,20 @@ def gather(
     if columns is not None:
         full = full[:, torch.tensor(columns, dtype=torch.long)]
     return full
+
+
+def add_update(weight: torch.Tensor, start: int, pair: LoraPair, scaling: float) -> None:
+    """Add some rows of ``scaling * B @ A`` to the same rows of the weight, in place.
+
+    The sum is taken in float32 (float64 for a float64 weight) and rounded to the weight's type
+    once.
+
+    Args:
+        weight: Rows ``start, start + 1, ...`` of the full weight, shape (n, in).
+        start: The first row's index.
+        pair: Factors at the full shapes.
+        scaling: alpha / r.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    lora_b = pair.lora_b[start : start + weight.shape[0]].to(wide)
+    weight.copy_(weight.to(wide).addmm_(lora_b, pair.lora_a.to(wide), alpha=scaling))

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from loram_cli.errors import LoramError
+from loram_cli.hub import unreachable
 
 # Weights in safetensors alone: a pickle is never fetched, so it can never be loaded.
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
@@ -37,15 +38,25 @@ def resolve_model(model: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    silence = unreachable()
     try:
-        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
+        found = snapshot_download(
+            model, allow_patterns=_PATTERNS, local_files_only=silence is not None
+        )
     except Exception as error:
         # The hub library raises a different class for each way to fail; all mean the same here.
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
+        if silence is not None:
+            part = "only in part" if "incomplete" in reason else "not"
+            raise LoramError(
+                f"{model}: not a local directory, {part} in the hub's cache, and {silence}",
+                "check the id and the network, or download it and pass the path",
+            ) from error
         raise LoramError(
             f"{model}: not a local directory, and the hub did not give it ({reason})",
-            "check the id and the network, or download it and pass the path",
+            "check the id, or download it and pass the path",
         ) from error
+    return Path(found)
 
 
 def require_tokenizer(directory: Path) -> None:

@@ -1,19 +1,23 @@
-"""Safetensors shards written tensor by tensor, from a list of shapes known beforehand."""
+"""Safetensors shards written in order, from a list of shapes known beforehand."""
 
+import errno
 import json
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import torch
 
+from loram_cli.checkpoint.background import WriteBehind, exceeds_cache
 from loram_cli.checkpoint.index import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
 from loram_cli.errors import LoramError
 
 MAX_SHARD_BYTES = 5 * 10**9
+# No space, over the quota, over the largest file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class ShardedWriter:
 
     Args:
         directory: Where the shards go.
-        plan: Every tensor, in the order in which :meth:`write` will be called.
+        plan: Every tensor, in the order in which it will be written.
         max_shard_bytes: Upper bound on a shard's tensors (a single larger tensor has its own).
     """
 
@@ -48,8 +52,10 @@ class ShardedWriter:
         self._plan = dict(plan)
         self._shards = _split(self._plan, max_shard_bytes)
         self._files = _shard_names(len(self._shards))
-        self._pending = [(s, name) for s, names in enumerate(self._shards) for name in names]
-        self._stream: BinaryIO | None = None
+        self._pending = deque((s, name) for s, names in enumerate(self._shards) for name in names)
+        self._done_bytes = 0
+        self._drop_cache = exceeds_cache(sum(tensor.num_bytes for tensor in self._plan.values()))
+        self._file: WriteBehind | None = None
         self._open_shard = -1
 
     def __enter__(self) -> "ShardedWriter":
@@ -61,41 +67,58 @@ class ShardedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        if kind is None:
-            if self._pending:
-                raise RuntimeError(f"planned but never written: {self._pending[0][1]}")
-            self._write_index()
+        if kind is not None:
+            if self._file is not None:
+                self._file.close()
+            return
+        try:
+            if self._file is not None:
+                self._file.finish()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        if self._pending:
+            raise RuntimeError(f"planned but never written: {self._pending[0][1]}")
+        self._write_index()
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next planned tensor.
+    def write(self, name: str, rows: torch.Tensor) -> None:
+        """Append to the next planned tensor: all of it, or its next rows.
+
+        The writing itself goes on behind, so ``rows`` must not be changed afterwards.
+
+        Args:
+            name: The tensor's name; must be the plan's next until all of it is there.
+            rows: The tensor, or consecutive rows of it.
 
         Raises:
-            LoramError: The tensor has NaN or infinite values, or the disk is full.
+            LoramError: There are NaN or infinite values, or the disk is full.
         """
-        shard, planned = self._pending.pop(0)
+        shard, planned = self._pending[0]
         want = self._plan[planned]
-        if name != planned or tensor.dtype != want.dtype or tuple(tensor.shape) != want.shape:
+        left_bytes = want.num_bytes - self._done_bytes
+        fits = rows.dtype == want.dtype and rows.shape[1:] == want.shape[1:]
+        if name != planned or not fits or rows.nbytes > left_bytes:
             raise RuntimeError(f"{name}: does not match the plan for {planned}: {want}")
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not tensor.isfinite().all():
+        if not _is_finite(rows):
             raise LoramError(
                 f"tensor {name} has NaN or infinite values", "the checkpoint is damaged"
             )
         try:
             if shard != self._open_shard:
                 self._start_shard(shard)
-            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            assert self._stream is not None
-            self._stream.write(memoryview(data))
+            assert self._file is not None
+            data = rows.contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._file.write(memoryview(data))
         except OSError as error:
-            raise LoramError(f"{self._directory}: cannot write ({error.strerror})") from error
+            raise self._cannot_write(error) from error
+        self._done_bytes += rows.nbytes
+        if self._done_bytes == want.num_bytes:
+            self._pending.popleft()
+            self._done_bytes = 0
 
     def _start_shard(self, shard: int) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        # Unbuffered: tensors are large, and a second copy would double the peak.
-        self._stream = (self._directory / self._files[shard]).open("wb", buffering=0)
+        if self._file is not None:
+            self._file.finish()
+        self._file = WriteBehind(self._directory / self._files[shard], drop_cache=self._drop_cache)
         self._open_shard = shard
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
@@ -110,7 +133,13 @@ class ShardedWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         # safetensors aligns the data to 8 bytes with trailing spaces in the header.
         text += b" " * (-len(text) % 8)
-        self._stream.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def _cannot_write(self, error: OSError) -> LoramError:
+        return LoramError(
+            f"{self._directory}: cannot write ({error.strerror})",
+            "free some space, or pass --out on another disk" if error.errno in _FULL else None,
+        )
 
     def _write_index(self) -> None:
         if len(self._shards) == 1:
@@ -121,6 +150,14 @@ class ShardedWriter:
         total_bytes = sum(plan.num_bytes for plan in self._plan.values())
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # Lowest and highest carry any NaN along, at a fiftieth of the cost of asking every element.
+    # Types of one byte have no infinity that a checkpoint could mean by mistake.
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or tensor.numel() == 0:
+        return True
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _split(plan: Mapping[str, TensorPlan], max_shard_bytes: int) -> list[list[str]]:

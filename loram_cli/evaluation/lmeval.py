@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub.constants
 import lm_eval
 import lm_eval.api.task
 import lm_eval.models.huggingface
@@ -27,7 +26,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation.humaneval import TASK_CONFIG as HUMANEVAL_CONFIG
 from loram_cli.evaluation.perplexity import context_length
-from loram_cli.evaluation.requests import TaskRequest, hub_reachable, read_records
+from loram_cli.evaluation.requests import TaskRequest, read_records
+from loram_cli.hub import hub_reachable, offline_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.specs import unknown_name
 
@@ -204,7 +204,7 @@ def _dataset(path: Path, task: str) -> datasets.Dataset:
 
 
 def _hub_tasks(name: str, config: dict[str, Any] | None, manager: TaskManager | None) -> Any:
-    with _hub_mode(offline=not hub_reachable()):
+    with offline_libraries(not hub_reachable()):
         try:
             if manager is None:
                 config = {k: v for k, v in (config or {}).items() if k != "tag"}
@@ -220,20 +220,6 @@ def _hub_tasks(name: str, config: dict[str, Any] | None, manager: TaskManager | 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-@contextlib.contextmanager
-def _hub_mode(offline: bool) -> Iterator[None]:
-    """Spare the user half a minute of retries when the hub is known not to answer."""
-    places = (datasets.config, huggingface_hub.constants)
-    before = [place.HF_HUB_OFFLINE for place in places]
-    for place, value in zip(places, before, strict=True):
-        place.HF_HUB_OFFLINE = value or offline
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
 
 
 @contextlib.contextmanager

@@ -3,14 +3,13 @@
 import gzip
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.hub import hub_reachable
 from loram_cli.specs import unknown_name
 
 _BUNDLED_DIR = Path(__file__).parent / "tasks"
@@ -177,24 +176,6 @@ def read_records(path: Path, task: str) -> list[dict[str, Any]]:
             if not isinstance(record.get(field), str):
                 raise LoramError(f"{where}, {place}: field '{field}' is missing or not text")
     return [record for _, record in records]
-
-
-def hub_reachable() -> bool:
-    """Whether the Hugging Face hub answers within three seconds (and may be asked at all)."""
-    if any(_is_on(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
-        return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=3).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _hub_has(dataset: str) -> bool:

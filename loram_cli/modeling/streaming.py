@@ -108,7 +108,8 @@ class LayerStream:
         """
         used, places = ids.unique(return_inverse=True)
         name = f"{self.family.embedding}.weight"
-        rows = self._reader.read_rows(name, used.tolist())
+        chunks = self._reader.read_chunks(name, used.tolist())
+        rows = torch.cat([chunk for _, chunk in chunks])
         embedding = self._model.get_submodule(self.family.embedding)
         stack = self._model.get_submodule(self.family.layers.rpartition(".")[0])
         padding_idx, embedding.padding_idx = embedding.padding_idx, None

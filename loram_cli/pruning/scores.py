@@ -5,7 +5,7 @@ it; an MLP channel with a row of gate and up and a column of down. A group's sco
 its elements' saliences over all coupled tensors (LLM-Pruner, arXiv 2305.11627, section 3.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -14,15 +14,31 @@ from loram_cli.arch.spec import Axis, Family, LayerGeometry, LinearModule
 LayerScores = dict[str, torch.Tensor]
 """``key_value``: shape (num_key_value_heads,); ``intermediate``: shape (intermediate_size,)."""
 
+SalienceSums = tuple[torch.Tensor, torch.Tensor]
+"""Saliences of a weight summed per row, shape (rows,), and per column, shape (columns,)."""
+
 
 def taylor_salience(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """First-order Taylor salience of each element, ``|w * dL/dw|`` (LLM-Pruner, eq. 5)."""
     return (weight.float() * gradient.float()).abs()
 
 
-def l2_salience(weight: torch.Tensor) -> torch.Tensor:
-    """Squared magnitude of each element; summed over a group it ranks by the group's L2 norm."""
-    return weight.float().square()
+def l2_sums(chunks: Iterable[torch.Tensor]) -> SalienceSums:
+    """Sums of squared magnitudes, which rank groups by their L2 norm.
+
+    Args:
+        chunks: A weight's rows in order, some at a time, each of shape (rows, columns).
+
+    Returns:
+        Sums per row and per column of the whole weight; rows are added up in float32 (a few
+        thousand elements, summed in a cascade), chunks in float64.
+    """
+    by_row, by_column = [], torch.zeros((), dtype=torch.float64)
+    for chunk in chunks:
+        squares = chunk.float().square_()
+        by_row.append(squares.sum(dim=1).double())
+        by_column = by_column + squares.sum(dim=0).double()
+    return torch.cat(by_row), by_column
 
 
 def layer_scores(
@@ -39,6 +55,21 @@ def layer_scores(
     Returns:
         Scores in float64, since sums over millions of elements decide near ties.
     """
+
+    def sums(module: LinearModule) -> SalienceSums:
+        elements = salience(module)
+        return (
+            elements.sum(dim=1, dtype=torch.float64),
+            elements.sum(dim=0, dtype=torch.float64),
+        )
+
+    return layer_scores_from_sums(family, layer, sums)
+
+
+def layer_scores_from_sums(
+    family: Family, layer: LayerGeometry, sums: Callable[[LinearModule], SalienceSums]
+) -> LayerScores:
+    """The same from sums per row and per column, which need no matrix of saliences."""
     scores = {
         "key_value": torch.zeros(layer.num_key_value_heads, dtype=torch.float64),
         "intermediate": torch.zeros(layer.intermediate_size, dtype=torch.float64),
@@ -46,10 +77,10 @@ def layer_scores(
     for module in family.modules:
         if not module.rows and not module.columns:
             continue
-        elements = salience(module)  # (rows, columns)
-        for axes, dim in ((module.rows, 1), (module.columns, 0)):
+        by_row, by_column = sums(module)
+        for axes, totals in ((module.rows, by_row), (module.columns, by_column)):
             if axes:
-                _add_segments(scores, axes, layer, elements.sum(dim=dim, dtype=torch.float64))
+                _add_segments(scores, axes, layer, totals)
     return scores
 
 

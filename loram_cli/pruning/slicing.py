@@ -1,12 +1,14 @@
 """Slices of tensors, read and planned through keep indices."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from loram_cli.arch.spec import Family, Geometry
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.pruning.groups import LayerKeep
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def split_parameter_name(name: str) -> tuple[str, str]:
@@ -21,8 +23,8 @@ def read_kept(
     family: Family,
     geometry: Geometry,
     keep: Mapping[int, LayerKeep],
-) -> torch.Tensor:
-    """Read what stays of a tensor; dropped rows are not read from disk.
+) -> Iterator[torch.Tensor]:
+    """Read what stays of a tensor, some MiB at a time.
 
     Args:
         reader: Open on the base checkpoint.
@@ -31,17 +33,22 @@ def read_kept(
         geometry: The base's widths.
         keep: Kept indices of every pruned layer.
 
-    Returns:
-        The kept rows and columns, in their original order.
+    Yields:
+        The kept rows, cut to the kept columns, in their original order.
     """
     module_name, kind = split_parameter_name(name)
     found = family.module_named(module_name)
-    if found is None or found[0] not in keep:
-        return reader.read(name)
-    layer, module = found
-    rows = keep[layer].rows(module, geometry.layers[layer])
-    tensor = reader.read(name) if rows is None else reader.read_rows(name, rows)
-    columns = keep[layer].columns(module, geometry.layers[layer])
-    if kind == "weight" and columns is not None:
-        tensor = tensor.index_select(1, torch.tensor(columns))
-    return tensor
+    rows = columns = None
+    if found is not None and found[0] in keep:
+        layer, module = found
+        rows = keep[layer].rows(module, geometry.layers[layer])
+        columns = keep[layer].columns(module, geometry.layers[layer])
+    wanted = None if columns is None or kind != "weight" else torch.tensor(columns)
+    for _, chunk in reader.read_chunks(name, rows):
+        yield chunk if wanted is None else _gather_columns(chunk, wanted)
+
+
+def _gather_columns(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    # gather on integers of the same width is four times as fast as index_select on bfloat16.
+    bits = rows.view(_BITS[rows.dtype.itemsize])
+    return bits.gather(1, columns.expand(rows.shape[0], -1)).view(rows.dtype)

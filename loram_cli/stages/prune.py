@@ -261,6 +261,7 @@ def _write_weights(
     directory: Path,
     reporter: Reporter,
 ) -> None:
+    from loram_cli.checkpoint.background import read_ahead
     from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.checkpoint.writer import ShardedWriter
     from loram_cli.pruning.slicing import read_kept
@@ -269,7 +270,12 @@ def _write_weights(
         TensorReader(planned.index) as reader,
         ShardedWriter(directory, planned.tensors, spec.max_shard_bytes) as writer,
         reporter.progress("write", planned.out_bytes / 2**20, "MiB") as progress,
+        read_ahead(
+            (name, rows)
+            for name in planned.tensors
+            for rows in read_kept(reader, name, planned.family, planned.before, keep)
+        ) as kept,
     ):
-        for name, tensor in planned.tensors.items():
-            writer.write(name, read_kept(reader, name, planned.family, planned.before, keep))
-            progress.advance(tensor.num_bytes / 2**20)
+        for name, rows in kept:
+            writer.write(name, rows)
+            progress.advance(rows.nbytes / 2**20)

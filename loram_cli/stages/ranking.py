@@ -1,12 +1,14 @@
 """Rank the groups of every pruned layer: by magnitude, or by gradients on calibration text."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loram_cli.reporting import Reporter
 
 if TYPE_CHECKING:
-    from loram_cli.pruning.scores import LayerScores
+    from loram_cli.arch.spec import LinearModule
+    from loram_cli.pruning.scores import LayerScores, SalienceSums
     from loram_cli.stages.prune import PrunePlan, PruneSpec
 
 
@@ -35,22 +37,24 @@ def group_scores(
 def _l2_scores(
     spec: "PruneSpec", planned: "PrunePlan", layers: range, work: Path, reporter: Reporter
 ) -> "dict[int, LayerScores]":
+    from loram_cli.checkpoint.background import read_ahead
     from loram_cli.checkpoint.reader import TensorReader
-    from loram_cli.pruning.scores import l2_salience, layer_scores
+    from loram_cli.pruning.scores import l2_sums, layer_scores_from_sums
 
     scores = {}
     with (
         TensorReader(planned.index) as reader,
         reporter.progress("rank", len(layers), "layer") as bar,
     ):
+
+        def sums(layer: int, module: "LinearModule") -> "SalienceSums":
+            name = f"{planned.family.layer_prefix(layer)}{module.name}.weight"
+            with read_ahead(chunk for _, chunk in reader.read_chunks(name)) as chunks:
+                return l2_sums(chunks)
+
         for i in layers:
-            prefix = planned.family.layer_prefix(i)
-            scores[i] = layer_scores(
-                planned.family,
-                planned.before.layers[i],
-                lambda module, prefix=prefix: l2_salience(
-                    reader.read(f"{prefix}{module.name}.weight")
-                ),
+            scores[i] = layer_scores_from_sums(
+                planned.family, planned.before.layers[i], partial(sums, i)
             )
             bar.advance()
     return scores

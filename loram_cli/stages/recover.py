@@ -198,7 +198,9 @@ def merge_weights(
     Returns:
         The merged checkpoint's config; a tied head that the adapter changes is untied in it.
     """
+    from loram_cli.adapters.scatter import add_update
     from loram_cli.arch.registry import family_for
+    from loram_cli.checkpoint.background import read_ahead
     from loram_cli.checkpoint.index import read_config
     from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
@@ -219,16 +221,18 @@ def merge_weights(
         TensorReader(index) as reader,
         ShardedWriter(directory, planned, spec.max_shard_bytes) as writer,
         reporter.progress("merge", total_bytes / 2**20, "MiB") as progress,
+        read_ahead(
+            (name, start, rows)
+            for name, source in sources.items()
+            for start, rows in reader.read_chunks(source)
+        ) as chunks,
     ):
-        for name, source in sources.items():
-            weight = reader.read(source)
+        for name, start, rows in chunks:
             module = name.removesuffix(".weight")
             if module in adapter.pairs:
-                pair, scaling = adapter.pairs[module], adapter.scaling(module)
-                delta = pair.lora_b.float() @ pair.lora_a.float()
-                weight = weight.float().add_(delta, alpha=scaling).to(weight.dtype)
-            writer.write(name, weight)
-            progress.advance(planned[name].num_bytes / 2**20)
+                add_update(rows, start, adapter.pairs[module], adapter.scaling(module))
+            writer.write(name, rows)
+            progress.advance(rows.nbytes / 2**20)
     return config
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.hub import offline_libraries, unreachable
 from loram_cli.modeling.quiet import quiet_libraries
 
 DEMO_PREFIX = "demo:"
@@ -174,22 +175,32 @@ def _hub_records(source: str, *, streaming: bool) -> Iterator[Record]:
     if match is None:
         raise LoramError(f"{source}: neither a file nor a hub data set id", f"wanted: {_FORMATS}")
     split = match["split"] or "train"
-    with quiet_libraries():
+    silence = unreachable()
+    with quiet_libraries(), offline_libraries(silence is not None):
         import datasets
 
         bars = datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
         try:
             rows = datasets.load_dataset(
-                match["path"], match["config"], split=split, streaming=streaming
+                match["path"],
+                match["config"],
+                split=split,
+                # What is in the cache is there whole, and only a download can be streamed.
+                streaming=streaming and silence is None,
             )
             for number, fields in enumerate(rows, 1):
                 yield Record(fields, f"{source}, {split} record {number}")
         except Exception as error:
             # The hub's libraries raise a different class for each way to fail.
+            if silence is not None:
+                raise LoramError(
+                    f"{source}: not a local file, not in the hub's cache, and {silence}",
+                    f"check the name and the network, or pass a local file; wanted: {_FORMATS}",
+                ) from error
             raise LoramError(
                 f"{source}: not a local file, and the hub did not give it ({_first_line(error)})",
-                "check the id (owner/name[:config][@split]) and the network, or pass a local file",
+                "check the id (owner/name[:config][@split]), or pass a local file",
             ) from error
         finally:
             if not bars:

@@ -9,7 +9,7 @@ from tiny import make_base
 
 from loram_cli.checkpoint.identity import identify
 from loram_cli.checkpoint.index import INDEX_NAME, CheckpointIndex, read_config
-from loram_cli.checkpoint.reader import TensorReader, contiguous_runs
+from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
 from loram_cli.errors import LoramError
 
@@ -26,8 +26,6 @@ def test_reads_what_safetensors_reads(base: Path):
     with TensorReader(index) as reader:
         for name, tensor in expected.items():
             assert torch.equal(reader.read(name), tensor)
-            rows = list(range(0, tensor.shape[0], 3))
-            assert torch.equal(reader.read_rows(name, rows), tensor[rows])
 
 
 @pytest.mark.parametrize("max_shard_bytes", [64, 3000, 10**9])
@@ -100,8 +98,3 @@ def test_identity_tells_models_apart(base: Path, copy: Path, tmp_path: Path):
     tensors["model.norm.weight"][3] += 1
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     assert identify(copy).weights != identify(base).weights
-
-
-def test_contiguous_runs():
-    assert contiguous_runs([0, 1, 4, 5, 6, 9]) == [(0, 2), (4, 7), (9, 10)]
-    assert contiguous_runs([]) == []

@@ -6,7 +6,7 @@ from loram_cli.arch.spec import Geometry, LayerGeometry
 from loram_cli.errors import UsageError
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.pruning.plan import layer_widths, narrowed, per_layer_config
-from loram_cli.pruning.scores import l2_salience, layer_scores, taylor_salience
+from loram_cli.pruning.scores import l2_sums, layer_scores, taylor_salience
 from loram_cli.pruning.select import keep_highest, keep_random
 
 LAYER = LayerGeometry(8, 4, 16, 320)
@@ -87,5 +87,9 @@ def test_random_draws_are_seeded_by_layer():
     assert list(draw.intermediate) == sorted(set(draw.intermediate))
 
 
-def test_l2_is_the_squared_norm():
-    assert l2_salience(torch.tensor([[3.0, 4.0]])).sum() == 25
+def test_l2_sums_the_squares_of_all_chunks():
+    weight = torch.randn(20, 6, dtype=torch.bfloat16)
+    by_row, by_column = l2_sums(weight.split(7))
+    squares = weight.double().square()
+    torch.testing.assert_close(by_row, squares.sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(by_column, squares.sum(0), rtol=1e-6, atol=0)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.training import records
 from loram_cli.training.data import Example, load_instructions, load_text, split_eval
 
 
@@ -215,7 +216,12 @@ def test_empty_text_sources(write, tmp_path):
         load_text(write("b.jsonl", [{"body": "x"}]))
 
 
-def test_hub_failure_is_one_line(monkeypatch):
+@pytest.fixture
+def hub_answers(monkeypatch):
+    monkeypatch.setattr(records, "unreachable", lambda: None)
+
+
+def test_hub_failure_is_one_line(monkeypatch, hub_answers):
     import datasets
 
     def fail(*args, **kwargs):
@@ -227,7 +233,7 @@ def test_hub_failure_is_one_line(monkeypatch):
     assert "long trace" not in str(caught.value)
 
 
-def test_hub_id_carries_config_and_split(monkeypatch):
+def test_hub_id_carries_config_and_split(monkeypatch, hub_answers):
     import datasets
 
     calls = []
