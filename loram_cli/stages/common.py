@@ -80,7 +80,7 @@ class StageRun:
         manifest = Manifest(
             **self._record, base=base, keep=keep, results=results, **self._meter.stop()
         )
-        self._staged.commit(manifest)
+        manifest = self._staged.commit(manifest)
         return StageResult(self._name, self._read, self._staged.final, manifest, fresh=True)
 
 

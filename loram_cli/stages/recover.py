@@ -9,6 +9,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.common import StageResult, check_free_disk, check_out_of_tree, stage_run
 from loram_cli.stages.evaluate import training_record
+from loram_cli.stages.templates import warn_of_other_template
 
 if TYPE_CHECKING:
     from loram_cli.arch.spec import Family, Geometry
@@ -108,6 +109,7 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
         from loram_cli.pruning.groups import LayerKeep
 
         stage.restart_meter()
+        warn_of_other_template(manifest.inputs["source"], inputs["base"], reporter)
         small = LoraAdapter.read(spec.adapter)
         config = read_config(spec.model)
         family, geometry = family_for(config, str(spec.model)), Geometry.from_config(config)

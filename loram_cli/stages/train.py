@@ -10,6 +10,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import check_fit, finish_fit, fit_options
+from loram_cli.stages.templates import warn_of_other_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
     """
     check_out_of_tree(spec.out, spec.source)
     source, base, keep = describe_source(spec.source)
+    warn_of_other_template(source, base, reporter)
     with stage_run("train", spec, {"source": source}, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
@@ -176,8 +178,16 @@ def _split(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> tuple[list[An
     import random
 
     from loram_cli.training.data import load_instructions
+    from loram_cli.training.markers import foreign_markers
 
     examples = load_instructions(spec.data, tokenizer=tokenizer, reporter=reporter)
+    texts = (text for example in examples for text in (example.prompt, example.completion))
+    markers = foreign_markers(texts, tokenizer)
+    if markers:
+        reporter.warn(
+            f"{spec.data}: {', '.join(markers)} are not tokens of this model: "
+            "is the text in another model's chat format?"
+        )
     if spec.eval_data is not None:
         held_out = load_instructions(spec.eval_data, tokenizer=tokenizer, reporter=reporter)
         return examples, held_out[: spec.eval_examples]
