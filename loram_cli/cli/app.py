@@ -10,7 +10,17 @@ from typing import Any
 import typer
 
 from loram_cli import __version__
-from loram_cli.cli import align, evaluate, memory, prune, recover, run, train
+from loram_cli.cli import (
+    align,
+    evaluate,
+    inspect,
+    memory,
+    prune,
+    recover,
+    run,
+    train,
+    verify,
+)
 from loram_cli.errors import LoramError
 
 app = typer.Typer(
@@ -22,7 +32,8 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (prune, align, train, recover, evaluate, memory, run):
+MODULES = (prune, align, train, recover, evaluate, memory, run, verify, inspect)
+for module in MODULES:
     app.command(module.NAME, epilog=module.EPILOG)(module.command)
 
 

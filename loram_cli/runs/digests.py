@@ -33,7 +33,9 @@ def file_records(root: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, di
         leave_out: Relative paths that are not recorded.
     """
     files = {
-        file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*")) if file.is_file()
+        file.relative_to(root).as_posix(): file
+        for file in sorted(root.rglob("*"))
+        if file.is_file()
     }
     files = {name: file for name, file in files.items() if name not in leave_out}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

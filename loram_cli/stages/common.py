@@ -98,19 +98,30 @@ def stage_run(
         resumable: Whether unfinished work is kept for the next call.
     """
     plain = spec_to_mapping(spec)
-    key = digest_of(
+    key = key_of(name, plain, inputs)
+    record = {"stage": name, "key": key, "spec": plain, "inputs": inputs}
+    with staged_directory(spec.out, name, key, force=spec.force, resumable=resumable) as staged:
+        yield StageRun(name, staged, record, read)
+
+
+def key_of(stage: str, spec: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """Digest of all that decides a stage's output.
+
+    Args:
+        stage: Its name.
+        spec: The plain spec; what only says where or how fast does not enter.
+        inputs: As for :func:`stage_run`; paths do not enter.
+    """
+    return digest_of(
         {
-            "stage": name,
-            "spec": {k: v for k, v in plain.items() if k not in _NOT_IN_KEY},
+            "stage": stage,
+            "spec": {k: v for k, v in spec.items() if k not in _NOT_IN_KEY},
             "inputs": {
                 label: {k: v for k, v in record.items() if k != "path"}
                 for label, record in inputs.items()
             },
         }
     )
-    record = {"stage": name, "key": key, "spec": plain, "inputs": inputs}
-    with staged_directory(spec.out, name, key, force=spec.force, resumable=resumable) as staged:
-        yield StageRun(name, staged, record, read)
 
 
 def check_out_of_tree(out: Path, *inputs: Path) -> None:
