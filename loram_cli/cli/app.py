@@ -9,7 +9,6 @@ from typing import Any
 
 import typer
 
-from loram_cli import __version__
 from loram_cli.cli import (
     align,
     evaluate,
@@ -17,6 +16,7 @@ from loram_cli.cli import (
     memory,
     prune,
     recover,
+    report,
     run,
     train,
     verify,
@@ -32,21 +32,28 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-MODULES = (prune, align, train, recover, evaluate, memory, run, verify, inspect)
+MODULES = (prune, align, train, recover, evaluate, memory, run, report, verify, inspect)
 for module in MODULES:
     app.command(module.NAME, epilog=module.EPILOG)(module.command)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"loram {__version__}")
+        from loram_cli.runs.manifest import library_versions
+
+        for name, version in library_versions().items():
+            typer.echo(f"{name} {version}")
         raise typer.Exit
 
 
 @app.callback()
 def callback(
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        False,
+        "--version",
+        callback=_version,
+        is_eager=True,
+        help="Show the versions of loram and its libraries.",
     ),
 ) -> None:
     """Hold the options of ``loram`` itself."""

@@ -15,7 +15,18 @@ from loram_cli.specs import digest_of
 
 MANIFEST_NAME = "loram.json"
 SCHEMA_VERSION = 1
-_LIBRARIES = ("torch", "transformers", "peft", "trl", "lm_eval", "safetensors", "bitsandbytes")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "datasets",
+    "bitsandbytes",
+    "lm_eval",
+    "huggingface_hub",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

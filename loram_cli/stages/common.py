@@ -11,9 +11,10 @@ from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.meter import Meter
 from loram_cli.runs.staging import StagedDirectory, staged_directory
 from loram_cli.specs import digest_of, spec_to_mapping
+from loram_cli.stages.cards import CARD_NAME, model_card
 
 # Fields that say where things lie or how fast to go, not what comes out.
-_NOT_IN_KEY = ("model", "source", "adapter", "out", "force", "device")
+_NOT_IN_KEY = ("model", "source", "adapter", "out", "force", "device", "report_to")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class StageRun:
     def commit(
         self, results: Mapping[str, Any], *, base: Mapping[str, Any], keep: Mapping[str, Any]
     ) -> StageResult:
-        """Write the manifest and move the directory into place."""
+        """Write card and manifest, and move the directory into place."""
+        card = model_card(self._name, self._record["spec"], base, results)
+        if card is not None:
+            (self.path / CARD_NAME).write_text(card, "utf-8")
         manifest = Manifest(
             **self._record, base=base, keep=keep, results=results, **self._meter.stop()
         )

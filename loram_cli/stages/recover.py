@@ -105,7 +105,7 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
         from loram_cli.arch.spec import Geometry
         from loram_cli.checkpoint.adapter import LoraAdapter
         from loram_cli.checkpoint.index import read_config
-        from loram_cli.checkpoint.sources import copy_companions
+        from loram_cli.checkpoint.sources import copy_companions, hub_id
         from loram_cli.pruning.groups import LayerKeep
 
         stage.restart_meter()
@@ -115,7 +115,8 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
         family, geometry = family_for(config, str(spec.model)), Geometry.from_config(config)
         keep = {int(i): LayerKeep.from_mapping(layer) for i, layer in manifest.keep.items()}
         full = recover_adapter(small, family, config, geometry, keep, reporter)
-        named = {**full.config, "base_model_name_or_path": str(spec.model), "inference_mode": True}
+        name = hub_id(spec.model) or str(spec.model)
+        named = {**full.config, "base_model_name_or_path": name, "inference_mode": True}
         replace(full, config=named).write(stage.path)
         copy_companions(spec.model, stage.path)
         return stage.commit(

@@ -9,7 +9,7 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
-from loram_cli.stages.fitting import check_fit, finish_fit, fit_options
+from loram_cli.stages.fitting import check_fit, finish_fit, fit_options, prepare_tracking
 from loram_cli.stages.templates import warn_of_other_template
 
 
@@ -39,6 +39,7 @@ class TrainSpec:
         loss_on: ``answer`` alone, or ``all`` tokens.
         gradient_checkpointing: Trade time for activation memory.
         precision: ``bf16`` or ``fp32``; ``auto`` is bf16 on a GPU that has it.
+        report_to: Trackers that get the losses as well: ``tensorboard``, ``wandb``.
         seed: Decides order, split and dropout.
         device: Where to run; a GPU when there is one.
         force: Replace an existing output.
@@ -65,6 +66,7 @@ class TrainSpec:
     loss_on: Literal["answer", "all"] = "answer"
     gradient_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 42
     device: str | None = None
     force: bool = False
@@ -83,6 +85,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         LoramError: The data is unusable, or the loss is not finite.
     """
     check_out_of_tree(spec.out, spec.source)
+    prepare_tracking(spec)
     source, base, keep = describe_source(spec.source)
     warn_of_other_template(source, base, reporter)
     with stage_run("train", spec, {"source": source}, spec.source, resumable=True) as stage:
