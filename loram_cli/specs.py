@@ -37,7 +37,7 @@ def spec_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             raise unknown_name("key", key, known, where)
     hints = typing.get_type_hints(cls)
     converted = {
-        key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()
+        key: convert(hints[key], value, f"{where}: {key}") for key, value in values.items()
     }
     for name, field in known.items():
         no_default = field.default is dataclasses.MISSING
@@ -77,7 +77,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """A plain value as the type that a spec's field has.
+
+    Args:
+        hint: The field's type.
+        value: As it comes from a flag, YAML, JSON or the environment.
+        where: What to name in errors.
+
+    Raises:
+        UsageError: The value is of another type.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -91,21 +101,21 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise UsageError(f"{where}: a list is wanted, not {value!r}")
-        return tuple(_convert(args[0], item, where) for item in items)
+        return tuple(convert(args[0], item, where) for item in items)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise UsageError(f"{where}: a mapping is wanted, not {value!r}")
-        return {str(key): _convert(args[1], item, where) for key, item in value.items()}
+        return {str(key): convert(args[1], item, where) for key, item in value.items()}
     return _convert_scalar(hint, value, where)
 
 
 def _convert_union(options: list[Any], value: Any, where: str) -> Any:
     for option in options[:-1]:
         try:
-            return _convert(option, value, where)
+            return convert(option, value, where)
         except UsageError:
             continue
-    return _convert(options[-1], value, where)
+    return convert(options[-1], value, where)
 
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:

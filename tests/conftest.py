@@ -1,6 +1,7 @@
 """Models and data that many tests share."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,32 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"question": f"What is {i} plus 1?", "answer": f"#### {i + 1}"} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture(scope="session")
+def finished_run(base, text_file, instructions, tmp_path_factory) -> Path:
+    """A run directory with every stage's output, made by the commands. Copy before changing it."""
+    from loram_cli.cli.app import run_command
+
+    run = tmp_path_factory.mktemp("finished") / "run"
+    keep = ["--keep-first", "1", "--keep-last", "1", "--ratio", "0.5", "--strategy", "rand"]
+    fit = ["--steps", "2", "--batch", "4", "--micro-batch", "2"]
+    perplexity = ["--tasks", "perplexity", "--task-data", f"perplexity={instructions}"]
+    for words in (
+        ["prune", "--model", base, *keep],
+        ["align", "--data", text_file, *fit, "--block-length", "32"],
+        ["train", "--data", instructions, *fit, "--max-length", "64", "--learning-rate", "1e-2"],
+        ["recover", "--merge"],
+        ["eval", *perplexity, "--limit", "4"],
+    ):
+        assert run_command([*map(str, words), "--run", str(run)]) == 0
+    return run
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """The finished run, to change at will."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """Digests that tell one model from another without reading all of it."""
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.checkpoint.reader import TensorReader
+from loram_cli.errors import LoramError
 from loram_cli.specs import digest_of
 
 # What tools rewrite without changing the model.
@@ -31,12 +33,14 @@ class ModelIdentity:
         weights: Over 16 evenly spaced windows of 4 KiB of every tensor (all of a small one):
             a sample, since hashing all of a 70B model would cost more than pruning it.
         tokenizer: Over the tokenizer's vocabulary files.
+        chat_template: Over the chat template, wherever the directory keeps it; ``none`` without.
     """
 
     config: str
     tensors: str
     weights: str
     tokenizer: str
+    chat_template: str
 
     def to_mapping(self) -> dict[str, str]:
         """Plain form for a manifest."""
@@ -53,8 +57,29 @@ def identify(directory: Path) -> ModelIdentity:
     config = {k: v for k, v in read_config(directory).items() if k not in _VOLATILE_CONFIG_KEYS}
     listing = sorted([n, str(e.dtype), list(e.shape)] for n, e in index.tensors.items())
     return ModelIdentity(
-        digest_of(config), digest_of(listing), _sample_weights(index), _tokenizer_digest(directory)
+        digest_of(config),
+        digest_of(listing),
+        _sample_weights(index),
+        _tokenizer_digest(directory),
+        chat_template_digest(directory),
     )
+
+
+def chat_template_digest(directory: Path) -> str:
+    """Digest of the chat template of a model or adapter directory, or ``none``.
+
+    It stands in a file of its own or, as older tokenizers keep it, in ``tokenizer_config.json``.
+    """
+    file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    template: object = None
+    try:
+        if file.is_file():
+            template = file.read_text("utf-8")
+        elif config.is_file():
+            template = json.loads(config.read_text("utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise LoramError(f"{directory}: the chat template cannot be read ({error})") from error
+    return "none" if not template else digest_of(template)
 
 
 def _sample_weights(index: CheckpointIndex) -> str:

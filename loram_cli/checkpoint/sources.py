@@ -59,6 +59,14 @@ def resolve_model(model: str) -> Path:
     return Path(found)
 
 
+def hub_id(path: Path) -> str | None:
+    """The hub id of a directory in the hub's cache, or None for any other directory."""
+    for part, below in zip(path.parts, path.parts[1:], strict=False):
+        if part.startswith("models--") and below == "snapshots":
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return None
+
+
 def require_tokenizer(directory: Path) -> None:
     """Check that a base has a tokenizer, before any long work.
 

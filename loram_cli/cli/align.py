@@ -15,7 +15,7 @@ def command(
     data: Annotated[
         str | None, typer.Option(help="Text: .txt, .jsonl, a folder, a data set id.")
     ] = None,
-    run: options.Run = options.DEFAULT_RUN,
+    run: options.Run = None,
     source: Annotated[
         Path | None, typer.Option("--in", help="Pruned directory, not the run's.")
     ] = None,
@@ -35,16 +35,20 @@ def command(
         int | None, typer.Option(help="Steps per evaluation. [default: 50]")
     ] = None,
     train_lm_head: Annotated[
-        bool, typer.Option("--train-lm-head", help="Train the head too.")
-    ] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
-    precision: Annotated[
-        str | None, typer.Option(help="auto, fp32 or bf16. [default: auto]")
+        bool | None, typer.Option("--train-lm-head/--no-train-lm-head", help="Train the head too.")
     ] = None,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, fp32 or bf16. [default: auto]",
+            autocompletion=options.choices("align", "precision"),
+        ),
+    ] = None,
+    report_to: options.ReportTo = None,
     device: options.Device = None,
     seed: options.Seed = None,
+    push: options.Push = None,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
@@ -52,7 +56,8 @@ def command(
     from loram_cli.cli.render import show_result, stage_lines
     from loram_cli.stages import align, resolve
 
-    values = options.given(
+    values = options.layered(
+        NAME,
         data=data,
         source=source,
         out=out,
@@ -67,12 +72,15 @@ def command(
         train_lm_head=train_lm_head,
         gradient_checkpointing=gradient_checkpointing,
         precision=precision,
+        report_to=options.comma_separated(report_to),
         device=device,
         seed=seed,
         force=force,
     )
     reporter = options.reporter_for(json_output)
+    options.before_push(push)
     directory, name = options.settle(run, None, reporter, remember=False)
     options.tell_defaults(name, NAME, values, reporter)
     result = align.run(resolve.align_spec(directory, name, values), reporter)
+    options.after_push(push, result, reporter)
     show_result(result, stage_lines(result), json_output)

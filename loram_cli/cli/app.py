@@ -9,8 +9,18 @@ from typing import Any
 
 import typer
 
-from loram_cli import __version__
-from loram_cli.cli import align, evaluate, memory, prune, recover, run, train
+from loram_cli.cli import (
+    align,
+    evaluate,
+    inspect,
+    memory,
+    prune,
+    recover,
+    report,
+    run,
+    train,
+    verify,
+)
 from loram_cli.errors import LoramError
 
 app = typer.Typer(
@@ -22,20 +32,28 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (prune, align, train, recover, evaluate, memory, run):
+MODULES = (prune, align, train, recover, evaluate, memory, run, report, verify, inspect)
+for module in MODULES:
     app.command(module.NAME, epilog=module.EPILOG)(module.command)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"loram {__version__}")
+        from loram_cli.runs.manifest import library_versions
+
+        for name, version in library_versions().items():
+            typer.echo(f"{name} {version}")
         raise typer.Exit
 
 
 @app.callback()
 def callback(
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        False,
+        "--version",
+        callback=_version,
+        is_eager=True,
+        help="Show the versions of loram and its libraries.",
     ),
 ) -> None:
     """Hold the options of ``loram`` itself."""

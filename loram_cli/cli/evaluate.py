@@ -16,7 +16,7 @@ def command(
     tasks: Annotated[
         str | None, typer.Option(help="Comma-separated: gsm8k, humaneval, perplexity, ...")
     ] = None,
-    run: options.Run = options.DEFAULT_RUN,
+    run: options.Run = None,
     model: options.Model = None,
     out: options.Out = None,
     task_data: Annotated[
@@ -29,9 +29,12 @@ def command(
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Generated tokens at most.")] = None,
     allow_code_execution: Annotated[
-        bool,
-        typer.Option("--allow-code-execution", help="Run generated code in a sandbox (humaneval)."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--allow-code-execution/--no-allow-code-execution",
+            help="Run generated code in a sandbox (humaneval).",
+        ),
+    ] = None,
     device: options.Device = None,
     seed: options.Seed = None,
     force: options.Force = False,
@@ -41,7 +44,8 @@ def command(
     from loram_cli.cli.render import print_json, show_result, show_scores
     from loram_cli.stages import evaluate, resolve
 
-    values = options.given(
+    values = options.layered(
+        NAME,
         tasks=tuple(t.strip() for t in tasks.split(",") if t.strip())
         if tasks is not None
         else None,

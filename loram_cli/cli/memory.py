@@ -12,7 +12,7 @@ EPILOG = "Example: loram memory-report --preset llama2-70b --ratio 0.85"
 
 
 def command(
-    run: options.Run = options.DEFAULT_RUN,
+    run: options.Run = None,
     model: options.Model = None,
     preset: Annotated[
         str | None,

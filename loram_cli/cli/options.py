@@ -1,7 +1,10 @@
 """Options that several commands share, and how a command turns flags into values."""
 
+import os
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,13 +12,18 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
 
 Run = Annotated[
-    Path,
-    typer.Option("--run", envvar="LORAM_RUN", help="Run directory: holds every stage's output."),
+    Path | None,
+    typer.Option(
+        "--run",
+        envvar="LORAM_RUN",
+        help="Run directory: holds every stage's output. [default: loram-run]",
+    ),
 ]
 Model = Annotated[
     str | None,
     typer.Option(
         "--model",
+        envvar="LORAM_MODEL",
         help="Base model: a directory or hub id. Remembered by the run; else the demo base.",
     ),
 ]
@@ -29,6 +37,24 @@ Seed = Annotated[int | None, typer.Option(help="Seed of all random choices.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU when there is one.")
 ]
+GradientCheckpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."
+    ),
+]
+ReportTo = Annotated[
+    str | None,
+    typer.Option(help="Also log the fit to: tensorboard, wandb (comma-separated)."),
+]
+Push = Annotated[
+    str | None,
+    typer.Option("--push", help="OWNER/NAME: upload the output to the hub (private when new)."),
+]
+
+if TYPE_CHECKING:
+    from loram_cli.stages.common import StageResult
+    from loram_cli.stages.settings import Settings
 
 DEFAULT_RUN = Path("loram-run")
 
@@ -40,16 +66,75 @@ def given(**flags: Any) -> dict[str, Any]:
     }
 
 
+def layered(stage: str, **flags: Any) -> dict[str, Any]:
+    """The flags that were given, over what environment and settings file set for the stage."""
+    set_elsewhere = settings().section(stage)
+    explicit = {name: value for name, value in flags.items() if value is not None}
+    # Only --force is off unless given; a settings file cannot hold it.
+    return {**set_elsewhere, **{k: v for k, v in explicit.items() if k != "force" or v}}
+
+
+def comma_separated(text: str | None) -> tuple[str, ...] | None:
+    """The words of ``a,b``; None stays None."""
+    return None if text is None else tuple(w.strip() for w in text.split(",") if w.strip())
+
+
+def settings() -> "Settings":
+    """What the working directory's settings file and the environment set."""
+    from loram_cli.stages.settings import load_settings
+
+    return load_settings(Path.cwd(), os.environ)
+
+
+def choices(stage: str, name: str) -> Callable[[str], list[str]]:
+    """Completion of an option by the values that its spec allows."""
+
+    def complete(incomplete: str) -> list[str]:
+        from loram_cli.stages.recipe import setting_types
+
+        return [
+            word for word in _literals(setting_types(stage)[name]) if word.startswith(incomplete)
+        ]
+
+    return complete
+
+
+def _literals(hint: Any) -> list[str]:
+    if typing.get_origin(hint) is typing.Literal:
+        return [str(value) for value in typing.get_args(hint)]
+    return [word for arg in typing.get_args(hint) for word in _literals(arg)]
+
+
 def settle(
-    run: Path, model: str | None, reporter: Reporter, *, remember: bool = True
+    run: Path | None, model: str | None, reporter: Reporter, *, remember: bool = True
 ) -> tuple[RunDirectory, str]:
     """The run directory and its base model; says so when it is the demo base."""
-    directory = RunDirectory(run)
+    elsewhere = settings()
+    if elsewhere.sources:
+        reporter.note(f"settings from {', '.join(elsewhere.sources)}")
+    directory = RunDirectory(run or elsewhere.run or DEFAULT_RUN)
+    model = model or elsewhere.model
     first = directory.remembered_model() is None
     name = directory.settle_model(model, remember=remember)
     if name == DEMO_MODEL and first and model is None:
         reporter.note("no --model: using the embedded demo base")
     return directory, name
+
+
+def before_push(repository: str | None) -> None:
+    """Refuse a push that cannot succeed, before the work that it would come after."""
+    if repository is not None:
+        from loram_cli.stages.push import check_push
+
+        check_push(repository)
+
+
+def after_push(repository: str | None, result: "StageResult", reporter: Reporter) -> None:
+    """Upload what a stage wrote."""
+    if repository is not None:
+        from loram_cli.stages.push import push
+
+        push(result.wrote, repository, reporter)
 
 
 def tell_defaults(model: str, stage: str, values: dict[str, Any], reporter: Reporter) -> None:

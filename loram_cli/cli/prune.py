@@ -12,13 +12,17 @@ EPILOG = "Example: loram prune --model ./Llama-2-13b-hf --ratio 0.65 --calibrati
 
 def command(
     strategy: Annotated[
-        str | None, typer.Option(help="rand: random groups; stru: ranked groups.")
+        str | None,
+        typer.Option(
+            help="rand: random groups; stru: ranked groups.",
+            autocompletion=options.choices("prune", "strategy"),
+        ),
     ] = None,
     ratio: Annotated[
         float | None, typer.Option(help="Share of groups to drop per pruned layer.")
     ] = None,
     model: options.Model = None,
-    run: options.Run = options.DEFAULT_RUN,
+    run: options.Run = None,
     out: options.Out = None,
     keep_first: Annotated[
         int | None, typer.Option(help="First layers kept whole. [default: 4]")
@@ -27,7 +31,11 @@ def command(
         int | None, typer.Option(help="Last layers kept whole. [default: 2]")
     ] = None,
     importance: Annotated[
-        str | None, typer.Option(help="stru's ranking: taylor or l2 (no data).")
+        str | None,
+        typer.Option(
+            help="stru's ranking: taylor or l2 (no data).",
+            autocompletion=options.choices("prune", "importance"),
+        ),
     ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text for taylor: file, folder, data set id.")
@@ -44,6 +52,7 @@ def command(
     ] = None,
     device: options.Device = None,
     seed: options.Seed = None,
+    push: options.Push = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
     json_output: options.Json = False,
@@ -53,7 +62,8 @@ def command(
     from loram_cli.stages import prune, resolve
     from loram_cli.units import format_bytes, format_params, parse_bytes
 
-    values = options.given(
+    values = options.layered(
+        NAME,
         strategy=strategy,
         ratio=ratio,
         out=out,
@@ -69,6 +79,7 @@ def command(
         force=force,
     )
     reporter = options.reporter_for(json_output)
+    options.before_push(push)
     directory, name = options.settle(run, model, reporter, remember=False)
     options.tell_defaults(name, NAME, values, reporter)
     spec = resolve.prune_spec(directory, name, values)
@@ -96,5 +107,6 @@ def command(
         return
     result = prune.run(spec, reporter)
     if out is None:
-        directory.settle_model(model)
+        directory.settle_model(name)
+    options.after_push(push, result, reporter)
     show_result(result, stage_lines(result), json_output)

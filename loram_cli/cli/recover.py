@@ -12,18 +12,20 @@ EPILOG = "Example: loram recover --merge"
 
 
 def command(
-    run: options.Run = options.DEFAULT_RUN,
+    run: options.Run = None,
     model: options.Model = None,
     adapter: Annotated[
         Path | None, typer.Option("--in", help="Adapter directory, not the run's.")
     ] = None,
     out: options.Out = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Also write the full merged checkpoint.")
-    ] = False,
+        bool | None,
+        typer.Option("--merge/--no-merge", help="Also write the full merged checkpoint."),
+    ] = None,
     merge_out: Annotated[
         Path | None, typer.Option(help="Where the merged checkpoint goes.")
     ] = None,
+    push: options.Push = None,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
@@ -32,14 +34,18 @@ def command(
     from loram_cli.stages import recover, resolve
 
     reporter = options.reporter_for(json_output)
+    options.before_push(push)
     directory, name = options.settle(run, model, reporter, remember=False)
-    values = options.given(adapter=adapter, out=out, force=force)
+    values = options.layered(NAME, adapter=adapter, out=out, force=force, merge=merge)
+    merge = values.pop("merge", False)
     result = recover.run(resolve.recover_spec(directory, name, values), reporter)
+    options.after_push(push, result, reporter)
     if not merge:
         show_result(result, stage_lines(result), json_output)
         return
     values = options.given(adapter=result.wrote, out=merge_out, force=force)
     merged = recover.merge(resolve.merge_spec(directory, name, values), reporter)
+    options.after_push(push and f"{push}-merged", merged, reporter)
     if json_output:
         print_json({"recover": result.to_mapping(), "merge": merged.to_mapping()})
         return

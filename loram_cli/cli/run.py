@@ -20,6 +20,9 @@ def command(
     model: options.Model = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write report.html into the run directory.")
+    ] = False,
     json_output: options.Json = False,
 ) -> None:
     """Run the stages of a recipe: what is done is skipped, what was interrupted goes on."""
@@ -38,7 +41,8 @@ def command(
     from loram_cli.stages.recipe import load_recipe
     from loram_cli.units import format_bytes, format_params
 
-    loaded = load_recipe(recipe)
+    settings = options.settings()
+    loaded = settings.over(load_recipe(recipe))
     if model is not None:
         loaded = replace(loaded, model=model)
     console = stdout_console()
@@ -57,7 +61,7 @@ def command(
             words = " ".join(f"{k}={v}" for k, v in plan.values.get(stage, {}).items())
             console.print(f"  {stage}: {words}".rstrip(": "))
         return
-    directory = RunDirectory(run or loaded.run or options.DEFAULT_RUN)
+    directory = RunDirectory(run or loaded.run or settings.run or options.DEFAULT_RUN)
 
     def tell(result: StageResult) -> None:
         if not json_output:
@@ -65,6 +69,11 @@ def command(
 
     reporter = options.reporter_for(json_output)
     results = pipeline.run(loaded, directory, force=force, reporter=reporter, on_result=tell)
+    if report:
+        from loram_cli.stages.page import PAGE_NAME, write_page
+
+        write_page(directory.path, directory.path / PAGE_NAME)
+        reporter.note(f"wrote {directory.path / PAGE_NAME}")
     if json_output:
         print_json([result.to_mapping() for result in results])
         return

@@ -15,7 +15,7 @@ def command(
     data: Annotated[
         str | None, typer.Option(help="Instructions: .jsonl file or data set id.")
     ] = None,
-    run: options.Run = options.DEFAULT_RUN,
+    run: options.Run = None,
     source: Annotated[
         Path | None,
         typer.Option("--in", help="Model directory, not the run's aligned or pruned one."),
@@ -26,7 +26,11 @@ def command(
         int | None, typer.Option(help="How many to hold out. [default: 64]")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="nf4: hold the frozen model in 4 bits.")
+        str | None,
+        typer.Option(
+            help="nf4: hold the frozen model in 4 bits.",
+            autocompletion=options.choices("train", "quantize"),
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: 400]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate. [default: 1e-5]")] = None,
@@ -42,21 +46,31 @@ def command(
     targets: Annotated[
         str | None, typer.Option(help="Modules, comma-separated. [default: all]")
     ] = None,
-    loss_on: Annotated[str | None, typer.Option(help="answer or all. [default: answer]")] = None,
+    loss_on: Annotated[
+        str | None,
+        typer.Option(
+            help="answer or all. [default: answer]",
+            autocompletion=options.choices("train", "loss_on"),
+        ),
+    ] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps per checkpoint. [default: 50]")
     ] = None,
     eval_steps: Annotated[
         int | None, typer.Option(help="Steps per evaluation. [default: 50]")
     ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
+    gradient_checkpointing: options.GradientCheckpointing = None,
     precision: Annotated[
-        str | None, typer.Option(help="auto, fp32 or bf16. [default: auto]")
+        str | None,
+        typer.Option(
+            help="auto, fp32 or bf16. [default: auto]",
+            autocompletion=options.choices("train", "precision"),
+        ),
     ] = None,
+    report_to: options.ReportTo = None,
     device: options.Device = None,
     seed: options.Seed = None,
+    push: options.Push = None,
     force: options.Force = False,
     json_output: options.Json = False,
 ) -> None:
@@ -64,7 +78,8 @@ def command(
     from loram_cli.cli.render import show_result, stage_lines
     from loram_cli.stages import resolve, train
 
-    values = options.given(
+    values = options.layered(
+        NAME,
         data=data,
         source=source,
         out=out,
@@ -80,18 +95,21 @@ def command(
         rank=rank,
         alpha=alpha,
         dropout=dropout,
-        targets=tuple(targets.split(",")) if targets else None,
+        targets=options.comma_separated(targets),
         loss_on=loss_on,
         save_steps=save_steps,
         eval_steps=eval_steps,
         gradient_checkpointing=gradient_checkpointing,
         precision=precision,
+        report_to=options.comma_separated(report_to),
         device=device,
         seed=seed,
         force=force,
     )
     reporter = options.reporter_for(json_output)
+    options.before_push(push)
     directory, name = options.settle(run, None, reporter, remember=False)
     options.tell_defaults(name, NAME, values, reporter)
     result = train.run(resolve.train_spec(directory, name, values), reporter)
+    options.after_push(push, result, reporter)
     show_result(result, stage_lines(result), json_output)

@@ -11,10 +11,22 @@ from typing import Any
 
 from loram_cli import __version__
 from loram_cli.errors import LoramError
+from loram_cli.specs import digest_of
 
 MANIFEST_NAME = "loram.json"
 SCHEMA_VERSION = 1
-_LIBRARIES = ("torch", "transformers", "peft", "trl", "lm_eval", "safetensors", "bitsandbytes")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "datasets",
+    "bitsandbytes",
+    "lm_eval",
+    "huggingface_hub",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +41,7 @@ class Manifest:
         base: Identity of the original base model, carried from stage to stage.
         keep: Per pruned layer the kept indices (``key_value_heads``, ``intermediate``), carried
             along so that an adapter directory is enough to recover from.
+        outputs: ``bytes`` and ``sha256`` of every file beside this record, for ``loram verify``.
         results: What the stage measured.
         wall_seconds: Time the stage took, since it was last resumed.
         peak_memory_bytes: Highest memory while it ran (device memory on a GPU, else resident).
@@ -41,6 +54,7 @@ class Manifest:
     inputs: Mapping[str, Any]
     base: Mapping[str, Any]
     keep: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)
+    outputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -49,8 +63,12 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def write(self, directory: Path) -> None:
-        """Write the manifest into a directory whose other files are complete."""
-        text = json.dumps(asdict(self), indent=1, sort_keys=True)
+        """Write the manifest into a directory whose other files are complete.
+
+        It closes with a digest of itself, so that a record edited by hand is told from a true one.
+        """
+        data = json.loads(json.dumps(asdict(self)))
+        text = json.dumps({**data, "digest": digest_of(data)}, indent=1, sort_keys=True)
         (directory / MANIFEST_NAME).write_text(text + "\n", "utf-8")
 
     @classmethod
@@ -58,7 +76,7 @@ class Manifest:
         """Read and check a directory's manifest.
 
         Raises:
-            LoramError: There is none, or it is not a manifest of this schema.
+            LoramError: There is none, it is not a manifest of this schema, or it was edited.
         """
         file = directory / MANIFEST_NAME
         try:
@@ -66,6 +84,12 @@ class Manifest:
             if data["schema_version"] != SCHEMA_VERSION:
                 raise LoramError(
                     f"{file}: schema {data['schema_version']}, this version reads {SCHEMA_VERSION}"
+                )
+            digest = data.pop("digest", None)
+            if digest is not None and digest != digest_of(data):
+                raise LoramError(
+                    f"{file}: was changed after it was written (its digest does not match)",
+                    "run the stage again with --force, or restore the file",
                 )
             return cls(**data)
         except FileNotFoundError as error:

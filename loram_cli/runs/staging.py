@@ -4,9 +4,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.runs.digests import file_records
 from loram_cli.runs.lock import exclusive_lock
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 
@@ -28,10 +30,15 @@ class StagedDirectory:
         self.finished = finished
         self.committed = False
 
-    def commit(self, manifest: Manifest) -> None:
-        """Flush all files, write the manifest, flush again, and move into place."""
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Flush all files, write the manifest, flush again, and move into place.
+
+        Returns:
+            The manifest as written: with the digests of the files beside it.
+        """
         (self.path / _KEY_NAME).unlink(missing_ok=True)
         _sync_tree(self.path)
+        manifest = replace(manifest, outputs=file_records(self.path, leave_out=(MANIFEST_NAME,)))
         manifest.write(self.path)
         _sync_tree(self.path)
         retired = _beside(self.final, "old")
@@ -42,6 +49,7 @@ class StagedDirectory:
         _sync(self.final.parent)
         shutil.rmtree(retired, ignore_errors=True)
         self.committed = True
+        return manifest
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
-from loram_cli.stages.fitting import check_fit, finish_fit, fit_options
+from loram_cli.stages.fitting import check_fit, finish_fit, fit_options, prepare_tracking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class AlignSpec:
         train_lm_head: Train the head too; the reference code freezes it.
         gradient_checkpointing: Trade time for activation memory.
         precision: ``bf16`` or ``fp32``; ``auto`` is bf16 on a GPU that has it.
+        report_to: Trackers that get the losses as well: ``tensorboard``, ``wandb``.
         seed: Decides the order.
         device: Where to run; a GPU when there is one.
         force: Replace an existing output.
@@ -53,6 +54,7 @@ class AlignSpec:
     train_lm_head: bool = False
     gradient_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 42
     device: str | None = None
     force: bool = False
@@ -71,6 +73,7 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
     from loram_cli.checkpoint.identity import identify
 
     check_out_of_tree(spec.out, spec.source)
+    prepare_tracking(spec)
     manifest = Manifest.read(spec.source)
     if manifest.stage != "prune":
         raise LoramError(f"{spec.source}: was made by '{manifest.stage}', 'prune' output is wanted")

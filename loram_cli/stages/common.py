@@ -11,9 +11,12 @@ from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.meter import Meter
 from loram_cli.runs.staging import StagedDirectory, staged_directory
 from loram_cli.specs import digest_of, spec_to_mapping
+from loram_cli.stages.cards import CARD_NAME, model_card
 
 # Fields that say where things lie or how fast to go, not what comes out.
-_NOT_IN_KEY = ("model", "source", "adapter", "out", "force", "device", "calibration_memory_bytes")
+_NOT_IN_KEY = (
+    "model", "source", "adapter", "out", "force", "device", "calibration_memory_bytes", "report_to",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,14 @@ class StageRun:
     def commit(
         self, results: Mapping[str, Any], *, base: Mapping[str, Any], keep: Mapping[str, Any]
     ) -> StageResult:
-        """Write the manifest and move the directory into place."""
+        """Write card and manifest, and move the directory into place."""
+        card = model_card(self._name, self._record["spec"], base, results)
+        if card is not None:
+            (self.path / CARD_NAME).write_text(card, "utf-8")
         manifest = Manifest(
             **self._record, base=base, keep=keep, results=results, **self._meter.stop()
         )
-        self._staged.commit(manifest)
+        manifest = self._staged.commit(manifest)
         return StageResult(self._name, self._read, self._staged.final, manifest, fresh=True)
 
 
@@ -98,19 +104,30 @@ def stage_run(
         resumable: Whether unfinished work is kept for the next call.
     """
     plain = spec_to_mapping(spec)
-    key = digest_of(
+    key = key_of(name, plain, inputs)
+    record = {"stage": name, "key": key, "spec": plain, "inputs": inputs}
+    with staged_directory(spec.out, name, key, force=spec.force, resumable=resumable) as staged:
+        yield StageRun(name, staged, record, read)
+
+
+def key_of(stage: str, spec: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """Digest of all that decides a stage's output.
+
+    Args:
+        stage: Its name.
+        spec: The plain spec; what only says where or how fast does not enter.
+        inputs: As for :func:`stage_run`; paths do not enter.
+    """
+    return digest_of(
         {
-            "stage": name,
-            "spec": {k: v for k, v in plain.items() if k not in _NOT_IN_KEY},
+            "stage": stage,
+            "spec": {k: v for k, v in spec.items() if k not in _NOT_IN_KEY},
             "inputs": {
                 label: {k: v for k, v in record.items() if k != "path"}
                 for label, record in inputs.items()
             },
         }
     )
-    record = {"stage": name, "key": key, "spec": plain, "inputs": inputs}
-    with staged_directory(spec.out, name, key, force=spec.force, resumable=resumable) as staged:
-        yield StageRun(name, staged, record, read)
 
 
 def check_out_of_tree(out: Path, *inputs: Path) -> None:

@@ -40,7 +40,20 @@ def fit_options(spec: "AlignSpec | TrainSpec") -> "FitOptions":
         seed=spec.seed,
         gradient_checkpointing=spec.gradient_checkpointing,
         precision=spec.precision,
+        report_to=spec.report_to,
     )
+
+
+def prepare_tracking(spec: "AlignSpec | TrainSpec") -> None:
+    """Refuse trackers that are not installed.
+
+    Raises:
+        LoramError: Names the package, and how to get it.
+    """
+    if spec.report_to:
+        from loram_cli.training.tracking import check_trackers
+
+        check_trackers(spec.report_to)
 
 
 def finish_fit(fitted: "FitResult", path: Path, title: str) -> dict[str, Any]:

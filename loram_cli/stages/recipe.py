@@ -1,5 +1,6 @@
 """Recipes: the stages of a run in one YAML file, typed."""
 
+import typing
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
@@ -16,7 +17,7 @@ from loram_cli.stages.train import TrainSpec
 
 # What the run directory fills in, and a recipe therefore may not set.
 _PLACES = frozenset({"model", "source", "adapter", "out", "rows", "demo_data", "force"})
-_SPECS: dict[str, type] = {
+SPECS: dict[str, type] = {
     "prune": PruneSpec,
     "align": AlignSpec,
     "train": TrainSpec,
@@ -67,27 +68,50 @@ class Recipe:
         return tuple(order)
 
 
-def load_recipe(file: Path) -> Recipe:
-    """Read and check a recipe; nothing is run.
+def read_yaml(file: Path, what: str) -> dict[str, Any]:
+    """A YAML file's mapping; an empty file is an empty one.
+
+    Args:
+        file: The file.
+        what: ``recipe`` or ``settings``, to name it in errors.
 
     Raises:
-        UsageError: Not readable, not YAML, an unknown key or a wrong type.
+        UsageError: Not readable, not YAML, or no mapping.
     """
     import yaml
 
     try:
         data = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: recipe cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+        raise UsageError(f"{file}: {what} cannot be read ({error})") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         place = f", line {line + 1}" if line is not None else ""
         raise UsageError(f"{file}{place}: not valid YAML") from error
+    if data is None and what != "recipe":
+        return {}
     if not isinstance(data, dict):
-        raise UsageError(f"{file}: a recipe is a mapping of stages", "see recipes/demo.yaml")
+        raise UsageError(f"{file}: a {what} file is a mapping of stages", "see recipes/demo.yaml")
+    return data
+
+
+def setting_types(stage: str) -> dict[str, Any]:
+    """Type by name of everything that a recipe or a settings file may set for a stage."""
+    hints = typing.get_type_hints(SPECS[stage])
+    merge = {"merge": bool} if stage == "recover" else {}
+    return {name: hint for name, hint in hints.items() if name not in _PLACES} | merge
+
+
+def load_recipe(file: Path) -> Recipe:
+    """Read and check a recipe; nothing is run.
+
+    Raises:
+        UsageError: Not readable, not YAML, an unknown key or a wrong type.
+    """
+    data = read_yaml(file, "recipe")
     recipe = spec_from_mapping(Recipe, data, f"recipe {file.name}")
-    for stage, spec in _SPECS.items():
-        _check_section(recipe.section(stage), spec, f"recipe {file.name}, stage {stage}")
+    for stage in SPECS:
+        _check_section(recipe.section(stage), stage, f"recipe {file.name}, stage {stage}")
     return recipe
 
 
@@ -97,10 +121,9 @@ def demo_recipe() -> Recipe:
     return load_recipe(Path(str(resources.files("loram_cli.demo") / "recipe.yaml")))
 
 
-def _check_section(section: dict[str, Any], spec: type, where: str) -> None:
-    known = [f.name for f in fields(spec) if f.name not in _PLACES]
-    if spec is RecoverSpec:
-        known.append("merge")
+def _check_section(section: dict[str, Any], stage: str, where: str) -> None:
+    spec = SPECS[stage]
+    known = setting_types(stage)
     for key in section:
         if key not in known:
             raise unknown_name("key", key, known, where)

@@ -9,6 +9,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.common import StageResult, check_free_disk, check_out_of_tree, stage_run
 from loram_cli.stages.evaluate import training_record
+from loram_cli.stages.templates import warn_of_other_template
 
 if TYPE_CHECKING:
     from loram_cli.arch.spec import Family, Geometry
@@ -104,16 +105,18 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
         from loram_cli.arch.spec import Geometry
         from loram_cli.checkpoint.adapter import LoraAdapter
         from loram_cli.checkpoint.index import read_config
-        from loram_cli.checkpoint.sources import copy_companions
+        from loram_cli.checkpoint.sources import copy_companions, hub_id
         from loram_cli.pruning.groups import LayerKeep
 
         stage.restart_meter()
+        warn_of_other_template(manifest.inputs["source"], inputs["base"], reporter)
         small = LoraAdapter.read(spec.adapter)
         config = read_config(spec.model)
         family, geometry = family_for(config, str(spec.model)), Geometry.from_config(config)
         keep = {int(i): LayerKeep.from_mapping(layer) for i, layer in manifest.keep.items()}
         full = recover_adapter(small, family, config, geometry, keep, reporter)
-        named = {**full.config, "base_model_name_or_path": str(spec.model), "inference_mode": True}
+        name = hub_id(spec.model) or str(spec.model)
+        named = {**full.config, "base_model_name_or_path": name, "inference_mode": True}
         replace(full, config=named).write(stage.path)
         copy_companions(spec.model, stage.path)
         return stage.commit(

@@ -9,7 +9,8 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
-from loram_cli.stages.fitting import check_fit, finish_fit, fit_options
+from loram_cli.stages.fitting import check_fit, finish_fit, fit_options, prepare_tracking
+from loram_cli.stages.templates import warn_of_other_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class TrainSpec:
         loss_on: ``answer`` alone, or ``all`` tokens.
         gradient_checkpointing: Trade time for activation memory.
         precision: ``bf16`` or ``fp32``; ``auto`` is bf16 on a GPU that has it.
+        report_to: Trackers that get the losses as well: ``tensorboard``, ``wandb``.
         seed: Decides order, split and dropout.
         device: Where to run; a GPU when there is one.
         force: Replace an existing output.
@@ -64,6 +66,7 @@ class TrainSpec:
     loss_on: Literal["answer", "all"] = "answer"
     gradient_checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 42
     device: str | None = None
     force: bool = False
@@ -82,7 +85,9 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         LoramError: The data is unusable, or the loss is not finite.
     """
     check_out_of_tree(spec.out, spec.source)
+    prepare_tracking(spec)
     source, base, keep = describe_source(spec.source)
+    warn_of_other_template(source, base, reporter)
     with stage_run("train", spec, {"source": source}, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
@@ -174,8 +179,16 @@ def _load(spec: TrainSpec, family: Any) -> Any:
 
 def _split(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> tuple[list[Any], list[Any]]:
     from loram_cli.training.data import load_instructions, split_eval
+    from loram_cli.training.markers import foreign_markers
 
     examples = load_instructions(spec.data, tokenizer=tokenizer, reporter=reporter)
+    texts = (text for example in examples for text in (example.prompt, example.completion))
+    markers = foreign_markers(texts, tokenizer)
+    if markers:
+        reporter.warn(
+            f"{spec.data}: {', '.join(markers)} are not tokens of this model: "
+            "is the text in another model's chat format?"
+        )
     if spec.eval_data is not None:
         held_out = load_instructions(spec.eval_data, tokenizer=tokenizer, reporter=reporter)
         return examples, held_out[: spec.eval_examples]

@@ -3,7 +3,9 @@
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from loram_cli.errors import LoramError
 from loram_cli.training.options import LossRow
 
 _TRAIN_COLOUR, _EVAL_COLOUR, _INK = "#4878a8", "#c8553d", "#333333"
@@ -21,6 +23,27 @@ def write_curve_csv(rows: Iterable[LossRow], path: Path) -> None:
             writer.writerow([row.step, row.split, f"{row.loss:.6f}", rate])
 
 
+def read_curve_csv(path: Path) -> list[LossRow]:
+    """The curve that :func:`write_curve_csv` wrote.
+
+    Raises:
+        LoramError: The file is absent or not such a curve.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                LossRow(
+                    int(row["step"]),
+                    "eval" if row["split"] == "eval" else "train",
+                    float(row["loss"]),
+                    float(row["learning_rate"]) if row["learning_rate"] else None,
+                )
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoramError(f"{path}: not a loss curve ({error})") from error
+
+
 def draw_curve(rows: Sequence[LossRow], path: Path, title: str) -> None:
     """Draw training and evaluation loss over steps as a PNG.
 
@@ -29,6 +52,30 @@ def draw_curve(rows: Sequence[LossRow], path: Path, title: str) -> None:
         path: The picture's file.
         title: What was trained.
     """
+    # Without the library's version in the file, the same curve gives the same bytes.
+    _figure(rows, title).savefig(path, metadata={"Software": None})
+
+
+def curve_svg(rows: Sequence[LossRow], title: str, salt: str) -> str:
+    """The same picture as an ``<svg>`` element, for a page.
+
+    Args:
+        rows: The curve.
+        title: What was trained.
+        salt: Makes the element ids of two pictures on a page differ.
+    """
+    import io
+
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        _figure(rows, title).savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(rows: Sequence[LossRow], title: str) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -60,8 +107,7 @@ def draw_curve(rows: Sequence[LossRow], path: Path, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
     axes.legend(frameon=False)
-    # Without the library's version in the file, the same curve gives the same bytes.
-    figure.savefig(path, metadata={"Software": None})
+    return figure
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

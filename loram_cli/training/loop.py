@@ -21,6 +21,7 @@ from loram_cli.specs import digest_of, spec_to_mapping
 from loram_cli.training.checkpoints import newest_checkpoint
 from loram_cli.training.options import FitOptions, FitResult, curve_rows, resolve_precision
 from loram_cli.training.tokens import PadCollator, TokenRow
+from loram_cli.training.tracking import tracking_callbacks
 
 
 def fit_causal_text(
@@ -166,7 +167,8 @@ def _fit(
                     callbacks=[
                         StepCallback(
                             progress, interruption, options.batch, evaluates=bool(evaluation)
-                        )
+                        ),
+                        *tracking_callbacks(options.report_to, work_dir),
                     ],
                 )
                 _remove_printer(trainer)
@@ -257,8 +259,8 @@ def _fingerprint(
         for row in rows:
             data.update(f"{len(row.input_ids)},{row.answer_start};".encode())
             data.update(row.input_ids.tobytes())
-    # How often a checkpoint is written changes nothing in the result.
-    plain = spec_to_mapping(replace(options, checkpoint_steps=1))
+    # How often a checkpoint is written, and who else hears of it, changes nothing in the result.
+    plain = spec_to_mapping(replace(options, checkpoint_steps=1, report_to=()))
     shapes = {name: list(shape) for name, shape in trainable.items()}
     return digest_of(
         {"options": plain, "precision": precision, "data": data.hexdigest(), "trainable": shapes}

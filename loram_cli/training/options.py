@@ -31,6 +31,7 @@ class FitOptions:
         checkpoint_steps: Write a checkpoint every so many steps.
         eval_steps: Evaluate every so many steps, besides start and end; None for these two alone.
         seed: Decides data order and dropout.
+        report_to: Trackers that get the losses as well.
     """
 
     learning_rate: float
@@ -48,6 +49,7 @@ class FitOptions:
     checkpoint_steps: int = 100
     eval_steps: int | None = None
     seed: int = 0
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
         """Check ranges.

@@ -1,0 +1,104 @@
+"""Push: upload an output to the hub, under a name that was checked before the long work."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from loram_cli.checkpoint.sources import hub_id
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.reporting import Reporter
+from loram_cli.runs.manifest import MANIFEST_NAME
+
+
+def check_push(repository: str) -> None:
+    """See that the name is one, and that the hub lets us in.
+
+    Raises:
+        UsageError: Not of the form OWNER/NAME.
+        LoramError: No token, or the hub cannot be reached.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UsageError(f"--push {repository}: OWNER/NAME is wanted") from error
+    if repository.count("/") != 1:
+        raise UsageError(f"--push {repository}: OWNER/NAME is wanted")
+    try:
+        _api().whoami()
+    except Exception as error:
+        raise _refused(repository, error) from error
+
+
+def push(directory: Path, repository: str, reporter: Reporter) -> str:
+    """Upload a finished output, as a private repository unless it exists already.
+
+    Local paths are left out of the manifest's copy on the hub.
+
+    Args:
+        directory: A stage's output.
+        repository: OWNER/NAME.
+        reporter: Told of the address.
+
+    Returns:
+        The address.
+
+    Raises:
+        LoramError: The hub refuses, or cannot be reached; the output stays where it is.
+    """
+    api = _api()
+    try:
+        url = str(api.create_repo(repository, private=True, exist_ok=True))
+        with reporter.progress(f"push to {repository}", None, "file"):
+            api.upload_folder(
+                repo_id=repository, folder_path=str(directory), ignore_patterns=[MANIFEST_NAME]
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                record = Path(folder) / MANIFEST_NAME
+                record.write_text(public_manifest(directory) + "\n", "utf-8")
+                api.upload_file(
+                    repo_id=repository, path_or_fileobj=str(record), path_in_repo=MANIFEST_NAME
+                )
+    except Exception as error:
+        raise _refused(repository, error, directory) from error
+    reporter.note(f"pushed to {url}")
+    return url
+
+
+def public_manifest(directory: Path) -> str:
+    """The manifest with every local path cut to its last part, or to the hub id."""
+    data = json.loads((directory / MANIFEST_NAME).read_text("utf-8"))
+    # The record is no longer the one that was written, and must not claim to be.
+    data.pop("digest", None)
+    return json.dumps(_without_paths(data), indent=1, sort_keys=True)
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
+        parts = (Path(part) for part in value.split(" + "))
+        return " + ".join(hub_id(part) or part.name for part in parts)
+    return value
+
+
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+def _refused(repository: str, error: Exception, kept: Path | None = None) -> LoramError:
+    # The hub library raises a different class for each way to fail; the first line tells which.
+    lines = str(error).strip().splitlines()
+    reason = lines[0][:160] if lines else repr(error)
+    where = f"; the output stays at {kept}" if kept else ""
+    return LoramError(
+        f"--push {repository}: the hub cannot be used ({reason}){where}",
+        "log in with 'hf auth login' or set HF_TOKEN, and check the network",
+    )

@@ -1,0 +1,45 @@
+"""Experiment trackers beside our own loss curve: tensorboard and wandb, through transformers."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from loram_cli.errors import LoramError
+
+Tracker = Literal["tensorboard", "wandb"]
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def check_trackers(names: Sequence[Tracker]) -> None:
+    """Refuse trackers whose package is absent, before any long work.
+
+    Raises:
+        LoramError: Names the package, and how to get it.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise LoramError(
+                f"--report-to {name}: the package {name} is not installed",
+                f"pip install 'loram[{name}]', or do without: loss.csv is always written",
+            )
+
+
+def tracking_callbacks(names: Sequence[Tracker], work_dir: Path) -> list[Any]:
+    """The trainer's callbacks for the trackers.
+
+    Args:
+        names: Which.
+        work_dir: The stage's directory; tensorboard's files go into a folder of it.
+    """
+    callbacks: list[Any] = []
+    if "tensorboard" in names:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(work_dir / TENSORBOARD_FOLDER))))
+    if "wandb" in names:
+        from transformers.integrations import WandbCallback
+
+        callbacks.append(WandbCallback())
+    return callbacks
