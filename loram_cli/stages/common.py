@@ -74,11 +74,21 @@ class StageRun:
         self._meter = Meter()
 
     def commit(
-        self, results: Mapping[str, Any], *, base: Mapping[str, Any], keep: Mapping[str, Any]
+        self,
+        results: Mapping[str, Any],
+        *,
+        base: Mapping[str, Any],
+        keep: Mapping[str, Any],
+        sparsity: Mapping[str, Any] | None = None,
     ) -> StageResult:
         """Write the manifest and move the directory into place."""
         manifest = Manifest(
-            **self._record, base=base, keep=keep, results=results, **self._meter.stop()
+            **self._record,
+            base=base,
+            keep=keep,
+            sparsity=sparsity or {},
+            results=results,
+            **self._meter.stop(),
         )
         self._staged.commit(manifest)
         return StageResult(self._name, self._read, self._staged.final, manifest, fresh=True)

@@ -125,6 +125,7 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
             },
             base=inputs["base"],
             keep=manifest.keep,
+            sparsity=manifest.sparsity,
         )
 
 
