@@ -141,7 +141,7 @@ def tell_defaults(model: str, stage: str, values: dict[str, Any], reporter: Repo
     """Print the settings that come from the demo base's own recipe."""
     from loram_cli.stages.resolve import stage_defaults
 
-    defaults = {k: v for k, v in stage_defaults(model, stage).items() if k not in values}
+    defaults = {k: v for k, v in stage_defaults(model, stage, values).items() if k not in values}
     if defaults:
         words = " ".join(f"{k.replace('_', '-')}={_word(v)}" for k, v in defaults.items())
         reporter.note(f"defaults of the demo base's recipe: {words}")

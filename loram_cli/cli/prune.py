@@ -14,12 +14,13 @@ def command(
     strategy: Annotated[
         str | None,
         typer.Option(
-            help="rand: random groups; stru: ranked groups.",
+            help="rand: random groups; stru: ranked groups; unst: single weights; semi: 2:4.",
             autocompletion=options.choices("prune", "strategy"),
         ),
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Share of groups to drop per pruned layer.")
+        float | None,
+        typer.Option(help="Share of groups to drop a layer, or of weights to zero."),
     ] = None,
     model: options.Model = None,
     run: options.Run = None,
@@ -33,22 +34,29 @@ def command(
     importance: Annotated[
         str | None,
         typer.Option(
-            help="stru's ranking: taylor or l2 (no data).",
+            help="taylor (stru), sparsegpt (unst, semi), or l2 (no data).",
             autocompletion=options.choices("prune", "importance"),
         ),
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="Text for taylor: file, folder, data set id.")
+        str | None, typer.Option(help="Text for taylor and sparsegpt: file, folder, data set id.")
     ] = None,
     calibration_samples: Annotated[
-        int | None, typer.Option(help="Windows of text. [taylor: 10]")
+        int | None, typer.Option(help="Windows of text. [default: taylor 10, sparsegpt 128]")
     ] = None,
     calibration_length: Annotated[
-        int | None, typer.Option(help="Tokens a window. [taylor: 128]")
+        int | None, typer.Option(help="Tokens a window. [default: taylor 128, sparsegpt 2048]")
     ] = None,
     calibration_memory: Annotated[
         str | None,
         typer.Option(help="Memory for activations; the rest goes to disk. [default: 4GiB]"),
+    ] = None,
+    dampening: Annotated[
+        float | None,
+        typer.Option(help="sparsegpt: share of the Hessian's mean diagonal. [default: 0.01]"),
+    ] = None,
+    block_columns: Annotated[
+        int | None, typer.Option(help="sparsegpt: columns per update. [default: 128]")
     ] = None,
     device: options.Device = None,
     seed: options.Seed = None,
@@ -57,8 +65,14 @@ def command(
     dry_run: options.DryRun = False,
     json_output: options.Json = False,
 ) -> None:
-    """Drop whole attention groups and MLP channels of the base, once, offline."""
-    from loram_cli.cli.render import print_json, show_result, stage_lines, stdout_console
+    """Drop whole attention groups and MLP channels, or zero single weights, once, offline."""
+    from loram_cli.cli.render import (
+        print_json,
+        prune_line,
+        show_result,
+        stage_lines,
+        stdout_console,
+    )
     from loram_cli.stages import prune, resolve
     from loram_cli.units import format_bytes, format_params, parse_bytes
 
@@ -74,6 +88,8 @@ def command(
         calibration_samples=calibration_samples,
         calibration_length=calibration_length,
         calibration_memory_bytes=parse_bytes(calibration_memory) if calibration_memory else None,
+        dampening=dampening,
+        block_columns=block_columns,
         device=device,
         seed=seed,
         force=force,
@@ -91,8 +107,7 @@ def command(
         console = stdout_console()
         console.print(
             f"would prune {spec.model} ({format_params(plan['base_params'])}) into {spec.out}: "
-            f"{format_params(plan['pruned_params'])}, {plan['reduction']:.2f}x smaller, "
-            f"{format_bytes(plan['weight_bytes'])} on disk"
+            + prune_line(plan)
         )
         if plan["calibration"]:
             c = plan["calibration"]
@@ -101,6 +116,8 @@ def command(
                 f"in memory, activations {format_bytes(c['activation_memory_bytes'])} in memory "
                 f"and {format_bytes(c['activation_disk_bytes'])} on disk"
             )
+        if plan["sparsity"]:
+            return
         console.print("layer: attention heads / key-value heads / MLP channels")
         for layer, (heads, kv_heads, channels) in plan["widths"].items():
             console.print(f"{layer:>5}: {heads} / {kv_heads} / {channels}")

@@ -138,11 +138,7 @@ def stage_lines(result: StageResult) -> list[str]:
     """The figures worth showing of a stage's result."""
     r = result.manifest.results
     if result.stage == "prune":
-        return [
-            f"{format_params(r['base_params'])} -> {format_params(r['pruned_params'])} parameters: "
-            f"{r['reduction']:.2f}x smaller ({r['removed_share']:.1%} of all parameters removed), "
-            f"{format_bytes(r['weight_bytes'])} on disk"
-        ]
+        return [f"{format_params(r['base_params'])} -> {prune_line(r)}"]
     if result.stage in ("align", "train"):
         lines = []
         if result.stage == "train":
@@ -158,6 +154,21 @@ def stage_lines(result: StageResult) -> list[str]:
             f"{format_params(r['small_params'])} -> {format_params(r['full_params'])} parameters"
         ]
     return []
+
+
+def prune_line(results: dict[str, Any]) -> str:
+    """What is left after pruning, by plan or by count."""
+    left, share = format_params(results["pruned_params"]), results["removed_share"]
+    on_disk = format_bytes(results["weight_bytes"])
+    if results.get("sparsity"):
+        return (
+            f"{left} parameters that are not zero ({share:.1%} of all zeroed); "
+            f"zeros take their place: {on_disk} on disk and in memory, as before"
+        )
+    return (
+        f"{left} parameters: {results['reduction']:.2f}x smaller "
+        f"({share:.1%} of all parameters removed), {on_disk} on disk"
+    )
 
 
 def show_scores(result: StageResult) -> None:

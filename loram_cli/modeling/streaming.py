@@ -188,7 +188,8 @@ class LayerStream:
         return self._checked(name, self._reader.read(name))
 
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.isfinite().all():
+        # NaN and infinity survive a sum; isfinite would make a second tensor.
+        if not tensor.sum(dtype=torch.float32).isfinite():
             raise LoramError(
                 f"{self._index.directory}: tensor {name} has NaN or infinite values",
                 "the checkpoint is damaged",

@@ -42,6 +42,8 @@ class Manifest:
         keep: Per pruned layer the kept indices (``key_value_heads``, ``intermediate``), carried
             along so that an adapter directory is enough to recover from.
         outputs: ``bytes`` and ``sha256`` of every file beside this record, for ``loram verify``.
+        sparsity: Of a model whose single weights were zeroed (``semi``, ``unst``): strategy, share
+            and count of zeros, and where the mask is to be found; carried along too.
         results: What the stage measured.
         wall_seconds: Time the stage took, since it was last resumed.
         peak_memory_bytes: Highest memory while it ran (device memory on a GPU, else resident).
@@ -55,6 +57,7 @@ class Manifest:
     base: Mapping[str, Any]
     keep: Mapping[str, Mapping[str, list[int]]] = field(default_factory=dict)
     outputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0

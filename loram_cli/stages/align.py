@@ -4,13 +4,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import check_fit, finish_fit, fit_options, prepare_tracking
+
+if TYPE_CHECKING:
+    from loram_cli.checkpoint.index import CheckpointIndex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +88,21 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
     with stage_run("align", spec, {"source": source}, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
-        results = _align(spec, stage.path, stage.restart_meter, reporter)
-        return stage.commit(results, base=manifest.base, keep=manifest.keep)
+        results = _align(spec, bool(manifest.sparsity), stage.path, stage.restart_meter, reporter)
+        return stage.commit(
+            results, base=manifest.base, keep=manifest.keep, sparsity=manifest.sparsity
+        )
 
 
 def _align(
-    spec: AlignSpec, path: Path, start_meter: Callable[[], None], reporter: Reporter
+    spec: AlignSpec, sparse: bool, path: Path, start_meter: Callable[[], None], reporter: Reporter
 ) -> dict[str, object]:
     import peft  # noqa: F401 - imported here so that its memory is not charged to training
     import torch
     import transformers
 
-    from loram_cli.checkpoint.index import CheckpointIndex
+    from loram_cli.arch.registry import family_for
+    from loram_cli.checkpoint.index import CheckpointIndex, read_config
     from loram_cli.checkpoint.sources import copy_companions
     from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
     from loram_cli.training.data import load_text
@@ -111,6 +117,9 @@ def _align(
     start_meter()
     # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
     model = load_causal_lm(spec.source, dtype=torch.float32, device=spec.device).train()
+    config = read_config(spec.source)
+    family = family_for(config, str(spec.source))
+    masked = list(family.linear_names(config["num_hidden_layers"])) if sparse else []
     fitted = fit_causal_text(
         model,
         train_rows,
@@ -119,9 +128,12 @@ def _align(
         path,
         reporter,
         train_lm_head=spec.train_lm_head,
+        masked=masked,
     )
     losses = finish_fit(fitted, path, "Alignment of the pruned model")
-    stored = next(iter(CheckpointIndex.open(spec.source).tensors.values())).dtype
+    index = CheckpointIndex.open(spec.source)
+    zeros = _count_zeros(model, masked, index) if sparse else None
+    stored = next(iter(index.tensors.values())).dtype
     save_causal_lm(model, path, dtype=stored)
     shutil.copyfile(spec.source / "config.json", path / "config.json")
     copy_companions(spec.source, path)
@@ -129,5 +141,16 @@ def _align(
         "steps": spec.steps,
         "tokens": spec.steps * spec.batch * spec.block_length,
         "trained_params": fitted.trainable_params,
+        "zeros": zeros,
         **losses,
     }
+
+
+def _count_zeros(model: Any, masked: list[str], index: "CheckpointIndex") -> int:
+    """Zeros in the masked weights, after a check that each of the pruned model's is still one."""
+    from loram_cli.checkpoint.reader import TensorReader
+    from loram_cli.training.masks import check_zeros
+
+    parameters = dict(model.named_parameters())
+    with TensorReader(index) as reader:
+        return sum(check_zeros(n, reader.read(n), parameters[n].detach()) for n in masked)

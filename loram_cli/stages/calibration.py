@@ -65,10 +65,10 @@ def calibration_needs(
     from loram_cli.modeling.gradients import boundaries_kept
     from loram_cli.training.records import DEMO_PREFIX, local_files
 
-    assert spec.calibration is not None
+    assert spec.calibration is not None and spec.method is not None
     if not spec.calibration.startswith(DEMO_PREFIX):
         local_files(spec.calibration)
-    samples, length = _DEFAULT_WINDOWS[spec.method or "taylor"]
+    samples, length = _DEFAULT_WINDOWS[spec.method]
     positions = config.get("max_position_embeddings") or length
     samples = spec.calibration_samples or samples
     if spec.calibration_length is not None and spec.calibration_length > positions:
@@ -78,7 +78,9 @@ def calibration_needs(
             f"pass at most {positions}",
         )
     length = spec.calibration_length or min(length, positions)
-    boundaries = boundaries_kept(config["num_hidden_layers"], spec.keep_first)
+    boundaries = 1
+    if spec.method == "taylor":
+        boundaries = boundaries_kept(config["num_hidden_layers"], spec.keep_first)
     each = samples * length * config["hidden_size"] * computed_dtype(stored).itemsize
     in_memory = min(boundaries, spec.calibration_memory_bytes // each)
     return CalibrationNeeds(

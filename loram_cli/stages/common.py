@@ -77,14 +77,24 @@ class StageRun:
         self._meter = Meter()
 
     def commit(
-        self, results: Mapping[str, Any], *, base: Mapping[str, Any], keep: Mapping[str, Any]
+        self,
+        results: Mapping[str, Any],
+        *,
+        base: Mapping[str, Any],
+        keep: Mapping[str, Any],
+        sparsity: Mapping[str, Any] | None = None,
     ) -> StageResult:
         """Write card and manifest, and move the directory into place."""
         card = model_card(self._name, self._record["spec"], base, results)
         if card is not None:
             (self.path / CARD_NAME).write_text(card, "utf-8")
         manifest = Manifest(
-            **self._record, base=base, keep=keep, results=results, **self._meter.stop()
+            **self._record,
+            base=base,
+            keep=keep,
+            sparsity=sparsity or {},
+            results=results,
+            **self._meter.stop(),
         )
         manifest = self._staged.commit(manifest)
         return StageResult(self._name, self._read, self._staged.final, manifest, fresh=True)

@@ -1,4 +1,4 @@
-"""Prune a base checkpoint: whole key/value groups and MLP channels, written shard by shard."""
+"""Prune a base checkpoint: whole groups or single weights, written shard by shard."""
 
 import json
 from dataclasses import dataclass
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.stages.common import (
     StageResult,
     check_free_disk,
     check_out_of_tree,
     stage_run,
 )
+from loram_cli.stages.methods import check_method
 from loram_cli.units import GIB
 
 if TYPE_CHECKING:
@@ -30,16 +32,21 @@ class PruneSpec:
     Attributes:
         model: The base's directory.
         out: Where the pruned checkpoint goes.
-        strategy: ``rand`` draws groups, ``stru`` ranks them.
-        ratio: Share of groups to drop in every pruned layer, in (0, 1).
-        keep_first: Layers at the input side that stay whole.
-        keep_last: Layers at the output side that stay whole.
-        importance: How ``stru`` ranks: first-order ``taylor``, or ``l2`` magnitude (no data).
-        calibration: Text for ``taylor``: a path, a data set id, or ``demo:calibration``.
+        strategy: ``rand`` draws whole groups, ``stru`` ranks them; ``unst`` zeroes single weights
+            and ``semi`` two in every four, in all decoder linears.
+        ratio: Share of groups to drop in every pruned layer, or of weights to zero, in (0, 1);
+            ``semi`` has 0.5 and no other.
+        keep_first: Layers at the input side that stay whole (``rand`` and ``stru`` alone).
+        keep_last: Layers at the output side that stay whole (``rand`` and ``stru`` alone).
+        importance: ``stru`` ranks by first-order ``taylor``, ``unst`` and ``semi`` choose by
+            ``sparsegpt``, unless it is ``l2``: magnitude, without data.
+        calibration: Text for either: a path, a data set id, or ``demo:calibration``.
         calibration_samples: Windows of text; None for the method's own number.
         calibration_length: Tokens per window; None for the method's own number.
         calibration_memory_bytes: Memory for hidden states at layer boundaries; what exceeds it
             lies on the output's disk meanwhile.
+        dampening: SparseGPT's addition to the Hessian's diagonal, as a share of its mean.
+        block_columns: SparseGPT's columns per update.
         seed: Decides the draw and the windows.
         device: Where calibration runs; a GPU when there is one.
         max_shard_bytes: Upper bound on one shard of the output.
@@ -48,15 +55,17 @@ class PruneSpec:
 
     model: Path
     out: Path
-    strategy: Literal["rand", "stru"] = "stru"
+    strategy: Literal["rand", "stru", "semi", "unst"] = "stru"
     ratio: float = 0.65
     keep_first: int = 4
     keep_last: int = 2
-    importance: Literal["taylor", "l2"] | None = None
+    importance: Literal["taylor", "l2", "sparsegpt"] | None = None
     calibration: str | None = None
     calibration_samples: int | None = None
     calibration_length: int | None = None
     calibration_memory_bytes: int = 4 * GIB
+    dampening: float = 0.01
+    block_columns: int = 128
     seed: int = 42
     device: str | None = None
     max_shard_bytes: int = 5 * 10**9
@@ -72,23 +81,23 @@ class PruneSpec:
             value = getattr(self, name)
             if value is not None and value < (2 if name == "calibration_length" else 1):
                 raise UsageError(f"--{name.replace('_', '-')} is too low")
-        if self.calibration_memory_bytes < 0:
-            raise UsageError("--calibration-memory cannot be negative")
-        if self.needs_calibration and self.calibration is None:
-            raise UsageError(
-                "--strategy stru ranks by gradients on text, and no --calibration is given",
-                "pass --calibration FILE, or --importance l2, which needs no text",
-            )
+        check_method(self)
+
+    @property
+    def zeroes_weights(self) -> bool:
+        """Whether single weights become zero, and shapes stay."""
+        return self.strategy in ("semi", "unst")
 
     @property
     def method(self) -> str | None:
         """How what goes is chosen; None where it is drawn."""
-        return None if self.strategy == "rand" else self.importance or "taylor"
+        default = {"stru": "taylor", "semi": "sparsegpt", "unst": "sparsegpt"}
+        return self.importance or default.get(self.strategy)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether text is needed."""
-        return self.method == "taylor"
+        return self.method in ("taylor", "sparsegpt")
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,8 @@ class PrunePlan:
         base_params: Parameters of the base.
         pruned_params: Parameters of the output.
         calibration: What calibration reads and holds; None without it.
+        sparsity: Share of zeros in the decoder linears; ``pruned_params`` are then what is not
+            zero, and the tensors stay as large as they were.
     """
 
     family: "Family"
@@ -116,6 +127,7 @@ class PrunePlan:
     base_params: int
     pruned_params: int
     calibration: "CalibrationNeeds | None" = None
+    sparsity: float = 0.0
 
     @property
     def out_bytes(self) -> int:
@@ -131,6 +143,7 @@ class PrunePlan:
             "reduction": round(self.base_params / self.pruned_params, 4),
             "removed_share": round(1 - self.pruned_params / self.base_params, 4),
             "weight_bytes": self.out_bytes,
+            "sparsity": self.sparsity,
             "calibration": self.calibration.to_mapping() if self.calibration else None,
             "pruned_layers": changed,
             "widths": {
@@ -160,15 +173,18 @@ def plan(spec: PruneSpec) -> PrunePlan:
     from loram_cli.checkpoint.writer import TensorPlan
     from loram_cli.pruning.plan import layer_widths, per_layer_config
     from loram_cli.stages.calibration import calibration_needs
+    from loram_cli.stages.sparsify import sparse_plan
 
     check_out_of_tree(spec.out, spec.model)
     config = read_config(spec.model)
     family = family_for(config, str(spec.model))
     require_tokenizer(spec.model)
-    if config.get("per_layer_config"):
+    if config.get("per_layer_config") or _is_pruned(spec.model):
         raise UsageError(f"{spec.model}: is pruned already", "prune the original base model")
     index = CheckpointIndex.open(spec.model)
     expected = _expected_shapes(family, config, spec.model, index)
+    if spec.zeroes_weights:
+        return sparse_plan(spec, family, config, index, expected)
     before = Geometry.from_config(config)
     after = layer_widths(before, spec.ratio, spec.keep_first, spec.keep_last)
     pruned_config = {
@@ -201,13 +217,14 @@ def plan(spec: PruneSpec) -> PrunePlan:
 
 
 def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
-    """Prune, streaming: ``rand`` and ``l2`` hold a few tensors, ``taylor`` one decoder layer.
+    """Prune, streaming: ``rand`` and ``l2`` hold a few tensors, calibrated ways one decoder layer.
 
     Raises:
         LoramError: See :func:`plan`; also NaN weights, or unusable calibration text.
     """
     from loram_cli.checkpoint.identity import identify
     from loram_cli.checkpoint.sources import copy_companions
+    from loram_cli.stages.sparsify import sparsity_record, write_sparse
 
     planned = plan(spec)
     base = {"path": str(spec.model), **identify(spec.model).to_mapping()}
@@ -215,15 +232,29 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        keep = _keep_indices(spec, planned, stage.path, reporter)
-        _write_weights(spec, planned, keep, stage.path, reporter)
+        results, sparsity = planned.results(), {}
+        if spec.zeroes_weights:
+            keep = {}
+            results |= write_sparse(spec, planned, stage.path, reporter)
+            sparsity = sparsity_record(spec, results)
+        else:
+            keep = _keep_indices(spec, planned, stage.path, reporter)
+            _write_weights(spec, planned, keep, stage.path, reporter)
         (stage.path / "config.json").write_text(json.dumps(planned.config, indent=2) + "\n")
         copy_companions(spec.model, stage.path)
         return stage.commit(
-            planned.results(),
+            results,
             base=base,
             keep={str(i): layer.to_mapping() for i, layer in keep.items()},
+            sparsity=sparsity,
         )
+
+
+def _is_pruned(model: Path) -> bool:
+    """Whether a directory is an output of ``prune`` or ``align``; zeros do not show in a config."""
+    if not (model / MANIFEST_NAME).is_file():
+        return False
+    return Manifest.read(model).stage in ("prune", "align")
 
 
 def _expected_shapes(

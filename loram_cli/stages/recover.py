@@ -128,6 +128,7 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
             },
             base=inputs["base"],
             keep=manifest.keep,
+            sparsity=manifest.sparsity,
         )
 
 

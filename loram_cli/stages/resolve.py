@@ -17,6 +17,7 @@ from loram_cli.stages.train import TrainSpec
 
 Values = Mapping[str, Any]
 FULL_LORA = "full-lora"
+SPARSE = ("semi", "unst")
 
 
 def model_dir(model: str) -> Path:
@@ -34,14 +35,39 @@ def model_dir(model: str) -> Path:
     return resolve_model(model)
 
 
-def stage_defaults(model: str, stage: str) -> dict[str, Any]:
-    """What the demo base's own recipe sets for a stage; empty for any other model."""
-    return dict(demo_recipe().section(stage)) if model == DEMO_MODEL else {}
+def stage_defaults(model: str, stage: str, values: Values) -> dict[str, Any]:
+    """What the demo base's own recipe sets for a stage; empty for any other model.
+
+    Args:
+        model: The base model's name.
+        stage: The stage.
+        values: What is given; zeroing single weights goes with other defaults.
+    """
+    if model != DEMO_MODEL:
+        return {}
+    defaults = dict(demo_recipe().section(stage))
+    if stage == "prune" and values.get("strategy") in SPARSE:
+        # Enough text for SparseGPT's 128 windows, as long as those that the demo base has seen.
+        defaults |= {"ratio": 0.5, "calibration": "demo:corpus", "calibration_length": 192}
+    return defaults
 
 
 def prune_spec(run: RunDirectory, model: str, values: Values) -> PruneSpec:
-    """The spec of ``prune``; the base and the place come from the run unless given."""
-    filled = {**stage_defaults(model, "prune"), "out": run.output("prune"), **values}
+    """The spec of ``prune``; the base and the place come from the run unless given.
+
+    Raises:
+        UsageError: Layers are to be kept whole by a strategy that prunes all of them.
+    """
+    filled = {**stage_defaults(model, "prune", values), "out": run.output("prune"), **values}
+    if filled.get("strategy") in SPARSE:
+        for name in ("keep_first", "keep_last"):
+            if name in filled:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} does not go with --strategy {filled['strategy']}",
+                    "it zeroes weights in every layer; rand and stru keep layers whole",
+                )
+    if filled.get("strategy") == "semi":
+        filled.setdefault("ratio", 0.5)
     return spec_from_mapping(PruneSpec, {"model": model_dir(model), **filled}, "prune")
 
 
@@ -52,7 +78,7 @@ def align_spec(run: RunDirectory, model: str, values: Values) -> AlignSpec:
         UsageError: No text is given.
         LoramError: Nothing was pruned.
     """
-    filled = {**stage_defaults(model, "align"), "out": run.output("align"), **values}
+    filled = {**stage_defaults(model, "align", values), "out": run.output("align"), **values}
     if "source" not in filled:
         filled["source"] = run.require("prune")
     _require(filled, "data", "align trains on plain text", "pass --data FILE_OR_FOLDER")
@@ -65,7 +91,7 @@ def train_spec(run: RunDirectory, model: str, values: Values) -> TrainSpec:
     Raises:
         UsageError: No instructions are given.
     """
-    filled = {**stage_defaults(model, "train"), "out": run.output("train"), **values}
+    filled = {**stage_defaults(model, "train", values), "out": run.output("train"), **values}
     if "source" not in filled:
         filled["source"] = trainable(run)
     _require(filled, "data", "train learns from instructions", "pass --data FILE.jsonl")
@@ -100,7 +126,7 @@ def eval_spec(run: RunDirectory, model: str, values: Values) -> EvalSpec:
     """The spec of ``eval``; its rows are whatever the run has made."""
     base = model_dir(model)
     filled = {
-        **stage_defaults(model, "eval"),
+        **stage_defaults(model, "eval", values),
         "out": run.output("eval"),
         "rows": eval_rows(run, base),
         "demo_data": model == DEMO_MODEL and not values.get("task_data"),

@@ -86,17 +86,20 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
     """
     check_out_of_tree(spec.out, spec.source)
     prepare_tracking(spec)
-    source, base, keep = describe_source(spec.source)
+    source, base, carried = describe_source(spec.source)
     warn_of_other_template(source, base, reporter)
     with stage_run("train", spec, {"source": source}, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
         results = _train(spec, stage.path, stage.restart_meter, reporter)
-        return stage.commit(results, base=base, keep=keep)
+        return stage.commit(results, base=base, **carried)
 
 
 def describe_source(source: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Digests of the model to train on, the base that it descends from, and what was kept of it.
+
+    Nothing has to guard the zeros of a sparse model here: its weights are frozen, and LoRA's
+    product is added beside them, not inside the mask.
 
     Raises:
         LoramError: The directory is another stage's output.
@@ -105,12 +108,13 @@ def describe_source(source: Path) -> tuple[dict[str, Any], dict[str, Any], dict[
 
     identity = {"path": str(source), **identify(source).to_mapping()}
     if not (source / MANIFEST_NAME).is_file():
-        return identity, identity, {}
+        return identity, identity, {"keep": {}}
     manifest = Manifest.read(source)
     if manifest.stage not in ("prune", "align", "merge"):
         raise LoramError(f"{source}: was made by '{manifest.stage}', a model directory is wanted")
     base = identity if manifest.stage == "merge" else dict(manifest.base)
-    return {**identity, "key": manifest.key}, base, dict(manifest.keep)
+    carried = {"keep": dict(manifest.keep), "sparsity": dict(manifest.sparsity)}
+    return {**identity, "key": manifest.key}, base, carried
 
 
 def _train(

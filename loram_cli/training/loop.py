@@ -19,6 +19,7 @@ from loram_cli.modeling.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.specs import digest_of, spec_to_mapping
 from loram_cli.training.checkpoints import newest_checkpoint
+from loram_cli.training.masks import keep_zeros
 from loram_cli.training.options import FitOptions, FitResult, curve_rows, resolve_precision
 from loram_cli.training.tokens import PadCollator, TokenRow
 from loram_cli.training.tracking import tracking_callbacks
@@ -33,6 +34,7 @@ def fit_causal_text(
     reporter: Reporter,
     *,
     train_lm_head: bool = False,
+    masked: Sequence[str] = (),
 ) -> FitResult:
     """Continue pre-training every parameter of a pruned model on packed text.
 
@@ -49,6 +51,7 @@ def fit_causal_text(
         work_dir: Where checkpoints are kept.
         reporter: Told of progress.
         train_lm_head: Train the output head as well.
+        masked: Names of weights whose zeros are to stay, see :mod:`.masks`.
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.
@@ -60,7 +63,12 @@ def fit_causal_text(
         head.requires_grad_(False)
         if head.weight is model.get_input_embeddings().weight:
             reporter.note("embeddings are tied: lm_head is frozen, and the embedding with it")
-    return _fit(model, train, evaluation, options, work_dir, reporter, "align")
+    hooks = keep_zeros(model, masked)
+    try:
+        return _fit(model, train, evaluation, options, work_dir, reporter, "align")
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def fit_lora(
