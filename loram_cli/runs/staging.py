@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.digests import file_records
-from loram_cli.runs.lock import exclusive_lock
+from loram_cli.runs.lock import exclusive_lock, refuse_if_held
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 
 _KEY_NAME = "loram-key"
@@ -93,6 +93,25 @@ def staged_directory(
         finally:
             if not staged.committed and not resumable:
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def look_up(final: Path, stage: str, key: str, *, force: bool = False) -> Manifest | None:
+    """What :func:`staged_directory` would find; nothing is created.
+
+    Returns:
+        The manifest, if the same stage with the same key is already done.
+
+    Raises:
+        LoramError: Another process is writing there, or the place cannot be written.
+        UsageError: As :func:`staged_directory`.
+    """
+    refuse_if_held(_beside(final, "lock"), final)
+    place = final.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise LoramError(f"{place}: cannot write here")
+    return _finished(final, stage, key, force)
 
 
 def _finished(final: Path, stage: str, key: str, force: bool) -> Manifest | None:

@@ -148,19 +148,24 @@ def check_free_disk(out: Path, needed_bytes: int) -> None:
     Raises:
         LoramError: Less is free than needed.
     """
-    import shutil
-
     from loram_cli.units import format_bytes
 
-    place = out.parent
-    while not place.exists():
-        place = place.parent
-    free_bytes = shutil.disk_usage(place).free
+    free_bytes = free_disk(out)
     if free_bytes < needed_bytes:
         raise LoramError(
             f"{out}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free",
             "free some space, or pass --out on another disk",
         )
+
+
+def free_disk(out: Path) -> int:
+    """Bytes that are free where an output goes."""
+    import shutil
+
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def check_positive(spec: Any, *names: str) -> None:
