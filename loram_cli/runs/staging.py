@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,15 +30,21 @@ class StagedDirectory:
         self.finished = finished
         self.committed = False
 
-    def commit(self, manifest: Manifest) -> Manifest:
+    def commit(self, manifest: Manifest, digests: Mapping[str, str] | None = None) -> Manifest:
         """Flush all files, write the manifest, flush again, and move into place.
+
+        Args:
+            manifest: The record.
+            digests: SHA-256 in hex by file name, of files that need not be read again for it.
 
         Returns:
             The manifest as written: with the digests of the files beside it.
         """
         (self.path / _KEY_NAME).unlink(missing_ok=True)
         _sync_tree(self.path)
-        manifest = replace(manifest, outputs=file_records(self.path, leave_out=(MANIFEST_NAME,)))
+        manifest = replace(
+            manifest, outputs=file_records(self.path, leave_out=(MANIFEST_NAME,), known=digests)
+        )
         manifest.write(self.path)
         _sync_tree(self.path)
         retired = _beside(self.final, "old")

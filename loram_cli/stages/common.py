@@ -77,16 +77,28 @@ class StageRun:
         self._meter = Meter()
 
     def commit(
-        self, results: Mapping[str, Any], *, base: Mapping[str, Any], keep: Mapping[str, Any]
+        self,
+        results: Mapping[str, Any],
+        *,
+        base: Mapping[str, Any],
+        keep: Mapping[str, Any],
+        digests: Mapping[str, str] | None = None,
     ) -> StageResult:
-        """Write card and manifest, and move the directory into place."""
+        """Write card and manifest, and move the directory into place.
+
+        Args:
+            results: What the stage measured.
+            base: Identity of the original base.
+            keep: Kept indices.
+            digests: SHA-256 in hex of files that were hashed while they were written.
+        """
         card = model_card(self._name, self._record["spec"], base, results)
         if card is not None:
             (self.path / CARD_NAME).write_text(card, "utf-8")
         manifest = Manifest(
             **self._record, base=base, keep=keep, results=results, **self._meter.stop()
         )
-        manifest = self._staged.commit(manifest)
+        manifest = self._staged.commit(manifest, digests)
         return StageResult(self._name, self._read, self._staged.final, manifest, fresh=True)
 
 

@@ -104,20 +104,21 @@ def run(spec: MergeSpec, reporter: Reporter) -> StageResult:
         stage.restart_meter()
         adapter = LoraAdapter.read(spec.adapter)
         index = CheckpointIndex.open(spec.model)
-        config = merge_weights(spec, adapter, index, stage.path, reporter)
+        config, digests = merge_weights(spec, adapter, index, stage.path, reporter)
         (stage.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(spec.model, stage.path)
         results = {"modules": len(adapter.pairs), "weight_bytes": index.num_bytes}
-        return stage.commit(results, base=planned.base, keep={})
+        return stage.commit(results, base=planned.base, keep={}, digests=digests)
 
 
 def merge_weights(
     spec: MergeSpec, adapter: "LoraAdapter", index: Any, directory: Path, reporter: Reporter
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Stream ``W + scaling * B @ A`` for every tensor of the base.
 
     Returns:
-        The merged checkpoint's config; a tied head that the adapter changes is untied in it.
+        The merged checkpoint's config (a tied head that the adapter changes is untied in it), and
+        the SHA-256 of every file of weights.
     """
     from loram_cli.adapters.scatter import add_update
     from loram_cli.arch.registry import family_for
@@ -154,7 +155,7 @@ def merge_weights(
                 add_update(rows, start, adapter.pairs[module], adapter.scaling(module))
             writer.write(name, rows)
             progress.advance(rows.nbytes / 2**20)
-    return config
+    return config, writer.digests
 
 
 def _merged_bytes(spec: MergeSpec, family: "Family", index: "CheckpointIndex") -> int:

@@ -216,13 +216,14 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
             return stage.finished
         stage.restart_meter()
         keep = _keep_indices(spec, planned, stage.path, reporter)
-        _write_weights(spec, planned, keep, stage.path, reporter)
+        digests = _write_weights(spec, planned, keep, stage.path, reporter)
         (stage.path / "config.json").write_text(json.dumps(planned.config, indent=2) + "\n")
         copy_companions(spec.model, stage.path)
         return stage.commit(
             planned.results(),
             base=base,
             keep={str(i): layer.to_mapping() for i, layer in keep.items()},
+            digests=digests,
         )
 
 
@@ -260,7 +261,7 @@ def _write_weights(
     keep: "dict[int, LayerKeep]",
     directory: Path,
     reporter: Reporter,
-) -> None:
+) -> dict[str, str]:
     from loram_cli.checkpoint.background import read_ahead
     from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.checkpoint.writer import ShardedWriter
@@ -279,3 +280,4 @@ def _write_weights(
         for name, rows in kept:
             writer.write(name, rows)
             progress.advance(rows.nbytes / 2**20)
+    return writer.digests
