@@ -23,6 +23,7 @@ from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.rundir import RunDirectory
 from loram_cli.stages import align as _align
 from loram_cli.stages import evaluate as _evaluate
+from loram_cli.stages import merge as _merge
 from loram_cli.stages import prune as _prune
 from loram_cli.stages import recover as _recover
 from loram_cli.stages import report as _report
@@ -32,9 +33,10 @@ from loram_cli.stages.align import AlignSpec
 from loram_cli.stages.common import StageResult
 from loram_cli.stages.evaluate import EvalSpec
 from loram_cli.stages.inspection import Inspection, inspect
+from loram_cli.stages.merge import MergeSpec
 from loram_cli.stages.prune import PruneSpec
 from loram_cli.stages.recipe import Recipe, load_recipe
-from loram_cli.stages.recover import MergeSpec, RecoverSpec
+from loram_cli.stages.recover import RecoverSpec
 from loram_cli.stages.report import MemoryReportSpec
 from loram_cli.stages.train import TrainSpec
 from loram_cli.stages.verify import VerifyReport, VerifySpec
@@ -94,7 +96,7 @@ def recover(spec: RecoverSpec, reporter: Reporter | None = None) -> StageResult:
 
 def merge(spec: MergeSpec, reporter: Reporter | None = None) -> StageResult:
     """Write base and adapter as one checkpoint, as ``loram recover --merge``."""
-    return _recover.merge(spec, reporter or NullReporter())
+    return _merge.run(spec, reporter or NullReporter())
 
 
 def evaluate(spec: EvalSpec, reporter: Reporter | None = None) -> StageResult:

@@ -51,15 +51,10 @@ class LoraAdapter:
 
         factors: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in load_file(directory / WEIGHTS_NAME).items():
-            module, _, kind = name.removesuffix(".weight").rpartition(".")
-            if not name.startswith(_PREFIX) or kind not in ("lora_A", "lora_B"):
-                raise LoramError(
-                    f"{directory / WEIGHTS_NAME}: tensor {name} is not a LoRA factor",
-                    "train the adapter with LoRA on linear layers only",
-                )
+            module, kind = _factor_name(directory, name)
             if not tensor.isfinite().all():
                 raise LoramError(f"{directory / WEIGHTS_NAME}: tensor {name} has NaN or infinity")
-            factors.setdefault(module.removeprefix(_PREFIX), {})[kind] = tensor
+            factors.setdefault(module, {})[kind] = tensor
         for module, pair in factors.items():
             if len(pair) != 2:
                 raise LoramError(f"{directory / WEIGHTS_NAME}: {module} has only one LoRA factor")
@@ -78,3 +73,32 @@ class LoraAdapter:
         save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(self.config, indent=2, sort_keys=True)
         (directory / CONFIG_NAME).write_text(text + "\n", "utf-8")
+
+
+def read_shapes(directory: Path) -> dict[str, tuple[int, int, int]]:
+    """Per module its output features, input features and rank, from the header alone.
+
+    Raises:
+        LoramError: Not a sound file of LoRA factors.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for entry in read_header(directory / WEIGHTS_NAME):
+        module, kind = _factor_name(directory, entry.name)
+        shapes.setdefault(module, {})[kind] = entry.shape
+    for module, pair in shapes.items():
+        a, b = pair.get("lora_A", ()), pair.get("lora_B", ())
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise LoramError(
+                f"{directory / WEIGHTS_NAME}: the LoRA factors of {module} do not match"
+            )
+    return {m: (p["lora_B"][0], p["lora_A"][1], p["lora_A"][0]) for m, p in shapes.items()}
+
+
+def _factor_name(directory: Path, name: str) -> tuple[str, str]:
+    module, _, kind = name.removesuffix(".weight").rpartition(".")
+    if not name.startswith(_PREFIX) or kind not in ("lora_A", "lora_B"):
+        raise LoramError(
+            f"{directory / WEIGHTS_NAME}: tensor {name} is not a LoRA factor",
+            "train the adapter with LoRA on linear layers only",
+        )
+    return module.removeprefix(_PREFIX), kind

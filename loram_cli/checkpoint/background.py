@@ -1,5 +1,6 @@
 """Reading ahead and writing behind, so that the disk and the arithmetic work at the same time."""
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -44,7 +45,7 @@ def read_ahead(items: Iterable[T]) -> Iterator[Iterator[T]]:
 
 
 class WriteBehind:
-    """A new file, written in order by a thread and flushed to the disk on the way by another.
+    """A new file, written in order by a thread; others hash it and flush it on the way.
 
     Args:
         file: Created, or emptied.
@@ -57,35 +58,44 @@ class WriteBehind:
     def __init__(self, file: Path, *, drop_cache: bool) -> None:
         self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._drop_cache = drop_cache
+        self._hash = hashlib.sha256()
         self._writes = ThreadPoolExecutor(1, "write-behind")
+        self._hashes = ThreadPoolExecutor(1, "hash-behind")
         self._syncs = ThreadPoolExecutor(1, "flush")
-        self._pending: deque[Future[None]] = deque()
+        self._pending: deque[tuple[Future[None], Future[None]]] = deque()
         self._sync: Future[None] | None = None
         self._unsynced_bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
         """Append; ``data`` must not change afterwards."""
-        self._pending.append(self._writes.submit(self._append, memoryview(data)))
+        written = self._writes.submit(self._append, memoryview(data))
+        self._pending.append((written, self._hashes.submit(self._hash.update, data)))
         if len(self._pending) > _DEPTH:
-            self._pending.popleft().result()
+            self._wait()
 
-    def finish(self) -> None:
-        """Wait until everything is written, then close."""
+    def finish(self) -> str:
+        """Wait until everything is written, close, and give the SHA-256 in hex."""
         try:
             while self._pending:
-                self._pending.popleft().result()
+                self._wait()
             if self._sync is not None:
                 self._sync.result()
         finally:
             self.close()
+        return self._hash.hexdigest()
 
     def close(self) -> None:
         """Drop what is not written yet, then close. A second call does nothing."""
         self._writes.shutdown(cancel_futures=True)
+        self._hashes.shutdown(cancel_futures=True)
         self._syncs.shutdown(cancel_futures=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _wait(self) -> None:
+        for future in self._pending.popleft():
+            future.result()
 
     def _append(self, data: memoryview) -> None:
         while data.nbytes:

@@ -40,6 +40,9 @@ class ShardedWriter:
         directory: Where the shards go.
         plan: Every tensor, in the order in which it will be written.
         max_shard_bytes: Upper bound on a shard's tensors (a single larger tensor has its own).
+
+    Attributes:
+        digests: SHA-256 in hex by file name, of every shard that is finished.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class ShardedWriter:
         self._shards = _split(self._plan, max_shard_bytes)
         self._files = _shard_names(len(self._shards))
         self._pending = deque((s, name) for s, names in enumerate(self._shards) for name in names)
+        self.digests: dict[str, str] = {}
         self._done_bytes = 0
         self._drop_cache = exceeds_cache(sum(tensor.num_bytes for tensor in self._plan.values()))
         self._file: WriteBehind | None = None
@@ -72,8 +76,7 @@ class ShardedWriter:
                 self._file.close()
             return
         try:
-            if self._file is not None:
-                self._file.finish()
+            self._finish_shard()
         except OSError as error:
             raise self._cannot_write(error) from error
         if self._pending:
@@ -116,8 +119,7 @@ class ShardedWriter:
             self._done_bytes = 0
 
     def _start_shard(self, shard: int) -> None:
-        if self._file is not None:
-            self._file.finish()
+        self._finish_shard()
         self._file = WriteBehind(self._directory / self._files[shard], drop_cache=self._drop_cache)
         self._open_shard = shard
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -134,6 +136,10 @@ class ShardedWriter:
         # safetensors aligns the data to 8 bytes with trailing spaces in the header.
         text += b" " * (-len(text) % 8)
         self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def _finish_shard(self) -> None:
+        if self._file is not None:
+            self.digests[self._files[self._open_shard]] = self._file.finish()
 
     def _cannot_write(self, error: OSError) -> LoramError:
         return LoramError(

@@ -50,9 +50,11 @@ def command(
     seed: options.Seed = None,
     push: options.Push = None,
     force: options.Force = False,
+    dry_run: options.DryRun = False,
     json_output: options.Json = False,
 ) -> None:
     """Train the pruned model a little on plain text, so that its updates fit the full one."""
+    from loram_cli.cli.plans import show_plans
     from loram_cli.cli.render import show_result, stage_lines
     from loram_cli.stages import align, resolve
 
@@ -81,6 +83,10 @@ def command(
     options.before_push(push)
     directory, name = options.settle(run, None, reporter, remember=False)
     options.tell_defaults(name, NAME, values, reporter)
-    result = align.run(resolve.align_spec(directory, name, values), reporter)
+    spec = resolve.align_spec(directory, name, values)
+    if dry_run:
+        show_plans([align.plan(spec, reporter, count=True)], json_output)
+        return
+    result = align.run(spec, reporter)
     options.after_push(push, result, reporter)
     show_result(result, stage_lines(result), json_output)

@@ -27,10 +27,13 @@ def command(
     ] = None,
     push: options.Push = None,
     force: options.Force = False,
+    dry_run: options.DryRun = False,
     json_output: options.Json = False,
 ) -> None:
     """Scatter the small LoRA factors back to the full model's shapes, and check them."""
+    from loram_cli.cli.plans import show_plans
     from loram_cli.cli.render import print_json, show_result, stage_lines
+    from loram_cli.stages import merge as merge_stage
     from loram_cli.stages import recover, resolve
 
     reporter = options.reporter_for(json_output)
@@ -38,13 +41,18 @@ def command(
     directory, name = options.settle(run, model, reporter, remember=False)
     values = options.layered(NAME, adapter=adapter, out=out, force=force, merge=merge)
     merge = values.pop("merge", False)
-    result = recover.run(resolve.recover_spec(directory, name, values), reporter)
+    spec = resolve.recover_spec(directory, name, values)
+    places = options.given(adapter=spec.out, out=merge_out, force=force)
+    merging = resolve.merge_spec(directory, name, places) if merge else None
+    if dry_run:
+        show_plans(merge_stage.plan_both(spec, merging), json_output)
+        return
+    result = recover.run(spec, reporter)
     options.after_push(push, result, reporter)
-    if not merge:
+    if merging is None:
         show_result(result, stage_lines(result), json_output)
         return
-    values = options.given(adapter=result.wrote, out=merge_out, force=force)
-    merged = recover.merge(resolve.merge_spec(directory, name, values), reporter)
+    merged = merge_stage.run(merging, reporter)
     options.after_push(push and f"{push}-merged", merged, reporter)
     if json_output:
         print_json({"recover": result.to_mapping(), "merge": merged.to_mapping()})

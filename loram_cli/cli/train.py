@@ -72,9 +72,11 @@ def command(
     seed: options.Seed = None,
     push: options.Push = None,
     force: options.Force = False,
+    dry_run: options.DryRun = False,
     json_output: options.Json = False,
 ) -> None:
     """Fit LoRA on the small model (QLoRAM with --quantize nf4)."""
+    from loram_cli.cli.plans import show_plans
     from loram_cli.cli.render import show_result, stage_lines
     from loram_cli.stages import resolve, train
 
@@ -110,6 +112,10 @@ def command(
     options.before_push(push)
     directory, name = options.settle(run, None, reporter, remember=False)
     options.tell_defaults(name, NAME, values, reporter)
-    result = train.run(resolve.train_spec(directory, name, values), reporter)
+    spec = resolve.train_spec(directory, name, values)
+    if dry_run:
+        show_plans([train.plan(spec, reporter, count=True)], json_output)
+        return
+    result = train.run(spec, reporter)
     options.after_push(push, result, reporter)
     show_result(result, stage_lines(result), json_output)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def file_digest(file: Path) -> str:
         raise LoramError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def file_records(root: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def file_records(
+    root: Path, *, leave_out: tuple[str, ...] = (), known: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
     """``bytes`` and ``sha256`` of every file below a directory, by relative path.
 
     Files are read side by side: hashing lets go of Python's lock, and right after writing the
@@ -31,6 +34,7 @@ def file_records(root: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, di
     Args:
         root: The directory.
         leave_out: Relative paths that are not recorded.
+        known: SHA-256 in hex by relative path, of files hashed while they were written.
     """
     files = {
         file.relative_to(root).as_posix(): file
@@ -38,9 +42,12 @@ def file_records(root: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, di
         if file.is_file()
     }
     files = {name: file for name, file in files.items() if name not in leave_out}
+    digests = {name: digest for name, digest in (known or {}).items() if name in files}
+    unknown = [name for name in files if name not in digests]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(file_digest, files.values()))
+        found = pool.map(file_digest, [files[name] for name in unknown])
+        digests |= {n: d.removeprefix("sha256:") for n, d in zip(unknown, found, strict=True)}
     return {
-        name: {"bytes": file.stat().st_size, "sha256": digest.removeprefix("sha256:")}
-        for (name, file), digest in zip(files.items(), digests, strict=True)
+        name: {"bytes": file.stat().st_size, "sha256": digests[name]}
+        for name, file in files.items()
     }

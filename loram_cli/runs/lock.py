@@ -28,6 +28,32 @@ def exclusive_lock(file: Path, guarded: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_if_held(file: Path, guarded: Path) -> None:
+    """Look whether another process holds the lock, without taking or creating it.
+
+    Raises:
+        LoramError: As :func:`exclusive_lock`.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _held(descriptor, guarded) from error
+    finally:
+        os.close(descriptor)
+
+
+def _held(descriptor: int, guarded: Path) -> LoramError:
+    holder = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+    return LoramError(
+        f"{guarded}: in use by another loram command (process {holder})",
+        "wait for it, or pass another --run or --out",
+    )
+
+
 def _acquire(file: Path, guarded: Path) -> int:
     while True:
         try:
@@ -37,12 +63,9 @@ def _acquire(file: Path, guarded: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+            failure = _held(descriptor, guarded)
             os.close(descriptor)
-            raise LoramError(
-                f"{guarded}: in use by another loram command (process {holder})",
-                "wait for it, or pass another --run or --out",
-            ) from error
+            raise failure from error
         # The former holder may have removed the file between our open and our lock.
         if file.exists() and os.fstat(descriptor).st_ino == file.stat().st_ino:
             os.truncate(descriptor, 0)

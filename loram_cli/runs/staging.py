@@ -2,14 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.digests import file_records
-from loram_cli.runs.lock import exclusive_lock
+from loram_cli.runs.lock import exclusive_lock, refuse_if_held
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 
 _KEY_NAME = "loram-key"
@@ -30,15 +30,21 @@ class StagedDirectory:
         self.finished = finished
         self.committed = False
 
-    def commit(self, manifest: Manifest) -> Manifest:
+    def commit(self, manifest: Manifest, digests: Mapping[str, str] | None = None) -> Manifest:
         """Flush all files, write the manifest, flush again, and move into place.
+
+        Args:
+            manifest: The record.
+            digests: SHA-256 in hex by file name, of files that need not be read again for it.
 
         Returns:
             The manifest as written: with the digests of the files beside it.
         """
         (self.path / _KEY_NAME).unlink(missing_ok=True)
         _sync_tree(self.path)
-        manifest = replace(manifest, outputs=file_records(self.path, leave_out=(MANIFEST_NAME,)))
+        manifest = replace(
+            manifest, outputs=file_records(self.path, leave_out=(MANIFEST_NAME,), known=digests)
+        )
         manifest.write(self.path)
         _sync_tree(self.path)
         retired = _beside(self.final, "old")
@@ -93,6 +99,25 @@ def staged_directory(
         finally:
             if not staged.committed and not resumable:
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def look_up(final: Path, stage: str, key: str, *, force: bool = False) -> Manifest | None:
+    """What :func:`staged_directory` would find; nothing is created.
+
+    Returns:
+        The manifest, if the same stage with the same key is already done.
+
+    Raises:
+        LoramError: Another process is writing there, or the place cannot be written.
+        UsageError: As :func:`staged_directory`.
+    """
+    refuse_if_held(_beside(final, "lock"), final)
+    place = final.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise LoramError(f"{place}: cannot write here")
+    return _finished(final, stage, key, force)
 
 
 def _finished(final: Path, stage: str, key: str, force: bool) -> Manifest | None:

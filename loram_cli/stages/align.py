@@ -1,5 +1,6 @@
 """Align: a little full-parameter training of the pruned model on text (paper, section 3.3)."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import check_fit, finish_fit, fit_options, prepare_tracking
+from loram_cli.stages.planning import StagePlan, check_model, count_documents, make_plan
 
 if TYPE_CHECKING:
     from loram_cli.checkpoint.index import CheckpointIndex
@@ -67,11 +69,17 @@ class AlignSpec:
         check_fit(self)
 
 
-def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
-    """Continue pre-training of the pruned model, and write it as a checkpoint of the same shape.
+def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePlan:
+    """Check everything that can be known before a tensor is read.
+
+    Args:
+        spec: How to align.
+        reporter: Told of oddities in the text.
+        count: Read the text too, and count what is in it.
 
     Raises:
-        LoramError: The source is no output of ``prune``, or the text is unusable.
+        LoramError: The source is no whole output of ``prune``, the disk is too full, or the text
+            is unusable.
     """
     from loram_cli.checkpoint.identity import identify
 
@@ -80,18 +88,45 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
     manifest = Manifest.read(spec.source)
     if manifest.stage != "prune":
         raise LoramError(f"{spec.source}: was made by '{manifest.stage}', 'prune' output is wanted")
-    source = {
-        "path": str(spec.source),
-        "key": manifest.key,
-        **identify(spec.source).to_mapping(),
-    }
-    with stage_run("align", spec, {"source": source}, spec.source, resumable=True) as stage:
+    _, family, index = check_model(spec.source)
+    source = {"path": str(spec.source), "key": manifest.key, **identify(spec.source).to_mapping()}
+    params = index.num_params
+    head = index.tensors.get(f"{family.lm_head}.weight")
+    frozen = 0 if head is None or spec.train_lm_head else math.prod(head.shape)
+    # fp32 weights, gradients and AdamW's two moments; a checkpoint holds all but the gradients,
+    # and the next one is written before the one before last is removed.
+    memory_bytes = 4 * (4 * params - 3 * frozen)
+    figures = {"params": params, "trained_params": params - frozen, "steps": spec.steps}
+    figures |= {"tokens": spec.steps * spec.batch * spec.block_length}
+    if count:
+        figures["documents"] = count_documents(spec.data, reporter)
+    return make_plan(
+        "align",
+        spec,
+        {"source": source},
+        disk_bytes=index.num_bytes + 3 * 4 * (3 * params - 2 * frozen),
+        reads=(str(spec.source), spec.data),
+        base=manifest.base,
+        keep=manifest.keep,
+        sparsity=manifest.sparsity,
+        memory_bytes=memory_bytes,
+        figures=figures,
+    )
+
+
+def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
+    """Continue pre-training of the pruned model, and write it as a checkpoint of the same shape.
+
+    Raises:
+        LoramError: See :func:`plan`.
+    """
+    planned = plan(spec, reporter)
+    with stage_run("align", spec, planned.inputs, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
-        results = _align(spec, bool(manifest.sparsity), stage.path, stage.restart_meter, reporter)
-        return stage.commit(
-            results, base=manifest.base, keep=manifest.keep, sparsity=manifest.sparsity
-        )
+        sparse = bool(planned.sparsity)
+        results = _align(spec, sparse, stage.path, stage.restart_meter, reporter)
+        return stage.commit(results, **planned.carried)
 
 
 def _align(

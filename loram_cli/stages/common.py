@@ -83,8 +83,17 @@ class StageRun:
         base: Mapping[str, Any],
         keep: Mapping[str, Any],
         sparsity: Mapping[str, Any] | None = None,
+        digests: Mapping[str, str] | None = None,
     ) -> StageResult:
-        """Write card and manifest, and move the directory into place."""
+        """Write card and manifest, and move the directory into place.
+
+        Args:
+            results: What the stage measured.
+            base: Identity of the original base.
+            keep: Kept indices.
+            sparsity: Of a model whose single weights were zeroed.
+            digests: SHA-256 in hex of files that were hashed while they were written.
+        """
         card = model_card(self._name, self._record["spec"], base, results)
         if card is not None:
             (self.path / CARD_NAME).write_text(card, "utf-8")
@@ -96,7 +105,7 @@ class StageRun:
             results=results,
             **self._meter.stop(),
         )
-        manifest = self._staged.commit(manifest)
+        manifest = self._staged.commit(manifest, digests)
         return StageResult(self._name, self._read, self._staged.final, manifest, fresh=True)
 
 
@@ -158,19 +167,24 @@ def check_free_disk(out: Path, needed_bytes: int) -> None:
     Raises:
         LoramError: Less is free than needed.
     """
-    import shutil
-
     from loram_cli.units import format_bytes
 
-    place = out.parent
-    while not place.exists():
-        place = place.parent
-    free_bytes = shutil.disk_usage(place).free
+    free_bytes = free_disk(out)
     if free_bytes < needed_bytes:
         raise LoramError(
             f"{out}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free",
             "free some space, or pass --out on another disk",
         )
+
+
+def free_disk(out: Path) -> int:
+    """Bytes that are free where an output goes."""
+    import shutil
+
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def check_positive(spec: Any, *names: str) -> None:

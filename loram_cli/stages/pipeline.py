@@ -6,7 +6,7 @@ from typing import Any
 
 from loram_cli.reporting import Reporter
 from loram_cli.runs.rundir import RunDirectory
-from loram_cli.stages import align, evaluate, prune, recover, resolve, train
+from loram_cli.stages import align, evaluate, merge, prune, recover, resolve, train
 from loram_cli.stages.common import StageResult
 from loram_cli.stages.recipe import Recipe
 
@@ -109,10 +109,10 @@ def _run_stage(
     if stage == "full_lora":
         return [train.run(resolve.full_lora_spec(directory, model, values), reporter)]
     if stage == "recover":
-        merge = values.pop("merge", False)
+        merges = values.pop("merge", False)
         results = [recover.run(resolve.recover_spec(directory, model, values), reporter)]
-        if merge:
+        if merges:
             merging = resolve.merge_spec(directory, model, {"force": force})
-            results.append(recover.merge(merging, reporter))
+            results.append(merge.run(merging, reporter))
         return results
     return [evaluate.run(resolve.eval_spec(directory, model, values), reporter)]

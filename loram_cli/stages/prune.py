@@ -232,14 +232,14 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        results, sparsity = planned.results(), {}
+        results, sparsity, digests = planned.results(), {}, {}
         if spec.zeroes_weights:
             keep = {}
             results |= write_sparse(spec, planned, stage.path, reporter)
             sparsity = sparsity_record(spec, results)
         else:
             keep = _keep_indices(spec, planned, stage.path, reporter)
-            _write_weights(spec, planned, keep, stage.path, reporter)
+            digests = _write_weights(spec, planned, keep, stage.path, reporter)
         (stage.path / "config.json").write_text(json.dumps(planned.config, indent=2) + "\n")
         copy_companions(spec.model, stage.path)
         return stage.commit(
@@ -247,6 +247,7 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
             base=base,
             keep={str(i): layer.to_mapping() for i, layer in keep.items()},
             sparsity=sparsity,
+            digests=digests,
         )
 
 
@@ -291,7 +292,7 @@ def _write_weights(
     keep: "dict[int, LayerKeep]",
     directory: Path,
     reporter: Reporter,
-) -> None:
+) -> dict[str, str]:
     from loram_cli.checkpoint.background import read_ahead
     from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.checkpoint.writer import ShardedWriter
@@ -310,3 +311,4 @@ def _write_weights(
         for name, rows in kept:
             writer.write(name, rows)
             progress.advance(rows.nbytes / 2**20)
+    return writer.digests

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
-from loram_cli.stages.common import StageResult, check_free_disk, check_out_of_tree, stage_run
+from loram_cli.stages.common import StageResult, check_out_of_tree, stage_run
 from loram_cli.stages.evaluate import training_record
+from loram_cli.stages.planning import StagePlan, make_plan
 from loram_cli.stages.templates import warn_of_other_template
 
 if TYPE_CHECKING:
@@ -31,25 +32,6 @@ class RecoverSpec:
     adapter: Path
     model: Path
     out: Path
-    force: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeSpec:
-    """What to merge.
-
-    Attributes:
-        adapter: A recovered adapter.
-        model: The original base.
-        out: Where the merged checkpoint goes.
-        max_shard_bytes: Upper bound on one shard.
-        force: Replace an existing output.
-    """
-
-    adapter: Path
-    model: Path
-    out: Path
-    max_shard_bytes: int = 5 * 10**9
     force: bool = False
 
 
@@ -79,10 +61,17 @@ def check_base(manifest: Manifest, model: Path, adapter: Path) -> dict[str, Any]
     return {"path": str(model), **identity}
 
 
-def _open_inputs(
-    spec: RecoverSpec | MergeSpec, stage: str, otherwise: str
-) -> tuple[Manifest, dict[str, Any]]:
-    """The adapter's manifest and the record of both inputs, once they are known to fit."""
+def open_inputs(spec: Any, stage: str, otherwise: str) -> tuple[Manifest, dict[str, Any]]:
+    """The adapter's manifest and the record of both inputs, once they are known to fit.
+
+    Args:
+        spec: With ``adapter``, ``model`` and ``out``.
+        stage: Which stage must have made the adapter.
+        otherwise: What to say when another one did.
+
+    Raises:
+        LoramError: They do not fit.
+    """
     check_out_of_tree(spec.out, spec.model, spec.adapter)
     manifest = Manifest.read(spec.adapter)
     if manifest.stage != stage:
@@ -91,30 +80,62 @@ def _open_inputs(
     return manifest, {"base": base, "adapter": adapter_input(spec.adapter, manifest)}
 
 
+def plan(spec: RecoverSpec) -> StagePlan:
+    """Check everything that can be known before a factor is read.
+
+    Raises:
+        LoramError: Another base, an adapter that does not fit it, or no disk.
+    """
+    from loram_cli.checkpoint.adapter import read_shapes
+
+    manifest, inputs = open_inputs(spec, "train", "'train' output is wanted")
+    base = _Base.of(spec.model, manifest)
+    small_params = full_params = 0
+    for module, (rows, columns, rank) in read_shapes(spec.adapter).items():
+        full_rows, full_columns = base.full_shape(module)
+        kept_rows, kept_columns = base.kept(module)
+        wanted = (
+            full_rows if kept_rows is None else len(kept_rows),
+            full_columns if kept_columns is None else len(kept_columns),
+        )
+        if (rows, columns) != wanted:
+            raise LoramError(
+                f"adapter module {module} is {rows} x {columns}, "
+                f"what was kept of the base's weight {wanted[0]} x {wanted[1]}"
+            )
+        small_params += rank * (rows + columns)
+        full_params += rank * (full_rows + full_columns)
+    return make_plan(
+        "recover",
+        spec,
+        inputs,
+        disk_bytes=4 * full_params,
+        reads=(str(spec.adapter), str(spec.model)),
+        base=inputs["base"],
+        keep=manifest.keep,
+        memory_bytes=4 * (small_params + full_params),
+        figures={"small_params": small_params, "full_params": full_params},
+    )
+
+
 def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
     """Scatter an adapter to the base's shapes and check it factor by factor.
 
     Raises:
-        LoramError: Another base, an adapter that does not fit, or a failed check.
+        LoramError: See :func:`plan`; also a failed check.
     """
-    manifest, inputs = _open_inputs(spec, "train", "'train' output is wanted")
-    with stage_run("recover", spec, inputs, spec.adapter) as stage:
+    planned = plan(spec)
+    with stage_run("recover", spec, planned.inputs, spec.adapter) as stage:
         if stage.finished is not None:
             return stage.finished
-        from loram_cli.arch.registry import family_for
-        from loram_cli.arch.spec import Geometry
         from loram_cli.checkpoint.adapter import LoraAdapter
-        from loram_cli.checkpoint.index import read_config
         from loram_cli.checkpoint.sources import copy_companions, hub_id
-        from loram_cli.pruning.groups import LayerKeep
 
         stage.restart_meter()
-        warn_of_other_template(manifest.inputs["source"], inputs["base"], reporter)
+        manifest = Manifest.read(spec.adapter)
+        warn_of_other_template(manifest.inputs["source"], planned.base, reporter)
         small = LoraAdapter.read(spec.adapter)
-        config = read_config(spec.model)
-        family, geometry = family_for(config, str(spec.model)), Geometry.from_config(config)
-        keep = {int(i): LayerKeep.from_mapping(layer) for i, layer in manifest.keep.items()}
-        full = recover_adapter(small, family, config, geometry, keep, reporter)
+        full = recover_adapter(small, _Base.of(spec.model, manifest), reporter)
         name = hub_id(spec.model) or str(spec.model)
         named = {**full.config, "base_model_name_or_path": name, "inference_mode": True}
         replace(full, config=named).write(stage.path)
@@ -126,118 +147,61 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
                 "full_params": _params(full),
                 "training": training_record(manifest),
             },
-            base=inputs["base"],
+            base=planned.base,
             keep=manifest.keep,
             sparsity=manifest.sparsity,
         )
 
 
-def recover_adapter(
-    small: "LoraAdapter",
-    family: "Family",
-    config: dict[str, Any],
-    geometry: "Geometry",
-    keep: "dict[int, LayerKeep]",
-    reporter: Reporter,
-) -> "LoraAdapter":
-    """Bring every factor to the full shapes.
+@dataclass(frozen=True)
+class _Base:
+    """Where an adapter's factors belong: the base's shapes, and what was kept of them."""
 
-    Args:
-        small: The adapter of the pruned model.
-        family: The base's family.
-        config: The base's ``config.json``.
-        geometry: The base's widths.
-        keep: Kept indices of every pruned layer.
-        reporter: Told of progress.
+    family: "Family"
+    geometry: "Geometry"
+    shapes: dict[str, tuple[int, ...]]
+    keep: dict[int, "LayerKeep"]
+
+    @classmethod
+    def of(cls, model: Path, manifest: Manifest) -> "_Base":
+        from loram_cli.arch.registry import family_for
+        from loram_cli.arch.spec import Geometry
+        from loram_cli.checkpoint.index import read_config
+        from loram_cli.pruning.groups import LayerKeep
+
+        config = read_config(model)
+        family = family_for(config, str(model))
+        shapes = family.tensor_shapes(config)
+        shapes.setdefault(f"{family.lm_head}.weight", shapes[f"{family.embedding}.weight"])
+        keep = {int(i): LayerKeep.from_mapping(layer) for i, layer in manifest.keep.items()}
+        return cls(family, Geometry.from_config(config), shapes, keep)
+
+    def full_shape(self, module: str) -> tuple[int, ...]:
+        if f"{module}.weight" not in self.shapes:
+            raise LoramError(f"adapter module {module} does not exist in the base")
+        return self.shapes[f"{module}.weight"]
+
+    def kept(self, module: str) -> tuple[list[int] | None, list[int] | None]:
+        found = self.family.module_named(module)
+        if found is None or found[0] not in self.keep:
+            return None, None
+        layer, linear = found
+        keep, geometry = self.keep[layer], self.geometry.layers[layer]
+        return keep.rows(linear, geometry), keep.columns(linear, geometry)
+
+
+def recover_adapter(small: "LoraAdapter", base: _Base, reporter: Reporter) -> "LoraAdapter":
+    """Bring every factor of a pruned model's adapter to the base's shapes.
 
     Raises:
         LoramError: A module or shape is not the base's, or the check of the result fails.
     """
-    shapes = family.tensor_shapes(config)
-    head = f"{family.lm_head}.weight"
-    shapes.setdefault(head, shapes[f"{family.embedding}.weight"])
     pairs = {}
     with reporter.progress("scatter", len(small.pairs), "module") as progress:
         for module, pair in small.pairs.items():
-            if f"{module}.weight" not in shapes:
-                raise LoramError(f"adapter module {module} does not exist in the base")
-            pairs[module] = _recover_pair(module, pair, shapes, family, geometry, keep)
+            pairs[module] = _recover_pair(module, pair, base)
             progress.advance()
     return replace(small, pairs=pairs)
-
-
-def merge(spec: MergeSpec, reporter: Reporter) -> StageResult:
-    """Write the base with the adapter added, tensor by tensor.
-
-    Raises:
-        LoramError: Another base, or no disk.
-    """
-    from loram_cli.checkpoint.index import CheckpointIndex
-
-    _, inputs = _open_inputs(spec, "recover", "run 'loram recover' first")
-    index = CheckpointIndex.open(spec.model)
-    check_free_disk(spec.out, index.num_bytes)
-    with stage_run("merge", spec, inputs, spec.adapter) as stage:
-        if stage.finished is not None:
-            return stage.finished
-        import json
-
-        from loram_cli.checkpoint.adapter import LoraAdapter
-        from loram_cli.checkpoint.sources import copy_companions
-
-        stage.restart_meter()
-        adapter = LoraAdapter.read(spec.adapter)
-        config = merge_weights(spec, adapter, index, stage.path, reporter)
-        (stage.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copy_companions(spec.model, stage.path)
-        results = {"modules": len(adapter.pairs), "weight_bytes": index.num_bytes}
-        return stage.commit(results, base=inputs["base"], keep={})
-
-
-def merge_weights(
-    spec: MergeSpec, adapter: "LoraAdapter", index: Any, directory: Path, reporter: Reporter
-) -> dict[str, Any]:
-    """Stream ``W + scaling * B @ A`` for every tensor of the base.
-
-    Returns:
-        The merged checkpoint's config; a tied head that the adapter changes is untied in it.
-    """
-    from loram_cli.adapters.scatter import add_update
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.background import read_ahead
-    from loram_cli.checkpoint.index import read_config
-    from loram_cli.checkpoint.reader import TensorReader
-    from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
-
-    config = read_config(spec.model)
-    family = family_for(config, str(spec.model))
-    sources = {name: name for name in index.tensors if not family.is_ignored(name)}
-    head = f"{family.lm_head}.weight"
-    if family.lm_head in adapter.pairs and config.get("tie_word_embeddings"):
-        sources[head] = head if head in sources else f"{family.embedding}.weight"
-        config = {**config, "tie_word_embeddings": False}
-    planned = {
-        name: TensorPlan(index.tensors[source].dtype, index.tensors[source].shape)
-        for name, source in sources.items()
-    }
-    total_bytes = sum(tensor.num_bytes for tensor in planned.values())
-    with (
-        TensorReader(index) as reader,
-        ShardedWriter(directory, planned, spec.max_shard_bytes) as writer,
-        reporter.progress("merge", total_bytes / 2**20, "MiB") as progress,
-        read_ahead(
-            (name, start, rows)
-            for name, source in sources.items()
-            for start, rows in reader.read_chunks(source)
-        ) as chunks,
-    ):
-        for name, start, rows in chunks:
-            module = name.removesuffix(".weight")
-            if module in adapter.pairs:
-                add_update(rows, start, adapter.pairs[module], adapter.scaling(module))
-            writer.write(name, rows)
-            progress.advance(rows.nbytes / 2**20)
-    return config
 
 
 def adapter_input(directory: Path, manifest: Manifest) -> dict[str, str]:
@@ -252,26 +216,14 @@ def adapter_input(directory: Path, manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _recover_pair(
-    module: str,
-    pair: "LoraPair",
-    shapes: dict[str, tuple[int, ...]],
-    family: "Family",
-    geometry: "Geometry",
-    keep: "dict[int, LayerKeep]",
-) -> "LoraPair":
+def _recover_pair(module: str, pair: "LoraPair", base: _Base) -> "LoraPair":
     import torch
 
     from loram_cli.adapters.scatter import gather, scatter_columns, scatter_rows
     from loram_cli.checkpoint.adapter import LoraPair
 
-    full_rows, full_columns = shapes[f"{module}.weight"]
-    rows = columns = None
-    found = family.module_named(module)
-    if found is not None and found[0] in keep:
-        layer, linear = found
-        rows = keep[layer].rows(linear, geometry.layers[layer])
-        columns = keep[layer].columns(linear, geometry.layers[layer])
+    full_rows, full_columns = base.full_shape(module)
+    rows, columns = base.kept(module)
     lora_a, lora_b = pair.lora_a, pair.lora_b
     try:
         if rows is not None:

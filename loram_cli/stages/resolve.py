@@ -10,9 +10,10 @@ from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
 from loram_cli.specs import spec_from_mapping
 from loram_cli.stages.align import AlignSpec
 from loram_cli.stages.evaluate import EvalSpec
+from loram_cli.stages.merge import MergeSpec
 from loram_cli.stages.prune import PruneSpec
 from loram_cli.stages.recipe import demo_recipe
-from loram_cli.stages.recover import MergeSpec, RecoverSpec
+from loram_cli.stages.recover import RecoverSpec
 from loram_cli.stages.train import TrainSpec
 
 Values = Mapping[str, Any]

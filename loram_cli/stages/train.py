@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.reporting import Reporter
+from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import check_fit, finish_fit, fit_options, prepare_tracking
+from loram_cli.stages.planning import StagePlan, check_model, count_examples, make_plan
 from loram_cli.stages.templates import warn_of_other_template
 
 
@@ -78,21 +79,76 @@ class TrainSpec:
             raise UsageError(f"--dropout {self.dropout} is outside [0, 1)")
 
 
+def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePlan:
+    """Check everything that can be known before a tensor is read.
+
+    Args:
+        spec: How to train.
+        reporter: Told of oddities in the data.
+        count: Read the data too, and count what is in it.
+
+    Raises:
+        LoramError: The source is no whole model, the disk is too full, or the data is unusable.
+        UsageError: A LoRA target that the model does not have.
+    """
+    from loram_cli.memory.account import count_lora_params, nf4_weight_bytes, training_state
+    from loram_cli.modeling.narrow import default_device
+    from loram_cli.training.adapters import lora_targets
+    from loram_cli.training.options import weights_dtype
+
+    check_out_of_tree(spec.out, spec.source)
+    prepare_tracking(spec)
+    config, family, index = check_model(spec.source)
+    source, base, carried = describe_source(spec.source)
+    warn_of_other_template(source, base, reporter)
+    tied = bool(config.get("tie_word_embeddings"))
+    targets = lora_targets(
+        family, tied_embeddings=tied, reporter=NullReporter(), targets=spec.targets or None
+    )
+    state = training_state(count_lora_params(family, config, spec.rank, targets))
+    device = spec.device or default_device()
+    weights = weights_dtype(spec.precision, device, full_parameters=False)
+    figures: dict[str, Any] = {"params": index.num_params, "lora_params": state.lora_params}
+    figures |= {"steps": spec.steps, "batch": spec.batch}
+    if count:
+        figures["examples"] = count_examples(spec.data, reporter)
+        if figures["examples"]:
+            figures["epochs"] = round(spec.steps * spec.batch / figures["examples"], 2)
+        if spec.eval_data is not None:
+            figures["eval_examples"] = count_examples(spec.eval_data, reporter)
+    return make_plan(
+        "train",
+        spec,
+        {"source": source},
+        # The adapter, and up to three checkpoints of it with the optimizer's moments.
+        disk_bytes=4 * state.adapter_bytes + 3 * state.optimizer_bytes,
+        reads=tuple(filter(None, (str(spec.source), spec.data, spec.eval_data))),
+        base=base,
+        **carried,
+        memory_bytes=state.total_bytes
+        + (
+            nf4_weight_bytes(family, config)
+            if spec.quantize
+            else index.num_params * weights.itemsize
+        ),
+        figures=figures,
+    )
+
+
 def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
     """Fit an adapter and write it with its loss curve.
 
     Raises:
-        LoramError: The data is unusable, or the loss is not finite.
+        LoramError: See :func:`plan`; also a loss that is not finite.
     """
-    check_out_of_tree(spec.out, spec.source)
-    prepare_tracking(spec)
-    source, base, carried = describe_source(spec.source)
-    warn_of_other_template(source, base, reporter)
-    with stage_run("train", spec, {"source": source}, spec.source, resumable=True) as stage:
+    planned = plan(spec, reporter)
+    with stage_run("train", spec, planned.inputs, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
         results = _train(spec, stage.path, stage.restart_meter, reporter)
-        return stage.commit(results, base=base, **carried)
+        return stage.commit(
+            results, base=planned.base, keep=planned.keep, sparsity=planned.sparsity
+        )
 
 
 def describe_source(source: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

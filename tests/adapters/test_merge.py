@@ -10,7 +10,7 @@ from loram_cli.checkpoint import reader
 from loram_cli.checkpoint.adapter import LoraAdapter, LoraPair
 from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.reporting import NullReporter
-from loram_cli.stages.recover import MergeSpec, merge_weights
+from loram_cli.stages.merge import MergeSpec, merge_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -14,6 +14,7 @@ from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
 from loram_cli.errors import LoramError
+from loram_cli.runs.digests import file_digest
 
 ROWS = 60
 
@@ -146,3 +147,16 @@ def test_a_failed_write_is_told(tmp_path, monkeypatch):
     ):
         writer.write("t", torch.zeros(4))
     monkeypatch.undo()
+
+
+def test_shards_are_hashed_while_they_are_written(tmp_path):
+    tensors = {f"t{i}": torch.randn(40, 50) for i in range(3)}
+    plan = {name: TensorPlan(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    with ShardedWriter(tmp_path, plan, max_shard_bytes=10_000) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    shards = {file.name: file for file in tmp_path.glob("*.safetensors")}
+    assert len(shards) == 3
+    assert {n: f"sha256:{d}" for n, d in writer.digests.items()} == {
+        name: file_digest(file) for name, file in shards.items()
+    }

@@ -14,7 +14,7 @@ from loram_cli.modeling.narrow import load_causal_lm
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
-from loram_cli.stages import align, prune, recover, train
+from loram_cli.stages import align, merge, prune, recover, train
 
 SILENT = NullReporter()
 IDS = torch.arange(2, 34).reshape(2, 16)
@@ -44,7 +44,7 @@ def chain(base: Path, text_file: Path, instructions: Path, tmp_path_factory) -> 
     recovering = {"adapter": run / "adapter", "model": base, "out": run / "recovered"}
     recover.run(recover.RecoverSpec(**recovering), SILENT)
     merging = {"adapter": run / "recovered", "model": base, "out": run / "merged"}
-    recover.merge(recover.MergeSpec(**merging, max_shard_bytes=20_000), SILENT)
+    merge.run(merge.MergeSpec(**merging, max_shard_bytes=20_000), SILENT)
     return run
 
 
@@ -167,7 +167,7 @@ def test_tied_embeddings_go_through_and_merge(text_file, instructions, tmp_path:
     places = {"adapter": tmp_path / "adapter", "model": tied, "out": tmp_path / "recovered"}
     recover.run(recover.RecoverSpec(**places), SILENT)
     places = {"adapter": tmp_path / "recovered", "model": tied, "out": tmp_path / "merged"}
-    recover.merge(recover.MergeSpec(**places), SILENT)
+    merge.run(merge.MergeSpec(**places), SILENT)
     stock = AutoModelForCausalLM.from_pretrained(tied)
     stock = PeftModel.from_pretrained(stock, tmp_path / "recovered").eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

@@ -1,0 +1,156 @@
+"""What a stage would do and what it needs: checked and counted before the first tensor is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loram_cli.reporting import Reporter
+from loram_cli.runs.staging import look_up
+from loram_cli.specs import spec_to_mapping
+from loram_cli.stages.common import check_free_disk, free_disk, key_of
+
+# A file up to this size is read through for a dry run, to count what is in it.
+_COUNTED_BYTES = 64 * 2**20
+_TRIED_RECORDS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What a stage will do.
+
+    Attributes:
+        stage: Its name.
+        reads: Directories and data that it reads.
+        writes: The directory that it makes.
+        inputs: Per input its path and digests, for the manifest.
+        base: Identity of the original base, carried along.
+        keep: Kept indices, carried along.
+        sparsity: Of a model whose single weights were zeroed, carried along.
+        done: The same output is there already, and nothing will be done.
+        disk_bytes: Disk that it needs at most while it runs.
+        free_bytes: Disk that is free.
+        memory_bytes: Memory that weights, factors and optimizer take; activations are not in it.
+        figures: What else is known: steps, tokens, parameters.
+    """
+
+    stage: str
+    reads: tuple[str, ...]
+    writes: Path
+    inputs: Mapping[str, Any]
+    base: Mapping[str, Any] = field(default_factory=dict)
+    keep: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
+    done: bool = False
+    disk_bytes: int = 0
+    free_bytes: int = 0
+    memory_bytes: int = 0
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What the output's manifest takes over from the input's."""
+        return {"base": self.base, "keep": self.keep, "sparsity": self.sparsity}
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain form for ``--json``; digests and kept indices are left to the manifest."""
+        return {
+            "stage": self.stage,
+            "reads": list(self.reads),
+            "writes": str(self.writes),
+            "done": self.done,
+            "disk_bytes": self.disk_bytes,
+            "free_bytes": self.free_bytes,
+            "memory_bytes": self.memory_bytes,
+            **self.figures,
+        }
+
+
+def make_plan(
+    stage: str, spec: Any, inputs: Mapping[str, Any], *, disk_bytes: int, **known: Any
+) -> StagePlan:
+    """A plan, once it is known that the output is free to be written and that the disk holds it.
+
+    Args:
+        stage: The stage.
+        spec: Its spec, with ``out`` and ``force``.
+        inputs: As :func:`.common.stage_run` takes them.
+        disk_bytes: See :class:`StagePlan`.
+        known: More fields of the plan.
+
+    Raises:
+        LoramError: No disk, or another process is writing the output.
+        UsageError: The output is something else's.
+    """
+    done = (
+        look_up(spec.out, stage, key_of(stage, spec_to_mapping(spec), inputs), force=spec.force)
+        is not None
+    )
+    if not done:
+        check_free_disk(spec.out, disk_bytes)
+    return StagePlan(
+        stage=stage,
+        writes=spec.out,
+        inputs=inputs,
+        done=done,
+        disk_bytes=disk_bytes,
+        free_bytes=free_disk(spec.out),
+        **known,
+    )
+
+
+def check_model(directory: Path) -> tuple[dict[str, Any], Any, Any]:
+    """Check that a directory is a whole model: tokenizer, config, headers, every shape.
+
+    Returns:
+        Its config, family and tensor index.
+
+    Raises:
+        LoramError: It is not.
+    """
+    from loram_cli.arch.registry import family_for
+    from loram_cli.checkpoint.index import CheckpointIndex, read_config
+    from loram_cli.checkpoint.sources import require_tokenizer
+
+    config = read_config(directory)
+    family = family_for(config, str(directory))
+    require_tokenizer(directory)
+    index = CheckpointIndex.open(directory)
+    expected = family.tensor_shapes(config)
+    head = f"{family.lm_head}.weight"
+    if head in index.tensors and head not in expected:
+        # Some tied checkpoints store the head as well.
+        expected[head] = expected[f"{family.embedding}.weight"]
+    index.check_shapes(expected, family.is_ignored)
+    return config, family, index
+
+
+def count_examples(source: str, reporter: Reporter) -> int | None:
+    """Instructions in a source; None where counting would mean reading a lot.
+
+    Raises:
+        LoramError: It cannot be read; a source that is not counted is tried on its first records.
+    """
+    from loram_cli.training.data import load_instructions
+
+    whole = _is_small(source)
+    examples = load_instructions(source, limit=None if whole else _TRIED_RECORDS, reporter=reporter)
+    return len(examples) if whole else None
+
+
+def count_documents(source: str, reporter: Reporter) -> int | None:
+    """Documents in a source of text; as :func:`count_examples`."""
+    from loram_cli.training.data import load_text
+
+    whole = _is_small(source)
+    documents = load_text(source, limit=None if whole else _TRIED_RECORDS, reporter=reporter)
+    return len(documents) if whole else None
+
+
+def _is_small(source: str) -> bool:
+    from loram_cli.training.records import DEMO_PREFIX, local_files
+
+    if source.startswith(DEMO_PREFIX):
+        return True
+    files = local_files(source)
+    return files is not None and sum(f.stat().st_size for f in files) <= _COUNTED_BYTES
