@@ -102,7 +102,6 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         from loram_cli.arch.registry import family_for
-        from loram_cli.arch.spec import Geometry
         from loram_cli.checkpoint.adapter import LoraAdapter
         from loram_cli.checkpoint.index import read_config
         from loram_cli.checkpoint.sources import copy_companions, hub_id
@@ -112,7 +111,8 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
         warn_of_other_template(manifest.inputs["source"], inputs["base"], reporter)
         small = LoraAdapter.read(spec.adapter)
         config = read_config(spec.model)
-        family, geometry = family_for(config, str(spec.model)), Geometry.from_config(config)
+        family = family_for(config, str(spec.model))
+        geometry = family.geometry(config)
         keep = {int(i): LayerKeep.from_mapping(layer) for i, layer in manifest.keep.items()}
         full = recover_adapter(small, family, config, geometry, keep, reporter)
         name = hub_id(spec.model) or str(spec.model)
@@ -212,7 +212,7 @@ def merge_weights(
     family = family_for(config, str(spec.model))
     sources = {name: name for name in index.tensors if not family.is_ignored(name)}
     head = f"{family.lm_head}.weight"
-    if family.lm_head in adapter.pairs and config.get("tie_word_embeddings"):
+    if family.lm_head in adapter.pairs and family.geometry(config).tied_embeddings:
         sources[head] = head if head in sources else f"{family.embedding}.weight"
         config = {**config, "tie_word_embeddings": False}
     planned = {

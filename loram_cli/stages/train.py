@@ -128,9 +128,11 @@ def _train(
 
     config = read_config(spec.source)
     family = family_for(config, str(spec.source))
-    tied = bool(config.get("tie_word_embeddings"))
     targets = lora_targets(
-        family, tied_embeddings=tied, reporter=reporter, targets=spec.targets or None
+        family,
+        tied_embeddings=family.geometry(config).tied_embeddings,
+        reporter=reporter,
+        targets=spec.targets or None,
     )
     tokenizer = load_tokenizer(spec.source)
     train_examples, eval_examples = _split(spec, tokenizer, reporter)
