@@ -26,12 +26,26 @@ def family_for(config: Mapping[str, Any], where: str) -> Family:
         where: What to name in the error, usually the model's directory.
 
     Raises:
-        LoramError: No family file knows this ``model_type``.
+        LoramError: No family file knows this ``model_type``, or it is a multimodal model.
     """
     model_type = config.get("model_type")
     for family in families():
         if model_type in family.model_types:
             return family
+    text_config = config.get("text_config")
+    if isinstance(text_config, Mapping):
+        text_type = text_config.get("model_type")
+        inner = [family for family in families() if text_type in family.model_types]
+        if inner:
+            raise LoramError(
+                f"{where}: model_type '{model_type}' is a multimodal model around a '{text_type}' "
+                f"text model; only the text model can be pruned",
+                "save the text model alone, copy the tokenizer files beside it and pass that: "
+                f"import transformers as t; m = t.AutoModelForImageTextToText.from_pretrained("
+                f"'{where}'); x = t.{inner[0].architecture}(m.config.text_config); "
+                "x.model, x.lm_head = m.model.language_model, m.lm_head; "
+                "x.save_pretrained('TEXT')",
+            )
     known = ", ".join(name for family in families() for name in family.model_types)
     raise LoramError(
         f"{where}: model_type '{model_type}' is not a known family (known: {known})",

@@ -1,7 +1,7 @@
 """What a decoder family's tensors are: names, coupled axes and shapes, read from data."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -59,7 +59,8 @@ class Geometry:
         """Read a Hugging Face config, with or without ``per_layer_config``.
 
         Args:
-            config: The parsed ``config.json``.
+            config: The parsed ``config.json``, with the family's defaults where it leaves
+                something open: see :meth:`Family.geometry`.
 
         Raises:
             KeyError: A required width is absent.
@@ -86,7 +87,24 @@ class Geometry:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A decoder family: which tensor is what."""
+    """A decoder family: which tensor is what.
+
+    Attributes:
+        family: Its name, and its file's.
+        model_types: The ``model_type`` values of its configs.
+        architecture: The causal LM class in transformers.
+        decoder_layer: Full name of the decoder layer's class.
+        layers: Full name of the module list of decoder layers.
+        embedding: Full name of the input embedding.
+        lm_head: Full name of the output head.
+        norms: Norm weights outside the layers.
+        modules: The linear modules of a decoder layer.
+        layer_norms: Norm weights of a decoder layer, and whether they run over the hidden width
+            or over one head.
+        ignored: Derived buffers that old checkpoints hold.
+        config_defaults: What a key means that ``config.json`` leaves out, where that is neither
+            false nor derived from another key: files written by older tools lack such keys.
+    """
 
     family: str
     model_types: tuple[str, ...]
@@ -99,6 +117,7 @@ class Family:
     modules: tuple[LinearModule, ...]
     layer_norms: Mapping[str, Literal["hidden", "head"]]
     ignored: tuple[str, ...]
+    config_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> "Family":
@@ -124,6 +143,17 @@ class Family:
     def lm_head_target(self) -> str:
         """The output head's name as a PEFT target."""
         return self.lm_head.rsplit(".", 1)[-1]
+
+    def geometry(self, config: Mapping[str, Any]) -> Geometry:
+        """The widths that a config of this family states or implies.
+
+        Args:
+            config: The parsed ``config.json``, with or without ``per_layer_config``.
+
+        Raises:
+            KeyError: A required width is absent.
+        """
+        return Geometry.from_config({**self.config_defaults, **config})
 
     def layer_prefix(self, layer: int) -> str:
         """Prefix of a layer's tensors, such as ``model.layers.3.``."""
@@ -153,11 +183,11 @@ class Family:
 
         Tied heads are left out, since the file has the embedding alone.
         """
-        geometry = Geometry.from_config(config)
+        geometry = self.geometry(config)
         hidden = geometry.hidden_size
         shapes = {f"{self.embedding}.weight": (geometry.vocab_size, hidden)}
         for i, layer in enumerate(geometry.layers):
-            shapes.update(self._layer_shapes(i, layer, hidden, config))
+            shapes.update(self.layer_shapes(i, layer, config))
         shapes.update(dict.fromkeys(self.norms, (hidden,)))
         if not geometry.tied_embeddings:
             shapes[f"{self.lm_head}.weight"] = (geometry.vocab_size, hidden)
@@ -169,18 +199,28 @@ class Family:
             for module in self.modules:
                 yield f"{self.layer_prefix(i)}{module.name}.weight"
 
-    def _layer_shapes(
-        self, index: int, layer: LayerGeometry, hidden: int, config: Mapping[str, Any]
-    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def layer_shapes(
+        self, index: int, layer: LayerGeometry, config: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        """Every tensor of one decoder layer with its shape.
+
+        Args:
+            index: The layer's place, for the names.
+            layer: Its widths.
+            config: The parsed ``config.json``.
+        """
+        hidden = config["hidden_size"]
         prefix = self.layer_prefix(index)
+        shapes: dict[str, tuple[int, ...]] = {}
         for module in self.modules:
             rows = sum(layer.axis_units(axis) for axis in module.rows) or hidden
             columns = sum(layer.axis_units(axis) for axis in module.columns) or hidden
-            yield f"{prefix}{module.name}.weight", (rows, columns)
+            shapes[f"{prefix}{module.name}.weight"] = (rows, columns)
             has_bias = (
                 config.get(module.bias, False) if isinstance(module.bias, str) else module.bias
             )
             if has_bias:
-                yield f"{prefix}{module.name}.bias", (rows,)
+                shapes[f"{prefix}{module.name}.bias"] = (rows,)
         for name, width in self.layer_norms.items():
-            yield f"{prefix}{name}", (hidden if width == "hidden" else layer.head_dim,)
+            shapes[f"{prefix}{name}"] = (hidden if width == "hidden" else layer.head_dim,)
+        return shapes

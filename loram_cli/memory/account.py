@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from loram_cli.arch.spec import Family, Geometry
+from loram_cli.arch.spec import Family
+from loram_cli.arch.targets import lora_targets
 from loram_cli.errors import UsageError
-from loram_cli.specs import unknown_name
 
 BF16_BYTES = 2
 FP32_BYTES = 4
@@ -156,11 +156,6 @@ def nf4_weight_bytes(family: Family, config: Mapping[str, Any]) -> int:
     return total_bytes
 
 
-def default_lora_targets(family: Family) -> tuple[str, ...]:
-    """The paper's targets: every decoder linear, and the output head."""
-    return (*family.lora_targets, family.lm_head_target)
-
-
 def count_lora_params(
     family: Family, config: Mapping[str, Any], rank: int, targets: Sequence[str] = ()
 ) -> int:
@@ -170,24 +165,21 @@ def count_lora_params(
         family: The model's family.
         config: Its ``config.json``; on a pruned one the factors are as narrow as the layers.
         rank: LoRA rank r.
-        targets: Last parts of module names, the head's included; empty for the paper's.
+        targets: Last parts of module names, the head's included; empty for what training takes:
+            every decoder linear and an untied head.
 
     Raises:
-        UsageError: The rank is not positive, or a target is no module of this family.
+        UsageError: The rank is not positive, a target is no module of this family, or is a head
+            tied to the embedding.
     """
     if rank < 1:
         raise UsageError(f"a LoRA rank of {rank} is not positive")
-    known = default_lora_targets(family)
-    for target in targets:
-        if target not in known:
-            raise unknown_name("LoRA target", target, known, f"family {family.family}")
-    wanted = set(targets or known)
+    tied = family.geometry(config).tied_embeddings
+    wanted = set(lora_targets(family, tied_embeddings=tied, targets=targets or None))
     shapes = family.tensor_shapes(config)
     trained = [shapes[name] for name in _linear_names(family, config) if _last(name) in wanted]
     if family.lm_head_target in wanted:
-        # A tied head has no tensor of its own, but a module with the embedding's shape.
-        embedding = shapes[f"{family.embedding}.weight"]
-        trained.append(shapes.get(f"{family.lm_head}.weight", embedding))
+        trained.append(shapes[f"{family.lm_head}.weight"])
     return sum(rank * (rows + columns) for rows, columns in trained)
 
 
@@ -229,7 +221,7 @@ def _count(family: Family, config: Mapping[str, Any], sparsity: float) -> ParamC
 
 def _linear_names(family: Family, config: Mapping[str, Any]) -> dict[str, None]:
     # A dict for its order and its quick lookup.
-    return dict.fromkeys(family.linear_names(len(Geometry.from_config(config).layers)))
+    return dict.fromkeys(family.linear_names(len(family.geometry(config).layers)))
 
 
 def _last(tensor_name: str) -> str:

@@ -68,7 +68,7 @@ class LayerStream:
         self._reader = TensorReader(self._index)
         stored = self._index.tensors[f"{self.family.embedding}.weight"].dtype
         self.dtype = computed_dtype(stored)
-        self._tied = bool(config.get("tie_word_embeddings"))
+        self._tied = self.family.geometry(config).tied_embeddings
         self._model = _meta_model(model_dir, self.family, self.dtype, self.device)
         self._layers = self._model.get_submodule(self.family.layers)
         self.num_layers = len(self._layers)

@@ -1,7 +1,9 @@
 """How wide each layer stays: the paper's ratios turned into head and channel counts."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from loram_cli.arch.spec import Geometry, LayerGeometry
 from loram_cli.errors import UsageError
@@ -25,21 +27,35 @@ def pruned_layers(num_hidden_layers: int, keep_first: int, keep_last: int) -> ra
     return range(keep_first, num_hidden_layers - keep_last)
 
 
-def narrowed(layer: LayerGeometry, ratio: float) -> LayerGeometry:
+def narrowed(
+    layer: LayerGeometry,
+    heads_ratio: float,
+    mlp_ratio: float | None = None,
+    where: str | None = None,
+) -> LayerGeometry:
     """Widths of one pruned layer at the given ratio.
 
     ``kv - floor(kv * p)`` key/value heads stay, each with all of its query heads, and
     ``floor(intermediate * (1 - p))`` MLP channels; this reproduces the paper's Tables 4 to 6.
 
+    Args:
+        layer: The layer's widths before pruning.
+        heads_ratio: Share of its key/value heads that goes.
+        mlp_ratio: Share of its MLP channels that goes; None for the same.
+        where: What set the ratio, for the error; None for the flag.
+
     Raises:
-        UsageError: Nothing would be left of the MLP.
+        UsageError: Nothing would be left of the heads or of the MLP.
     """
-    kv_heads = layer.num_key_value_heads - math.floor(layer.num_key_value_heads * ratio + _EPSILON)
-    intermediate = math.floor(layer.intermediate_size * (1 - ratio) + _EPSILON)
+    mlp_ratio = heads_ratio if mlp_ratio is None else mlp_ratio
+    kv = layer.num_key_value_heads
+    kv_heads = kv - math.floor(kv * heads_ratio + _EPSILON)
+    intermediate = math.floor(layer.intermediate_size * (1 - mlp_ratio) + _EPSILON)
     if kv_heads < 1 or intermediate < 1:
         raise UsageError(
-            f"--ratio {ratio} leaves {kv_heads} key/value heads and {intermediate} MLP channels",
-            "pass a lower --ratio",
+            f"{where or f'--ratio {heads_ratio}'} leaves {kv_heads} key/value heads and "
+            f"{intermediate} MLP channels",
+            "pass a lower --ratio" if where is None else "write a lower ratio",
         )
     queries_per_kv = layer.num_attention_heads // layer.num_key_value_heads
     return replace(
@@ -68,6 +84,27 @@ def layer_widths(
     return tuple(
         narrowed(layer, ratio) if i in pruned else layer for i, layer in enumerate(geometry.layers)
     )
+
+
+def pruned_config(
+    config: Mapping[str, Any], geometry: Geometry, widths: tuple[LayerGeometry, ...]
+) -> dict[str, Any]:
+    """The ``config.json`` of a pruned model: the base's, and what differs per layer.
+
+    Args:
+        config: The base's ``config.json``.
+        geometry: The base's widths.
+        widths: Widths of every layer after pruning.
+    """
+    return {
+        **config,
+        # A width may only differ per layer if it also stands for the whole model, and configs of
+        # families that derive the head's width leave it out.
+        "head_dim": geometry.layers[0].head_dim,
+        "per_layer_config": per_layer_config(geometry, widths),
+        # Family configs check their global widths on load; without this, reading them is refused.
+        "allow_global_per_layer_attribute_access": True,
+    }
 
 
 def per_layer_config(

@@ -111,14 +111,14 @@ def _run(directory: Path) -> Inspection:
 
 
 def _checkpoint(directory: Path) -> dict[str, Any]:
-    from loram_cli.arch.spec import Geometry
+    from loram_cli.arch.registry import family_for
     from loram_cli.checkpoint.index import DTYPE_NAMES, CheckpointIndex, read_config
 
     config = read_config(directory)
     index = CheckpointIndex.open(directory)
     try:
-        geometry = Geometry.from_config(config)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        geometry = family_for(config, str(directory)).geometry(config)
+    except (LoramError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         # Not a decoder that we know: what its headers say can still be told.
         layers: tuple[LayerWidth, ...] = ()
     else:

@@ -131,7 +131,7 @@ def merge_weights(
     family = family_for(config, str(spec.model))
     sources = {name: name for name in index.tensors if not family.is_ignored(name)}
     head = f"{family.lm_head}.weight"
-    if family.lm_head in adapter.pairs and config.get("tie_word_embeddings"):
+    if family.lm_head in adapter.pairs and family.geometry(config).tied_embeddings:
         sources[head] = head if head in sources else f"{family.embedding}.weight"
         config = {**config, "tie_word_embeddings": False}
     planned = {

@@ -40,11 +40,10 @@ def dry_run(recipe: Recipe) -> DryRun:
         UsageError: Ratio or keep flags do not fit the model.
     """
     from loram_cli.arch.registry import family_for
-    from loram_cli.arch.spec import Geometry
     from loram_cli.checkpoint.index import read_config
     from loram_cli.memory.account import count_params
     from loram_cli.memory.presets import load_preset
-    from loram_cli.pruning.plan import layer_widths, per_layer_config
+    from loram_cli.pruning.plan import layer_widths, pruned_config
 
     config = (
         load_preset(recipe.preset)
@@ -54,9 +53,9 @@ def dry_run(recipe: Recipe) -> DryRun:
     family = family_for(config, recipe.model)
     section = recipe.section("prune")
     chosen = {k: section[k] for k in ("keep_first", "keep_last") if k in section}
-    geometry = Geometry.from_config(config)
+    geometry = family.geometry(config)
     widths = layer_widths(geometry, section.get("ratio", prune.PruneSpec.ratio), **chosen)
-    narrow = {**config, "per_layer_config": per_layer_config(geometry, widths)}
+    narrow = pruned_config(config, geometry, widths)
     base, pruned = (count_params(family, c).total for c in (config, narrow))
     values = {stage: recipe.section(stage) for stage in recipe.stages}
     return DryRun(recipe.stages, values, base, pruned, pruned * 2, pruned // 2)

@@ -167,11 +167,10 @@ def plan(spec: PruneSpec) -> PrunePlan:
     import math
 
     from loram_cli.arch.registry import family_for
-    from loram_cli.arch.spec import Geometry
     from loram_cli.checkpoint.index import CheckpointIndex, read_config
     from loram_cli.checkpoint.sources import require_tokenizer
     from loram_cli.checkpoint.writer import TensorPlan
-    from loram_cli.pruning.plan import layer_widths, per_layer_config
+    from loram_cli.pruning.plan import layer_widths, pruned_config
     from loram_cli.stages.calibration import calibration_needs
     from loram_cli.stages.sparsify import sparse_plan
 
@@ -185,15 +184,12 @@ def plan(spec: PruneSpec) -> PrunePlan:
     expected = _expected_shapes(family, config, spec.model, index)
     if spec.zeroes_weights:
         return sparse_plan(spec, family, config, index, expected)
-    before = Geometry.from_config(config)
+    before = family.geometry(config)
     after = layer_widths(before, spec.ratio, spec.keep_first, spec.keep_last)
-    pruned_config = {
-        **config,
-        "per_layer_config": per_layer_config(before, after),
-        # Family configs check their global widths on load; without this, reading them is refused.
-        "allow_global_per_layer_attribute_access": True,
-    }
-    shapes = family.tensor_shapes(pruned_config)
+    narrow_config = pruned_config(config, before, after)
+    head = f"{family.lm_head}.weight"
+    shapes = {head: expected[head]} if head in expected else {}
+    shapes |= family.tensor_shapes(narrow_config)
     tensors = {
         name: TensorPlan(entry.dtype, shapes[name])
         for name, entry in index.tensors.items()
@@ -205,7 +201,7 @@ def plan(spec: PruneSpec) -> PrunePlan:
     check_free_disk(spec.out, sum(t.num_bytes for t in tensors.values()) + scratch_bytes)
     return PrunePlan(
         family,
-        pruned_config,
+        narrow_config,
         index,
         before,
         after,

@@ -165,7 +165,6 @@ class _Base:
     @classmethod
     def of(cls, model: Path, manifest: Manifest) -> "_Base":
         from loram_cli.arch.registry import family_for
-        from loram_cli.arch.spec import Geometry
         from loram_cli.checkpoint.index import read_config
         from loram_cli.pruning.groups import LayerKeep
 
@@ -174,7 +173,7 @@ class _Base:
         shapes = family.tensor_shapes(config)
         shapes.setdefault(f"{family.lm_head}.weight", shapes[f"{family.embedding}.weight"])
         keep = {int(i): LayerKeep.from_mapping(layer) for i, layer in manifest.keep.items()}
-        return cls(family, Geometry.from_config(config), shapes, keep)
+        return cls(family, family.geometry(config), shapes, keep)
 
     def full_shape(self, module: str) -> tuple[int, ...]:
         if f"{module}.weight" not in self.shapes:

@@ -35,7 +35,7 @@ class MemoryReportSpec:
         keep_first: Layers at the input side that stay whole (``rand`` and ``stru`` alone).
         keep_last: Layers at the output side that stay whole (``rand`` and ``stru`` alone).
         rank: LoRA rank.
-        targets: LoRA target modules; empty for every decoder linear and the head.
+        targets: LoRA target modules; empty for every decoder linear and an untied head.
     """
 
     model: Path | None = None
@@ -167,7 +167,7 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
         LoramError: A config is absent or unsound, or ``pruned`` is not of this base.
         UsageError: Unknown preset or LoRA target, or a ratio or keep flags that do not fit.
     """
-    from loram_cli.memory.account import default_lora_targets
+    from loram_cli.arch.targets import lora_targets
     from loram_cli.memory.notes import report_notes
 
     source = f"preset {spec.preset}" if spec.preset is not None else str(spec.model)
@@ -179,15 +179,19 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
         if spec.ratios:
             raise UsageError(f"{source}: is pruned already", "pass the original base as --model")
         ratios = ()
-    models = [base, *_narrowed_or_sparse(spec, config, ratios)]
+    models = [base, *_narrowed_or_sparse(spec, family, config, ratios)]
     if spec.pruned is not None:
-        models.append(_pruned_directory(spec.pruned, config, source))
+        models.append(_pruned_directory(spec.pruned, family, config, source))
     reporter.note(f"read {source}" + (f" and {spec.pruned}" if spec.pruned is not None else ""))
     return MemoryReport(
         source=source,
         family=family.family,
         rank=spec.rank,
-        targets=spec.targets or default_lora_targets(family),
+        targets=lora_targets(
+            family,
+            tied_embeddings=family.geometry(config).tied_embeddings,
+            targets=spec.targets or None,
+        ),
         rows=tuple(row for model in models for row in _rows(spec, family, base, model)),
         notes=tuple(report_notes(family, config, spec.strategy, ratios)),
     )
@@ -228,28 +232,24 @@ def _checked_family(config: dict[str, Any], where: str) -> "Family":
 
 
 def _narrowed_or_sparse(
-    spec: MemoryReportSpec, config: dict[str, Any], ratios: tuple[float, ...]
+    spec: MemoryReportSpec, family: "Family", config: dict[str, Any], ratios: tuple[float, ...]
 ) -> Iterator[_Model]:
-    from loram_cli.arch.spec import Geometry
-    from loram_cli.pruning.plan import layer_widths, per_layer_config
+    from loram_cli.pruning.plan import layer_widths, pruned_config
 
-    geometry = Geometry.from_config(config)
+    geometry = family.geometry(config)
     for ratio in ratios:
         name = f"{spec.strategy} {ratio:g}"
         if spec.strategy in ("semi", "unst"):
             yield _Model(name, config, ratio, sparsity=ratio)
         else:
             widths = layer_widths(geometry, ratio, spec.keep_first, spec.keep_last)
-            layers = per_layer_config(geometry, widths)
-            yield _Model(name, {**config, "per_layer_config": layers}, ratio)
+            yield _Model(name, pruned_config(config, geometry, widths), ratio)
 
 
-def _pruned_directory(pruned: Path, base: dict[str, Any], source: str) -> _Model:
-    from loram_cli.arch.spec import Geometry
-
+def _pruned_directory(pruned: Path, family: "Family", base: dict[str, Any], source: str) -> _Model:
     config = _read_config(pruned)
-    _checked_family(config, str(pruned))
-    mine, theirs = Geometry.from_config(config), Geometry.from_config(base)
+    mine = _checked_family(config, str(pruned)).geometry(config)
+    theirs = family.geometry(base)
     for what, small, full in (
         ("model_type", config["model_type"], base["model_type"]),
         ("hidden_size", mine.hidden_size, theirs.hidden_size),

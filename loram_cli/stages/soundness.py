@@ -156,7 +156,7 @@ def _shape_problems(
             )
     head = f"{family.lm_head}.weight"
     for name, entry in index.tensors.items():
-        tied_head = name == head and config.get("tie_word_embeddings")
+        tied_head = name == head and family.geometry(config).tied_embeddings
         if name not in expected and not tied_head and not family.is_ignored(name):
             yield f"{entry.file}: tensor {name} is not known to this model family"
 
@@ -227,10 +227,9 @@ def _scatter_problems(
     """A recovered factor must be zero outside the kept rows and columns."""
     import torch
 
-    from loram_cli.arch.spec import Geometry
     from loram_cli.pruning.groups import LayerKeep
 
-    geometry = Geometry.from_config(config)
+    geometry = family.geometry(config)
     for module, pair in adapter.pairs.items():
         found = family.module_named(module)
         if found is None or str(found[0]) not in keep:

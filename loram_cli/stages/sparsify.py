@@ -40,13 +40,12 @@ def sparse_plan(
     """
     import math
 
-    from loram_cli.arch.spec import Geometry
     from loram_cli.checkpoint.writer import TensorPlan
     from loram_cli.pruning.sparsity import SEMI_GROUP, zeros_wanted
     from loram_cli.stages.calibration import calibration_needs
     from loram_cli.stages.prune import PrunePlan
 
-    geometry = Geometry.from_config(config)
+    geometry = family.geometry(config)
     zeros = 0
     for name in family.linear_names(len(geometry.layers)):
         if spec.strategy == "semi" and shapes[name][1] % SEMI_GROUP:

@@ -101,7 +101,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     config, family, index = check_model(spec.source)
     source, base, carried = describe_source(spec.source)
     warn_of_other_template(source, base, reporter)
-    tied = bool(config.get("tie_word_embeddings"))
+    tied = family.geometry(config).tied_embeddings
     targets = lora_targets(
         family, tied_embeddings=tied, reporter=NullReporter(), targets=spec.targets or None
     )
@@ -188,9 +188,11 @@ def _train(
 
     config = read_config(spec.source)
     family = family_for(config, str(spec.source))
-    tied = bool(config.get("tie_word_embeddings"))
     targets = lora_targets(
-        family, tied_embeddings=tied, reporter=reporter, targets=spec.targets or None
+        family,
+        tied_embeddings=family.geometry(config).tied_embeddings,
+        reporter=reporter,
+        targets=spec.targets or None,
     )
     tokenizer = load_tokenizer(spec.source)
     train_examples, eval_examples = _split(spec, tokenizer, reporter)

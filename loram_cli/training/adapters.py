@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from loram_cli.arch.spec import Family
+from loram_cli.arch.targets import lora_targets as chosen_targets
 from loram_cli.errors import UsageError
 from loram_cli.modeling.quiet import quiet_libraries
 from loram_cli.reporting import Reporter
-from loram_cli.specs import unknown_name
 
 
 def lora_targets(
@@ -21,34 +21,14 @@ def lora_targets(
     reporter: Reporter,
     targets: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
-    """Module names that get LoRA factors: every decoder linear and the output head by default.
-
-    A tied head is left out: its factors would have to be merged into the embedding as well.
-
-    Args:
-        family: Of the model.
-        tied_embeddings: Whether the head is the embedding.
-        reporter: Told when the head is left out.
-        targets: An own choice among the family's modules.
+    """As :func:`loram_cli.arch.targets.lora_targets`, and says when the head is left out.
 
     Raises:
         UsageError: A target that the family does not have, or a tied head.
     """
-    head = family.lm_head_target
-    known = (*family.lora_targets, head)
-    if targets is None:
-        if not tied_embeddings:
-            return known
-        reporter.note(f"embeddings are tied: {head} gets no LoRA factors")
-        return family.lora_targets
-    if not targets:
-        raise UsageError("no LoRA targets", f"known: {', '.join(known)}")
-    for name in targets:
-        if name not in known:
-            raise unknown_name("LoRA target", name, known, f"family {family.family}")
-    if head in targets and tied_embeddings:
-        raise UsageError(f"LoRA target {head}: this model's head is tied to its embedding")
-    return tuple(targets)
+    if targets is None and tied_embeddings:
+        reporter.note(f"embeddings are tied: {family.lm_head_target} gets no LoRA factors")
+    return chosen_targets(family, tied_embeddings=tied_embeddings, targets=targets)
 
 
 def lora_config(

@@ -1,49 +1,84 @@
-import importlib
 from pathlib import Path
 
 import pytest
-import torch
-from tiny import save_tokenizer
+from variants import VARIANTS, Variant
 
 from loram_cli.arch.registry import families, family_for
-from loram_cli.arch.spec import Family, Geometry
+from loram_cli.arch.spec import Family
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.errors import LoramError
-from loram_cli.modeling.narrow import load_causal_lm
-from loram_cli.reporting import NullReporter
-from loram_cli.stages import prune
-
-SMALL = {
-    "vocab_size": 258, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 1,
-    "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_shapes_are_those_of_the_checkpoint_that_transformers_writes(
+    variant: Variant, tmp_path: Path
+):
+    variant.save(tmp_path)
+    config = read_config(tmp_path)
+    shapes = family_for(config, "test").tensor_shapes(config)
+    if variant.stores_head:
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    assert {n: e.shape for n, e in CheckpointIndex.open(tmp_path).tensors.items()} == shapes
+
+
+def test_every_family_has_a_variant():
+    tried = {variant.model_type for variant in VARIANTS}
+    assert tried == {name for family in families() for name in family.model_types}
+
+
+# What older tools left out of config.json means what the family's config class takes it for.
 @pytest.mark.parametrize("family", families(), ids=lambda f: f.family)
-@pytest.mark.parametrize("tied", [True, False])
-def test_shapes_equal_what_transformers_makes(family: Family, tied: bool, tmp_path: Path):
-    transformers = importlib.import_module("transformers")
-    model_class = getattr(transformers, family.architecture)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**SMALL, tie_word_embeddings=tied)).eval()
-    model.save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base")
-    config = read_config(tmp_path / "base")
-    index = CheckpointIndex.open(tmp_path / "base")
-    assert {n: e.shape for n, e in index.tensors.items()} == family.tensor_shapes(config)
-    spec = prune.PruneSpec(
-        model=tmp_path / "base", out=tmp_path / "pruned", strategy="rand", ratio=0.5,
-        keep_first=1, keep_last=1,
-    )  # fmt: skip
-    prune.run(spec, NullReporter())
-    narrow = load_causal_lm(tmp_path / "pruned")
-    with torch.no_grad():
-        assert narrow(torch.arange(2, 12)[None]).logits.isfinite().all()
-    widths = Geometry.from_config(read_config(tmp_path / "pruned")).layers
-    assert [w.num_key_value_heads for w in widths] == [2, 1, 2]
+@pytest.mark.parametrize("absent", ["tie_word_embeddings", "head_dim", "num_key_value_heads"])
+def test_absent_keys_mean_what_transformers_takes_them_for(family: Family, absent: str):
+    import torch
+    import transformers
+
+    config = {
+        "model_type": family.model_types[0], "vocab_size": 64, "hidden_size": 320,
+        "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 32,
+        "num_key_value_heads": 16, "head_dim": 20, "tie_word_embeddings": False,
+        "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    del config[absent]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config)
+        )
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    assert shapes == family.tensor_shapes(config)
 
 
 def test_unknown_model_type_lists_the_known():
-    with pytest.raises(LoramError, match=r"'gpt2' is not a known family \(known: llama"):
+    with pytest.raises(LoramError, match=r"'gpt2' is not a known family \(known: gemma2"):
         family_for({"model_type": "gpt2"}, "somewhere")
+
+
+def test_a_multimodal_model_is_refused_with_the_way_out(tmp_path: Path):
+    """The hint's own code is run, and must give the text model that it speaks of."""
+    import torch
+    import transformers
+
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=60,
+        boi_token_index=61, eoi_token_index=62,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(LoramError) as caught:
+        family_for(read_config(tmp_path / "whole"), str(tmp_path / "whole"))
+    said = caught.value.message
+    assert "'gemma3' is a multimodal model around a 'gemma3_text' text model" in said
+    assert "\n" not in said
+    code = caught.value.hint.partition("pass that: ")[2]
+    exec(code.replace("'TEXT'", repr(str(tmp_path / "text"))), {})
+    saved = read_config(tmp_path / "text")
+    assert family_for(saved, "text").family == "gemma3"
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(alone(ids).logits, whole(input_ids=ids).logits)

@@ -1,12 +1,12 @@
 import pytest
 
 from loram_cli.arch.registry import families, family_for
+from loram_cli.arch.targets import lora_targets
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import (
     count_lora_params,
     count_nonzero_params,
     count_params,
-    default_lora_targets,
     nf4_tensor_bytes,
     nf4_weight_bytes,
     paper_nf4_params,
@@ -26,6 +26,7 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
+    "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
 NARROW = {
@@ -203,10 +204,14 @@ def test_lora_parameters_counted_by_hand(llama):
     assert count_lora_params(family, pruned, 4) == 4 * (3 * layer + 96 + 32 - gone)
 
 
-def test_a_tied_head_is_a_target_too(llama):
+def test_a_tied_head_is_left_out_as_training_leaves_it_out(llama):
     family, config = llama
     tied = {**config, "tie_word_embeddings": True}
-    assert count_lora_params(family, tied, 8) == count_lora_params(family, config, 8)
+    assert count_lora_params(family, tied, 8) == count_lora_params(family, config, 8) - 8 * (
+        96 + 32
+    )
+    with pytest.raises(UsageError, match="tied to its embedding"):
+        count_lora_params(family, tied, 8, ("lm_head",))
 
 
 def test_unknown_target_names_the_nearest(llama):
@@ -230,7 +235,7 @@ def test_training_state_is_what_peft_and_adamw_hold(llama):
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**config), dtype=torch.bfloat16
     )
-    targets = default_lora_targets(family)
+    targets = lora_targets(family, tied_embeddings=False)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=list(targets)))
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained)

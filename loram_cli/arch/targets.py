@@ -1,0 +1,36 @@
+"""Which modules of a model get LoRA factors."""
+
+from collections.abc import Sequence
+
+from loram_cli.arch.spec import Family
+from loram_cli.errors import UsageError
+from loram_cli.specs import unknown_name
+
+
+def lora_targets(
+    family: Family, *, tied_embeddings: bool, targets: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Module names that get LoRA factors: every decoder linear and an untied output head (paper).
+
+    A tied head is left out: its factors would have to be merged into the embedding as well.
+
+    Args:
+        family: Of the model.
+        tied_embeddings: Whether the head is the embedding.
+        targets: An own choice among the family's modules, in place of these.
+
+    Raises:
+        UsageError: A target that the family does not have, or a tied head.
+    """
+    head = family.lm_head_target
+    known = (*family.lora_targets, head)
+    if targets is None:
+        return family.lora_targets if tied_embeddings else known
+    if not targets:
+        raise UsageError("no LoRA targets", f"known: {', '.join(known)}")
+    for name in targets:
+        if name not in known:
+            raise unknown_name("LoRA target", name, known, f"family {family.family}")
+    if head in targets and tied_embeddings:
+        raise UsageError(f"LoRA target {head}: this model's head is tied to its embedding")
+    return tuple(targets)
