@@ -73,8 +73,8 @@ def _names(parameter: Any) -> str:
 
 
 def _value_name(parameter: Any) -> str:
-    kind = parameter.type.name.upper()
-    return {"INTEGER": "N", "FLOAT": "X", "STRING": "TEXT"}.get(kind, kind)
+    kind = parameter.type_descriptor.annotation
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
 
 
 def _variable(parameter: Any) -> str:
