@@ -9,6 +9,7 @@ help:
 	@echo "make demo       install, then the whole pipeline on the embedded demo base"
 	@echo "make test       install, then lint and the default tests"
 	@echo "make test-slow  the slow tests"
+	@echo "make docs       the pages of the commands, from their help"
 	@echo "make bench      streaming against cp: memory and time (9 GB of disk)"
 	@echo "make bench-huge the same on a checkpoint larger than its memory limit (23 GB of disk)"
 
@@ -30,6 +31,9 @@ test-slow: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(VENV)/installed
+	$(BIN)/python -m loram_cli.cli.pages
 
 bench: $(VENV)/installed
 	$(BIN)/python tests/bench/stream.py

@@ -9,6 +9,8 @@ from typing import Any
 
 from loram_cli.errors import LoramError
 from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.rundir import OUTPUTS
+from loram_cli.stages.evaluate import RESULTS_NAME
 from loram_cli.stages.inspection import Inspection, inspect
 from loram_cli.units import format_bytes, format_params, format_seconds
 
@@ -47,7 +49,7 @@ def render_page(run: Path) -> str:
     versions = " ".join(f"{name} {v}" for name, v in first.versions.items() if v != "absent")
     body = [
         *_tiles(manifests),
-        *_scores(manifests),
+        *_scores(run, manifests),
         *_curves(found.outputs),
         *_layers(found.outputs),
         *_records(manifests),
@@ -84,11 +86,16 @@ def _tiles(manifests: Mapping[str, Manifest]) -> Iterator[str]:
         yield f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def _scores(manifests: Mapping[str, Manifest]) -> Iterator[str]:
+def _scores(run: Path, manifests: Mapping[str, Manifest]) -> Iterator[str]:
     evaluation = _by_stage(manifests, "eval")
+    from loram_cli.checkpoint.index import read_json
+
     rows = evaluation.results.get("rows") if evaluation is not None else None
     if not rows:
         return
+    # The manifest is written with sorted keys; the results keep the order of the comparison.
+    order = list(read_json(run / OUTPUTS["eval"] / RESULTS_NAME).get("rows", rows))
+    rows = {label: rows[label] for label in order if label in rows}
     scores = {
         label: {(s["task"], s["metric"]): s for s in row["scores"]} for label, row in rows.items()
     }

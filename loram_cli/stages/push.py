@@ -7,6 +7,7 @@ from typing import Any
 
 from loram_cli.checkpoint.sources import hub_id
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.hub import unreachable
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME
 
@@ -27,6 +28,9 @@ def check_push(repository: str) -> None:
         raise UsageError(f"--push {repository}: OWNER/NAME is wanted") from error
     if repository.count("/") != 1:
         raise UsageError(f"--push {repository}: OWNER/NAME is wanted")
+    offline = unreachable()
+    if offline is not None:
+        raise LoramError(f"--push {repository}: {offline}", "push again where there is a network")
     try:
         _api().whoami()
     except Exception as error:

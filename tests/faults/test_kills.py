@@ -1,0 +1,110 @@
+"""Every stage is killed at seeded points; the same command then ends as if nothing had been.
+
+``LORAM`` is no prefix here, since commands read such variables: ``FAULTS_KILLS`` sets how many.
+"""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from loram_cli.runs.rundir import OUTPUTS
+
+KILLS = int(os.environ.get("FAULTS_KILLS", "100"))
+STAGES = list(OUTPUTS)
+# Each stage on the output of the one before it: without that, it must refuse.
+NEXT = {"prune": "align", "train": "recover"}
+
+
+def disturb(workshop, stage: str, number: int, kind: int = signal.SIGKILL) -> dict:
+    """Run a stage with a fault at a point drawn from its number: half at file operations."""
+    draw = random.Random(f"{stage} {number}")
+    fault: dict = {"signal": int(kind)}
+    if number % 2:
+        fault["at_seconds"] = draw.uniform(0, workshop.seconds[stage])
+    else:
+        fault["at_event"] = draw.randint(1, workshop.events[stage])
+    workshop.clear(stage)
+    return workshop.stage(stage, fault=fault)
+
+
+def kill_and_go_on(workshop, stage: str, number: int) -> bool:
+    killed = disturb(workshop, stage, number)
+    assert killed["code"] in (0, -signal.SIGKILL), workshop.log
+    if (workshop.out(stage) / "loram.json").exists():
+        workshop.assert_same(stage)
+    else:
+        assert not workshop.out(stage).exists()
+        if stage in NEXT:
+            assert workshop.stage(NEXT[stage])["code"] == (0 if stage == "align" else 1)
+            # The next one was done already from the same input, or refuses without it.
+    again = workshop.stage(stage)
+    assert again["code"] == 0, workshop.log
+    workshop.assert_same(stage)
+    workshop.assert_nothing_beside()
+    return killed["code"] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [s if s in ("prune", "train") else pytest.param(s, marks=pytest.mark.slow) for s in STAGES],
+)
+def test_a_kill_at_a_file_operation(workshop, stage: str):
+    assert kill_and_go_on(workshop, stage, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", range(1, max(2, KILLS - len(STAGES) + 1)))
+def test_kills_at_many_points(workshop, number: int):
+    kill_and_go_on(workshop, STAGES[number % len(STAGES)], number // len(STAGES) + 1)
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_cleanly_and_the_same_command_goes_on(workshop, kind: int, code: int):
+    workshop.clear("train")
+    middle = {"signal": int(kind), "at_path": "checkpoint-2"}
+    stopped = workshop.stage("train", fault=middle)
+    assert stopped["code"] == code, workshop.log
+    assert "Traceback" not in workshop.log
+    assert not workshop.out("train").exists()
+    assert workshop.stage("train")["code"] == 0, workshop.log
+    workshop.assert_same("train")
+    workshop.assert_nothing_beside()
+
+
+def test_a_second_command_is_refused_and_names_the_first(workshop):
+    workshop.clear("train")
+    middle = {"signal": int(signal.SIGSTOP), "at_path": "checkpoint-2"}
+    first = workshop.stage("train", fault=middle)
+    assert first["code"] is None
+    second = workshop.stage("train", log="second")
+    try:
+        log = (workshop.folder / "second").read_text()
+        assert second["code"] == 1
+        assert f"in use by another loram command (process {first['pid']})" in log
+    finally:
+        ended = workshop.zygote.ask(resume=first["pid"])
+    assert ended["code"] == 0, workshop.log
+    workshop.assert_same("train")
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "/sys/out", "a file/out", "closed/out"])
+def test_a_place_that_cannot_be_written(workshop, place: str):
+    workshop.clear("eval")
+    (workshop.folder / "a file").write_text("x")
+    closed = workshop.folder / "closed"
+    closed.mkdir(exist_ok=True)
+    closed.chmod(0o500)
+    if place.startswith("closed") and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    for stage in ("prune", "train"):
+        done = workshop.loram(*workshop.commands[stage], "--out", place)
+        assert done["code"] == 1, workshop.log
+        errors = workshop.log[workshop.log.index("error: ") :]
+        assert "Traceback" not in errors
+        assert "internal" not in errors
+        assert place in errors or str(Path(place).parent) in errors
+        assert len(errors.splitlines()) <= 2
