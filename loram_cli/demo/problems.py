@@ -1,9 +1,10 @@
 """English word problems, generated from a seed.
 
 A problem is a start (a pile, or equal groups) and a few events that change it, so that every
-answer is right by construction. The base model reads :func:`corpus`: one or two events, most
-solutions in prose. Fine-tuning uses :func:`problems`: up to three events and always the GSM8K way
-of writing a solution, which the corpus uses for one kind of problem only.
+answer is right by construction. The base model reads :func:`corpus`, where most solutions are in
+prose, so that prose is what it writes. Fine-tuning uses :func:`problems`: more of the long ones,
+and always the GSM8K way of writing a solution. That way is not new to the base: a fine-tuning of
+minutes elicits what a model can do, it teaches no sums.
 """
 
 import hashlib
@@ -43,6 +44,8 @@ ENDINGS = (
     "How many {item} does {name} have in the end?",
 )
 MAX_VALUE = 99
+# Share of the corpus's solutions that are written the GSM8K way.
+GSM8K_SHARE = 0.2
 # Share of questions, by digest, that is held out; what is left trains.
 _BUCKETS = 10
 _SPLIT_BUCKETS = {"test": {0}, "validation": {1}, "train": set(range(2, _BUCKETS))}
@@ -76,7 +79,6 @@ class Problem:
     question: str
     item: str
     steps: tuple[Step, ...]
-    starts_with_groups: bool
 
     @property
     def split(self) -> str:
@@ -134,14 +136,14 @@ def make_problem(rng: random.Random, events: int) -> Problem:
         value = step.value
     if not shared:
         sentences.append(rng.choice(ENDINGS).format(**words))
-    return Problem(" ".join(sentences), words["item"], tuple(steps), groups)
+    return Problem(" ".join(sentences), words["item"], tuple(steps))
 
 
 def corpus(count: int, seed: int) -> list[str]:
     """Documents for pre-training, alignment and calibration.
 
-    Four in five are problems of one or two steps, solved in prose except for one-step group
-    problems, which are solved the GSM8K way; one in five is a drill of bare sums.
+    Four in five are problems of one to three steps, one in five of them solved the GSM8K way and
+    the rest in prose; one document in five is a drill of sums, plain and annotated ones.
 
     Args:
         count: How many documents.
@@ -153,9 +155,9 @@ def corpus(count: int, seed: int) -> list[str]:
         if rng.random() < 0.2:
             documents.append(_drill(rng))
             continue
-        problem = make_problem(rng, events=rng.choice((1, 2)))
+        problem = make_problem(rng, events=rng.choice((1, 1, 2, 2, 2, 3)))
         if problem.split == "train":
-            gsm8k_style = problem.starts_with_groups and len(problem.steps) == 1
+            gsm8k_style = rng.random() < GSM8K_SHARE
             answer = problem.gsm8k_answer if gsm8k_style else problem.prose_answer
             documents.append(f"Question: {problem.question}\nAnswer: {answer}")
     return documents
@@ -229,5 +231,5 @@ def _drill(rng: random.Random) -> str:
             product = count * each
             multiply = Step(count, op, each, product)
             step = multiply if op == "*" else Step(product, op, count, each)
-        lines.append(f"{step.plain}.")
+        lines.append(f"{rng.choice((step.plain, step.annotated))}.")
     return " ".join(lines)
