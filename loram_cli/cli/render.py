@@ -8,11 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from loram_cli.reporting import Progress as ProgressProtocol
 from loram_cli.stages.common import StageResult
@@ -169,63 +167,6 @@ def prune_line(results: dict[str, Any]) -> str:
         f"{left} parameters: {results['reduction']:.2f}x smaller "
         f"({share:.1%} of all parameters removed), {on_disk} on disk"
     )
-
-
-def show_scores(result: StageResult) -> None:
-    """Print the comparison of an evaluation, and the remarks under it."""
-    console = stdout_console()
-    results = dict(result.manifest.results)
-    console.print(eval_table(results))
-    for remark in eval_remarks(results):
-        console.print(remark)
-
-
-def eval_table(results: dict[str, Any]) -> Table:
-    """The comparison: a row per model, a column per score."""
-    title = "held-out results"
-    if results["bundled"]:
-        title += " (bundled sample, not the published benchmark)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for name in ("model", "trained on", "training memory", "training time"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    columns = list(
-        dict.fromkeys(
-            (s["task"], s["metric"]) for r in results["rows"].values() for s in r["scores"]
-        )
-    )
-    for task, metric in columns:
-        table.add_column(task if task == metric else f"{task}\n{metric}", justify="right")
-    for label, row in results["rows"].items():
-        training = row["training"] or {}
-        scores = {(s["task"], s["metric"]): s for s in row["scores"]}
-        table.add_row(
-            label,
-            format_params(training["trained_on_params"]) if training else "-",
-            format_bytes(training["peak_memory_increase_bytes"]) if training else "-",
-            format_seconds(training["wall_seconds"]) if training else "-",
-            *(_score_text(scores.get(column)) for column in columns),
-        )
-    return table
-
-
-def eval_remarks(results: dict[str, Any]) -> list[str]:
-    """Lines under the table: what was skipped and why, and how many documents were scored."""
-    first = next(iter(results["rows"].values()))["scores"]
-    remarks = [f"{s['task']}: not run, {s['skipped']}" for s in first if s["skipped"]]
-    counted = {s["task"]: s["samples"] for s in first if not s["skipped"]}
-    if counted:
-        remarks.append("documents: " + ", ".join(f"{task} {n}" for task, n in counted.items()))
-    remarks.append("training memory: peak above what was in use when training began")
-    return remarks
-
-
-def _score_text(score: dict[str, Any] | None) -> str:
-    if score is None or score["value"] is None:
-        return "not run"
-    if not score["higher_is_better"]:
-        return f"{score['value']:.3f}"
-    margin = f" ±{score['stderr']:.1%}" if score["stderr"] else ""
-    return f"{score['value']:.1%}{margin}"
 
 
 def stdout_console() -> Console:

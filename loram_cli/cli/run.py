@@ -28,13 +28,8 @@ def command(
     """Run the stages of a recipe: what is done is skipped, what was interrupted goes on."""
     from dataclasses import asdict, replace
 
-    from loram_cli.cli.render import (
-        print_json,
-        show_result,
-        show_scores,
-        stage_lines,
-        stdout_console,
-    )
+    from loram_cli.cli.comparison import show_scores
+    from loram_cli.cli.render import print_json, show_result, stage_lines, stdout_console
     from loram_cli.runs.rundir import RunDirectory
     from loram_cli.stages import pipeline
     from loram_cli.stages.common import StageResult

@@ -7,8 +7,11 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
+from loram_cli.errors import UsageError
+from loram_cli.evaluation.catalog import TOP_P
 from loram_cli.evaluation.sandbox import SandboxResult, run_program
 from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.units import MIB
@@ -78,6 +81,36 @@ def check_completions(
             results.append(result)
             progress.advance()
     return results
+
+
+@dataclass(frozen=True)
+class CodeSettings:
+    """How HumanEval is sampled.
+
+    Args:
+        samples: Completions of each problem at every temperature above 0; at 0 there is one.
+        temperatures: The best one is reported, as in arXiv 2502.13533.
+        top_p: Of the sampling.
+    """
+
+    samples: int = 1
+    temperatures: tuple[float, ...] = (0.0,)
+    top_p: float = TOP_P
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UsageError("--code-samples must be above 0")
+        if not self.temperatures or any(not 0 <= t <= 5 for t in self.temperatures):
+            raise UsageError("--temperatures: numbers from 0 on are wanted, such as 0,0.2,0.8")
+
+    @property
+    def tries(self) -> tuple[int, ...]:
+        """The k of pass@k that so many completions can tell."""
+        return tuple(k for k in (1, 10) if k <= self.samples)
+
+    def repeats(self, temperature: float) -> int:
+        """Completions to generate at a temperature."""
+        return self.samples if temperature > 0 else 1
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -1,93 +1,43 @@
-"""The door to lm-eval: its tasks on local documents, its Hugging Face wrapper, its silence.
+"""The door to lm-eval's tasks: found by name, filled with local documents, kept silent.
 
 Imports lm-eval (about four seconds); :mod:`.harness` imports this module only when it runs.
 """
 
 import contextlib
 import copy
-import logging
-import random
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval
 import lm_eval.api.task
-import lm_eval.models.huggingface
-import torch
-import transformers
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.evaluation.catalog import CATALOG
+from loram_cli.evaluation.documents import task_documents
 from loram_cli.evaluation.humaneval import TASK_CONFIG as HUMANEVAL_CONFIG
-from loram_cli.evaluation.perplexity import context_length
-from loram_cli.evaluation.requests import TaskRequest, read_records
+from loram_cli.evaluation.requests import TaskRequest
 from loram_cli.hub import hub_reachable, offline_libraries
-from loram_cli.reporting import Reporter
 from loram_cli.specs import unknown_name
 
 _TASKS_DIR = Path(lm_eval.__file__).parent / "tasks"
 _DEFAULT_GENERATED_TOKENS = 256
-
-
-class LocalModel(HFLM):
-    """lm-eval's wrapper around a model in memory, with stops that hold for each row alone."""
-
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-        # lm-eval sets a pad token, and may add one beyond the embedding: give it a copy that
-        # has one already. Padded positions are masked, so that any token does.
-        tokenizer = copy.deepcopy(tokenizer)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        super().__init__(
-            pretrained=model,
-            backend="causal",
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_length=context_length(model),
-        )
-
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any
-    ) -> torch.Tensor:
-        """As the parent's, which goes on until all rows have met the *same* stop sequence."""
-        if not kwargs.get("do_sample"):
-            kwargs["do_sample"] = False
-            kwargs.pop("temperature", None)
-        stops = _StopPerRow(self.tokenizer, stop, context.shape[1])
-        with torch.inference_mode():
-            return self.model.generate(
-                input_ids=context,
-                max_length=max_length,
-                stopping_criteria=transformers.StoppingCriteriaList([stops]),
-                pad_token_id=self.tokenizer.pad_token_id,
-                use_cache=True,
-                **kwargs,
-            )
-
-
-class _StopPerRow(transformers.StoppingCriteria):
-    """Ends a row as soon as its newest text holds any of the stop sequences."""
-
-    def __init__(self, tokenizer: Any, stops: list[str], prompt_tokens: int) -> None:
-        self._tokenizer, self._stops, self._prompt_tokens = tokenizer, stops, prompt_tokens
-        # Another tokenization of the same text may take more tokens, a character each at most.
-        self._tail = max((len(stop) for stop in stops), default=0) + 2
-        self._done: list[bool] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        tail = input_ids[:, self._prompt_tokens :][:, -self._tail :].tolist()
-        self._done = self._done or [False] * len(tail)
-        waiting = [row for row, done in enumerate(self._done) if not done]
-        for row in waiting:
-            text = self._tokenizer.decode(tail[row])
-            self._done[row] = any(stop in text for stop in self._stops)
-        return torch.tensor(self._done, device=input_ids.device)
+# Where lm-eval keeps the catalogue's tasks: its whole index takes ten seconds to read.
+_FILES = {
+    "gsm8k": "gsm8k/gsm8k.yaml",
+    "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
+    "mathqa": "mathqa/mathqa.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+}
 
 
 def build_tasks(request: TaskRequest, max_new_tokens: int | None, context: int, seed: int) -> Any:
@@ -106,26 +56,17 @@ def build_tasks(request: TaskRequest, max_new_tokens: int | None, context: int, 
         UsageError: lm-eval does not know the name, or the examples do not suffice.
         LoramError: The documents cannot be had.
     """
-    config, manager = _find(request.name)
-    if request.data_file is not None:
-        loaded = {"tasks": {request.name: _local_task(request, config)}, "groups": {}}
-    else:
-        loaded = _hub_tasks(request.name, config, manager)
+    name = request.lm_eval_name
+    with _metrics_of_the_hub():
+        config, manager, is_python = _find(name)
+        if not request.documents:
+            loaded = _hub_tasks(request, config, manager)
+        elif is_python and manager is not None:
+            loaded = _local_python_task(request, manager)
+        else:
+            loaded = {"tasks": {name: _local_task(request, config)}, "groups": {}}
     for task in loaded["tasks"].values():
-        default = task.get_config("num_fewshot")
-        wanted = default or 0
-        # As lm-eval has it: a task whose own config says zero takes no examples at all.
-        if default != 0 and (request.num_fewshot is not None or request.bundled):
-            wanted = request.num_fewshot or 0
-        pool = len(task.sampler.df) if wanted else 0
-        own = int(task.fewshot_cfg.split == task.config.test_split)
-        if wanted and wanted > pool - own:
-            raise UsageError(
-                f"{request.name}: {wanted} few-shot examples are wanted and {pool - own} are there",
-                f"ask for fewer, or give a file: --task-data {request.name}:train=FILE",
-            )
-        task.set_config("num_fewshot", wanted)
-        task.set_fewshot_seed(seed)
+        _set_fewshot(task, request, seed)
         if task.OUTPUT_TYPE == "generate_until":
             kwargs = task.config.generation_kwargs
             own_cap = int(kwargs.get("max_gen_toks") or _DEFAULT_GENERATED_TOKENS)
@@ -133,12 +74,31 @@ def build_tasks(request: TaskRequest, max_new_tokens: int | None, context: int, 
     return loaded
 
 
-def _find(name: str) -> tuple[dict[str, Any] | None, TaskManager | None]:
-    """The task's config (None for a group, a tag or a task written in Python), and its manager."""
+def _set_fewshot(task: Any, request: TaskRequest, seed: int) -> None:
+    default = task.get_config("num_fewshot")
+    wanted = default or 0
+    # As lm-eval has it: a task whose own config says zero takes no examples at all.
+    if default != 0 and request.num_fewshot is not None:
+        wanted = request.num_fewshot
+    fixed = getattr(task.fewshot_cfg, "samples", None)
+    pool = len(task.sampler.df) if wanted else 0
+    own = 0 if fixed else int(task.fewshot_cfg.split == task.config.test_split)
+    if wanted and wanted > pool - own:
+        hint = f"ask for fewer, or give a file: --task-data {request.name}:train=FILE"
+        raise UsageError(
+            f"{request.name}: {wanted} few-shot examples are wanted and {pool - own} are there",
+            "ask for fewer" if fixed else hint,
+        )
+    task.set_config("num_fewshot", wanted)
+    task.set_fewshot_seed(seed)
+
+
+def _find(name: str) -> tuple[dict[str, Any] | None, TaskManager | None, bool]:
+    """The task's config (None for a group or tag), its manager, and whether it is Python."""
     if name == "humaneval":
-        return copy.deepcopy(HUMANEVAL_CONFIG), None
-    if name == "gsm8k":
-        return load_yaml(_TASKS_DIR / "gsm8k" / "gsm8k.yaml", resolve_func=True), None
+        return copy.deepcopy(HUMANEVAL_CONFIG), None, False
+    if name in _FILES:
+        return load_yaml(_TASKS_DIR / _FILES[name], resolve_func=True), None, False
     # The whole index takes lm-eval ten seconds: first ask the folders that mention the name.
     folders = {
         path.relative_to(_TASKS_DIR).parts[0]
@@ -151,69 +111,117 @@ def _find(name: str) -> tuple[dict[str, Any] | None, TaskManager | None]:
     if name not in manager.all_tasks:
         manager = TaskManager()
     if name not in manager.all_tasks:
-        raise unknown_name("task", name, ["gsm8k", "humaneval", *manager.all_tasks], "--tasks")
+        raise unknown_name("task", name, [*CATALOG, *manager.all_tasks], "--tasks")
     entry = manager.task_index[name]
+    if entry.kind.name == "PY_TASK":
+        return None, manager, True
     if entry.kind.name != "TASK" or entry.yaml_path is None:
-        return None, manager
-    return load_yaml(entry.yaml_path, resolve_func=True), manager
+        return None, manager, False
+    return load_yaml(entry.yaml_path, resolve_func=True), manager, False
 
 
 def _local_task(request: TaskRequest, config: dict[str, Any] | None) -> ConfigurableTask:
-    name, data_file = request.name, request.data_file
-    if config is None or data_file is None:
+    if config is None:
         raise UsageError(
-            f"--task-data {name}: '{name}' is a group or fetches its own data",
+            f"--task-data {request.name}: '{request.name}' is a group of tasks",
             "name one of its tasks instead",
         )
-    splits = {"test": _dataset(data_file, name)}
-    if request.train_file is not None:
-        splits["train"] = _dataset(request.train_file, name)
-    documents = datasets.DatasetDict(splits)
+    documents = _documents(request)
     elsewhere = ("tag", "group", "dataset_path", "dataset_name", "dataset_kwargs")
     local = {key: value for key, value in config.items() if key not in elsewhere}
-    if isinstance(local.get("fewshot_config"), dict):
-        local["fewshot_config"] = {
-            key: value for key, value in local["fewshot_config"].items() if key != "split"
-        }
-    local |= {
-        "custom_dataset": lambda **_: documents,
-        # lm-eval leaves the asked document out of its own examples under this split name alone.
-        "test_split": "test",
-        "validation_split": None,
-        "training_split": "train" if "train" in splits else None,
-        "fewshot_split": "train" if "train" in splits else "test",
-    }
-    try:
+    fewshot = dict(local.get("fewshot_config") or {})
+    if fewshot:
+        local["fewshot_config"] = {k: v for k, v in fewshot.items() if k != "split"}
+    splits = {"test": documents["test"]}
+    if "train" in documents:
+        # Examples are drawn as from the hub's copy only if the splits keep their roles and names.
+        held_out = config.get("test_split") or config.get("validation_split") or "test"
+        shown = config.get("training_split") or "train"
+        splits = {held_out: documents["test"], shown: documents["train"]}
+        local["validation_split"] = None if config.get("test_split") else held_out
+        local["training_split"] = shown
+        if config.get("fewshot_split") is not None or not config.get("training_split"):
+            local["fewshot_split"] = shown
+    else:
+        local |= {"test_split": "test", "validation_split": None, "training_split": None}
+        if not fewshot.get("samples"):
+            # lm-eval leaves the asked document out of its own examples if they are of this split.
+            local["fewshot_split"] = "test"
+    local["custom_dataset"] = lambda **_: datasets.DatasetDict(splits)
+    with _layout_errors(request):
         return ConfigurableTask(config=local)
+
+
+def _local_python_task(request: TaskRequest, manager: TaskManager) -> Any:
+    """A task that is a class: whatever split it asks its data set for holds our documents."""
+    documents = _documents(request)
+
+    class AnySplit(dict):
+        """All splits but the training one are the documents."""
+
+        def __missing__(self, split: str) -> datasets.Dataset:
+            return documents["train"] if split == "train" in documents else documents["test"]
+
+        def __contains__(self, split: object) -> bool:
+            return True
+
+    before = datasets.load_dataset
+    datasets.load_dataset = lambda *_, **__: AnySplit()
+    try:
+        with _layout_errors(request):
+            return manager.load([request.lm_eval_name])
+    finally:
+        datasets.load_dataset = before
+
+
+@contextlib.contextmanager
+def _layout_errors(request: TaskRequest) -> Iterator[None]:
+    try:
+        yield
+    except LoramError:
+        raise
     except Exception as error:
         raise LoramError(
-            f"--task-data {name}: {data_file} does not have the layout of task '{name}' "
-            f"({type(error).__name__}: {_one_line(error)})"
+            f"--task-data {request.name}: {request.documents} does not have the layout of task "
+            f"'{request.lm_eval_name}' ({type(error).__name__}: {_one_line(error)})"
         ) from error
 
 
-def _dataset(path: Path, task: str) -> datasets.Dataset:
-    records = read_records(path, task)
-    try:
-        return datasets.Dataset.from_list(records)
-    except Exception as error:  # pyarrow's own kinds
-        raise LoramError(
-            f"--task-data {task}: {path}: fields change their type between records "
-            f"({_one_line(error)})"
-        ) from error
+def _documents(request: TaskRequest) -> datasets.DatasetDict:
+    splits = {}
+    train = "" if request.train_file is None else str(request.train_file)
+    for split, path in (("test", request.documents), ("train", train)):
+        if not path:
+            continue
+        flag = request.name if split == "test" else f"{request.name}:{split}"
+        records = task_documents(path, request.lm_eval_name, flag)
+        try:
+            splits[split] = datasets.Dataset.from_list(records)
+        except Exception as error:  # pyarrow's own kinds
+            raise LoramError(
+                f"--task-data {flag}: {path}: fields change their type between records "
+                f"({_one_line(error)})"
+            ) from error
+    return datasets.DatasetDict(splits)
 
 
-def _hub_tasks(name: str, config: dict[str, Any] | None, manager: TaskManager | None) -> Any:
+def _hub_tasks(
+    request: TaskRequest, config: dict[str, Any] | None, manager: TaskManager | None
+) -> Any:
+    name = request.lm_eval_name
     with offline_libraries(not hub_reachable()):
         try:
             if manager is None:
                 config = {k: v for k, v in (config or {}).items() if k != "tag"}
                 return {"tasks": {name: ConfigurableTask(config=config)}, "groups": {}}
             return manager.load([name])
+        except LoramError:
+            raise
         except Exception as error:
             raise LoramError(
-                f"{name}: its data cannot be had ({type(error).__name__}: {_one_line(error)})",
-                f"give it in the data set's own layout: --task-data {name}=FILE",
+                f"{request.name}: its data cannot be had ({type(error).__name__}: "
+                f"{_one_line(error)})",
+                f"give it in the data set's own layout: --task-data {request.name}=FILE",
             ) from error
 
 
@@ -223,61 +231,35 @@ def _one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def quiet(reporter: Reporter, labels: Mapping[str, str]) -> Iterator[None]:
-    """Keep lm-eval's log lines and bars off the terminal; its progress goes to the reporter.
+def _metrics_of_the_hub() -> Iterator[None]:
+    """Let tasks be imported that fetch their metric from the hub as they are imported.
 
-    Args:
-        reporter: Receives one progress per kind of request.
-        labels: ``task``: the name to show.
+    The metric is fetched when it is first used instead, where failing names it.
     """
-    with contextlib.ExitStack() as stack:
+    import evaluate
 
-        class Bar:
-            """Stands in for tqdm in the two lm-eval modules that draw."""
+    before = evaluate.load
 
-            def __init__(
-                self, iterable: Any = None, total: int | None = None, desc: str = "", **_: Any
-            ) -> None:
-                self._iterable, self._stack = iterable, contextlib.ExitStack()
-                stack.push(self._stack)
-                self._progress = None
-                if desc:  # "Running generate_until requests"; building contexts has none
-                    context = reporter.progress(labels["task"], total, "request")
-                    self._progress = self._stack.enter_context(context)
+    class Late:
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._arguments, self._options = arguments, options
 
-            def __iter__(self) -> Iterator[Any]:
-                return iter(self._iterable)
+        def compute(self, *arguments: Any, **options: Any) -> Any:
+            if self._arguments[:1] == ("code_eval",):
+                return ({}, {})  # tried once at import; such tasks are refused before they run
+            try:
+                with offline_libraries(not hub_reachable()):
+                    metric = before(*self._arguments, **self._options)
+            except Exception as error:
+                raise LoramError(
+                    f"the metric '{self._arguments[0]}' comes from the hub, which did not give it "
+                    f"({type(error).__name__})",
+                    "leave the task out, or try again with a network",
+                ) from error
+            return metric.compute(*arguments, **options)
 
-            def update(self, steps: int = 1) -> None:
-                if self._progress is not None:
-                    self._progress.advance(steps)
-
-            def close(self) -> None:
-                self._stack.close()
-
-        for module in (lm_eval.api.task, lm_eval.models.huggingface):
-            stack.callback(setattr, module, "tqdm", module.tqdm)
-            module.tqdm = Bar
-        for name in ("lm_eval", "datasets", "transformers", "huggingface_hub"):
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL)
-        if not datasets.utils.are_progress_bars_disabled():
-            datasets.disable_progress_bars()
-            stack.callback(datasets.enable_progress_bars)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+    evaluate.load = Late
+    try:
         yield
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed Python and torch for sampling tasks; give the caller's states back afterwards."""
-    state = random.getstate()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(state)
+    finally:
+        evaluate.load = before

@@ -1,29 +1,16 @@
 """What to evaluate: tasks, where their documents come from, and what comes back."""
 
-import gzip
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from loram_cli.errors import LoramError, UsageError
+from loram_cli.errors import UsageError
+from loram_cli.evaluation.catalog import CATALOG, OWN_PREFIX, named_task
 from loram_cli.hub import hub_reachable
 from loram_cli.specs import unknown_name
+from loram_cli.training.data import Example
 
-_BUNDLED_DIR = Path(__file__).parent / "tasks"
-_BUNDLED = {
-    "gsm8k": _BUNDLED_DIR / "gsm8k_sample.jsonl",
-    "humaneval": _BUNDLED_DIR / "humaneval_sample.jsonl",
-    "perplexity": _BUNDLED_DIR / "gsm8k_sample.jsonl",
-}
-_HUB_DATA = {"gsm8k": "openai/gsm8k", "humaneval": "openai/openai_humaneval"}
-# Fields of a record, by the task whose published layout names them.
-_REQUIRED_FIELDS = {
-    "gsm8k": ("question", "answer"),
-    "humaneval": ("task_id", "prompt", "test", "entry_point"),
-}
 _TRAIN_SUFFIX = ":train"
 
 
@@ -32,16 +19,20 @@ class TaskRequest:
     """One task to run.
 
     Args:
-        name: ``gsm8k``, ``humaneval``, ``perplexity``, or any name that lm-eval knows.
-        data_file: Documents (``.jsonl``, ``.jsonl.gz``, ``.json``; ``.txt`` for perplexity) in
-            the data set's own published layout; None takes them from the hub.
+        name: As shown: ``gsm8k``, ``humaneval``, ``perplexity``, or a name of lm-eval's.
+        data_file: Documents (``.jsonl``, ``.jsonl.gz``, ``.json``, ``.parquet``; ``.txt`` for
+            perplexity) in the data set's own published layout; None takes them from the hub.
         bundled: The documents are a small own-written sample and not the benchmark.
-        num_fewshot: Solved examples in the prompt; None takes the task's default (gsm8k: 5; 0 on
-            a bundled sample).
+        num_fewshot: Solved examples in the prompt; None takes lm-eval's number for the task
+            (none on a bundled sample).
         limit: Only the first documents; None takes all.
         train_file: Few-shot examples; None draws them from the same documents, the asked one
             left out (with data from the hub, the task's own few-shot split is used).
-        pairs: For ``perplexity``: rendered (prompt, completion) pairs, instead of a file.
+        examples: For ``perplexity``: rendered examples, instead of a file.
+        harness_task: lm-eval's name of the task; empty where it is the same.
+        variant: What a reader must know of how it is asked, such as ``CoT``.
+        group: The named group that it is a member of.
+        source: Documents that are no file, such as ``demo:test``.
     """
 
     name: str
@@ -50,13 +41,27 @@ class TaskRequest:
     num_fewshot: int | None = None
     limit: int | None = None
     train_file: Path | None = None
-    pairs: tuple[tuple[str, str], ...] | None = None
+    examples: tuple[Example, ...] | None = None
+    harness_task: str = ""
+    variant: str = ""
+    group: str = ""
+    source: str = ""
 
     def __post_init__(self) -> None:
         for field in ("num_fewshot", "limit"):
             value = getattr(self, field)
             if value is not None and value < (field == "limit"):
                 raise UsageError(f"{self.name}: {field} {value} is too small")
+
+    @property
+    def documents(self) -> str:
+        """Where its documents are read from; empty when the hub gives them."""
+        return self.source or (str(self.data_file) if self.data_file is not None else "")
+
+    @property
+    def lm_eval_name(self) -> str:
+        """lm-eval's name of the task."""
+        return self.harness_task or self.name
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,10 @@ class TaskScore:
         higher_is_better: Which way is better.
         num_fewshot: Solved examples that the prompt held.
         detail: What a reader of the figure should know, such as the sandbox's confinement.
+        ci_low: Lower end of the 95% confidence interval, None where there is none.
+        ci_high: Upper end.
+        variant: As in the request.
+        group: The group that the task is a member of.
     """
 
     task: str
@@ -87,6 +96,10 @@ class TaskScore:
     higher_is_better: bool = True
     num_fewshot: int = 0
     detail: str = ""
+    ci_low: float | None = None
+    ci_high: float | None = None
+    variant: str = ""
+    group: str = ""
 
 
 def resolve_tasks(
@@ -97,17 +110,18 @@ def resolve_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> list[TaskRequest]:
-    """Decide where each task's documents come from.
+    """Decide what each name stands for and where its documents come from.
 
     In this order: the file in ``task_data``; the bundled sample, when preferred or when neither
     the hub nor its cache can give the data; the hub. ``task_data`` may also hold
-    ``NAME:train``, the file of few-shot examples.
+    ``NAME:train``, the file of few-shot examples. A group is one request for each member, and
+    its files go by the members' names.
 
     Args:
         names: Task names; repeated ones count once.
         task_data: Files by task name.
         prefer_bundled: Take the bundled samples even where the hub could be reached.
-        num_fewshot: See :class:`TaskRequest`.
+        num_fewshot: Overrides every task's own number.
         limit: See :class:`TaskRequest`.
 
     Raises:
@@ -115,67 +129,80 @@ def resolve_tasks(
     """
     if not names:
         raise UsageError("no task to evaluate", "name some: --tasks gsm8k,humaneval,perplexity")
-    for key, path in task_data.items():
-        if key.removesuffix(_TRAIN_SUFFIX) not in names:
-            raise unknown_name("task", key, names, "--task-data")
-        if not path.is_file():
-            raise UsageError(f"--task-data {key}: {path} is not a file")
-    requests = []
+    _check_files(names, task_data)
+    requests: list[TaskRequest] = []
     for name in dict.fromkeys(names):
-        data_file, bundled = task_data.get(name), False
-        if data_file is None and name in _BUNDLED:
-            bundled = prefer_bundled or name not in _HUB_DATA or not _hub_has(_HUB_DATA[name])
-            data_file = _BUNDLED[name] if bundled else None
-        train_file = task_data.get(name + _TRAIN_SUFFIX)
-        if train_file is not None and data_file is None:
-            raise UsageError(
-                f"--task-data {name}{_TRAIN_SUFFIX} without --task-data {name}",
-                f"give both files: --task-data {name}=FILE",
-            )
-        requests.append(TaskRequest(name, data_file, bundled, num_fewshot, limit, train_file))
+        members = named_task(name).members
+        if len(members) == 1:
+            found = [_request(name, task_data, prefer_bundled, num_fewshot, limit)]
+        else:
+            found = [
+                _request(member, task_data, False, num_fewshot, limit, group=name)
+                for member in members
+            ]
+        requests += found
     return requests
 
 
-def read_records(path: Path, task: str) -> list[dict[str, Any]]:
-    """The records of a data file, each with the fields that the task's layout demands.
+def _check_files(names: Sequence[str], task_data: Mapping[str, Path]) -> None:
+    taking: list[str] = []
+    for name in names:
+        members = named_task(name).members
+        taking += members if len(members) > 1 else (name,)
+    for key, path in task_data.items():
+        name = key.removesuffix(_TRAIN_SUFFIX)
+        if name in names and name not in taking:
+            raise UsageError(
+                f"--task-data {key}: '{name}' is a group", f"name its tasks: {', '.join(taking)}"
+            )
+        if name not in taking:
+            raise unknown_name("task", key, taking, "--task-data")
+        if not path.is_file():
+            raise UsageError(f"--task-data {key}: {path} is not a file")
 
-    Args:
-        path: ``.jsonl``, ``.jsonl.gz`` or ``.json`` (a list of records, also gzipped).
-        task: The task, for its fields and for errors.
 
-    Raises:
-        LoramError: The file cannot be read, is no JSON, is empty, or a record lacks a field;
-            names the line.
-    """
-    where = f"--task-data {task}: {path}"
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise LoramError(f"{where}: cannot be read ({error})") from error
-    records: list[tuple[str, Any]] = []
-    if path.name.removesuffix(".gz").endswith(".json") and text.lstrip().startswith("["):
-        try:
-            records = [(f"record {i}", record) for i, record in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as error:
-            raise LoramError(f"{where}, line {error.lineno}: not JSON ({error.msg})") from error
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                records.append((f"line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise LoramError(f"{where}, line {number}: not JSON ({error.msg})") from error
-    if not records:
-        raise LoramError(f"{where}: holds no record")
-    for place, record in records:
-        if not isinstance(record, dict):
-            raise LoramError(f"{where}, {place}: a JSON object is wanted")
-        for field in _REQUIRED_FIELDS.get(task, ()):
-            if not isinstance(record.get(field), str):
-                raise LoramError(f"{where}, {place}: field '{field}' is missing or not text")
-    return [record for _, record in records]
+def _request(
+    name: str,
+    task_data: Mapping[str, Path],
+    prefer_bundled: bool,
+    num_fewshot: int | None,
+    limit: int | None,
+    *,
+    group: str = "",
+) -> TaskRequest:
+    entry = named_task(name)
+    data_file, bundled = task_data.get(name), False
+    if data_file is None and entry.sample is not None:
+        bundled = prefer_bundled or entry.hub_data is None or not _hub_has(entry.hub_data)
+        data_file = entry.sample if bundled else None
+    train_file = task_data.get(name + _TRAIN_SUFFIX)
+    if train_file is not None and data_file is None:
+        raise UsageError(
+            f"--task-data {name}{_TRAIN_SUFFIX} without --task-data {name}",
+            f"give both files: --task-data {name}=FILE",
+        )
+    if train_file is not None and name == "gsm8k":
+        raise UsageError(
+            "--task-data gsm8k:train: the chain-of-thought examples of gsm8k are the published "
+            "eight",
+            f"lm-eval's plain task takes examples: --tasks {OWN_PREFIX}gsm8k",
+        )
+    own_number = CATALOG[group].num_fewshot if group else entry.num_fewshot
+    shots = own_number if num_fewshot is None else num_fewshot
+    harness_task, variant = entry.members[0], entry.variant
+    if bundled:
+        shots, harness_task, variant = num_fewshot or 0, entry.sample_task or name, ""
+    return TaskRequest(
+        name,
+        data_file,
+        bundled,
+        shots,
+        limit,
+        train_file,
+        harness_task=harness_task if harness_task != name else "",
+        variant=variant,
+        group=group,
+    )
 
 
 def _hub_has(dataset: str) -> bool:

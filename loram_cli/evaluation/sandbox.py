@@ -11,8 +11,10 @@ What holds (Linux on x86-64 or arm64; :class:`SandboxResult` says what held in e
   namespace with a 16 MiB scratch disk, and Landlock, each where the kernel permits it; as root,
   with every capability dropped;
 - output is thrown away, so printing without end fills nothing;
-- a program passes only if its last line ran: a random token is then written on a private pipe,
-  so neither ``sys.exit(0)`` nor ``os._exit(0)`` before the asserts counts as a pass.
+- a program passes only if its last line ran: a random token, and nothing else, is then written on
+  a private pipe, by functions that were bound before the program began. Neither ``sys.exit(0)``
+  nor ``os._exit(0)`` before the asserts counts as a pass, nor a printed or written verdict, nor
+  ``os.write``, ``os._exit`` or builtins replaced by the program.
 
 What it does NOT protect from:
 
@@ -174,9 +176,10 @@ def _judge(
         raise LoramError(f"the sandbox for generated code could not start: {last_line}")
     held = json.loads(first) if first else {"network": "not started", "files": "not started"}
     network, files = held["network"], held["files"]
-    if rest.endswith(b"passed " + token.encode()):
+    # To the letter: what the program itself scribbles on the pipe spoils its verdict.
+    if rest == b"passed " + token.encode() and return_code == 0:
         return SandboxResult("passed", "", network, files)
-    # The CPU limit ends a process by SIGKILL; nothing in the sandbox can send one to itself.
+    # The CPU limit ends a process by SIGKILL.
     if timed_out or return_code in (-signal.SIGXCPU, -signal.SIGKILL):
         return SandboxResult("timed_out", "the time limit passed", network, files)
     kind, _, text = rest.partition(b" ")

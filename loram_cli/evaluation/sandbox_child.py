@@ -260,18 +260,26 @@ def main() -> None:
         os.dup2(nothing, standard)
     sys.stdin = os.fdopen(0)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    # Bound here: the program may replace what the modules hold.
+    write, leave, run = os.write, os._exit, exec
     try:
-        exec(compile(order["source"], "<program>", "exec"), {"__name__": "__main__"})
+        run(compile(order["source"], "<program>", "exec"), {"__name__": "__main__"})
     except BaseException as error:
+        write(report_fd, b"error " + describe(error))
+        leave(1)
+    else:
+        write(report_fd, b"passed " + token.encode())
+        leave(0)
+
+
+def describe(error: BaseException) -> bytes:
+    """Kind and text of what ended the program; its text is the program's own code."""
+    try:
         name = type(error).__name__
-        try:
-            text = f"{name}: {error}" if str(error) else name
-        except BaseException:
-            text = name
-        os.write(report_fd, b"error " + text.encode(errors="replace")[:1000])
-        os._exit(1)
-    os.write(report_fd, b"passed " + token.encode())
-    os._exit(0)
+        text = str(error)
+        return (f"{name}: {text}" if text else name).encode(errors="replace")[:1000]
+    except BaseException:
+        return b"an exception that cannot be shown"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.meter import Meter
 from loram_cli.runs.staging import StagedDirectory, staged_directory
 from loram_cli.specs import digest_of, spec_to_mapping
@@ -16,6 +16,8 @@ from loram_cli.stages.cards import CARD_NAME, model_card
 # Fields that say where things lie or how fast to go, not what comes out.
 _NOT_IN_KEY = (
     "model", "source", "adapter", "out", "force", "device", "calibration_memory_bytes", "report_to",
+    # Of eval: the inputs hold the digests of rows and data.
+    "rows", "task_data", "batch_size", "replace",
 )  # fmt: skip
 
 
@@ -111,7 +113,13 @@ class StageRun:
 
 @contextmanager
 def stage_run(
-    name: str, spec: Any, inputs: Mapping[str, Any], read: Path, *, resumable: bool = False
+    name: str,
+    spec: Any,
+    inputs: Mapping[str, Any],
+    read: Path,
+    *,
+    resumable: bool = False,
+    replace: bool = False,
 ) -> Iterator[StageRun]:
     """Open a stage's output directory under its key.
 
@@ -121,11 +129,13 @@ def stage_run(
         inputs: Per input a mapping with ``path`` and digests; the digests enter the key.
         read: The directory to name as read.
         resumable: Whether unfinished work is kept for the next call.
+        replace: Replace an output of the same stage that has another key.
     """
     plain = spec_to_mapping(spec)
     key = key_of(name, plain, inputs)
     record = {"stage": name, "key": key, "spec": plain, "inputs": inputs}
-    with staged_directory(spec.out, name, key, force=spec.force, resumable=resumable) as staged:
+    force = spec.force or (replace and _is_older(spec.out, name, key))
+    with staged_directory(spec.out, name, key, force=force, resumable=resumable) as staged:
         yield StageRun(name, staged, record, read)
 
 
@@ -147,6 +157,13 @@ def key_of(stage: str, spec: Mapping[str, Any], inputs: Mapping[str, Any]) -> st
             },
         }
     )
+
+
+def _is_older(out: Path, name: str, key: str) -> bool:
+    if not (out / MANIFEST_NAME).is_file():
+        return False
+    manifest = Manifest.read(out)
+    return manifest.stage == name and manifest.key != key
 
 
 def check_out_of_tree(out: Path, *inputs: Path) -> None:

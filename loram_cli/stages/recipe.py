@@ -16,7 +16,7 @@ from loram_cli.stages.recover import RecoverSpec
 from loram_cli.stages.train import TrainSpec
 
 # What the run directory fills in, and a recipe therefore may not set.
-_PLACES = frozenset({"model", "source", "adapter", "out", "rows", "demo_data", "force"})
+_PLACES = frozenset({"model", "source", "adapter", "out", "rows", "demo_data", "replace", "force"})
 SPECS: dict[str, type] = {
     "prune": PruneSpec,
     "align": AlignSpec,

@@ -8,7 +8,7 @@ from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.common import StageResult, check_out_of_tree, stage_run
-from loram_cli.stages.evaluate import training_record
+from loram_cli.stages.eval_rows import training_record
 from loram_cli.stages.planning import StagePlan, make_plan
 from loram_cli.stages.templates import warn_of_other_template
 

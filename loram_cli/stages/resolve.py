@@ -1,13 +1,13 @@
 """From a run directory and a few values to a stage's spec: what the values leave open."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
-from loram_cli.specs import spec_from_mapping
+from loram_cli.specs import spec_from_mapping, unknown_name
 from loram_cli.stages.align import AlignSpec
 from loram_cli.stages.evaluate import EvalSpec
 from loram_cli.stages.merge import MergeSpec
@@ -123,26 +123,53 @@ def merge_spec(run: RunDirectory, model: str, values: Values) -> MergeSpec:
     return spec_from_mapping(MergeSpec, {"model": model_dir(model), **places, **values}, "merge")
 
 
-def eval_spec(run: RunDirectory, model: str, values: Values) -> EvalSpec:
-    """The spec of ``eval``; its rows are whatever the run has made."""
+def eval_spec(
+    run: RunDirectory,
+    model: str,
+    values: Values,
+    *,
+    choose: Sequence[str] | None = None,
+    more: Mapping[str, tuple[Path, ...]] | None = None,
+) -> EvalSpec:
+    """The spec of ``eval``; its rows are whatever the run has made.
+
+    Args:
+        run: The run directory.
+        model: The base model.
+        values: Fields of the spec.
+        choose: Names of the rows to keep, in their order; None keeps all.
+        more: Rows of the user's own.
+
+    Raises:
+        UsageError: A chosen row does not exist.
+    """
     base = model_dir(model)
+    rows = {**eval_rows(run, base), **(more or {})}
+    for name in choose or ():
+        if name not in rows:
+            raise unknown_name("row", name, rows, "--rows")
+    if choose is not None:
+        rows = {name: rows[name] for name in [*choose, *(more or {})]}
     filled = {
         **stage_defaults(model, "eval", values),
         "out": run.output("eval"),
-        "rows": eval_rows(run, base),
+        "rows": rows,
         "demo_data": model == DEMO_MODEL and not values.get("task_data"),
+        "replace": "out" not in values,
         **values,
     }
     return spec_from_mapping(EvalSpec, {"model": base, **filled}, "eval")
 
 
 def eval_rows(run: RunDirectory, base: Path) -> dict[str, tuple[Path, ...]]:
-    """Rows of a comparison: base, pruned as it is, LoRAM, and full LoRA where they exist."""
+    """Rows of a comparison: base, pruned as it is, recovered, merged, and full LoRA."""
     rows: dict[str, tuple[Path, ...]] = {"base": (base,)}
     if run.is_done("prune"):
         rows["pruned"] = (run.output("prune"),)
     if run.is_done("recover"):
-        rows["loram"] = (base, run.output("recover"))
+        rows["recovered"] = (base, run.output("recover"))
+    if run.is_done("merge"):
+        rows["merged"] = (run.output("merge"),)
     if (run.path / FULL_LORA / MANIFEST_NAME).is_file():
         rows[FULL_LORA] = (base, run.path / FULL_LORA)
     return rows

@@ -32,8 +32,14 @@ def test_chain_of_commands(base, text_file, instructions, tmp_path, capsys, monk
     code = loram("eval", "--tasks", "perplexity,humaneval", "--task-data", data, "--limit", 8)
     assert code == 0
     table = capsys.readouterr().out
-    assert "loram" in table
+    assert "recovered" in table
+    assert "merged" in table
     assert "--allow-code-execution" in table
+    again = [*map(str, ["eval", "--tasks", "perplexity,humaneval", "--task-data", data])]
+    assert loram(*again, "--limit", 8) == 0
+    assert "was done already" in capsys.readouterr().out
+    assert loram(*again, "--limit", 4, "--rows", "base") == 0
+    assert "was done already" not in capsys.readouterr().out
     assert loram("memory-report") == 0
     assert "pruned" in capsys.readouterr().out
 
@@ -146,4 +152,4 @@ def test_real_weights_and_text(shared: Path, tmp_path, capsys):
     )
     rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"]["rows"]
     scores = {label: row["scores"][0]["value"] for label, row in rows.items()}
-    assert scores["loram"] < scores["base"] < scores["pruned"]
+    assert scores["recovered"] < scores["base"] < scores["pruned"]

@@ -59,3 +59,20 @@ def write_jsonl(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def engine_of():
+    """An engine over a model in memory."""
+
+    def build(model, tokenizer, batch_size=None, cache=None):
+        from loram_cli.evaluation.engine import Engine
+        from loram_cli.evaluation.hugging_face import HuggingFaceBackend
+        from loram_cli.evaluation.perplexity import context_length
+
+        def backend():
+            return HuggingFaceBackend(model, tokenizer, batch_size)
+
+        return Engine(backend, tokenizer, context_length(model), cache)
+
+    return build

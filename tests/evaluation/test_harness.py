@@ -7,9 +7,12 @@ import torch
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation import requests
+from loram_cli.evaluation.engine import Engine
 from loram_cli.evaluation.harness import evaluate_model
-from loram_cli.evaluation.requests import TaskRequest, read_records, resolve_tasks
+from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 from loram_cli.reporting import NullReporter
+from loram_cli.training.data import Example, load_instructions
+from loram_cli.training.records import read_records
 
 
 @pytest.fixture(autouse=True)
@@ -46,21 +49,43 @@ def bundled(*names, **options):
     return resolve_tasks(names, {}, prefer_bundled=True, **options)
 
 
-def answer_with(monkeypatch, answers):
-    """Let the model say ``answers``, by prompt, where it would generate."""
-    from loram_cli.evaluation import lmeval
-
-    monkeypatch.setattr(
-        lmeval.LocalModel,
-        "generate_until",
-        lambda self, instances: [answers[instance.args[0]] for instance in instances],
-    )
+def read(path):
+    return [dict(record.fields) for record in read_records(str(path))]
 
 
-def test_bundled_tasks_run_offline_silently_and_report_progress(model, tokenizer, capfd, tmp_path):
-    model.train()
+class Scripted:
+    """A backend that says ``answers``, by prompt."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def generate(self, jobs, done):
+        for place, job in enumerate(jobs):
+            done(place, self.answers[job.prompt])
+
+
+@pytest.fixture
+def evaluate(engine_of):
+    def run(model, tokenizer, tasks, batch_size=8, **options):
+        return evaluate_model(engine_of(model, tokenizer, batch_size), tasks, **options)
+
+    return run
+
+
+@pytest.fixture
+def answer_with(tokenizer):
+    def run(answers, tasks, **options):
+        engine = Engine(lambda: Scripted(answers), tokenizer, 1024)
+        return evaluate_model(engine, tasks, **options)
+
+    return run
+
+
+def test_bundled_tasks_run_offline_silently_and_report_progress(
+    evaluate, model, tokenizer, capfd, tmp_path
+):
     recorder, samples = Recorder(), tmp_path / "samples.jsonl"
-    scores = evaluate_model(
+    scores = evaluate(
         model,
         tokenizer,
         bundled("gsm8k", "humaneval", "perplexity", limit=4),
@@ -71,7 +96,6 @@ def test_bundled_tasks_run_offline_silently_and_report_progress(model, tokenizer
         samples_path=samples,
     )
     assert capfd.readouterr() == ("", "")
-    assert model.training
     assert tokenizer.pad_token is None
     assert [(s.task, s.metric) for s in scores] == [
         ("gsm8k", "exact_match,strict-match"),
@@ -82,8 +106,8 @@ def test_bundled_tasks_run_offline_silently_and_report_progress(model, tokenizer
     assert all(s.bundled and s.samples == 4 and s.skipped is None for s in scores)
     assert [s.higher_is_better for s in scores] == [True, True, True, False]
     assert recorder.bars == {
-        ("gsm8k", 4, "request"): 4,
-        ("humaneval", 4, "request"): 4,
+        ("gsm8k", 4, "text"): 4,
+        ("humaneval", 4, "text"): 4,
         ("sandbox", 4, "program"): 4,
         ("perplexity", 4, "record"): 4,
     }
@@ -96,39 +120,38 @@ def test_bundled_tasks_run_offline_silently_and_report_progress(model, tokenizer
     assert {"prompt", "output", "target", "correct"} <= rows[0].keys()
 
 
-def test_right_answers_score_one_and_wrong_ones_zero(model, tokenizer, monkeypatch):
-    problems = read_records(bundled("gsm8k")[0].data_file, "gsm8k")
+def test_right_answers_score_one_and_wrong_ones_zero(answer_with):
+    problems = read(bundled("gsm8k")[0].data_file)
     right = {f"Question: {p['question']}\nAnswer:": " " + p["answer"] for p in problems}
-    answer_with(monkeypatch, right)
-    strict, flexible = evaluate_model(model, tokenizer, bundled("gsm8k"))
+    strict, flexible = answer_with(right, bundled("gsm8k"))
     assert (strict.value, flexible.value, strict.samples) == (1.0, 1.0, 24)
     # Without the #### mark only the flexible filter finds the number; every other one is wrong.
     half = {
         prompt: f" it is {answer.split('#### ')[1] if index % 2 else 'nothing'}"
         for index, (prompt, answer) in enumerate(right.items())
     }
-    answer_with(monkeypatch, half)
-    strict, flexible = evaluate_model(model, tokenizer, bundled("gsm8k"))
+    strict, flexible = answer_with(half, bundled("gsm8k"))
     assert (strict.value, flexible.value) == (0.0, 0.5)
     assert flexible.stderr == pytest.approx((0.25 * 24 / 23 / 24) ** 0.5)
 
 
-def test_humaneval_scores_what_the_sandbox_says(model, tokenizer, monkeypatch):
-    problems = read_records(bundled("humaneval")[0].data_file, "humaneval")
+def test_humaneval_scores_what_the_sandbox_says(answer_with):
+    problems = read(bundled("humaneval")[0].data_file)
     solutions = {p["prompt"]: p["canonical_solution"] for p in problems}
     solutions |= {p["prompt"]: "    return None\n" for p in problems[:3]}
-    answer_with(monkeypatch, solutions)
-    (score,) = evaluate_model(model, tokenizer, bundled("humaneval"), allow_code_execution=True)
+    (score,) = answer_with(solutions, bundled("humaneval"), allow_code_execution=True)
     assert score.value == 9 / 12
     assert score.stderr == pytest.approx((0.75 * 0.25 / 11) ** 0.5)
     assert "network: " in score.detail
 
 
-def test_without_permission_humaneval_is_skipped_and_the_rest_runs(model, tokenizer, monkeypatch):
-    from loram_cli.evaluation import harness
+def test_without_permission_humaneval_is_skipped_and_the_rest_runs(
+    evaluate, model, tokenizer, monkeypatch
+):
+    from loram_cli.evaluation import code_tasks
 
-    monkeypatch.setattr(harness, "check_completions", lambda *_, **__: pytest.fail("ran code"))
-    skipped, perplexity = evaluate_model(model, tokenizer, bundled("humaneval", "perplexity"))
+    monkeypatch.setattr(code_tasks, "check_completions", lambda *_, **__: pytest.fail("ran code"))
+    skipped, perplexity = evaluate(model, tokenizer, bundled("humaneval", "perplexity"))
     assert (skipped.task, skipped.value) == ("humaneval", None)
     assert skipped.skipped.startswith("needs --allow-code-execution")
     assert perplexity.value > 1
@@ -141,14 +164,14 @@ def test_gsm8k_prompts_are_lm_evals_own(shared_file, monkeypatch, tmp_path, num_
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    from loram_cli.evaluation import lmeval
+    from loram_cli.evaluation import lmeval, silence
 
     test_file, train_file = (
         shared_file("data/gsm8k_test.jsonl"),
         shared_file("data/gsm8k_train.jsonl"),
     )
     request = TaskRequest("gsm8k", test_file, train_file=train_file, num_fewshot=num_fewshot)
-    with lmeval.quiet(NullReporter(), {"task": "gsm8k"}):
+    with silence.quiet():
         ours = lmeval.build_tasks(request, None, 1024, seed=1234)["tasks"]["gsm8k"]
         config = load_yaml(lmeval._TASKS_DIR / "gsm8k" / "gsm8k.yaml", resolve_func=True)
         files = {"test": str(test_file), "train": str(train_file)}
@@ -171,14 +194,14 @@ def test_gsm8k_prompts_are_lm_evals_own(shared_file, monkeypatch, tmp_path, num_
 
 
 def test_humaneval_prompts_are_the_documents_own(shared_file):
-    from loram_cli.evaluation import lmeval
+    from loram_cli.evaluation import lmeval, silence
 
     path = shared_file("data/HumanEval.jsonl.gz")
-    with lmeval.quiet(NullReporter(), {"task": "humaneval"}):
+    with silence.quiet():
         task = lmeval.build_tasks(TaskRequest("humaneval", path, num_fewshot=5), None, 4096, 0)
         task = task["tasks"]["humaneval"]
         task.build_all_requests(rank=0, world_size=1)
-    expected = [record["prompt"] for record in read_records(path, "humaneval")]
+    expected = [record["prompt"] for record in read(path)]
     assert [instance.args[0] for instance in task.instances] == expected
     assert len(expected) == 164
     # The stock file cannot be loaded offline, but it can be read.
@@ -188,12 +211,14 @@ def test_humaneval_prompts_are_the_documents_own(shared_file):
     assert 'doc_to_text: "{{prompt}}"' in stock
 
 
-def test_examples_from_the_same_file_leave_the_asked_one_out(model, tokenizer, write_jsonl):
-    from loram_cli.evaluation import lmeval
+def test_examples_from_the_same_file_leave_the_asked_one_out(
+    evaluate, model, tokenizer, write_jsonl
+):
+    from loram_cli.evaluation import lmeval, silence
 
     records = [{"question": f"q{i}?", "answer": f"a{i}\n#### {i}"} for i in range(4)]
     path = write_jsonl("few.jsonl", records)
-    with lmeval.quiet(NullReporter(), {"task": "gsm8k"}):
+    with silence.quiet():
         task = lmeval.build_tasks(TaskRequest("gsm8k", path, num_fewshot=3), None, 1024, 1)
         task = task["tasks"]["gsm8k"]
         task.build_all_requests(rank=0, world_size=1)
@@ -202,15 +227,15 @@ def test_examples_from_the_same_file_leave_the_asked_one_out(model, tokenizer, w
         assert sorted(instance.args[0].count(r["question"]) for r in records) == [1] * 4
         assert record["answer"] not in instance.args[0]
     with pytest.raises(UsageError, match="5 few-shot examples are wanted and 3 are there"):
-        evaluate_model(model, tokenizer, [TaskRequest("gsm8k", path)])
+        evaluate(model, tokenizer, [TaskRequest("gsm8k", path)])
 
 
-def test_batching_and_padding_change_no_output(stories, tmp_path):
+def test_batching_and_padding_change_no_output(evaluate, stories, tmp_path):
     model, tokenizer = stories
     outputs = []
     for batch_size in (1, 5, 64):
         path = tmp_path / f"{batch_size}.jsonl"
-        evaluate_model(
+        evaluate(
             model,
             tokenizer,
             bundled("gsm8k", limit=10),
@@ -223,19 +248,7 @@ def test_batching_and_padding_change_no_output(stories, tmp_path):
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_each_row_ends_at_its_own_stop(tokenizer):
-    from loram_cli.evaluation.lmeval import _StopPerRow
-
-    stops = _StopPerRow(tokenizer, ["END", "\n\n"], 2)
-    texts = ["ENDaaENDbb", "ENDa\n\naaaa", "ENDaaaaaaa"]
-    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
-    done = [stops(ids[:, :length], None).tolist() for length in range(3, 11)]
-    ended = [[step[row] for step in done].index(True) + 3 for row in (0, 1)]
-    assert ended == [8, 6]  # "END" in the prompt does not count: its last letter stands at 3
-    assert not any(step[2] for step in done)
-
-
-def test_generation_stops_early(model, tokenizer, monkeypatch):
+def test_generation_stops_early(evaluate, model, tokenizer, monkeypatch):
     """A model that can only say the end token takes a step, not the whole allowance."""
     steps = []
     forward = type(model).forward
@@ -247,27 +260,27 @@ def test_generation_stops_early(model, tokenizer, monkeypatch):
         return out
 
     monkeypatch.setattr(type(model), "forward", counted)
-    evaluate_model(model, tokenizer, bundled("gsm8k", limit=8), batch_size=8)
+    evaluate(model, tokenizer, bundled("gsm8k", limit=8), batch_size=8)
     assert len(steps) <= 2
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapter_model_is_scored_as_such(model, tokenizer):
+def test_adapter_model_is_scored_as_such(evaluate, model, tokenizer):
     from peft import LoraConfig, get_peft_model
 
     tasks = bundled("gsm8k", "perplexity", limit=3)
-    before = evaluate_model(model, tokenizer, tasks, batch_size=3, max_new_tokens=8)
+    before = evaluate(model, tokenizer, tasks, batch_size=3, max_new_tokens=8)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    untouched = evaluate_model(adapted, tokenizer, tasks, batch_size=3, max_new_tokens=8)
+    untouched = evaluate(adapted, tokenizer, tasks, batch_size=3, max_new_tokens=8)
     assert [s.value for s in untouched] == [s.value for s in before]
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    changed = evaluate_model(adapted, tokenizer, tasks, batch_size=3, max_new_tokens=8)
+    changed = evaluate(adapted, tokenizer, tasks, batch_size=3, max_new_tokens=8)
     assert changed[-1].value != before[-1].value
 
 
-def test_model_with_uneven_layers_runs(tiny_config, tokenizer):
+def test_model_with_uneven_layers_runs(evaluate, tiny_config, tokenizer):
     import transformers
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -280,24 +293,24 @@ def test_model_with_uneven_layers_runs(tiny_config, tokenizer):
     uneven = transformers.LlamaForCausalLM(config)
     uneven.model.layers[1] = LlamaDecoderLayer(config.per_layer_config[1], 1)
     assert uneven.model.layers[1].mlp.up_proj.weight.shape == (20, 32)
-    scores = evaluate_model(
+    scores = evaluate(
         uneven.eval(), tokenizer, bundled("gsm8k", "perplexity", limit=3), max_new_tokens=8
     )
     assert [s.samples for s in scores] == [3, 3, 3]
 
 
-def test_prompts_beyond_the_context_are_cut_with_a_warning(model, tokenizer, write_jsonl):
+def test_prompts_beyond_the_context_are_cut_with_a_warning(evaluate, model, tokenizer, write_jsonl):
     path = write_jsonl("long.jsonl", [{"question": "x" * 2000, "answer": "#### 1"}])
     recorder = Recorder()
     request = TaskRequest("gsm8k", path, num_fewshot=0)
-    evaluate_model(model, tokenizer, [request], max_new_tokens=4, reporter=recorder)
+    evaluate(model, tokenizer, [request], max_new_tokens=4, reporter=recorder)
     assert recorder.warnings == [
         "gsm8k: 1 of 1 prompts exceed 1020 tokens and lost their start "
         "(ask for fewer few-shot examples)"
     ]
 
 
-def test_other_tasks_run_on_local_documents(model, tokenizer, write_jsonl):
+def test_other_tasks_run_on_local_documents(evaluate, model, tokenizer, write_jsonl):
     choices = {"text": ["red", "blue"], "label": ["A", "B"]}
     records = [
         {"id": str(i), "question": f"Which {i}?", "choices": choices, "answerKey": "AB"[i % 2]}
@@ -305,49 +318,55 @@ def test_other_tasks_run_on_local_documents(model, tokenizer, write_jsonl):
     ]
     path = write_jsonl("arc.jsonl", records)
     request = TaskRequest("arc_easy", path, num_fewshot=1)
-    scores = evaluate_model(model, tokenizer, [request], batch_size=4)
+    scores = evaluate(model, tokenizer, [request], batch_size=4)
     assert [s.metric for s in scores] == ["acc", "acc_norm"]
     assert all(s.samples == 4 and s.num_fewshot == 1 and 0 <= s.value <= 1 for s in scores)
-    wrong = TaskRequest("arc_easy", write_jsonl("wrong.jsonl", [{"question": "q"}]))
+    wrong = TaskRequest("arc_easy", write_jsonl("wrong.jsonl", [{**records[0], "answerKey": "Z"}]))
     with pytest.raises(LoramError, match="does not have the layout of task 'arc_easy'"):
-        evaluate_model(model, tokenizer, [wrong])
+        evaluate(model, tokenizer, [wrong])
 
 
-def test_missing_data_names_the_flag(model, tokenizer, monkeypatch, tmp_path):
+def test_missing_data_names_the_flag(evaluate, model, tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr(requests, "hub_reachable", lambda: False)
     from loram_cli.evaluation import lmeval
 
     monkeypatch.setattr(lmeval, "hub_reachable", lambda: False)
     with pytest.raises(LoramError, match="--task-data arc_easy=FILE"):
-        evaluate_model(model, tokenizer, [TaskRequest("arc_easy")])
+        evaluate(model, tokenizer, [TaskRequest("arc_easy")])
     with pytest.raises(LoramError, match="--task-data perplexity=FILE"):
-        evaluate_model(model, tokenizer, [TaskRequest("perplexity")])
+        evaluate(model, tokenizer, [TaskRequest("perplexity")])
 
 
 @pytest.mark.slow  # lm-eval indexes its 14000 task files
-def test_unknown_task_is_refused_with_a_suggestion(model, tokenizer):
+def test_unknown_task_is_refused_with_a_suggestion(evaluate, model, tokenizer):
     with pytest.raises(UsageError, match="did you mean 'gsm8k'"):
-        evaluate_model(model, tokenizer, [TaskRequest("gsm8kk")])
+        evaluate(model, tokenizer, [TaskRequest("gsm8kk")])
 
 
-def test_perplexity_takes_texts_pairs_and_the_common_layouts(
-    model, tokenizer, write_jsonl, tmp_path
+def test_perplexity_takes_texts_and_every_layout_of_training(
+    evaluate, model, tokenizer, write_jsonl, tmp_path
 ):
     def score(**fields):
-        (found,) = evaluate_model(model, tokenizer, [TaskRequest("perplexity", **fields)])
+        (found,) = evaluate(model, tokenizer, [TaskRequest("perplexity", **fields)])
         return found
 
-    pairs = (("Question: a?\nAnswer:", " b"), ("Question: c?\nAnswer:", " dd"))
-    expected = score(pairs=pairs)
+    examples = (Example("Question: a?\nAnswer:", " b"), Example("Question: c?\nAnswer:", " dd"))
+    expected = score(examples=examples)
     assert (expected.samples, expected.detail) == (2, "7 answer tokens")
-    records = [{"question": "a?", "answer": "b"}, {"instruction": "c?", "output": "dd"}]
+    assert expected.ci_low < expected.value < expected.ci_high
+    records = [{"question": "a?", "answer": "b"}, {"question": "c?", "answer": "dd"}]
     assert score(data_file=write_jsonl("q.jsonl", records)).value == expected.value
-    records = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
+    records = [{"prompt": e.prompt, "completion": e.completion} for e in examples]
     assert score(data_file=write_jsonl("p.jsonl", records)).value == expected.value
+    # Alpaca's template, as training has it: the very same loader.
+    alpaca = write_jsonl("a.jsonl", [{"instruction": "c?", "output": "dd"}] * 2)
+    rendered = tuple(load_instructions(str(alpaca)))
+    assert "### Instruction:" in rendered[0].prompt
+    assert score(data_file=alpaca).value == score(examples=rendered).value
     text = tmp_path / "a.txt"
     text.write_text("some text")
     assert score(data_file=text).detail == "9 tokens"
     listed = write_jsonl("t.jsonl", [{"text": "some text"}])
     assert score(data_file=listed).value == score(data_file=text).value
-    with pytest.raises(LoramError, match="record 1: none of"):
+    with pytest.raises(LoramError, match=r"perplexity: .*x\.jsonl, line 1: no known layout"):
         score(data_file=write_jsonl("x.jsonl", [{"title": "?"}]))

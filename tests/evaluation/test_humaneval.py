@@ -3,15 +3,20 @@ from itertools import combinations
 import pytest
 
 from loram_cli.evaluation.humaneval import check_completions, pass_at_k
-from loram_cli.evaluation.requests import read_records, resolve_tasks
+from loram_cli.evaluation.requests import resolve_tasks
+from loram_cli.training.records import read_records
 
 BROKEN = "    return 'wrong on purpose'\n"
+
+
+def read(path):
+    return [dict(record.fields) for record in read_records(str(path))]
 
 
 def bundled(task):
     (request,) = resolve_tasks([task], {}, prefer_bundled=True)
     assert request.bundled
-    return read_records(request.data_file, task)
+    return read(request.data_file)
 
 
 def test_bundled_problems_accept_their_solution_and_nothing_broken():
@@ -65,7 +70,7 @@ def test_pass_at_k_refuses_more_tries_than_samples():
 
 @pytest.mark.slow
 def test_all_164_published_solutions_pass_and_broken_ones_fail(shared_file):
-    problems = read_records(shared_file("data/HumanEval.jsonl.gz"), "humaneval")
+    problems = read(shared_file("data/HumanEval.jsonl.gz"))
     assert len(problems) == 164
     solved = check_completions(problems, [p["canonical_solution"] for p in problems])
     assert [r for r in solved if r.status != "passed"] == []

@@ -1,19 +1,30 @@
-import gzip
-from pathlib import Path
-
 import pytest
 
-from loram_cli.errors import LoramError, UsageError
+from loram_cli.errors import UsageError
 from loram_cli.evaluation import requests
-from loram_cli.evaluation.requests import TaskRequest, read_records, resolve_tasks
+from loram_cli.evaluation.catalog import CSR
+from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 
 PROBLEM = {"question": "1+1?", "answer": "<<1+1=2>>2\n#### 2"}
 
 
-def test_given_file_wins_over_bundled_and_hub(write_jsonl):
+def test_the_papers_tasks_are_asked_as_in_the_paper(write_jsonl):
     path = write_jsonl("mine.jsonl", [PROBLEM])
-    (request,) = resolve_tasks(["gsm8k"], {"gsm8k": path}, prefer_bundled=True, limit=3)
-    assert request == TaskRequest("gsm8k", path, bundled=False, limit=3)
+    names = ["gsm8k", "lm_eval:gsm8k", "mathqa", "csr"]
+    data = {"gsm8k": path, "lm_eval:gsm8k": path, "piqa": path, "piqa:train": path}
+    found = resolve_tasks(names, data, prefer_bundled=True, limit=3)
+    asked = [(r.name, r.lm_eval_name, r.num_fewshot, r.variant) for r in found]
+    assert asked[:3] == [
+        ("gsm8k", "gsm8k_cot", 8, "CoT"),
+        ("lm_eval:gsm8k", "gsm8k", None, ""),
+        ("mathqa", "mathqa", 1, ""),
+    ]
+    assert [(r.name, r.num_fewshot, r.group) for r in found[3:]] == [(t, 1, "csr") for t in CSR]
+    piqa = next(r for r in found if r.name == "piqa")
+    assert (piqa.data_file, piqa.train_file, piqa.bundled, piqa.limit) == (path, path, False, 3)
+    assert all(
+        r.num_fewshot == 2 for r in resolve_tasks(names, data, prefer_bundled=True, num_fewshot=2)
+    )
 
 
 @pytest.mark.parametrize(("reachable", "bundled"), [(True, False), (False, True)])
@@ -22,6 +33,7 @@ def test_bundled_sample_stands_in_for_a_hub_out_of_reach(monkeypatch, tmp_path, 
     monkeypatch.setattr(requests, "hub_reachable", lambda: reachable)
     (request,) = resolve_tasks(["gsm8k"], {}, prefer_bundled=False)
     assert (request.bundled, request.data_file is not None) == (bundled, bundled)
+    assert request.lm_eval_name == ("gsm8k" if bundled else "gsm8k_cot")
     (tmp_path / "hub" / "datasets--openai--gsm8k" / "snapshots").mkdir(parents=True)
     (request,) = resolve_tasks(["gsm8k"], {}, prefer_bundled=False)
     assert not request.bundled
@@ -39,6 +51,8 @@ def test_other_tasks_go_to_the_hub_and_repeats_count_once():
         (["gsm8k"], {"gms8k": "here"}, "did you mean 'gsm8k'"),
         (["gsm8k"], {"gsm8k": "absent"}, "absent is not a file"),
         (["arc_easy"], {"arc_easy:train": "here"}, "without --task-data arc_easy"),
+        (["csr"], {"csr": "here"}, "'csr' is a group"),
+        (["gsm8k"], {"gsm8k": "here", "gsm8k:train": "here"}, "lm_eval:gsm8k"),
     ],
 )
 def test_mistakes_are_named(names, data, message, write_jsonl, tmp_path):
@@ -51,33 +65,3 @@ def test_mistakes_are_named(names, data, message, write_jsonl, tmp_path):
 def test_senseless_numbers_are_refused(field):
     with pytest.raises(UsageError, match=field):
         TaskRequest("gsm8k", **{field: -1})
-
-
-def test_all_file_kinds_give_the_same_records(write_jsonl, tmp_path):
-    plain = write_jsonl("a.jsonl", [PROBLEM, PROBLEM])
-    packed = write_jsonl("a.jsonl.gz", [PROBLEM, PROBLEM])
-    listed = tmp_path / "a.json"
-    listed.write_text("[\n" + ",\n".join(plain.read_text().splitlines()) + "\n]")
-    for path in (plain, packed, listed):
-        assert read_records(path, "gsm8k") == [PROBLEM, PROBLEM]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b"", "holds no record"),
-        ("a.jsonl", b'{"question": "q", "answer": "a"}\n\n{"question":\n', "line 3: not JSON"),
-        ("a.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "q"}\n', "line 2: .*'answer'"),
-        ("a.jsonl", b"[1]\n", "line 1: a JSON object"),
-        ("a.json", b'[\n{"question": }]', "line 2: not JSON"),
-        ("a.jsonl", b"\xff\xfe", "cannot be read"),
-        ("a.jsonl.gz", b"not gzip", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b"{}" * 999)[:20], "cannot be read"),
-    ],
-)
-def test_bad_files_are_named_with_their_line(tmp_path: Path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(LoramError, match=message) as caught:
-        read_records(path, "gsm8k")
-    assert str(path) in str(caught.value)

@@ -33,7 +33,7 @@ def test_program_that_reaches_its_end_passes():
         ("import os; os._exit(0)\nassert False", "exited with status 0 before the tests"),
         ("def f(): return f()\nf()", "RecursionError"),
         ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
-        ("class E(Exception):\n def __str__(self): raise E\nraise E", "E"),
+        ("class E(Exception):\n def __str__(self): raise E\nraise E", "cannot be shown"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
         ("import os; os.closerange(0, 64)\nassert False", "exited"),
     ],
@@ -192,6 +192,83 @@ def test_forged_report_is_no_pass():
     source = f"import os\nfor fd in range(3, 64):\n try: os.write(fd, {guesses})\n"
     result = run(source + " except OSError: pass\nos._exit(0)")
     assert result.status == "failed"
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        # The runner's own functions replaced, so that the report of a failure is lost.
+        "import os\nos._exit = lambda *a: None",
+        "import os\nos.write = lambda *a: None",
+        "import os\nos.write = os._exit = lambda *a: None",
+        "import builtins\nbuiltins.exec = builtins.compile = builtins.type = lambda *a: None",
+        "import __main__\n__main__.main = __main__.describe = lambda *a: b''",
+        "import json\njson.dumps = json.load = lambda *a, **k: None",
+        # Verdicts of one's own, on every way out.
+        "print('passed', flush=True)",
+        "import os\nfor fd in range(64):\n try: os.write(fd, b'passed')\n except OSError: pass",
+        "import os, atexit\natexit.register(lambda: os._exit(0))",
+        "import sys, os\nsys.excepthook = lambda *a: os._exit(0)",
+        "import sys, os\nsys.unraisablehook = lambda *a: os._exit(0)",
+        "class D:\n def __del__(self): import os; os._exit(0)\nd = D()",
+        # Leaving before the tests, or not noticing that they fail.
+        "import os, signal\nsignal.signal(signal.SIGALRM, lambda *a: os._exit(0))\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.05)\nimport time; time.sleep(1)",
+        "import sys\nsys.exit()",
+        "import os\nos._exit(0)",
+        "import os, signal\nsignal.raise_signal(signal.SIGKILL)",
+        "import os\nos.abort()",
+        "raise BaseException",
+        "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {})",
+        "check = lambda candidate: None\n__debug = False",
+        "import sys\nsys.flags = sys.modules.clear()",
+    ],
+)
+def test_no_trick_before_failing_tests_counts_as_a_pass(trick):
+    tests = "\ndef check(candidate):\n    assert candidate() == 1\ncheck(lambda: 2)\n"
+    assert run(trick + tests, timeout_seconds=10).status != "passed"
+
+
+@linux
+def test_a_daemon_does_not_outlive_its_program(tmp_path):
+    marker = f"loram-daemon-{os.getpid()}"
+    source = (
+        "import os, sys, time\n"
+        "try:\n"
+        "    if os.fork() == 0:\n"
+        "        os.setsid()\n"
+        "        if os.fork() == 0:\n"
+        f"            os.execv(sys.executable, ['python', '-c', 'import time; time.sleep(60)', '{marker}'])\n"
+        "        os._exit(0)\n"
+        "except OSError: pass\n"
+    )
+    assert run(source).status == "passed"  # it was refused, and the program went on without it
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                assert marker.encode() not in (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+
+
+@linux
+def test_limits_hold_and_cannot_be_raised():
+    source = (
+        "import resource as r\n"
+        "for name, most in ({limits}):\n"
+        "    assert r.getrlimit(getattr(r, name))[1] <= most, name\n"
+        "    try: r.setrlimit(getattr(r, name), (most * 2, most * 2))\n"
+        "    except (ValueError, OSError): continue\n"
+        "    raise KeyError(name)\n"
+    )
+    limits = (
+        "('RLIMIT_CPU', 6), ('RLIMIT_AS', 256 * 2**20), ('RLIMIT_FSIZE', 2**24), "
+        "('RLIMIT_NOFILE', 64), ('RLIMIT_NPROC', 1), ('RLIMIT_CORE', 1)"
+    )
+    result = run(source.replace("{limits}", limits))
+    assert result.status == "passed", result
+    result = run("open_files = []\nwhile True: open_files.append(open('/dev/null'))")
+    assert "Too many open files" in result.detail
 
 
 def test_large_source_and_unicode():

@@ -1,0 +1,139 @@
+"""A task's documents from a local file, in the data set's published layout or the hub's."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from loram_cli.errors import LoramError
+from loram_cli.training.data import Example, load_instructions, load_text
+from loram_cli.training.records import Record, is_text_file, read_records, read_text_file
+
+# Fields that the task's prompts and scoring need; checked before the first forward pass.
+_REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
+    "gsm8k": ("question", "answer"),
+    "humaneval": ("task_id", "prompt", "test", "entry_point"),
+    "mathqa": ("Problem", "options", "correct"),
+    "arc_easy": ("question", "choices", "answerKey"),
+    "arc_challenge": ("question", "choices", "answerKey"),
+    "openbookqa": ("question_stem", "choices", "answerKey"),
+    "piqa": ("goal", "sol1", "sol2", "label"),
+    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    "winogrande": ("sentence", "option1", "option2", "answer"),
+}
+_SAME_LAYOUT = {"gsm8k_cot": "gsm8k", "gsm8k_cot_zeroshot": "gsm8k"}
+
+
+def task_documents(source: str, task: str, flag: str) -> list[dict[str, Any]]:
+    """All documents of a task's file, as the hub's copy of the data set has them.
+
+    Args:
+        source: A ``.jsonl``, ``.json`` (both also gzipped) or ``.parquet`` file, or ``demo:NAME``.
+        task: lm-eval's name of the task.
+        flag: The name to show in errors, as the user gave it.
+
+    Raises:
+        LoramError: Unreadable, empty, or a document lacks a field; names file and line.
+    """
+    where = f"--task-data {flag}"
+    try:
+        records = list(read_records(source))
+    except LoramError as error:
+        raise LoramError(f"{where}: {error.message}", error.hint) from error
+    if not records:
+        raise LoramError(f"{where}: {source}: holds no record")
+    layout = _SAME_LAYOUT.get(task, task)
+    convert = _CONVERTERS.get(layout)
+    if convert is not None:
+        records = convert(records, Path(source), where)
+    for record in records:
+        for field in _REQUIRED_FIELDS.get(layout, ()):
+            if record.fields.get(field) is None:
+                raise LoramError(
+                    f"{where}: {record.where}: field '{field}' of {task} is missing "
+                    f"(fields: {', '.join(map(str, record.fields)) or 'none'})"
+                )
+    return [dict(record.fields) for record in records]
+
+
+def perplexity_data(
+    path: Path, tokenizer: Any, limit: int | None
+) -> tuple[list[Example], list[str]]:
+    """What to score: (examples, no texts) from instructions, (no examples, texts) from text.
+
+    Examples are rendered by the very code that renders training data.
+
+    Args:
+        path: Plain text, or records with ``text`` or in any layout that training reads.
+        tokenizer: Whose chat template renders messages.
+        limit: Records at most; plain text is one document and is not cut.
+
+    Raises:
+        LoramError: Unreadable, empty or of no known layout; names file and line.
+    """
+    try:
+        if is_text_file(path):
+            return [], [read_text_file(path)]
+        first = next(iter(read_records(str(path), limit=1)), None)
+        if first is not None and "text" in first.fields:
+            return [], load_text(str(path), limit=limit)
+        return load_instructions(str(path), tokenizer=tokenizer, limit=limit), []
+    except LoramError as error:
+        raise LoramError(f"--task-data perplexity: {error.message}", error.hint) from error
+
+
+def _stem_layout(records: list[Record], path: Path, where: str) -> list[Record]:
+    """AI2's own files nest the choices in the question; the hub's copies do not."""
+
+    def flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+        question = fields.get("question")
+        if not isinstance(question, dict):
+            return dict(fields)
+        choices = question.get("choices") or []
+        stem = question.get("stem")
+        return {
+            **fields,
+            "question": stem,
+            "question_stem": stem,
+            "choices": {key: [c.get(key) for c in choices] for key in ("text", "label")},
+        }
+
+    return [Record(flat(record.fields), record.where) for record in records]
+
+
+def _piqa_layout(records: list[Record], path: Path, where: str) -> list[Record]:
+    """PIQA's own files keep the labels in ``NAME-labels.lst`` beside ``NAME.jsonl``."""
+    labels_file = path.with_name(path.name.partition(".")[0] + "-labels.lst")
+    if "label" in records[0].fields or not labels_file.is_file():
+        return records
+    labels = labels_file.read_text("utf-8").split()
+    if len(labels) != len(records) or set(labels) - {"0", "1"}:
+        raise LoramError(
+            f"{where}: {labels_file}: {len(labels)} labels for {len(records)} documents of {path}"
+        )
+    return [
+        Record({**record.fields, "label": int(label)}, record.where)
+        for record, label in zip(records, labels, strict=True)
+    ]
+
+
+def _hellaswag_layout(records: list[Record], path: Path, where: str) -> list[Record]:
+    """HellaSwag's own label is a number, the hub's a text; the endings are a list in both."""
+    rows = []
+    for record in records:
+        fields = dict(record.fields)
+        if isinstance(fields.get("endings"), str):
+            fields["endings"] = json.loads(fields["endings"])
+        if fields.get("label") is not None:
+            fields["label"] = str(fields["label"])
+        rows.append(Record(fields, record.where))
+    return rows
+
+
+_CONVERTERS: dict[str, Callable[[list[Record], Path, str], list[Record]]] = {
+    "arc_easy": _stem_layout,
+    "arc_challenge": _stem_layout,
+    "openbookqa": _stem_layout,
+    "piqa": _piqa_layout,
+    "hellaswag": _hellaswag_layout,
+}

@@ -1,0 +1,160 @@
+"""What lm-eval's tasks talk to: kept answers first, then the model, batch by batch."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from loram_cli.evaluation.decode import Generation, stream_seed
+from loram_cli.evaluation.responses import ResponseCache, response_key
+from loram_cli.evaluation.scoring import SpanScore, TokenSpan
+from loram_cli.reporting import NullReporter, Reporter
+
+Done = Callable[[int, Any], None]
+
+
+class Backend(Protocol):
+    """A model that generates and scores; tells of each answer by its place as it comes."""
+
+    def generate(self, jobs: Sequence[Generation], done: Done) -> None:
+        """Texts."""
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]], done: Done) -> None:
+        """(log-probability, whether greedy) of each (context, continuation)."""
+
+    def rolling(self, texts: Sequence[str], done: Done) -> None:
+        """Log-probability of each whole text."""
+
+    def score(self, spans: Sequence[TokenSpan], done: Done) -> None:
+        """:class:`.scoring.SpanScore` of each span."""
+
+
+class Engine(LM):
+    """One row of a comparison.
+
+    Args:
+        open_backend: Loads the model; called when the first answer is not at hand.
+        tokenizer: The model's tokenizer.
+        context_tokens: The model's context.
+        cache: Answers that were kept before.
+        seed: Of sampled texts.
+    """
+
+    def __init__(
+        self,
+        open_backend: Callable[[], Backend],
+        tokenizer: Any,
+        context_tokens: int,
+        cache: ResponseCache | None = None,
+        seed: int = 1234,
+    ) -> None:
+        super().__init__()
+        self._open_backend = open_backend
+        self._backend: Backend | None = None
+        self.tokenizer = tokenizer
+        self.context_tokens = context_tokens
+        self._cache = cache or ResponseCache()
+        self._seed = seed
+        self._reporter: Reporter = NullReporter()
+        self._label = ""
+
+    def report_to(self, reporter: Reporter, label: str) -> None:
+        """Where progress goes from here on, and under which name."""
+        self._reporter, self._label = reporter, label
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """lm-eval's requests for texts; the same one asked several times is sampled anew."""
+        seen: Counter[str] = Counter()
+        jobs = []
+        for request in requests:
+            prompt, kwargs = request.args
+            occurrence = seen[prompt]
+            seen[prompt] += 1
+            jobs.append(generation(prompt, kwargs, self._seed, occurrence))
+        return self.generate(jobs)
+
+    def generate(self, jobs: Sequence[Generation]) -> list[str]:
+        """Texts of all jobs."""
+        keys = [
+            response_key(
+                "text", self.context_tokens, j.prompt, j.stops, j.max_new_tokens, j.temperature,
+                *((j.top_p, j.top_k, j.seed) if j.temperature else ()),
+            )
+            for j in jobs
+        ]  # fmt: skip
+        return self._answer(keys, jobs, lambda b: b.generate, "text")
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """lm-eval's requests for log-likelihoods."""
+        pairs = [tuple(request.args) for request in requests]
+        keys = [response_key("loglikelihood", self.context_tokens, *pair) for pair in pairs]
+        return [
+            (a[0], a[1]) for a in self._answer(keys, pairs, lambda b: b.loglikelihood, "request")
+        ]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """lm-eval's requests for log-likelihoods of whole texts."""
+        texts = [request.args[0] for request in requests]
+        keys = [response_key("rolling", self.context_tokens, text) for text in texts]
+        return self._answer(keys, texts, lambda b: b.rolling, "request")
+
+    def score(self, spans: Sequence[TokenSpan]) -> list[SpanScore]:
+        """Scores of token spans."""
+        keys = [response_key("span", span.ids, span.start) for span in spans]
+
+        def pick(backend: Backend) -> Callable[..., None]:
+            def ask(missing: Sequence[TokenSpan], done: Done) -> None:
+                backend.score(missing, lambda i, s: done(i, [s.logprob, s.tokens, s.greedy]))
+
+            return ask
+
+        return [SpanScore(*answer) for answer in self._answer(keys, spans, pick, "record")]
+
+    def _answer(
+        self,
+        keys: list[str],
+        questions: Sequence[Any],
+        method: Callable[[Backend], Callable[..., None]],
+        unit: str,
+    ) -> list[Any]:
+        # The same question twice in one call is one question.
+        places: dict[str, int] = {}
+        for place, key in enumerate(keys):
+            if self._cache.get(key) is None:
+                places.setdefault(key, place)
+        missing = list(places.items())
+        with self._reporter.progress(self._label, len(keys), unit) as progress:
+            progress.advance(len(keys) - len(missing))
+            if missing:
+                if self._backend is None:
+                    self._backend = self._open_backend()
+
+                def done(index: int, answer: Any) -> None:
+                    self._cache.put(missing[index][0], answer)
+                    progress.advance()
+                    self._cache.flush()
+
+                method(self._backend)([questions[place] for _, place in missing], done)
+        return [self._cache.get(key) for key in keys]
+
+
+def generation(prompt: str, kwargs: dict[str, Any], seed: int, occurrence: int) -> Generation:
+    """lm-eval's generation arguments as one of our jobs."""
+    plain = normalize_gen_kwargs(kwargs)
+    if plain.get("do_sample") and "temperature" not in kwargs:
+        plain["temperature"] = 1.0  # what Hugging Face samples with when nothing is said
+    sampled = bool(plain.get("do_sample")) and float(plain["temperature"]) > 0
+    until = plain.get("until") or []
+    return Generation(
+        prompt,
+        tuple([until] if isinstance(until, str) else until),
+        int(plain["max_gen_toks"]),
+        float(plain.get("temperature") or 0.0) if sampled else 0.0,
+        float(plain.get("top_p") or 1.0) if sampled else 1.0,
+        int(plain.get("top_k") or 0) if sampled else 0,
+        stream_seed(seed, prompt, occurrence) if sampled else 0,
+    )

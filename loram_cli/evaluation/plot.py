@@ -1,0 +1,103 @@
+"""The comparison as a picture: one panel for each task, one point with its interval per model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loram_cli.evaluation.comparison import SAMPLE_NOTE, is_share
+
+_INK, _POINT, _BEST = "#333333", "#4878a8", "#c8553d"
+_MOST_PANELS = 12
+
+
+def draw_comparison(results: Mapping[str, Any], path: Path) -> bool:
+    """Draw the headline figure of every task as a PNG.
+
+    Args:
+        results: An evaluation's results.
+        path: The picture's file.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    panels = _panels(results)[:_MOST_PANELS]
+    if not panels:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    labels = list(results["rows"])
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    # Figure without pyplot: no global state, and no window system is asked for.
+    figure = Figure(
+        figsize=(1.6 + 3.0 * across, 0.9 + down * (0.9 + 0.36 * len(labels))),
+        dpi=150,
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _draw_panel(axes, panel, labels)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    note = f" ({SAMPLE_NOTE})" if results["bundled"] else ""
+    figure.suptitle(
+        f"Held-out results{note}\nbars: 95% confidence", x=0.01, ha="left", fontsize=9, color=_INK
+    )
+    # Without the library's version in the file, the same results give the same bytes.
+    figure.savefig(path, metadata={"Software": None})
+    return True
+
+
+def _panels(results: Mapping[str, Any]) -> list[list[Any]]:
+    """For each task the headline score of every row (None where it did not run)."""
+    headline: dict[str, str] = {}
+    for row in results["rows"].values():
+        for score in row["scores"]:
+            if score["value"] is not None:
+                headline.setdefault(score["task"], score["metric"])
+    return [
+        [
+            next((s for s in row["scores"] if (s["task"], s["metric"]) == key), None)
+            for row in results["rows"].values()
+        ]
+        for key in headline.items()
+    ]
+
+
+def _draw_panel(axes: Any, panel: list[Any], labels: list[str]) -> None:
+    first = next(score for score in panel if score is not None)
+    scale = 100 if is_share(first) else 1
+    better = max if first["higher_is_better"] else min
+    values = [s["value"] for s in panel if s is not None and s["value"] is not None]
+    for place, score in enumerate(panel):
+        if score is None or score["value"] is None:
+            continue
+        value = score["value"] * scale
+        colour = _BEST if score["value"] == better(values) else _POINT
+        if score.get("ci_low") is not None:
+            low, high = score["ci_low"] * scale, score["ci_high"] * scale
+            axes.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.45)
+        axes.plot([value], [place], marker="o", markersize=6, color=colour, linestyle="none")
+        text = f"{value:.1f}" if scale == 100 else f"{value:.3g}"
+        axes.annotate(
+            text, (value, place), textcoords="offset points", xytext=(0, 6), ha="center",
+            fontsize=7, color=_INK,
+        )  # fmt: skip
+    spread = max(values) / max(min(values), 1e-9)
+    if scale == 1 and spread > 20:
+        axes.set_xscale("log")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.7)
+    shots = f", {first['num_fewshot']}-shot" if first["num_fewshot"] else ""
+    task, metric = first["task"], first["metric"].partition(",")[0]
+    name = task if task == metric else f"{task} {metric}"
+    axes.set_title(f"{name}{shots}", loc="left", fontsize=8.5, color=_INK)
+    direction = "higher is better" if first["higher_is_better"] else "lower is better"
+    axes.set_xlabel(("%, " if scale == 100 else "") + direction, fontsize=7, color=_INK)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(axis="x", color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.margins(x=0.14)

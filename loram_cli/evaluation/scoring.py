@@ -1,0 +1,85 @@
+"""Log-likelihoods of given tokens, batch by batch: for perplexity and for multiple choice."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loram_cli.evaluation.batching import GrowingBatch
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Token ids of which those from ``start`` (at least 1) on are scored."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class SpanScore:
+    """The score of a span.
+
+    Attributes:
+        logprob: Sum over the scored tokens, in nats.
+        tokens: How many were scored.
+        greedy: Whether each of them was the likeliest.
+    """
+
+    logprob: float
+    tokens: int
+    greedy: bool
+
+
+def score_spans(
+    model: Any,
+    spans: Sequence[TokenSpan],
+    batching: GrowingBatch,
+    done: Callable[[int, SpanScore], None],
+) -> None:
+    """Score every span; ``done`` is told of each by its place as its batch ends.
+
+    Args:
+        model: A causal LM in evaluation mode.
+        spans: At most one token longer than the context: the last one is no input.
+        batching: Chooses the rows per pass.
+        done: Called with the place and the score.
+    """
+    order = sorted(range(len(spans)), key=lambda i: -len(spans[i].ids))
+
+    def work(places: Sequence[int]) -> None:
+        for place, score in zip(places, _score(model, [spans[i] for i in places]), strict=True):
+            done(place, score)
+
+    batching.run(order, lambda i: len(spans[i].ids), work)
+
+
+def _score(model: Any, spans: Sequence[TokenSpan]) -> list[SpanScore]:
+    """Right-padded, [batch, sequence]; causal attention never looks at the padding after a row."""
+    width = max(len(span.ids) for span in spans) - 1
+    ids = torch.zeros((len(spans), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    wanted = torch.zeros(ids.shape, dtype=torch.bool)
+    targets = torch.zeros_like(ids)
+    for row, span in enumerate(spans):
+        length = len(span.ids) - 1
+        whole = torch.tensor(span.ids)
+        ids[row, :length], targets[row, :length] = whole[:-1], whole[1:]
+        mask[row, :length] = 1
+        wanted[row, span.start - 1 : length] = True
+    device = model.device
+    with torch.inference_mode():
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        wanted, targets = wanted.to(logits.device), targets.to(logits.device)
+        # Only scored positions are raised to float32: a vocabulary is wide.
+        scored, chosen = logits[wanted].float(), targets[wanted]
+        logprobs = -torch.nn.functional.cross_entropy(scored, chosen, reduction="none").double()
+        greedy = scored.argmax(-1) == chosen
+    counts = wanted.sum(-1).tolist()
+    return [
+        SpanScore(row_logprobs.sum().item(), count, bool(row_greedy.all()))
+        for row_logprobs, row_greedy, count in zip(
+            logprobs.split(counts), greedy.split(counts), counts, strict=True
+        )
+    ]
