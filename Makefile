@@ -10,7 +10,7 @@ help:
 	@echo "make test       install, then lint and the default tests"
 	@echo "make test-slow  the slow tests"
 	@echo "make docs       the pages of the commands, from their help"
-	@echo "make bench      streaming against cp: memory and time (9 GB of disk)"
+	@echo "make bench      streaming against cp, Taylor, SparseGPT: memory and time (9 GB of disk)"
 	@echo "make bench-huge the same on a checkpoint larger than its memory limit (23 GB of disk)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -37,6 +37,8 @@ docs: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python tests/bench/stream.py
+	$(BIN)/python tests/bench/taylor.py
+	$(BIN)/python tests/bench/sparsity.py
 
 bench-huge: $(VENV)/installed
 	$(BIN)/python tests/bench/huge.py

@@ -16,7 +16,12 @@ _ALWAYS = (
 
 
 def report_notes(
-    family: Family, config: Mapping[str, Any], strategy: str, ratios: Sequence[float]
+    family: Family,
+    config: Mapping[str, Any],
+    strategy: str,
+    ratios: Sequence[float],
+    *,
+    counted: bool = False,
 ) -> Iterator[str]:
     """Say what the figures contain, and where they differ from the paper's.
 
@@ -25,8 +30,14 @@ def report_notes(
         config: The base's ``config.json``.
         strategy: ``rand``, ``stru``, ``semi`` or ``unst``.
         ratios: The ratios worked out.
+        counted: Whether zeros of a directory were counted.
     """
     yield from _ALWAYS
+    if counted:
+        yield (
+            "parameters of the pruned directory are its non-zeros, counted in the weights of the "
+            "decoder linears; zeros take their place in memory"
+        )
     if config.get("per_layer_config"):
         yield (
             "this model is pruned already: pass the original base as --model to see the reduction"

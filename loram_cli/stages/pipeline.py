@@ -41,7 +41,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     """
     from loram_cli.arch.registry import family_for
     from loram_cli.checkpoint.index import read_config
-    from loram_cli.memory.account import count_params
+    from loram_cli.memory.account import count_nonzero_params, count_params
     from loram_cli.memory.presets import load_preset
     from loram_cli.pruning.plan import layer_widths, pruned_config
 
@@ -52,6 +52,15 @@ def dry_run(recipe: Recipe) -> DryRun:
     )
     family = family_for(config, recipe.model)
     section = recipe.section("prune")
+    if section.get("strategy") in resolve.SPARSE:
+        ratio = section.get(
+            "ratio", 0.5 if section["strategy"] == "semi" else prune.PruneSpec.ratio
+        )
+        base = count_params(family, config).total
+        pruned = count_nonzero_params(family, config, ratio).total
+        values = {stage: recipe.section(stage) for stage in recipe.stages}
+        # Zeros take their place: memory is the base's.
+        return DryRun(recipe.stages, values, base, pruned, base * 2, base // 2)
     chosen = {k: section[k] for k in ("keep_first", "keep_last") if k in section}
     geometry = family.geometry(config)
     widths = layer_widths(geometry, section.get("ratio", prune.PruneSpec.ratio), **chosen)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.stages.sparsify import count_zeros
 
 if TYPE_CHECKING:
     from loram_cli.arch.spec import Family
@@ -152,16 +154,17 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model to put on rows: its config, and the zeros in it."""
+    """A model to put on rows: its config, and the zeros in it, by share or as counted."""
 
     name: str
     config: dict[str, Any]
     ratio: float | None = None
     sparsity: float = 0.0
+    zeros: int = 0
 
 
 def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
-    """Work the report out; no weight is read, and for a preset no file outside the package.
+    """Work the report out. Weights are read only to count the zeros of a sparse directory.
 
     Raises:
         LoramError: A config is absent or unsound, or ``pruned`` is not of this base.
@@ -181,7 +184,7 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
         ratios = ()
     models = [base, *_narrowed_or_sparse(spec, family, config, ratios)]
     if spec.pruned is not None:
-        models.append(_pruned_directory(spec.pruned, family, config, source))
+        models.append(_pruned_directory(spec.pruned, family, config, source, reporter))
     reporter.note(f"read {source}" + (f" and {spec.pruned}" if spec.pruned is not None else ""))
     return MemoryReport(
         source=source,
@@ -193,7 +196,11 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
             targets=spec.targets or None,
         ),
         rows=tuple(row for model in models for row in _rows(spec, family, base, model)),
-        notes=tuple(report_notes(family, config, spec.strategy, ratios)),
+        notes=tuple(
+            report_notes(
+                family, config, spec.strategy, ratios, counted=any(m.zeros for m in models)
+            )
+        ),
     )
 
 
@@ -246,7 +253,9 @@ def _narrowed_or_sparse(
             yield _Model(name, pruned_config(config, geometry, widths), ratio)
 
 
-def _pruned_directory(pruned: Path, family: "Family", base: dict[str, Any], source: str) -> _Model:
+def _pruned_directory(
+    pruned: Path, family: "Family", base: dict[str, Any], source: str, reporter: Reporter
+) -> _Model:
     config = _read_config(pruned)
     mine = _checked_family(config, str(pruned)).geometry(config)
     theirs = family.geometry(base)
@@ -261,7 +270,10 @@ def _pruned_directory(pruned: Path, family: "Family", base: dict[str, Any], sour
                 f"{pruned}: was not pruned from {source}: its {what} is {small}, the base's {full}",
                 "pass the base that was pruned as --model",
             )
-    return _Model(pruned.resolve().name, config)
+    zeros = 0
+    if (pruned / MANIFEST_NAME).is_file() and Manifest.read(pruned).sparsity:
+        zeros = count_zeros(pruned, reporter)
+    return _Model(pruned.resolve().name, config, zeros=zeros)
 
 
 def _rows(
@@ -271,7 +283,7 @@ def _rows(
 
     base_params = account.count_params(family, base.config).total
     stored_params = account.count_params(family, model.config).total
-    params = account.count_nonzero_params(family, model.config, model.sparsity).total
+    params = account.count_nonzero_params(family, model.config, model.sparsity).total - model.zeros
     lora_params = account.count_lora_params(family, model.config, spec.rank, spec.targets)
     state = account.training_state(lora_params)
     for precision, paper_params, weight_bytes in (

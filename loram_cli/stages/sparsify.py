@@ -136,6 +136,31 @@ def sparsity_record(spec: "PruneSpec", results: dict[str, Any]) -> dict[str, Any
     }
 
 
+def count_zeros(directory: Path, reporter: Reporter) -> int:
+    """Zeros in the decoder linears of a checkpoint, tensor by tensor.
+
+    Raises:
+        LoramError: The directory is not a sound checkpoint of a known family.
+    """
+    from loram_cli.arch.registry import family_for
+    from loram_cli.checkpoint.index import CheckpointIndex, read_config
+    from loram_cli.checkpoint.reader import TensorReader
+
+    config = read_config(directory)
+    family = family_for(config, str(directory))
+    names = list(family.linear_names(config["num_hidden_layers"]))
+    zeros = 0
+    with (
+        TensorReader(CheckpointIndex.open(directory)) as reader,
+        reporter.progress("count", len(names), "tensor") as progress,
+    ):
+        for name in names:
+            weight = reader.read(name)
+            zeros += weight.numel() - int(weight.count_nonzero())
+            progress.advance()
+    return zeros
+
+
 def _pruned_weights(
     spec: "PruneSpec",
     planned: "PrunePlan",

@@ -1,0 +1,64 @@
+"""Perplexity of SparseGPT against magnitude at the same sparsity: ``make bench``.
+
+Prunes the demo base, and stories260k where the shared inputs are beside the checkout, with both
+methods, and scores text that calibration has not seen: WikiText-2's validation set calibrates and
+its test set scores, the demo's corpus calibrates and its held-out problems score.
+"""
+
+import tempfile
+from pathlib import Path
+
+from loram_cli.demo.problems import load_demo
+from loram_cli.evaluation.perplexity import text_perplexity
+from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
+from loram_cli.modeling.quiet import quiet_libraries
+from loram_cli.reporting import NullReporter
+from loram_cli.stages.prune import PruneSpec, run
+from loram_cli.stages.resolve import model_dir
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+EVALUATED_CHARS = 200_000
+
+
+def score(model: Path, text: list[str]) -> float:
+    with quiet_libraries():
+        loaded = load_causal_lm(model, device="cpu")
+        return text_perplexity(loaded, load_tokenizer(model), text, window=256).perplexity
+
+
+def row(label: str, base: Path, calibration: str, length: int, text: list[str]) -> None:
+    cells = [f"{score(base, text):>9.2f}"]
+    for strategy in ("unst", "semi"):
+        for importance in ("l2", "sparsegpt"):
+            with tempfile.TemporaryDirectory(prefix="loram-bench-") as folder:
+                out = Path(folder) / "pruned"
+                spec = PruneSpec(
+                    model=base, out=out, strategy=strategy, ratio=0.5, importance=importance,
+                    calibration=calibration, calibration_length=length, device="cpu",
+                )  # fmt: skip
+                run(spec, NullReporter())
+                cells.append(f"{score(out, text):>11.2f}")
+    print(f"{label:<26}" + "".join(cells), flush=True)
+
+
+def main() -> None:
+    demo = model_dir("demo")
+    print(
+        f"perplexity; half of the decoder linears' weights zero; {EVALUATED_CHARS:,} characters at most"
+    )
+    print(
+        f"{'model, text':<26}{'dense':>9}{'unst l2':>11}{'sparsegpt':>11}{'semi l2':>11}{'sparsegpt':>11}"
+    )
+    problems = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in load_demo("test")]
+    row("demo base, demo problems", demo, "demo:corpus", 192, problems)
+    if not SHARED.is_dir():
+        print("(WikiText-2 and stories260k are not beside the checkout)")
+        return
+    calibration = str(SHARED / "data" / "wikitext2_valid.txt")
+    text = [(SHARED / "data" / "wikitext2_test.txt").read_text("utf-8")[:EVALUATED_CHARS]]
+    row("stories260k, WikiText-2", SHARED / "models" / "stories260k", calibration, 256, text)
+    row("demo base, WikiText-2", demo, calibration, 256, text)
+
+
+if __name__ == "__main__":
+    main()
