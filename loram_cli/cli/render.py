@@ -112,8 +112,17 @@ class _PlainProgress:
         self._console.print(escape(", ".join([*parts, *filter(None, [self._detail])])))
 
 
-def show_result(result: StageResult, lines: Sequence[str], json_output: bool) -> None:
-    """Print what a stage did: JSON, or what was read and written, a few figures, what is next."""
+def show_result(
+    result: StageResult, lines: Sequence[str], json_output: bool, *, then: bool = True
+) -> None:
+    """Print what a stage did: JSON, or what was read and written, a few figures, what is next.
+
+    Args:
+        result: Of the stage.
+        lines: Its figures.
+        json_output: Print one JSON object instead.
+        then: Name the next command; not where a recipe goes on by itself.
+    """
     if json_output:
         print_json(result.to_mapping())
         return
@@ -128,7 +137,7 @@ def show_result(result: StageResult, lines: Sequence[str], json_output: bool) ->
             f"peak memory {format_bytes(result.manifest.peak_memory_bytes)} "
             f"({format_bytes(result.manifest.peak_memory_increase_bytes)} above the start)"
         )
-    if result.stage in _NEXT:
+    if then and result.stage in _NEXT:
         console.print(f"next: {_NEXT[result.stage]}")
 
 

@@ -60,7 +60,7 @@ def command(
 
     def tell(result: StageResult) -> None:
         if not json_output:
-            show_result(result, stage_lines(result), False)
+            show_result(result, stage_lines(result), False, then=False)
 
     reporter = options.reporter_for(json_output)
     results = pipeline.run(loaded, directory, force=force, reporter=reporter, on_result=tell)
