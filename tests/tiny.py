@@ -60,3 +60,26 @@ def llama_like_tokenizer(*, pad: bool):
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", **padding
     )
+
+
+def make_adapter(pruned: Path, directory: Path) -> Path:
+    """What ``train`` would write for a pruned model, with random factors."""
+    import torch
+
+    from loram_cli.checkpoint.adapter import LoraAdapter, LoraPair
+    from loram_cli.checkpoint.index import CheckpointIndex
+    from loram_cli.runs.manifest import Manifest
+
+    pairs = {}
+    torch.manual_seed(0)
+    for name, entry in CheckpointIndex.open(pruned).tensors.items():
+        if "_proj" in name:
+            rows, columns = entry.shape
+            factors = LoraPair(torch.randn(2, columns), torch.randn(rows, 2))
+            pairs[name.removesuffix(".weight")] = factors
+    directory.mkdir()
+    LoraAdapter({"peft_type": "LORA", "r": 2, "lora_alpha": 4}, pairs).write(directory)
+    manifest = Manifest.read(pruned)
+    made = {"stage": "train", "key": "k", "spec": {}, "inputs": {"source": {}}}
+    Manifest(**made, base=manifest.base, keep=manifest.keep).write(directory)
+    return directory

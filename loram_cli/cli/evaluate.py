@@ -70,10 +70,12 @@ def command(
     device: options.Device = None,
     seed: options.Seed = None,
     force: options.Force = False,
+    dry_run: options.DryRun = False,
     json_output: options.Json = False,
 ) -> None:
     """Compare base, pruned and recovered models on the same held-out tasks."""
     from loram_cli.cli.comparison import show_scores
+    from loram_cli.cli.plans import show_plans
     from loram_cli.cli.render import print_json, show_result
     from loram_cli.stages import evaluate, resolve
 
@@ -105,6 +107,9 @@ def command(
     directory, name = options.settle(run, model, reporter, remember=False)
     options.tell_defaults(name, NAME, values, reporter)
     spec = resolve.eval_spec(directory, name, values, choose=chosen, more=parse_rows(row or []))
+    if dry_run:
+        show_plans([evaluate.plan(spec, reporter)], json_output)
+        return
     result = evaluate.run(spec, reporter)
     if export is not None:
         evaluate.export_results(result, export)

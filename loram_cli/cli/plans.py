@@ -1,6 +1,7 @@
 """What ``--dry-run`` prints."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from loram_cli.cli.render import print_json, stdout_console
 from loram_cli.stages.planning import StagePlan
@@ -27,16 +28,19 @@ def plan_lines(plan: StagePlan) -> list[str]:
     words = [_figure(name, value) for name, value in plan.figures.items() if value is not None]
     if words:
         lines.append(f"  {', '.join(words)}")
-    lines.append(
-        f"  disk: {format_bytes(plan.disk_bytes)} needed at most, "
-        f"{format_bytes(plan.free_bytes)} free"
-    )
+    needed = f"{format_bytes(plan.disk_bytes)} needed at most, " if plan.disk_bytes else ""
+    lines.append(f"  disk: {needed}{format_bytes(plan.free_bytes)} free")
     if plan.memory_bytes:
         lines.append(f"  memory: {format_bytes(plan.memory_bytes)} and what activations take")
     return lines
 
 
-def _figure(name: str, value: float) -> str:
+def _figure(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        rows = (f"{label} ({format_params(params)})" for label, params in value.items())
+        return f"{name}: {', '.join(rows)}"
+    if isinstance(value, list):
+        return f"{name}: {', '.join(map(str, value))}"
     if name == "params":
         return f"a model of {format_params(int(value))} parameters"
     if name.endswith("_params"):

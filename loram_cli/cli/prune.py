@@ -101,6 +101,7 @@ def command(
     spec = resolve.prune_spec(directory, name, values)
     if dry_run:
         plan = prune.plan(spec).results()
+        prune.check_output(spec)
         if json_output:
             print_json(plan)
             return

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.stages.common import StageResult, stage_run
+from loram_cli.stages.eval_plan import plan_eval
 from loram_cli.stages.eval_rows import eval_inputs, score_row, warn_of_tokenizers
+from loram_cli.stages.planning import StagePlan
 
 if TYPE_CHECKING:
     from loram_cli.evaluation.requests import TaskRequest
@@ -96,13 +98,7 @@ def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
     Raises:
         LoramError: A task's data cannot be had, or a model cannot be loaded.
     """
-    if not spec.rows:
-        raise UsageError("no row to evaluate", "run 'loram prune' first, or pass --row NAME=DIR")
-    if spec.backend == "vllm":
-        from loram_cli.evaluation.vllm_backend import check_available
-
-        check_available()
-    requests = _requests(spec, reporter)
+    _, requests = _prepare(spec, reporter)
     inputs = eval_inputs(spec.rows, requests)
     answers = spec.out.parent / f".{spec.out.name}.responses"
     stage = stage_run(
@@ -127,6 +123,25 @@ def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
         results = {"bundled": bundled, "rows": rows}
         _write_results(results, opened.path)
         return opened.commit(results, base={}, keep={})
+
+
+def plan(spec: EvalSpec, reporter: Reporter) -> StagePlan:
+    """What would be evaluated; everything is checked that needs no tensor.
+
+    Raises:
+        LoramError: A task's data cannot be had, or a model or an adapter is not whole.
+    """
+    return _prepare(spec, reporter)[0]
+
+
+def _prepare(spec: EvalSpec, reporter: Reporter) -> "tuple[StagePlan, list[TaskRequest]]":
+    if not spec.rows:
+        raise UsageError("no row to evaluate", "run 'loram prune' first, or pass --row NAME=DIR")
+    if spec.backend == "vllm":
+        from loram_cli.evaluation.vllm_backend import check_available
+
+        check_available()
+    return plan_eval(spec), _requests(spec, reporter)
 
 
 def export_results(result: StageResult, file: Path) -> None:

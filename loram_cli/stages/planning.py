@@ -3,12 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loram_cli.reporting import Reporter
+from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.staging import look_up
 from loram_cli.specs import spec_to_mapping
 from loram_cli.stages.common import check_free_disk, free_disk, key_of
+
+if TYPE_CHECKING:
+    from loram_cli.arch.spec import Family
+    from loram_cli.checkpoint.index import CheckpointIndex
 
 # A file up to this size is read through for a dry run, to count what is in it.
 _COUNTED_BYTES = 64 * 2**20
@@ -66,6 +71,12 @@ class StagePlan:
         }
 
 
+def find_finished(stage: str, spec: Any, inputs: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of the same stage done before; nothing is created. See :func:`.look_up`."""
+    key = key_of(stage, spec_to_mapping(spec), inputs)
+    return look_up(spec.out, stage, key, force=spec.force)
+
+
 def make_plan(
     stage: str, spec: Any, inputs: Mapping[str, Any], *, disk_bytes: int, **known: Any
 ) -> StagePlan:
@@ -82,10 +93,7 @@ def make_plan(
         LoramError: No disk, or another process is writing the output.
         UsageError: The output is something else's.
     """
-    done = (
-        look_up(spec.out, stage, key_of(stage, spec_to_mapping(spec), inputs), force=spec.force)
-        is not None
-    )
+    done = find_finished(stage, spec, inputs) is not None
     if not done:
         check_free_disk(spec.out, disk_bytes)
     return StagePlan(
@@ -99,8 +107,14 @@ def make_plan(
     )
 
 
-def check_model(directory: Path) -> tuple[dict[str, Any], Any, Any]:
-    """Check that a directory is a whole model: tokenizer, config, headers, every shape.
+def check_model(
+    directory: Path, *, tokenizer: bool = True
+) -> tuple[dict[str, Any], "Family", "CheckpointIndex"]:
+    """Check that a directory is a whole model: config, headers, every shape.
+
+    Args:
+        directory: The model.
+        tokenizer: Whether it needs a tokenizer.
 
     Returns:
         Its config, family and tensor index.
@@ -114,7 +128,8 @@ def check_model(directory: Path) -> tuple[dict[str, Any], Any, Any]:
 
     config = read_config(directory)
     family = family_for(config, str(directory))
-    require_tokenizer(directory)
+    if tokenizer:
+        require_tokenizer(directory)
     index = CheckpointIndex.open(directory)
     expected = family.tensor_shapes(config)
     head = f"{family.lm_head}.weight"

@@ -15,6 +15,7 @@ from loram_cli.stages.common import (
     stage_run,
 )
 from loram_cli.stages.methods import check_method
+from loram_cli.stages.planning import find_finished
 from loram_cli.units import GIB
 
 if TYPE_CHECKING:
@@ -212,18 +213,34 @@ def plan(spec: PruneSpec) -> PrunePlan:
     )
 
 
+def check_output(spec: PruneSpec) -> dict[str, Any]:
+    """Check that the output is free to be written, or is this very pruning.
+
+    Returns:
+        The base's path and digests.
+
+    Raises:
+        LoramError: Another process is writing it.
+        UsageError: It is something else's.
+    """
+    from loram_cli.checkpoint.identity import identify
+
+    base = {"path": str(spec.model), **identify(spec.model).to_mapping()}
+    find_finished("prune", spec, {"base": base})
+    return base
+
+
 def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
     """Prune, streaming: ``rand`` and ``l2`` hold a few tensors, calibrated ways one decoder layer.
 
     Raises:
         LoramError: See :func:`plan`; also NaN weights, or unusable calibration text.
     """
-    from loram_cli.checkpoint.identity import identify
     from loram_cli.checkpoint.sources import copy_companions
     from loram_cli.stages.sparsify import sparsity_record, write_sparse
 
     planned = plan(spec)
-    base = {"path": str(spec.model), **identify(spec.model).to_mapping()}
+    base = check_output(spec)
     with stage_run("prune", spec, {"base": base}, spec.model) as stage:
         if stage.finished is not None:
             return stage.finished

@@ -62,7 +62,12 @@ def adapter(source: str, target: str) -> None:
     directory.mkdir()
     LoraAdapter(settings, pairs).write(directory)
     Manifest(
-        stage="train", key="bench", spec={}, inputs={}, base=manifest.base, keep=manifest.keep
+        stage="train",
+        key="bench",
+        spec={},
+        inputs={"source": {}},
+        base=manifest.base,
+        keep=manifest.keep,
     ).write(directory)
 
 

@@ -112,7 +112,10 @@ def repeat(
         for label, job in jobs.items():
             runs[label].append(job())
             last = runs[label][-1]
-            tell(f"  {label}: {last.seconds:.1f} s, of a processor {last.cpu_seconds:.1f} s")
+            tell(
+                f"  {label}: {last.seconds:.1f} s, of a processor {last.cpu_seconds:.1f} s, "
+                f"peak {last.peak_bytes / MIB:.0f} MiB"
+            )
     return {
         label: Measure(
             statistics.median(m.seconds for m in of),

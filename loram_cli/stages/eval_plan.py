@@ -1,0 +1,61 @@
+"""What an evaluation needs, checked before the first model is loaded."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loram_cli.errors import LoramError
+from loram_cli.runs.staging import look_up
+from loram_cli.stages.common import free_disk
+from loram_cli.stages.planning import StagePlan, check_model
+
+if TYPE_CHECKING:
+    from loram_cli.stages.evaluate import EvalSpec
+
+_FP32_BYTES = 4
+
+
+def plan_eval(spec: "EvalSpec") -> StagePlan:
+    """Check every row's model and adapter and every file of data.
+
+    The memory is that of the largest row's weights; rows are scored one after another.
+
+    Raises:
+        LoramError: A model is not whole, an adapter is not one, or a file of data is empty.
+        UsageError: The output is something else's.
+    """
+    from loram_cli.checkpoint.adapter import read_shapes
+    from loram_cli.checkpoint.sources import require_tokenizer
+    from loram_cli.modeling.narrow import default_device
+
+    look_up(spec.out, "eval", "", force=True)
+    require_tokenizer(spec.model)
+    on_gpu = (spec.device or default_device()).startswith("cuda")
+    memory_bytes, params = 0, {}
+    for label, parts in spec.rows.items():
+        _, _, index = check_model(parts[0], tokenizer=False)
+        for adapter in parts[1:]:
+            read_shapes(adapter)
+        params[label] = index.num_params
+        row_bytes = index.num_bytes if on_gpu else index.num_params * _FP32_BYTES
+        memory_bytes = max(memory_bytes, row_bytes)
+    for name, file in spec.task_data.items():
+        _check_readable(f"--task-data {name}", file)
+    return StagePlan(
+        stage="eval",
+        reads=tuple(dict.fromkeys(str(part) for parts in spec.rows.values() for part in parts)),
+        writes=spec.out,
+        inputs={},
+        free_bytes=free_disk(spec.out),
+        memory_bytes=memory_bytes,
+        figures={"rows": params, "tasks": list(spec.tasks), "limit": spec.limit},
+    )
+
+
+def _check_readable(flag: str, file: Path) -> None:
+    try:
+        with file.open("rb") as stream:
+            empty = not stream.read(1)
+    except OSError as error:
+        raise LoramError(f"{flag}: {file} cannot be read ({error.strerror})") from error
+    if empty:
+        raise LoramError(f"{flag}: {file} is empty")
