@@ -39,6 +39,7 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/bench/stream.py
 	$(BIN)/python tests/bench/taylor.py
 	$(BIN)/python tests/bench/sparsity.py
+	$(BIN)/python tests/bench/decode.py
 
 bench-huge: $(VENV)/installed
 	$(BIN)/python tests/bench/huge.py

@@ -65,8 +65,8 @@ def score_text(score: Mapping[str, Any] | None) -> str:
     """A figure and the wider half of its 95% interval: ``51.2 ±2.7`` in percent, ``2.34 ±0.05``."""
     if score is None or score["value"] is None:
         return "not run"
-    scale, digits = (100, 1) if is_share(score) else (1, 3)
     value = score["value"]
+    scale, digits = (100, 1) if is_share(score) else (1, 3 if value < 10 else 1)
     text = f"{value * scale:.{digits}f}"
     if score.get("ci_low") is None:
         return text
@@ -95,10 +95,9 @@ def remarks(results: Results) -> list[str]:
             detail = score["detail"].partition("; sandbox:")[0]
             if score["value"] is not None and detail.startswith(("best of", "mean of")):
                 lines.append(f"{score['task']} {score['metric']}, {label}: {detail}")
-    lines += [
-        f"{task}: {share:.0%} of full LoRA's gain over the base is kept"
-        for task, share in gain_retention(results).items()
-    ]
+    kept = ", ".join(f"{task} {share:.0%}" for task, share in gain_retention(results).items())
+    if kept:
+        lines.append(f"kept of full LoRA's gain over the base: {kept}")
     if any(row["training"] for row in results["rows"].values()):
         lines.append("training memory: peak above what was in use when training began")
     return lines
@@ -115,7 +114,8 @@ def gain_retention(results: Results) -> dict[str, float]:
     shares = {}
     headline: dict[str, str] = {}
     for score in rows["base"]["scores"]:
-        headline.setdefault(score["task"], score["metric"])
+        if not score["group"]:
+            headline.setdefault(score["task"], score["metric"])
     for key in headline.items():
         base, ours, full = (_find(rows[r], key) for r in ("base", "recovered", "full-lora"))
         if not base or not ours or not full or None in (base["ci_high"], full["ci_low"]):

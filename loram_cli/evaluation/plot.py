@@ -80,7 +80,9 @@ def _draw_panel(axes: Any, panel: list[Any], labels: list[str]) -> None:
             low, high = score["ci_low"] * scale, score["ci_high"] * scale
             axes.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.45)
         axes.plot([value], [place], marker="o", markersize=6, color=colour, linestyle="none")
-        text = f"{value:.1f}" if scale == 100 else f"{value:.3g}"
+        text = (
+            f"{value:.1f}" if scale == 100 else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+        )
         axes.annotate(
             text, (value, place), textcoords="offset points", xytext=(0, 6), ha="center",
             fontsize=7, color=_INK,
@@ -97,6 +99,7 @@ def _draw_panel(axes: Any, panel: list[Any], labels: list[str]) -> None:
     direction = "higher is better" if first["higher_is_better"] else "lower is better"
     axes.set_xlabel(("%, " if scale == 100 else "") + direction, fontsize=7, color=_INK)
     axes.tick_params(axis="x", labelsize=7)
+    axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
