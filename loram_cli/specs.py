@@ -60,7 +60,8 @@ def digest_of(value: Any) -> str:
 def unknown_name(kind: str, name: str, known: typing.Iterable[str], where: str) -> UsageError:
     """The error for a name that does not exist, with the nearest one that does."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    # YAML keys may be numbers, and then have no neighbours.
+    close = difflib.get_close_matches(str(name), names, n=1)
     more = f", and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     known_names = ", ".join(names[:_MOST_NAMES]) + more
     hint = f"did you mean '{close[0]}'?" if close else f"known: {known_names}"

@@ -4,8 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tiny import make_base
+
+# A test's time says how busy the machine is, not whether the code is right.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -46,18 +46,37 @@ class LoraAdapter:
         config = read_json(directory / CONFIG_NAME)
         if config.get("peft_type") != "LORA" or config.get("use_dora"):
             raise LoramError(f"{directory}: only plain LoRA adapters can be recovered")
+        _check_config(directory / CONFIG_NAME, config)
         read_header(directory / WEIGHTS_NAME)
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        try:
+            tensors = load_file(directory / WEIGHTS_NAME)
+        except (SafetensorError, ValueError, OSError) as error:
+            raise LoramError(
+                f"{directory / WEIGHTS_NAME}: safetensors refuses it ({str(error)[:100]})"
+            ) from error
         factors: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(directory / WEIGHTS_NAME).items():
+        for name, tensor in tensors.items():
             module, kind = _factor_name(directory, name)
+            if tensor.dim() != 2 or not tensor.is_floating_point():
+                raise LoramError(
+                    f"{directory / WEIGHTS_NAME}: tensor {name} is no matrix of floating numbers"
+                )
             if not tensor.isfinite().all():
                 raise LoramError(f"{directory / WEIGHTS_NAME}: tensor {name} has NaN or infinity")
             factors.setdefault(module, {})[kind] = tensor
         for module, pair in factors.items():
             if len(pair) != 2:
                 raise LoramError(f"{directory / WEIGHTS_NAME}: {module} has only one LoRA factor")
+            a, b = pair["lora_A"].shape[0], pair["lora_B"].shape[1]
+            rank = config.get("rank_pattern", {}).get(module, config["r"])
+            if not a == b == rank:
+                raise LoramError(
+                    f"{directory / WEIGHTS_NAME}: {module} has factors of rank {a} and {b}, "
+                    f"{CONFIG_NAME} says r {rank}"
+                )
         if not factors:
             raise LoramError(f"{directory / WEIGHTS_NAME}: no LoRA factors")
         return cls(config, {m: LoraPair(p["lora_A"], p["lora_B"]) for m, p in factors.items()})
@@ -73,6 +92,17 @@ class LoraAdapter:
         save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(self.config, indent=2, sort_keys=True)
         (directory / CONFIG_NAME).write_text(text + "\n", "utf-8")
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or not 0 < rank < 2**31:
+        raise LoramError(f"{file}: r is {str(rank)[:40]}, a whole number above 0 is wanted")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise LoramError(f"{file}: lora_alpha is {str(alpha)[:40]}, a number is wanted")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key, {}), dict):
+            raise LoramError(f"{file}: {key} is no mapping")
 
 
 def read_shapes(directory: Path) -> dict[str, tuple[int, int, int]]:

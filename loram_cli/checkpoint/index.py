@@ -6,6 +6,7 @@ against resident memory, and because every offset must be checked before the fir
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from loram_cli.checkpoint.widths import check_widths
 from loram_cli.errors import LoramError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -136,7 +138,10 @@ def read_header(file: Path) -> list[TensorEntry]:
         LoramError: The file is absent, truncated, or its header is not sound.
     """
     try:
-        file_bytes = file.stat().st_size
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise LoramError(f"{file}: is no regular file", _COPY_AGAIN)
+        file_bytes = found.st_size
         with file.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
             if file_bytes < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
@@ -171,9 +176,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The parsed ``config.json``.
 
     Raises:
-        LoramError: It is absent or not JSON.
+        LoramError: It is absent, not JSON, or has widths that cannot be.
     """
-    return read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
+    check_widths(config, str(directory / "config.json"))
+    return config
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -215,11 +222,22 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise LoramError(f"{directory / INDEX_NAME}: no weight_map")
     for name, shard_name in weight_map.items():
-        if not isinstance(shard_name, str) or Path(shard_name).name != shard_name:
+        if not _is_plain_name(shard_name):
             raise LoramError(
-                f"{directory / INDEX_NAME}: {name} lies outside the directory ({shard_name!r})"
+                f"{directory / INDEX_NAME}: {name} lies outside the directory "
+                f"({str(shard_name)[:60]!r})"
             )
     return weight_map
+
+
+def _is_plain_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= 255
+        and "\0" not in name
+        and name != ".."
+        and Path(name).name == name
+    )
 
 
 def _entry(file: Path, name: str, info: Any, data_start: int) -> TensorEntry:
@@ -228,9 +246,10 @@ def _entry(file: Path, name: str, info: Any, data_start: int) -> TensorEntry:
         sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as error:
         raise LoramError(f"{file}: the header entry of {name} is malformed", _COPY_AGAIN) from error
-    if dtype not in DTYPES:
-        raise LoramError(f"{file}: tensor {name} has the unsupported type {dtype!r}")
-    entry = TensorEntry(name, DTYPES[dtype], tuple(shape), file, data_start + begin)
-    if not sound or end - begin != entry.num_bytes:
-        raise LoramError(f"{file}: the header entry of {name} does not add up", _COPY_AGAIN)
-    return entry
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise LoramError(f"{file}: tensor {name} has the unsupported type {str(dtype)[:40]!r}")
+    if sound:
+        entry = TensorEntry(name, DTYPES[dtype], tuple(shape), file, data_start + begin)
+        if end - begin == entry.num_bytes:
+            return entry
+    raise LoramError(f"{file}: the header entry of {name} does not add up", _COPY_AGAIN)

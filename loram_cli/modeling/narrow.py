@@ -67,7 +67,12 @@ def load_causal_lm(
     import transformers
 
     family = family_for(read_config(model_dir), str(model_dir))
-    config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:
+        # Each config class has its own way to refuse a value.
+        reason = next(iter(str(error).strip().splitlines()), repr(error))[:160]
+        raise LoramError(f"{model_dir / 'config.json'}: cannot be used ({reason})") from error
     # Global widths stay readable: the base class's __init__ needs them before layers are replaced.
     config.allow_global_per_layer_attribute_access = True
     kwargs = {} if quantization_config is None else {"quantization_config": quantization_config}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loram_cli.arch.spec import Axis, LayerGeometry, LinearModule
+from loram_cli.errors import LoramError
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,15 @@ class LayerKeep:
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, list[int]]) -> "LayerKeep":
-        """Read back from a manifest."""
-        return cls(tuple(data["key_value_heads"]), tuple(data["intermediate"]))
+        """Read back from a manifest.
+
+        Raises:
+            LoramError: One of the two lists is absent.
+        """
+        try:
+            return cls(tuple(data["key_value_heads"]), tuple(data["intermediate"]))
+        except KeyError as error:
+            raise LoramError(f"the keep indices of a layer lack {error}") from error
 
     def to_mapping(self) -> dict[str, list[int]]:
         """Plain form for a manifest."""

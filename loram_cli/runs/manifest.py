@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Manifest:
                     f"{file}: was changed after it was written (its digest does not match)",
                     "run the stage again with --force, or restore the file",
                 )
+            _check_types(data)
             return cls(**data)
         except FileNotFoundError as error:
             raise LoramError(
@@ -101,6 +103,27 @@ class Manifest:
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LoramError(f"{file}: not a manifest ({type(error).__name__}: {error})") from error
+
+
+def _check_types(data: dict[str, Any]) -> None:
+    """Refuse a record whose parts are of other kinds than a stage would have written."""
+    for name in ("stage", "key"):
+        if not isinstance(data[name], str):
+            raise TypeError(f"{name} is no text")
+    for name in ("spec", "inputs", "base", "keep", "outputs", "results"):
+        if not isinstance(data.get(name, {}), dict):
+            raise TypeError(f"{name} is no mapping")
+    for name in ("inputs", "keep", "outputs"):
+        for label, record in data.get(name, {}).items():
+            if not isinstance(record, dict):
+                raise TypeError(f"{name} {label} is no mapping")
+    for layer, kept in data.get("keep", {}).items():
+        if not layer.isdecimal():
+            raise ValueError(f"keep has no layer {layer}")
+        for name, indices in kept.items():
+            whole = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
+            if not whole or any(a >= b for a, b in pairwise(indices)):
+                raise ValueError(f"keep of layer {layer}: {name} is no rising list of indices")
 
 
 @cache

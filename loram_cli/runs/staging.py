@@ -97,7 +97,7 @@ def staged_directory(
                 raise
             raise LoramError(f"{error.filename or final}: {error.strerror}") from error
         finally:
-            if not staged.committed and not resumable:
+            if not staged.committed and not (resumable and _holds_work(work)):
                 shutil.rmtree(work, ignore_errors=True)
 
 
@@ -145,6 +145,11 @@ def _prepare(work: Path, key: str, resumable: bool) -> None:
             key_file.write_text(key)
     except OSError as error:
         raise LoramError(f"{work}: cannot be written ({error.strerror})") from error
+
+
+def _holds_work(work: Path) -> bool:
+    """Whether anything but our own key was written: a mistake found at once leaves nothing."""
+    return any(path.is_file() and path.name != _KEY_NAME for path in work.rglob("*"))
 
 
 def _beside(final: Path, suffix: str) -> Path:

@@ -12,6 +12,7 @@ import pytest
 
 from loram_cli.runs.rundir import OUTPUTS
 
+STAGES = list(OUTPUTS)
 ZYGOTE = Path(__file__).with_name("zygote.py")
 TIMES = ("wall_seconds", "peak_memory_bytes", "peak_memory_increase_bytes", "digest", "results")
 
@@ -77,6 +78,23 @@ class Workshop:
     def stage(self, stage: str, **options: object) -> dict:
         return self.loram(*self.commands[stage], **options)
 
+    def ensure(self, stage: str) -> None:
+        """Build the reference of a stage, and of those before it, once."""
+        if not self.reference("prune").exists():
+            # The very first command also makes the run directory, which is not to be counted.
+            assert self.stage("prune")["code"] == 0, self.log
+            shutil.rmtree(self.out("prune"))
+        if stage == "eval" and not self.reference("eval").exists():
+            self.zygote.ask(**{"import": ["loram_cli.evaluation"]})
+        for name in STAGES[: STAGES.index(stage) + 1]:
+            if self.reference(name).exists():
+                continue
+            self.clear(name)
+            done = self.stage(name)
+            assert done["code"] == 0, self.log
+            self.events[name], self.seconds[name] = done["events"], done["seconds"]
+            shutil.copytree(self.out(name), self.reference(name))
+
     def clear(self, stage: str) -> None:
         """Back to where the stage's command has not been given yet; other stages stay done."""
         for path in self.run.iterdir():
@@ -84,7 +102,7 @@ class Workshop:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name, directory in OUTPUTS.items():
             shutil.rmtree(self.run / directory, ignore_errors=True)
-            if name != stage:
+            if name != stage and self.reference(name).exists():
                 shutil.copytree(self.reference(name), self.run / directory)
 
     def assert_same(self, stage: str) -> None:
@@ -106,7 +124,8 @@ class Workshop:
         }
 
     def assert_nothing_beside(self) -> None:
-        assert {p.name for p in self.run.iterdir()} == {*OUTPUTS.values(), "run.json"}
+        made = {OUTPUTS[stage] for stage in STAGES if self.reference(stage).exists()}
+        assert {p.name for p in self.run.iterdir()} == {*made, "run.json"}
 
 
 def scores(file: Path) -> dict:
@@ -131,13 +150,5 @@ def workshop(base, text_file, instructions, tmp_path_factory) -> Workshop:
         "eval": ["eval", *run, *score],
     }  # fmt: skip
     shop = Workshop(folder, Zygote(), commands)
-    # The very first command also makes the run directory, which is not to be counted.
-    assert shop.stage("prune")["code"] == 0, shop.log
-    shutil.rmtree(shop.out("prune"))
-    for stage in OUTPUTS:
-        done = shop.stage(stage)
-        assert done["code"] == 0, shop.log
-        shop.events[stage], shop.seconds[stage] = done["events"], done["seconds"]
-        shutil.copytree(shop.out(stage), shop.reference(stage))
     yield shop
     shop.zygote.close()

@@ -20,6 +20,7 @@ NEXT = {"prune": "align", "train": "recover"}
 
 def disturb(workshop, stage: str, number: int, kind: int = signal.SIGKILL) -> dict:
     """Run a stage with a fault at a point drawn from its number: half at file operations."""
+    workshop.ensure(stage)
     draw = random.Random(f"{stage} {number}")
     fault: dict = {"signal": int(kind)}
     if number % 2:
@@ -62,8 +63,12 @@ def test_kills_at_many_points(workshop, number: int):
     kill_and_go_on(workshop, STAGES[number % len(STAGES)], number // len(STAGES) + 1)
 
 
-@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_signals_stop_cleanly_and_the_same_command_goes_on(workshop, kind: int, code: int):
+    workshop.ensure("train")
     workshop.clear("train")
     middle = {"signal": int(kind), "at_path": "checkpoint-2"}
     stopped = workshop.stage("train", fault=middle)
@@ -76,6 +81,7 @@ def test_signals_stop_cleanly_and_the_same_command_goes_on(workshop, kind: int, 
 
 
 def test_a_second_command_is_refused_and_names_the_first(workshop):
+    workshop.ensure("train")
     workshop.clear("train")
     middle = {"signal": int(signal.SIGSTOP), "at_path": "checkpoint-2"}
     first = workshop.stage("train", fault=middle)
@@ -93,6 +99,7 @@ def test_a_second_command_is_refused_and_names_the_first(workshop):
 
 @pytest.mark.parametrize("place", ["/proc/out", "/sys/out", "a file/out", "closed/out"])
 def test_a_place_that_cannot_be_written(workshop, place: str):
+    workshop.ensure("train")
     workshop.clear("eval")
     (workshop.folder / "a file").write_text("x")
     closed = workshop.folder / "closed"

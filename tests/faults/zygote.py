@@ -89,22 +89,31 @@ def resume(pid: int) -> dict:
     return {"code": os.waitstatus_to_exitcode(status), "pid": pid}
 
 
+def import_all(prefixes: list[str]) -> dict:
+    """Import our modules below some packages, so that a forked command finds them at hand."""
+    import loram_cli
+
+    for module in pkgutil.walk_packages(loram_cli.__path__, "loram_cli."):
+        if module.name.startswith(tuple(prefixes)) and not module.name.endswith("sandbox_child"):
+            importlib.import_module(module.name)
+    return {}
+
+
 def main() -> None:
-    import datasets  # noqa: F401
-    import lm_eval  # noqa: F401
     import peft  # noqa: F401
     import torch
     import transformers  # noqa: F401
 
-    import loram_cli
-
-    for module in pkgutil.walk_packages(loram_cli.__path__, "loram_cli."):
-        if not module.name.endswith(("__main__", "sandbox_child")):
-            importlib.import_module(module.name)
+    import_all(["loram_cli.cli", "loram_cli.stages", "loram_cli.training", "loram_cli.modeling"])
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = resume(request["resume"]) if "resume" in request else serve(request)
+        if "resume" in request:
+            answer = resume(request["resume"])
+        elif "import" in request:
+            answer = import_all(request["import"])
+        else:
+            answer = serve(request)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

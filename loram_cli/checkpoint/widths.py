@@ -1,0 +1,74 @@
+"""Sanity of the numbers in a ``config.json``, before anything is computed from them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from loram_cli.errors import LoramError
+
+# Far above any model there is; what lies beyond is damage, and would be computed with for hours.
+_HIGHEST = {"num_hidden_layers": 10_000}
+_HIGHEST_ELSE = 2**31
+_WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_hidden_layers",
+    "vocab_size",
+)
+# A config may hold these as null: the model then derives them from others.
+_DERIVED = ("num_key_value_heads", "head_dim")
+_LONGEST_NAME = 100
+
+
+def check_widths(config: Mapping[str, Any], where: str) -> None:
+    """Refuse widths that are no whole numbers of a plausible range.
+
+    Keys that a config does not have are not asked for here: which ones a model needs is its
+    family's business.
+
+    Args:
+        config: The parsed ``config.json``.
+        where: The file, to name in errors.
+
+    Raises:
+        LoramError: A width is of another type or out of range.
+    """
+    model_type = config.get("model_type", "")
+    if not isinstance(model_type, str) or len(model_type) > _LONGEST_NAME:
+        raise LoramError(f"{where}: model_type is no name ({_short(model_type)})")
+    _check(config, where)
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise LoramError(
+            f"{where}: {heads} attention heads cannot share {groups} key/value heads evenly"
+        )
+    layers = config.get("per_layer_config") or {}
+    if not isinstance(layers, Mapping):
+        raise LoramError(f"{where}: per_layer_config is no mapping ({_short(layers)})")
+    for layer, widths in layers.items():
+        count = config.get("num_hidden_layers", _HIGHEST["num_hidden_layers"])
+        if not str(layer).isdecimal() or int(layer) >= count or not isinstance(widths, Mapping):
+            raise LoramError(f"{where}: per_layer_config has no sound entry '{_short(layer)}'")
+        _check(widths, f"{where}: per_layer_config {layer}")
+
+
+def _check(values: Mapping[str, Any], where: str) -> None:
+    for key in _WIDTHS:
+        value = values.get(key)
+        if key not in values or (value is None and key in _DERIVED):
+            continue
+        highest = _HIGHEST.get(key, _HIGHEST_ELSE)
+        if type(value) is not int or not 0 < value <= highest:
+            raise LoramError(
+                f"{where}: {key} is {_short(value)}, a whole number from 1 to {highest} is wanted"
+            )
+
+
+def _short(value: object) -> str:
+    # A huge integer cannot even be turned into text.
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "a number of many digits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
