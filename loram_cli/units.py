@@ -1,6 +1,7 @@
 """Units of memory and time, for people."""
 
 import re
+from fractions import Fraction
 
 from loram_cli.errors import UsageError
 
@@ -20,6 +21,8 @@ _BYTES_PER_UNIT = {
     "gb": 10**9,
     "tb": 10**12,
 }
+
+_PARAMS_PER_UNIT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def format_bytes(count_bytes: float) -> str:
@@ -47,6 +50,19 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def parse_params(text: str) -> int:
+    """A parameter count from ``6B``, ``350M``, ``1.5e9`` or a bare number.
+
+    Raises:
+        UsageError: The text is not a count.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([kKmMbBtT]?)\s*", text)
+    if match is None:
+        raise UsageError(f"'{text}' is not a count of parameters", "write it as 6B or 350M")
+    # The decimal as it was written: in binary floating point 1.1 * 10**9 need not be whole.
+    return int(Fraction(match[1]) * _PARAMS_PER_UNIT[match[2].lower()])
 
 
 def parse_bytes(text: str) -> int:

@@ -1,5 +1,6 @@
 """``loram prune``."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +21,40 @@ def command(
     ] = None,
     ratio: Annotated[
         float | None,
-        typer.Option(help="Share of groups to drop a layer, or of weights to zero."),
+        typer.Option(
+            help="Share of groups to drop a layer, or of weights to zero. [default: 0.65]"
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Instead of --ratio: a YAML or JSON file with ratios for layers."),
+    ] = None,
+    target_params: Annotated[
+        str | None,
+        typer.Option(help="Instead of --ratio: parameters to get down to, such as 6B."),
+    ] = None,
+    fit_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --ratio: memory that training may take, activations aside: 24GiB."
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="With --fit-memory: nf4 where training will hold the weights in 4 bits.",
+            autocompletion=options.choices("prune", "quantize"),
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="With --fit-memory: LoRA rank. [default: 8]")
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            help="layer: an even share of each; global: groups of all layers ranked together.",
+            autocompletion=options.choices("prune", "scope"),
+        ),
     ] = None,
     model: options.Model = None,
     run: options.Run = None,
@@ -66,6 +100,7 @@ def command(
     json_output: options.Json = False,
 ) -> None:
     """Drop whole attention groups and MLP channels, or zero single weights, once, offline."""
+    from loram_cli.cli.kept import widths_remarks, widths_table
     from loram_cli.cli.render import (
         print_json,
         prune_line,
@@ -80,6 +115,12 @@ def command(
         NAME,
         strategy=strategy,
         ratio=ratio,
+        plan=plan,
+        target_params=target_params,
+        fit_memory=fit_memory,
+        quantize=quantize,
+        rank=rank,
+        scope=scope,
         out=out,
         keep_first=keep_first,
         keep_last=keep_last,
@@ -100,28 +141,28 @@ def command(
     options.tell_defaults(name, NAME, values, reporter)
     spec = resolve.prune_spec(directory, name, values)
     if dry_run:
-        plan = prune.plan(spec).results()
+        planned = prune.plan(spec).results()
         prune.check_output(spec)
         if json_output:
-            print_json(plan)
+            print_json(planned)
             return
         console = stdout_console()
         console.print(
-            f"would prune {spec.model} ({format_params(plan['base_params'])}) into {spec.out}: "
-            + prune_line(plan)
+            f"would prune {spec.model} ({format_params(planned['base_params'])}) into {spec.out}: "
+            + prune_line(planned)
         )
-        if plan["calibration"]:
-            c = plan["calibration"]
+        if planned["calibration"]:
+            c = planned["calibration"]
             console.print(
                 f"calibration: {c['samples']} windows of {c['length']} tokens; one decoder layer "
                 f"in memory, activations {format_bytes(c['activation_memory_bytes'])} in memory "
                 f"and {format_bytes(c['activation_disk_bytes'])} on disk"
             )
-        if plan["sparsity"]:
+        if planned["sparsity"]:
             return
-        console.print("layer: attention heads / key-value heads / MLP channels")
-        for layer, (heads, kv_heads, channels) in plan["widths"].items():
-            console.print(f"{layer:>5}: {heads} / {kv_heads} / {channels}")
+        console.print(widths_table(planned))
+        for remark in widths_remarks(planned):
+            console.print(remark)
         return
     result = prune.run(spec, reporter)
     if out is None:

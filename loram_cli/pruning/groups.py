@@ -1,9 +1,11 @@
 """Keep indices: from kept groups of a layer to rows and columns of its tensors."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from loram_cli.arch.spec import Axis, LayerGeometry, LinearModule
+from loram_cli.arch.spec import Axis, Family, LayerGeometry, LinearModule
 from loram_cli.errors import LoramError
 
 
@@ -53,6 +55,20 @@ class LayerKeep:
         width = heads_per_group * layer.head_dim
         return [group * width + i for group in self.key_value_heads for i in range(width)]
 
+    def widths(self, layer: LayerGeometry) -> LayerGeometry:
+        """The layer's widths once the rest is gone.
+
+        Args:
+            layer: The layer's widths before pruning.
+        """
+        queries_per_kv = layer.num_attention_heads // layer.num_key_value_heads
+        return replace(
+            layer,
+            num_attention_heads=len(self.key_value_heads) * queries_per_kv,
+            num_key_value_heads=len(self.key_value_heads),
+            intermediate_size=len(self.intermediate),
+        )
+
     def rows(self, module: LinearModule, layer: LayerGeometry) -> list[int] | None:
         """Kept output features of a module, or None when all stay."""
         return self._segments(module.rows, layer)
@@ -70,3 +86,31 @@ class LayerKeep:
             indices.extend(start + i for i in self.axis_indices(axis, layer))
             start += layer.axis_units(axis)
         return indices
+
+
+def params_per_group(
+    family: Family, config: Mapping[str, Any], layer: LayerGeometry
+) -> dict[str, int]:
+    """How many parameters dropping one group of a layer frees, biases included.
+
+    Args:
+        family: Tells which axis of which module runs over which groups.
+        config: The base's ``config.json``; it tells which biases exist.
+        layer: The layer's widths before pruning.
+
+    Returns:
+        For ``key_value`` (a head with its query heads) and for ``intermediate``.
+    """
+
+    def params(kept: LayerGeometry) -> int:
+        shapes = family.layer_shapes(0, kept, config)
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    whole = params(layer)
+    one_head = LayerKeep((0,), tuple(range(layer.intermediate_size))).widths(layer)
+    one_channel = LayerKeep(tuple(range(layer.num_key_value_heads)), (0,)).widths(layer)
+    heads, channels = layer.num_key_value_heads - 1, layer.intermediate_size - 1
+    return {
+        "key_value": (whole - params(one_head)) // heads if heads else 1,
+        "intermediate": (whole - params(one_channel)) // channels if channels else 1,
+    }

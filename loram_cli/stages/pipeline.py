@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loram_cli.reporting import Reporter
 from loram_cli.runs.rundir import RunDirectory
+from loram_cli.specs import spec_from_mapping
 from loram_cli.stages import align, evaluate, merge, prune, recover, resolve, train
 from loram_cli.stages.common import StageResult
 from loram_cli.stages.recipe import Recipe
+from loram_cli.stages.widths import DEFAULT_RATIO, choose_widths
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     from loram_cli.checkpoint.index import read_config
     from loram_cli.memory.account import count_nonzero_params, count_params
     from loram_cli.memory.presets import load_preset
-    from loram_cli.pruning.plan import layer_widths, pruned_config
+    from loram_cli.pruning.plan import pruned_config
 
     config = (
         load_preset(recipe.preset)
@@ -53,17 +56,18 @@ def dry_run(recipe: Recipe) -> DryRun:
     family = family_for(config, recipe.model)
     section = recipe.section("prune")
     if section.get("strategy") in resolve.SPARSE:
-        ratio = section.get(
-            "ratio", 0.5 if section["strategy"] == "semi" else prune.PruneSpec.ratio
-        )
+        ratio = section.get("ratio", 0.5 if section["strategy"] == "semi" else DEFAULT_RATIO)
         base = count_params(family, config).total
         pruned = count_nonzero_params(family, config, ratio).total
         values = {stage: recipe.section(stage) for stage in recipe.stages}
         # Zeros take their place: memory is the base's.
         return DryRun(recipe.stages, values, base, pruned, base * 2, base // 2)
-    chosen = {k: section[k] for k in ("keep_first", "keep_last") if k in section}
+    # Where the model lies plays no part in its widths.
+    spec = spec_from_mapping(
+        prune.PruneSpec, {**section, "model": Path(), "out": Path()}, "recipe, stage prune"
+    )
     geometry = family.geometry(config)
-    widths = layer_widths(geometry, section.get("ratio", prune.PruneSpec.ratio), **chosen)
+    widths = choose_widths(spec, family, config).after
     narrow = pruned_config(config, geometry, widths)
     base, pruned = (count_params(family, c).total for c in (config, narrow))
     values = {stage: recipe.section(stage) for stage in recipe.stages}

@@ -16,14 +16,21 @@ from loram_cli.stages.common import (
 )
 from loram_cli.stages.methods import check_method
 from loram_cli.stages.planning import find_finished
+from loram_cli.stages.prune_plan import PrunePlan
+from loram_cli.stages.widths import (
+    check_amount,
+    choose_widths,
+    layers_to_prune,
+    plan_input,
+    rank_globally,
+    settle_amounts,
+)
 from loram_cli.units import GIB
 
 if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family, Geometry, LayerGeometry
+    from loram_cli.arch.spec import Family
     from loram_cli.checkpoint.index import CheckpointIndex
-    from loram_cli.checkpoint.writer import TensorPlan
     from loram_cli.pruning.groups import LayerKeep
-    from loram_cli.stages.calibration import CalibrationNeeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,16 @@ class PruneSpec:
         strategy: ``rand`` draws whole groups, ``stru`` ranks them; ``unst`` zeroes single weights
             and ``semi`` two in every four, in all decoder linears.
         ratio: Share of groups to drop in every pruned layer, or of weights to zero, in (0, 1);
-            ``semi`` has 0.5 and no other.
+            ``semi`` has 0.5 and no other. 0.65 where nothing else says how much goes.
+        plan: In place of ``ratio``: a file with ratios of its own for layers.
+        target_params: In place of ``ratio``: parameters that the pruned model may have; a number,
+            or text such as ``6B``.
+        fit_memory: In place of ``ratio``: memory that the weights and the training state of LoRA
+            may take, activations aside; bytes, or text such as ``24GiB``.
+        quantize: With ``fit_memory``: training holds the weights in ``nf4``, else in bf16.
+        rank: With ``fit_memory``: LoRA rank.
+        scope: ``layer``: every layer loses its own share; ``global``: the groups of all layers
+            are ranked together.
         keep_first: Layers at the input side that stay whole (``rand`` and ``stru`` alone).
         keep_last: Layers at the output side that stay whole (``rand`` and ``stru`` alone).
         importance: ``stru`` ranks by first-order ``taylor``, ``unst`` and ``semi`` choose by
@@ -57,7 +73,13 @@ class PruneSpec:
     model: Path
     out: Path
     strategy: Literal["rand", "stru", "semi", "unst"] = "stru"
-    ratio: float = 0.65
+    ratio: float | None = None
+    plan: Path | None = None
+    target_params: int | str | None = None
+    fit_memory: int | str | None = None
+    quantize: Literal["nf4"] | None = None
+    rank: int = 8
+    scope: Literal["layer", "global"] = "layer"
     keep_first: int = 4
     keep_last: int = 2
     importance: Literal["taylor", "l2", "sparsegpt"] | None = None
@@ -73,8 +95,8 @@ class PruneSpec:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise UsageError(f"--ratio {self.ratio} is outside (0, 1)")
+        settle_amounts(self)
+        check_amount(self)
         for name in ("keep_first", "keep_last"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} cannot be negative")
@@ -101,63 +123,6 @@ class PruneSpec:
         return self.method in ("taylor", "sparsegpt")
 
 
-@dataclass(frozen=True)
-class PrunePlan:
-    """What pruning will do, known from config and index alone.
-
-    Attributes:
-        family: The base's family.
-        config: The base's ``config.json``.
-        index: The base's tensors.
-        before: The base's widths.
-        after: Widths per layer after pruning.
-        tensors: Every output tensor, in writing order.
-        base_params: Parameters of the base.
-        pruned_params: Parameters of the output.
-        calibration: What calibration reads and holds; None without it.
-        sparsity: Share of zeros in the decoder linears; ``pruned_params`` are then what is not
-            zero, and the tensors stay as large as they were.
-    """
-
-    family: "Family"
-    config: dict[str, Any]
-    index: "CheckpointIndex"
-    before: "Geometry"
-    after: "tuple[LayerGeometry, ...]"
-    tensors: "dict[str, TensorPlan]"
-    base_params: int
-    pruned_params: int
-    calibration: "CalibrationNeeds | None" = None
-    sparsity: float = 0.0
-
-    @property
-    def out_bytes(self) -> int:
-        """Bytes of the output's tensors."""
-        return sum(tensor.num_bytes for tensor in self.tensors.values())
-
-    def results(self) -> dict[str, Any]:
-        """The figures of the plan, for the manifest and ``--dry-run``."""
-        changed = [i for i, layer in enumerate(self.before.layers) if layer != self.after[i]]
-        return {
-            "base_params": self.base_params,
-            "pruned_params": self.pruned_params,
-            "reduction": round(self.base_params / self.pruned_params, 4),
-            "removed_share": round(1 - self.pruned_params / self.base_params, 4),
-            "weight_bytes": self.out_bytes,
-            "sparsity": self.sparsity,
-            "calibration": self.calibration.to_mapping() if self.calibration else None,
-            "pruned_layers": changed,
-            "widths": {
-                str(i): [
-                    layer.num_attention_heads,
-                    layer.num_key_value_heads,
-                    layer.intermediate_size,
-                ]
-                for i, layer in enumerate(self.after)
-            },
-        }
-
-
 def plan(spec: PruneSpec) -> PrunePlan:
     """Work out shapes and check everything that can be known before a tensor is read.
 
@@ -171,7 +136,6 @@ def plan(spec: PruneSpec) -> PrunePlan:
     from loram_cli.checkpoint.index import CheckpointIndex, read_config
     from loram_cli.checkpoint.sources import require_tokenizer
     from loram_cli.checkpoint.writer import TensorPlan
-    from loram_cli.pruning.plan import layer_widths, pruned_config
     from loram_cli.stages.calibration import calibration_needs
     from loram_cli.stages.sparsify import sparse_plan
 
@@ -186,38 +150,30 @@ def plan(spec: PruneSpec) -> PrunePlan:
     if spec.zeroes_weights:
         return sparse_plan(spec, family, config, index, expected)
     before = family.geometry(config)
-    after = layer_widths(before, spec.ratio, spec.keep_first, spec.keep_last)
-    narrow_config = pruned_config(config, before, after)
-    head = f"{family.lm_head}.weight"
-    shapes = {head: expected[head]} if head in expected else {}
-    shapes |= family.tensor_shapes(narrow_config)
-    tensors = {
-        name: TensorPlan(entry.dtype, shapes[name])
-        for name, entry in index.tensors.items()
-        if name in shapes
-    }
+    chosen = choose_widths(spec, family, config)
     stored = index.tensors[f"{family.embedding}.weight"].dtype
     calibration = calibration_needs(spec, config, stored) if spec.needs_calibration else None
     scratch_bytes = calibration.disk_bytes if calibration else 0
-    check_free_disk(spec.out, sum(t.num_bytes for t in tensors.values()) + scratch_bytes)
-    return PrunePlan(
-        family,
-        narrow_config,
-        index,
-        before,
-        after,
-        tensors,
-        sum(math.prod(shape) for shape in expected.values()),
-        sum(math.prod(shape) for shape in shapes.values()),
-        calibration,
-    )
+    base_params = sum(math.prod(shape) for shape in expected.values())
+    tensors = {
+        name: TensorPlan(entry.dtype, entry.shape)
+        for name, entry in index.tensors.items()
+        if name in expected
+    }
+    whole = PrunePlan(
+        family, config, index, before, before.layers, tensors, base_params, base_params,
+        calibration, chosen=chosen,
+    )  # fmt: skip
+    planned = whole.with_widths(chosen.after)
+    check_free_disk(spec.out, planned.out_bytes + scratch_bytes)
+    return planned
 
 
 def check_output(spec: PruneSpec) -> dict[str, Any]:
     """Check that the output is free to be written, or is this very pruning.
 
     Returns:
-        The base's path and digests.
+        What the pruning comes from: path and digests of the base, and of a plan file.
 
     Raises:
         LoramError: Another process is writing it.
@@ -226,8 +182,9 @@ def check_output(spec: PruneSpec) -> dict[str, Any]:
     from loram_cli.checkpoint.identity import identify
 
     base = {"path": str(spec.model), **identify(spec.model).to_mapping()}
-    find_finished("prune", spec, {"base": base})
-    return base
+    inputs = {"base": base, **plan_input(spec)}
+    find_finished("prune", spec, inputs)
+    return inputs
 
 
 def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
@@ -237,22 +194,27 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
         LoramError: See :func:`plan`; also NaN weights, or unusable calibration text.
     """
     from loram_cli.checkpoint.sources import copy_companions
+    from loram_cli.pruning.picture import draw_kept
     from loram_cli.stages.sparsify import sparsity_record, write_sparse
 
     planned = plan(spec)
-    base = check_output(spec)
-    with stage_run("prune", spec, {"base": base}, spec.model) as stage:
+    inputs = check_output(spec)
+    base = inputs["base"]
+    with stage_run("prune", spec, inputs, spec.model) as stage:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        results, sparsity, digests = planned.results(), {}, {}
+        sparsity, digests = {}, {}
         if spec.zeroes_weights:
             keep = {}
-            results |= write_sparse(spec, planned, stage.path, reporter)
+            results = planned.results() | write_sparse(spec, planned, stage.path, reporter)
             sparsity = sparsity_record(spec, results)
         else:
             keep = _keep_indices(spec, planned, stage.path, reporter)
+            planned = planned.with_keep(keep)
+            results = planned.results()
             digests = _write_weights(spec, planned, keep, stage.path, reporter)
+            draw_kept(planned.before.layers, planned.after, stage.path / "kept.png")
         (stage.path / "config.json").write_text(json.dumps(planned.config, indent=2) + "\n")
         copy_companions(spec.model, stage.path)
         return stage.commit(
@@ -286,16 +248,17 @@ def _expected_shapes(
 def _keep_indices(
     spec: PruneSpec, planned: PrunePlan, work: Path, reporter: Reporter
 ) -> "dict[int, LayerKeep]":
-    from loram_cli.pruning.plan import pruned_layers
     from loram_cli.pruning.select import keep_highest, keep_random
     from loram_cli.stages.ranking import group_scores
 
-    layers = pruned_layers(len(planned.before.layers), spec.keep_first, spec.keep_last)
+    layers = layers_to_prune(spec, planned)
     if spec.strategy == "rand":
         return {
             i: keep_random(planned.before.layers[i], planned.after[i], spec.seed, i) for i in layers
         }
     scores = group_scores(spec, planned, layers, work, reporter)
+    if spec.scope == "global":
+        return rank_globally(planned, scores)
     return {i: keep_highest(scores[i], planned.after[i]) for i in layers}
 
 

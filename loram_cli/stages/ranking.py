@@ -9,7 +9,8 @@ from loram_cli.reporting import Reporter
 if TYPE_CHECKING:
     from loram_cli.arch.spec import LinearModule
     from loram_cli.pruning.scores import LayerScores, SalienceSums
-    from loram_cli.stages.prune import PrunePlan, PruneSpec
+    from loram_cli.stages.prune import PruneSpec
+    from loram_cli.stages.prune_plan import PrunePlan
 
 
 def group_scores(

@@ -15,6 +15,7 @@ from loram_cli.stages.prune import PruneSpec
 from loram_cli.stages.recipe import demo_recipe
 from loram_cli.stages.recover import RecoverSpec
 from loram_cli.stages.train import TrainSpec
+from loram_cli.stages.widths import AMOUNTS
 
 Values = Mapping[str, Any]
 FULL_LORA = "full-lora"
@@ -42,7 +43,8 @@ def stage_defaults(model: str, stage: str, values: Values) -> dict[str, Any]:
     Args:
         model: The base model's name.
         stage: The stage.
-        values: What is given; zeroing single weights goes with other defaults.
+        values: What is given; what takes the place of a default displaces it, and zeroing single
+            weights goes with other defaults.
     """
     if model != DEMO_MODEL:
         return {}
@@ -50,6 +52,8 @@ def stage_defaults(model: str, stage: str, values: Values) -> dict[str, Any]:
     if stage == "prune" and values.get("strategy") in SPARSE:
         # Enough text for SparseGPT's 128 windows, as long as those that the demo base has seen.
         defaults |= {"ratio": 0.5, "calibration": "demo:corpus", "calibration_length": 192}
+    if stage == "prune" and any(name in values for name in AMOUNTS):
+        defaults.pop("ratio", None)
     return defaults
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from loram_cli.arch.spec import Family
     from loram_cli.checkpoint.index import CheckpointIndex
     from loram_cli.checkpoint.reader import TensorReader
-    from loram_cli.stages.prune import PrunePlan, PruneSpec
+    from loram_cli.stages.prune import PruneSpec
+    from loram_cli.stages.prune_plan import PrunePlan
 
 
 def sparse_plan(
@@ -43,7 +44,7 @@ def sparse_plan(
     from loram_cli.checkpoint.writer import TensorPlan
     from loram_cli.pruning.sparsity import SEMI_GROUP, zeros_wanted
     from loram_cli.stages.calibration import calibration_needs
-    from loram_cli.stages.prune import PrunePlan
+    from loram_cli.stages.prune_plan import PrunePlan
 
     geometry = family.geometry(config)
     zeros = 0

@@ -1,0 +1,65 @@
+"""A budget in place of a ratio: the smallest ratio whose pruned model fits."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from loram_cli.arch.spec import Family, Geometry, LayerGeometry
+from loram_cli.memory import account
+from loram_cli.pruning.plan import layer_widths
+
+# Ratios are tried in steps of 1e-5: less than one MLP channel of any model.
+_STEPS = 100_000
+
+
+def smallest_ratio(
+    geometry: Geometry,
+    keep_first: int,
+    keep_last: int,
+    fits: Callable[[tuple[LayerGeometry, ...]], bool],
+) -> float | None:
+    """The smallest ratio whose widths fit, or None where not even the largest does.
+
+    Args:
+        geometry: The base's widths.
+        keep_first: Layers at the input side that stay whole.
+        keep_last: Layers at the output side that stay whole.
+        fits: Whether a model of these widths fits; where it does, narrower ones must too.
+    """
+
+    def tried(step: int) -> bool:
+        return fits(layer_widths(geometry, step / _STEPS, keep_first, keep_last))
+
+    high = round(largest_ratio(geometry) * _STEPS)
+    if not tried(high):
+        return None
+    low = 0
+    # tried(low) is false or never asked, tried(high) is true.
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if tried(middle) else (middle, high)
+    return high / _STEPS
+
+
+def largest_ratio(geometry: Geometry) -> float:
+    """The largest ratio that is tried: one channel of the narrowest MLP stays."""
+    narrowest = min(layer.intermediate_size for layer in geometry.layers)
+    return min(_STEPS - 1, _STEPS * (narrowest - 1) // narrowest) / _STEPS
+
+
+def training_bytes(
+    family: Family, config: Mapping[str, Any], *, rank: int, quantize: str | None
+) -> int:
+    """What LoRA training on a model holds beside activations, logits and the CUDA context.
+
+    Args:
+        family: The model's family.
+        config: Its ``config.json``.
+        rank: LoRA rank.
+        quantize: ``nf4``, or None for weights in bf16.
+    """
+    if quantize == "nf4":
+        weight_bytes = account.nf4_weight_bytes(family, config)
+    else:
+        weight_bytes = account.count_params(family, config).total * account.BF16_BYTES
+    lora_params = account.count_lora_params(family, config, rank)
+    return weight_bytes + account.training_state(lora_params).total_bytes
