@@ -78,7 +78,7 @@ def check_widths(config: Mapping[str, Any], where: str) -> None:
     for layer, widths in layers.items():
         count = config.get("num_hidden_layers", _HIGHEST["num_hidden_layers"])
         if not str(layer).isdecimal() or int(layer) >= count or not isinstance(widths, Mapping):
-            raise LoramError(f"{where}: per_layer_config has no sound entry '{_short(layer)}'")
+            raise LoramError(f"{where}: per_layer_config has no sound entry {_short(layer)}")
         _check(widths, f"{where}: per_layer_config {layer}")
 
 
