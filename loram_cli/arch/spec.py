@@ -5,18 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from loram_cli.errors import LoramError
-
 Axis = Literal["query", "key_value", "intermediate"]
 """What one axis of a weight runs over; ``None`` in its place means that it is never pruned."""
-
-_REQUIRED = (
-    "hidden_size",
-    "vocab_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-)
 
 
 @dataclass(frozen=True)
@@ -73,11 +63,8 @@ class Geometry:
                 something open: see :meth:`Family.geometry`.
 
         Raises:
-            LoramError: A required width is absent.
+            KeyError: A required width is absent.
         """
-        for key in _REQUIRED:
-            if config.get(key) is None:
-                raise LoramError(f"config.json: {key} is missing")
         heads = config["num_attention_heads"]
         base = LayerGeometry(
             num_attention_heads=heads,

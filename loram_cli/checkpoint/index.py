@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from loram_cli.checkpoint.widths import check_widths
+from loram_cli.checkpoint.widths import check_required, check_widths
 from loram_cli.errors import LoramError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -180,6 +180,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     config = read_json(directory / "config.json")
     check_widths(config, str(directory / "config.json"))
+    check_required(config, str(directory / "config.json"))
     return config
 
 

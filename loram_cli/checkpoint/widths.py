@@ -22,6 +22,34 @@ _DERIVED = ("num_key_value_heads", "head_dim")
 _LONGEST_NAME = 100
 
 
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
+
+
+def check_required(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config of a known family that lacks a width which every model has.
+
+    Args:
+        config: The parsed ``config.json``.
+        where: The file, to name in errors.
+
+    Raises:
+        LoramError: A width is absent.
+    """
+    from loram_cli.arch.registry import families
+
+    for family in families():
+        if config.get("model_type") in family.model_types:
+            for key in _REQUIRED:
+                if key not in config and key not in family.config_defaults:
+                    raise LoramError(f"{where}: has no {key}")
+
+
 def check_widths(config: Mapping[str, Any], where: str) -> None:
     """Refuse widths that are no whole numbers of a plausible range.
 
@@ -50,7 +78,7 @@ def check_widths(config: Mapping[str, Any], where: str) -> None:
     for layer, widths in layers.items():
         count = config.get("num_hidden_layers", _HIGHEST["num_hidden_layers"])
         if not str(layer).isdecimal() or int(layer) >= count or not isinstance(widths, Mapping):
-            raise LoramError(f"{where}: per_layer_config has no sound entry '{_short(layer)}'")
+            raise LoramError(f"{where}: per_layer_config has no sound entry {_short(layer)}")
         _check(widths, f"{where}: per_layer_config {layer}")
 
 

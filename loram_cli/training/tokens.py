@@ -59,7 +59,7 @@ def pack_tokens(texts: Iterable[str], tokenizer: Any, block_length: int) -> list
     if blocks == 0:
         raise LoramError(
             f"the text has {len(run)} tokens, less than one block of {block_length}",
-            "pass more text, or a shorter --sequence-length",
+            "pass more text, or a shorter --block-length",
         )
     return [TokenRow(row) for row in run[: blocks * block_length].reshape(blocks, block_length)]
 
@@ -111,7 +111,7 @@ def tokenize_examples(
     if not rows:
         raise LoramError(
             f"no example keeps an answer within {sequence_length} tokens",
-            "pass a longer --sequence-length",
+            "pass a longer --max-length",
         )
     return rows
 

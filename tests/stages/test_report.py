@@ -204,12 +204,12 @@ def test_unknown_strategy_is_refused_by_the_spec():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"hidden_size": None}, "not sound"),
-        ({"num_attention_heads": 0}, "not sound"),
-        ({"num_hidden_layers": "32"}, "not sound"),
-        ({"vocab_size": -5}, "impossible shape"),
-        ({"intermediate_size": 1.5}, "impossible shape"),
-        ({"per_layer_config": [1]}, "not sound"),
+        ({"hidden_size": None}, "a whole number from 1"),
+        ({"num_attention_heads": 0}, "a whole number from 1"),
+        ({"num_hidden_layers": "32"}, "a whole number from 1"),
+        ({"vocab_size": -5}, "a whole number from 1"),
+        ({"intermediate_size": 1.5}, "a whole number from 1"),
+        ({"per_layer_config": [1]}, "no mapping"),
         ({"model_type": "gpt_neox"}, "not a known family"),
     ],
 )

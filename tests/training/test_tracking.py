@@ -75,6 +75,7 @@ def test_losses_reach_the_tracker(
     monkeypatch.setattr(tracking, "check_trackers", lambda names: None)
     words = ["train", "--in", finished_run / "pruned", "--out", tmp_path / "out"]
     words += ["--data", instructions, "--report-to", "tensorboard", "--run", tmp_path / "run"]
+    words += ["--eval-data", instructions]
     words += ["--steps", "2", "--batch", "2", "--micro-batch", "2", "--max-length", "64"]
     assert run_command([str(word) for word in words]) == 0
     assert {step for name, _, step in logged if name == "train/loss"} == {1, 2}
