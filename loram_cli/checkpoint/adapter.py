@@ -82,14 +82,22 @@ class LoraAdapter:
         return cls(config, {m: LoraPair(p["lora_A"], p["lora_B"]) for m, p in factors.items()})
 
     def write(self, directory: Path) -> None:
-        """Write as PEFT does."""
+        """Write as PEFT does.
+
+        Raises:
+            LoramError: The disk is full.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {}
         for module, pair in self.pairs.items():
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair.lora_a.contiguous()
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.lora_b.contiguous()
-        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        try:
+            save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise LoramError(f"{directory / WEIGHTS_NAME}: cannot write ({error})") from error
         text = json.dumps(self.config, indent=2, sort_keys=True)
         (directory / CONFIG_NAME).write_text(text + "\n", "utf-8")
 

@@ -35,7 +35,7 @@ def write_header(directory: Path, header: object, data: bytes = bytes(16)) -> No
         ({"t": {**ENTRY, "shape": [2.0]}}, "entry of t does not add up"),
         ({"t": {**ENTRY, "data_offsets": [8, 0]}}, "entry of t does not add up"),
         ({"t": {**ENTRY, "dtype": "F12"}}, "unsupported type 'F12'"),
-        ({"t": {**ENTRY, "dtype": ["F32"]}}, "t"),
+        ({"t": {**ENTRY, "dtype": ["F32"]}}, "tensor t has the unsupported type"),
         ({"t": ENTRY, "u": {**ENTRY, "data_offsets": [4, 12]}}, "u overlaps another"),
         ({"t": {**ENTRY, "data_offsets": [16, 24]}}, "truncated"),
         ({"t": {**ENTRY, "shape": [2**62, 2], "data_offsets": [0, 2**65]}}, "truncated"),
@@ -121,7 +121,7 @@ def test_adapter_factors_that_do_not_match(tmp_path, wrong):
     elif wrong == "ranks":
         tensors[b] = torch.zeros(6, 3)
     else:
-        tensors["other"] = tensors[a]
+        tensors["other"] = tensors[a].clone()
     save_file(tensors, file)
     with pytest.raises(LoramError, match=r"do not match|is not a LoRA factor"):
         read_shapes(tmp_path)
