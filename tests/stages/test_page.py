@@ -43,8 +43,8 @@ def test_the_page_is_whole_and_fetches_nothing(finished_run: Path, tmp_path: Pat
     assert not re.search(r"@import|url\((?!#)", page)
     assert structure.seen.count("svg") == 2
     assert structure.seen.count("details") == 6
-    labels = re.findall(r"<tr><td>(base|pruned|loram)</td>", page)
-    assert labels == ["base", "pruned", "loram"]
+    labels = re.findall(r"<tr><td>(base|pruned|recovered)</td>", page)
+    assert labels == ["base", "pruned", "recovered"]
     assert page.count('class="best"') == 1
     assert page.count("layer ") >= 4
 
