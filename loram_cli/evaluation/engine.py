@@ -12,11 +12,12 @@ from loram_cli.evaluation.responses import ResponseCache, response_key
 from loram_cli.evaluation.scoring import SpanScore, TokenSpan
 from loram_cli.reporting import NullReporter, Reporter
 
-Done = Callable[[int, Any], None]
+# Told of a whole batch: places and answers.
+Done = Callable[[Sequence[tuple[int, Any]]], None]
 
 
 class Backend(Protocol):
-    """A model that generates and scores; tells of each answer by its place as it comes."""
+    """A model that generates and scores; tells of the answers, by their places, batch by batch."""
 
     def generate(self, jobs: Sequence[Generation], done: Done) -> None:
         """Texts."""
@@ -108,7 +109,10 @@ class Engine(LM):
 
         def pick(backend: Backend) -> Callable[..., None]:
             def ask(missing: Sequence[TokenSpan], done: Done) -> None:
-                backend.score(missing, lambda i, s: done(i, [s.logprob, s.tokens, s.greedy]))
+                def tell(batch: Sequence[tuple[int, Any]]) -> None:
+                    done([(place, [s.logprob, s.tokens, s.greedy]) for place, s in batch])
+
+                backend.score(missing, tell)
 
             return ask
 
@@ -133,10 +137,9 @@ class Engine(LM):
                 if self._backend is None:
                     self._backend = self._open_backend()
 
-                def done(index: int, answer: Any) -> None:
-                    self._cache.put(missing[index][0], answer)
-                    progress.advance()
-                    self._cache.flush()
+                def done(batch: Sequence[tuple[int, Any]]) -> None:
+                    self._cache.put({missing[index][0]: answer for index, answer in batch})
+                    progress.advance(len(batch))
 
                 method(self._backend)([questions[place] for _, place in missing], done)
         return [self._cache.get(key) for key in keys]

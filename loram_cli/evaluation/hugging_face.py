@@ -49,8 +49,7 @@ class HuggingFaceBackend:
 
         def work(places: Sequence[int]) -> None:
             texts = self._decoder.generate([prompts[i] for i in places], [jobs[i] for i in places])
-            for place, text in zip(places, texts, strict=True):
-                done(place, text)
+            done(list(zip(places, texts, strict=True)))
 
         order = sorted(range(len(jobs)), key=lambda i: (-len(prompts[i]), i))
         self._batching(scoring=False).run(order, tokens, work)
@@ -58,7 +57,7 @@ class HuggingFaceBackend:
     def loglikelihood(self, pairs: Sequence[tuple[str, str]], done: Done) -> None:
         """As lm-eval tokenizes, joins and cuts context and continuation."""
         spans = self._encoder.spans(pairs)
-        self.score(spans, lambda place, s: done(place, [s.logprob, s.greedy]))
+        self.score(spans, lambda batch: done([(i, [s.logprob, s.greedy]) for i, s in batch]))
 
     def rolling(self, texts: Sequence[str], done: Done) -> None:
         """Each text in disjoint windows of the context, after the prefix token."""
@@ -75,16 +74,14 @@ class HuggingFaceBackend:
         waiting = {place: owners.count(place) for place in range(len(texts))}
         sums = dict.fromkeys(waiting, 0.0)
 
-        def add(index: int, score: SpanScore) -> None:
-            place = owners[index]
-            sums[place] += score.logprob
-            waiting[place] -= 1
-            if waiting[place] == 0:
-                done(place, sums[place])
+        def add(batch: Sequence[tuple[int, SpanScore]]) -> None:
+            for index, score in batch:
+                sums[owners[index]] += score.logprob
+                waiting[owners[index]] -= 1
+            whole = {owners[index] for index, _ in batch if waiting[owners[index]] == 0}
+            done([(place, sums[place]) for place in sorted(whole)])
 
-        for place, windows in waiting.items():
-            if windows == 0:
-                done(place, 0.0)
+        done([(place, 0.0) for place, windows in waiting.items() if windows == 0])
         self.score(spans, add)
 
     def score(self, spans: Sequence[TokenSpan], done: Done) -> None:

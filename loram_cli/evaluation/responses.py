@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from loram_cli.errors import LoramError
 
 
 class ResponseCache:
-    """A file of JSON lines, one answer each, only ever appended to.
+    """A file of JSON lines, the answers of a batch each, only ever appended to.
+
+    A batch is kept whole or not at all: what a kill has torn is asked again in the same company,
+    so that not even the last digit depends on the kill.
 
     Args:
         path: The file; it and its folder are created on the first answer. None keeps answers in
@@ -32,8 +36,7 @@ class ResponseCache:
             if len(whole) < len(data):
                 os.truncate(path, len(whole))
             for line in whole.splitlines():
-                key, value = json.loads(line)
-                self._answers[key] = value
+                self._answers.update(json.loads(line))
         except (OSError, ValueError, TypeError) as error:
             raise LoramError(
                 f"{path}: not a file of kept answers ({error})", "delete it, or pass --force"
@@ -43,20 +46,16 @@ class ResponseCache:
         """The kept answer, or None."""
         return self._answers.get(key)
 
-    def put(self, key: str, value: Any) -> None:
-        """Keep an answer; it is on disk after :meth:`flush`."""
-        self._answers[key] = value
+    def put(self, answers: Mapping[str, Any]) -> None:
+        """Keep a batch; a kill of this process from here on loses none of it."""
+        self._answers.update(answers)
         if self._path is None:
             return
         if self._stream is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = self._path.open("a", encoding="utf-8")
-        self._stream.write(json.dumps([key, value]) + "\n")
-
-    def flush(self) -> None:
-        """Hand what was put to the operating system: a kill of this process loses none of it."""
-        if self._stream is not None:
-            self._stream.flush()
+        self._stream.write(json.dumps(answers) + "\n")
+        self._stream.flush()
 
     def close(self) -> None:
         """Close the file."""

@@ -36,21 +36,21 @@ def score_spans(
     model: Any,
     spans: Sequence[TokenSpan],
     batching: GrowingBatch,
-    done: Callable[[int, SpanScore], None],
+    done: Callable[[Sequence[tuple[int, SpanScore]]], None],
 ) -> None:
-    """Score every span; ``done`` is told of each by its place as its batch ends.
+    """Score every span; ``done`` is told of places and scores as each batch ends.
 
     Args:
         model: A causal LM in evaluation mode.
         spans: At most one token longer than the context: the last one is no input.
         batching: Chooses the rows per pass.
-        done: Called with the place and the score.
+        done: Called with the places and scores of a batch.
     """
     order = sorted(range(len(spans)), key=lambda i: -len(spans[i].ids))
 
     def work(places: Sequence[int]) -> None:
-        for place, score in zip(places, _score(model, [spans[i] for i in places]), strict=True):
-            done(place, score)
+        scores = _score(model, [spans[i] for i in places])
+        done(list(zip(places, scores, strict=True)))
 
     batching.run(order, lambda i: len(spans[i].ids), work)
 

@@ -105,7 +105,11 @@ class VllmBackend:
     def loglikelihood(self, pairs: Sequence[tuple[str, str]], done: Done) -> None:
         """Log-likelihoods of continuations."""
         requests = [_Request(*pair) for pair in pairs]
-        self._call(self._model.loglikelihood, requests, lambda i, a: done(i, [a[0], bool(a[1])]))
+        self._call(
+            self._model.loglikelihood,
+            requests,
+            lambda batch: done([(place, [a[0], bool(a[1])]) for place, a in batch]),
+        )
 
     def rolling(self, texts: Sequence[str], done: Done) -> None:
         """Log-likelihoods of whole texts."""
@@ -115,9 +119,14 @@ class VllmBackend:
         """Log-likelihoods of token spans."""
         requests = [(None, list(s.ids[: s.start]), list(s.ids[s.start :])) for s in spans]
 
-        def tell(index: int, answer: Any) -> None:
-            span = spans[index]
-            done(index, SpanScore(answer[0], len(span.ids) - span.start, bool(answer[1])))
+        def tell(batch: Sequence[tuple[int, Any]]) -> None:
+            lengths = [len(spans[place].ids) - spans[place].start for place, _ in batch]
+            done(
+                [
+                    (place, SpanScore(answer[0], length, bool(answer[1])))
+                    for (place, answer), length in zip(batch, lengths, strict=True)
+                ]
+            )
 
         self._call(self._model._loglikelihood_tokens, requests, tell)
 
@@ -125,8 +134,7 @@ class VllmBackend:
     def _call(method: Any, requests: Sequence[Any], done: Done) -> None:
         for first in range(0, len(requests), _REQUESTS_PER_CALL):
             answers = method(requests[first : first + _REQUESTS_PER_CALL], disable_tqdm=True)
-            for index, answer in enumerate(answers, first):
-                done(index, answer)
+            done(list(enumerate(answers, first)))
 
 
 class _Request:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 RESULTS_NAME = "results.json"
 PLOT_NAME = "results.png"
+ANSWERS_NAME = "responses"
 AUTO = "auto"
 _LABEL = re.compile(r"[\w][\w.-]*")
 _DEMO_TASKS = ("gsm8k", "perplexity")
@@ -92,15 +93,14 @@ class EvalSpec:
 def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
     """Score every row on every task.
 
-    Answers of a model are kept as they come, beside the output: after an interruption, or with
-    other tasks or rows, nothing that was answered is asked again.
+    Answers of a model are kept as they come: after an interruption nothing that was answered is
+    asked again, nor with other tasks or rows what the results that are replaced had answered.
 
     Raises:
         LoramError: A task's data cannot be had, or a model cannot be loaded.
     """
     _, requests = _prepare(spec, reporter)
     inputs = eval_inputs(spec.rows, requests)
-    answers = spec.out.parent / f".{spec.out.name}.responses"
     stage = stage_run(
         "eval",
         spec,
@@ -112,8 +112,10 @@ def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
     with stage as opened:
         if opened.finished is not None:
             return opened.finished
-        if spec.force:
-            shutil.rmtree(answers, ignore_errors=True)
+        answers = opened.path / ANSWERS_NAME
+        kept = spec.out / ANSWERS_NAME
+        if kept.is_dir() and not answers.exists() and not spec.force:
+            shutil.copytree(kept, answers)
         warn_of_tokenizers(inputs, reporter)
         rows = {
             label: score_row(spec, label, inputs, requests, answers, opened.path, reporter)

@@ -89,6 +89,7 @@ def _tiles(manifests: Mapping[str, Manifest]) -> Iterator[str]:
 def _scores(run: Path, manifests: Mapping[str, Manifest]) -> Iterator[str]:
     evaluation = _by_stage(manifests, "eval")
     from loram_cli.checkpoint.index import read_json
+    from loram_cli.evaluation.comparison import score_text
 
     rows = evaluation.results.get("rows") if evaluation is not None else None
     if not rows:
@@ -122,9 +123,10 @@ def _scores(run: Path, manifests: Mapping[str, Manifest]) -> Iterator[str]:
             score = scores[label].get(column)
             value = score["value"] if score else None
             mark = ' class="best"' if value is not None and value == best[column] else ""
-            line += f"<td{mark}>{escape(_score(score))}</td>"
+            line += f"<td{mark}>{escape(score_text(score))}</td>"
         yield f"<tr><td>{escape(label)}</td>{line}</tr>"
     yield "</table></div>"
+    yield '<p class="note">±: 95% confidence; shares in percent.</p>'
     if evaluation is not None and evaluation.results.get("bundled"):
         yield '<p class="note">Bundled sample, not the published benchmark.</p>'
 
@@ -135,15 +137,6 @@ def _best(column: list[Mapping[str, Any] | None]) -> float | None:
         return None
     pick = max if told[0]["higher_is_better"] else min
     return pick(score["value"] for score in told)
-
-
-def _score(score: Mapping[str, Any] | None) -> str:
-    if score is None or score["value"] is None:
-        return "not run"
-    if not score["higher_is_better"]:
-        return f"{score['value']:.3f}"
-    margin = f" ±{score['stderr']:.1%}" if score.get("stderr") else ""
-    return f"{score['value']:.1%}{margin}"
 
 
 def _curves(outputs: tuple[Inspection, ...]) -> Iterator[str]:

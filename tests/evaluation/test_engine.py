@@ -27,7 +27,7 @@ class Counting:
             if self.left is not None and len(self.asked) == self.left:
                 raise KeyboardInterrupt
             self.asked.append(job.prompt)
-            done(place, f"{len(job.prompt)}-{job.seed % 97}")
+            done([(place, f"{len(job.prompt)}-{job.seed % 97}")])
 
 
 def jobs(count):
@@ -41,7 +41,7 @@ def test_after_a_kill_only_what_is_missing_is_asked(tmp_path, tokenizer):
         Engine(lambda: first, tokenizer, 64, kept).generate(jobs(5))
     kept.close()
     # Torn in the middle of a line, as a kill may leave it.
-    path.write_bytes(path.read_bytes() + b'["abc", "half')
+    path.write_bytes(path.read_bytes() + b'{"abc": "half')
     second, kept = Counting(), ResponseCache(path)
     answers = Engine(lambda: second, tokenizer, 64, kept).generate(jobs(5))
     kept.close()

@@ -60,8 +60,7 @@ class Scripted:
         self.answers = answers
 
     def generate(self, jobs, done):
-        for place, job in enumerate(jobs):
-            done(place, self.answers[job.prompt])
+        done([(place, self.answers[job.prompt]) for place, job in enumerate(jobs)])
 
 
 @pytest.fixture

@@ -51,8 +51,7 @@ class Recording:
 
     def generate(self, jobs, done):
         self.jobs += jobs
-        for place, job in enumerate(jobs):
-            done(place, f"{job.prompt}@{job.temperature}")
+        done([(place, f"{job.prompt}@{job.temperature}") for place, job in enumerate(jobs)])
 
 
 def test_the_best_temperature_is_reported_for_each_k(monkeypatch, tokenizer):

@@ -69,7 +69,7 @@ def test_requests_and_answers_are_translated(monkeypatch):
     fake, answers = Fake(), {}
     backend = VllmBackend(fake)
     jobs = [Generation("a", ("\n",), 5), Generation("b", (), 6, 0.2, 0.95, 0, 11)]
-    backend.generate([*jobs, jobs[0]], answers.__setitem__)
+    backend.generate([*jobs, jobs[0]], answers.update)
     assert answers == {0: "A", 1: "B", 2: "A"}
     assert [len(call) for call in fake.calls] == [2, 1]
     greedy, sampled = (arguments for _, arguments in fake.calls[0])
@@ -78,7 +78,7 @@ def test_requests_and_answers_are_translated(monkeypatch):
         "until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 0.2, "top_p": 0.95,
         "seed": 11,
     }  # fmt: skip
-    backend.loglikelihood([("a", "b")], answers.__setitem__)
+    backend.loglikelihood([("a", "b")], answers.update)
     assert answers[0] == [-1.5, True]
-    backend.score([TokenSpan((1, 2, 3, 4), 1)], answers.__setitem__)
+    backend.score([TokenSpan((1, 2, 3, 4), 1)], answers.update)
     assert answers[0] == SpanScore(-3.0, 3, False)
