@@ -245,10 +245,11 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        results, sparsity, digests = planned.results(), {}, {}
+        results, sparsity = planned.results(), {}
         if spec.zeroes_weights:
             keep = {}
-            results |= write_sparse(spec, planned, stage.path, reporter)
+            counted, digests = write_sparse(spec, planned, stage.path, reporter)
+            results |= counted
             sparsity = sparsity_record(spec, results)
         else:
             keep = _keep_indices(spec, planned, stage.path, reporter)

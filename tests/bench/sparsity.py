@@ -2,13 +2,13 @@
 
 Prunes the demo base, and stories260k where the shared inputs are beside the checkout, with both
 methods, and scores text that calibration has not seen: WikiText-2's validation set calibrates and
-its test set scores, the demo's corpus calibrates and its held-out problems score.
+its test set scores; the demo's corpus calibrates and fresh text of the same kind scores.
 """
 
 import tempfile
 from pathlib import Path
 
-from loram_cli.demo.problems import load_demo
+from loram_cli.demo.problems import corpus
 from loram_cli.evaluation.perplexity import text_perplexity
 from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
 from loram_cli.modeling.quiet import quiet_libraries
@@ -49,8 +49,8 @@ def main() -> None:
     print(
         f"{'model, text':<26}{'dense':>9}{'unst l2':>11}{'sparsegpt':>11}{'semi l2':>11}{'sparsegpt':>11}"
     )
-    problems = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in load_demo("test")]
-    row("demo base, demo problems", demo, "demo:corpus", 192, problems)
+    # The kind of text that the base was trained on, from a seed that nothing else uses.
+    row("demo base, demo text", demo, "demo:corpus", 192, corpus(200, seed=3))
     if not SHARED.is_dir():
         print("(WikiText-2 and stories260k are not beside the checkout)")
         return
