@@ -31,7 +31,7 @@ def calibration_windows(
     ids: list[int] = []
     # Four times the need leaves a real choice without tokenizing a whole corpus.
     for i in torch.randperm(len(texts), generator=generator).tolist():
-        ids.extend(tokenizer(texts[i], add_special_tokens=True)["input_ids"])
+        ids.extend(tokenizer(texts[i], verbose=False)["input_ids"])
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         if len(ids) >= 4 * samples * length:

@@ -204,10 +204,11 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        sparsity, digests = {}, {}
+        sparsity: dict[str, Any] = {}
         if spec.zeroes_weights:
             keep = {}
-            results = planned.results() | write_sparse(spec, planned, stage.path, reporter)
+            counted, digests = write_sparse(spec, planned, stage.path, reporter)
+            results = planned.results() | counted
             sparsity = sparsity_record(spec, results)
         else:
             keep = _keep_indices(spec, planned, stage.path, reporter)

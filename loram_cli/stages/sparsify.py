@@ -78,7 +78,7 @@ def sparse_plan(
 
 def write_sparse(
     spec: "PruneSpec", planned: "PrunePlan", directory: Path, reporter: Reporter
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Write the base with zeros in the weights of its decoder linears, and nothing else changed.
 
     Args:
@@ -88,7 +88,8 @@ def write_sparse(
         reporter: Told of progress.
 
     Returns:
-        What was counted: zeros in the decoder linears, and parameters that are not zero.
+        What was counted (zeros in the decoder linears, parameters that are not zero), and the
+        digests of the shards.
 
     Raises:
         LoramError: NaN weights, unusable calibration text, or a Hessian that has no inverse.
@@ -116,7 +117,7 @@ def write_sparse(
             writer.write(name, weight)
         next(pruned, None)  # nothing is left in it but its own end
     nonzero = planned.base_params - zeros
-    return {
+    counted = {
         "pruned_params": nonzero,
         "reduction": round(planned.base_params / nonzero, 4),
         "removed_share": round(zeros / planned.base_params, 4),
@@ -124,6 +125,7 @@ def write_sparse(
         "decoder_linear_params": linear_params,
         "measured_sparsity": round(zeros / linear_params, 6),
     }
+    return counted, writer.digests
 
 
 def sparsity_record(spec: "PruneSpec", results: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from loram_cli.modeling.narrow import load_causal_lm
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
-from loram_cli.stages import align, prune, recover, report, resolve, train
+from loram_cli.stages import align, pipeline, prune, recover, report, resolve, train
+from loram_cli.stages.recipe import Recipe
 
 SILENT = NullReporter()
 
@@ -230,3 +231,40 @@ def test_flags_fill_in_what_the_strategy_settles(base: Path, tmp_path: Path):
     assert (demo.ratio, demo.calibration, demo.method) == (0.5, "demo:corpus", "sparsegpt")
     with pytest.raises(UsageError, match="--keep-first does not go with --strategy unst"):
         resolve.prune_spec(run, DEMO_MODEL, {"strategy": "unst", "keep_first": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["unst", "semi"])
+@pytest.mark.parametrize("model", ["demo", "tiny"])
+def test_the_whole_chain_by_recipe(model, strategy, base, text_file, instructions, tmp_path):
+    """Prune, align, train, recover, merge and eval; each row of the comparison has its figure."""
+    on_demo = model == "demo"
+    fit = {"steps": 3, "batch": 4, "micro_batch": 4, "warmup_steps": 0}
+    recipe = Recipe(
+        model="demo" if on_demo else str(base),
+        prune={
+            "strategy": strategy,
+            "ratio": 0.5,
+            "calibration": "demo:calibration" if on_demo else str(text_file),
+            "calibration_samples": 16,
+            "calibration_length": 64,
+        },
+        align={**fit, "data": "demo:corpus" if on_demo else str(text_file), "block_length": 64},
+        train={**fit, "data": "demo:train" if on_demo else str(instructions), "max_length": 128},
+        recover={"merge": True},
+        eval={
+            "tasks": ["perplexity"],
+            "limit": 20,
+            "task_data": {} if on_demo else {"perplexity": str(instructions)},
+        },
+    )
+    plan = pipeline.dry_run(recipe)
+    run = RunDirectory(tmp_path / "run")
+    results = pipeline.run(recipe, run, force=False, reporter=SILENT, on_result=lambda _: None)
+    assert [r.stage for r in results] == ["prune", "align", "train", "recover", "merge", "eval"]
+    assert results[0].manifest.results["pruned_params"] == plan.pruned_params
+    rows = results[-1].manifest.results["rows"]
+    assert {"base", "pruned", "loram"} <= set(rows)
+    assert all(row["scores"][0]["value"] > 1 for row in rows.values())
+    again = pipeline.run(recipe, run, force=False, reporter=SILENT, on_result=lambda _: None)
+    assert not any(result.fresh for result in again)
