@@ -20,19 +20,19 @@ def command(
         Path | None, typer.Option("--in", help="Pruned directory, not the run's.")
     ] = None,
     out: options.Out = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: 400]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate. [default: 5e-5]")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Linear warm-up. [default: 20]")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows per step. [default: 32]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. (default: 400)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate. (default: 5e-5)")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Linear warm-up. (default: 20)")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows per step. (default: 32)")] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Rows per forward pass. [default: 4]")
+        int | None, typer.Option(help="Rows per forward pass. (default: 4)")
     ] = None,
-    block_length: Annotated[int | None, typer.Option(help="Tokens per row. [default: 512]")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Tokens per row. (default: 512)")] = None,
     save_steps: Annotated[
-        int | None, typer.Option(help="Steps per checkpoint. [default: 50]")
+        int | None, typer.Option(help="Steps per checkpoint. (default: 50)")
     ] = None,
     eval_steps: Annotated[
-        int | None, typer.Option(help="Steps per evaluation. [default: 50]")
+        int | None, typer.Option(help="Steps per evaluation. (default: 50)")
     ] = None,
     train_lm_head: Annotated[
         bool | None, typer.Option("--train-lm-head/--no-train-lm-head", help="Train the head too.")
@@ -41,7 +41,7 @@ def command(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="auto, fp32 or bf16. [default: auto]",
+            help="auto, fp32 or bf16. (default: auto)",
             autocompletion=options.choices("align", "precision"),
         ),
     ] = None,

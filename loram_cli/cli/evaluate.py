@@ -37,14 +37,17 @@ def command(
     limit: Annotated[int | None, typer.Option(help="Documents per task at most.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt.")] = None,
     batch_size: Annotated[
-        str | None, typer.Option(help="Documents per pass, or auto: as memory allows. [auto]")
+        str | None,
+        typer.Option(help="Documents per pass; by default as memory allows."),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Generated tokens at most.")] = None,
     code_samples: Annotated[
-        int | None, typer.Option(help="humaneval: completions per problem. [10; 1 is greedy]")
+        int | None,
+        typer.Option(help="humaneval: completions per problem, 1 is greedy. (default: 10)"),
     ] = None,
     temperatures: Annotated[
-        str | None, typer.Option(help="humaneval: the best is reported. [0,0.2,0.4,0.6,0.8]")
+        str | None,
+        typer.Option(help="humaneval: the best counts. (default: 0,0.2,0.4,0.6,0.8)"),
     ] = None,
     allow_code_execution: Annotated[
         bool | None,
@@ -54,7 +57,7 @@ def command(
         ),
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="hf, or vllm (needs the vllm extra and a GPU). [hf]")
+        str | None, typer.Option(help="hf, or vllm (needs the vllm extra and a GPU). (default: hf)")
     ] = None,
     export: Annotated[
         Path | None, typer.Option(help="Also write the table here: .md, .csv, .json or .png.")

@@ -23,12 +23,12 @@ def command(
     ] = None,
     strategy: Annotated[str | None, typer.Option(help="rand, stru, semi or unst.")] = None,
     keep_first: Annotated[
-        int | None, typer.Option(help="First layers kept whole. [default: 4]")
+        int | None, typer.Option(help="First layers kept whole. (default: 4)")
     ] = None,
     keep_last: Annotated[
-        int | None, typer.Option(help="Last layers kept whole. [default: 2]")
+        int | None, typer.Option(help="Last layers kept whole. (default: 2)")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA r. [default: 8]")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA r. (default: 8)")] = None,
     json_output: options.Json = False,
 ) -> None:
     """Tell parameters and weight memory of base, pruned and NF4 models, without loading any."""

@@ -16,7 +16,7 @@ Run = Annotated[
     typer.Option(
         "--run",
         envvar="LORAM_RUN",
-        help="Run directory: holds every stage's output. [default: loram-run]",
+        help="Run directory: holds every stage's output. (default: loram-run)",
     ),
 ]
 Model = Annotated[

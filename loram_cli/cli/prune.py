@@ -22,7 +22,7 @@ def command(
     ratio: Annotated[
         float | None,
         typer.Option(
-            help="Share of groups to drop a layer, or of weights to zero. [default: 0.65]"
+            help="Share of groups to drop a layer, or of weights to zero. (default: 0.65)"
         ),
     ] = None,
     plan: Annotated[
@@ -47,7 +47,7 @@ def command(
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="With --fit-memory: LoRA rank. [default: 8]")
+        int | None, typer.Option(help="With --fit-memory: LoRA rank. (default: 8)")
     ] = None,
     scope: Annotated[
         str | None,
@@ -60,10 +60,10 @@ def command(
     run: options.Run = None,
     out: options.Out = None,
     keep_first: Annotated[
-        int | None, typer.Option(help="First layers kept whole. [default: 4]")
+        int | None, typer.Option(help="First layers kept whole. (default: 4)")
     ] = None,
     keep_last: Annotated[
-        int | None, typer.Option(help="Last layers kept whole. [default: 2]")
+        int | None, typer.Option(help="Last layers kept whole. (default: 2)")
     ] = None,
     importance: Annotated[
         str | None,
@@ -76,21 +76,21 @@ def command(
         str | None, typer.Option(help="Text for taylor and sparsegpt: file, folder, data set id.")
     ] = None,
     calibration_samples: Annotated[
-        int | None, typer.Option(help="Windows of text. [default: taylor 10, sparsegpt 128]")
+        int | None, typer.Option(help="Windows of text. (default: taylor 10, sparsegpt 128)")
     ] = None,
     calibration_length: Annotated[
-        int | None, typer.Option(help="Tokens a window. [default: taylor 128, sparsegpt 2048]")
+        int | None, typer.Option(help="Tokens a window. (default: taylor 128, sparsegpt 2048)")
     ] = None,
     calibration_memory: Annotated[
         str | None,
-        typer.Option(help="Memory for activations; the rest goes to disk. [default: 4GiB]"),
+        typer.Option(help="Memory for activations; the rest goes to disk. (default: 4GiB)"),
     ] = None,
     dampening: Annotated[
         float | None,
-        typer.Option(help="sparsegpt: share of the Hessian's mean diagonal. [default: 0.01]"),
+        typer.Option(help="sparsegpt: share of the Hessian's mean diagonal. (default: 0.01)"),
     ] = None,
     block_columns: Annotated[
-        int | None, typer.Option(help="sparsegpt: columns per update. [default: 128]")
+        int | None, typer.Option(help="sparsegpt: columns per update. (default: 128)")
     ] = None,
     device: options.Device = None,
     seed: options.Seed = None,

@@ -14,7 +14,7 @@ EPILOG = "Example: loram report --run loram-run --out report.html"
 def command(
     run: options.Run = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The file. [default: report.html in the run]")
+        Path | None, typer.Option("--out", help="The file. (default: report.html in the run)")
     ] = None,
 ) -> None:
     """Write a run as one HTML page: scores, loss curves, widths, specs; nothing to load."""

@@ -23,7 +23,7 @@ def command(
     out: options.Out = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out instructions.")] = None,
     eval_examples: Annotated[
-        int | None, typer.Option(help="How many to hold out. [default: 64]")
+        int | None, typer.Option(help="How many to hold out. (default: 64)")
     ] = None,
     quantize: Annotated[
         str | None,
@@ -32,38 +32,38 @@ def command(
             autocompletion=options.choices("train", "quantize"),
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: 400]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate. [default: 1e-5]")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Linear warm-up. [default: 100]")] = None,
-    batch: Annotated[int | None, typer.Option(help="Examples per step. [default: 128]")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Examples per pass. [default: 4]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. (default: 400)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate. (default: 1e-5)")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Linear warm-up. (default: 100)")] = None,
+    batch: Annotated[int | None, typer.Option(help="Examples per step. (default: 128)")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Examples per pass. (default: 4)")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens per example. [default: 512]")
+        int | None, typer.Option(help="Tokens per example. (default: 512)")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA r. [default: 8]")] = None,
-    alpha: Annotated[int | None, typer.Option(help="LoRA alpha. [default: 16]")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA dropout. [default: 0.05]")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA r. (default: 8)")] = None,
+    alpha: Annotated[int | None, typer.Option(help="LoRA alpha. (default: 16)")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout. (default: 0.05)")] = None,
     targets: Annotated[
-        str | None, typer.Option(help="Modules, comma-separated. [default: all]")
+        str | None, typer.Option(help="Modules, comma-separated. (default: all)")
     ] = None,
     loss_on: Annotated[
         str | None,
         typer.Option(
-            help="answer or all. [default: answer]",
+            help="answer or all. (default: answer)",
             autocompletion=options.choices("train", "loss_on"),
         ),
     ] = None,
     save_steps: Annotated[
-        int | None, typer.Option(help="Steps per checkpoint. [default: 50]")
+        int | None, typer.Option(help="Steps per checkpoint. (default: 50)")
     ] = None,
     eval_steps: Annotated[
-        int | None, typer.Option(help="Steps per evaluation. [default: 50]")
+        int | None, typer.Option(help="Steps per evaluation. (default: 50)")
     ] = None,
     gradient_checkpointing: options.GradientCheckpointing = None,
     precision: Annotated[
         str | None,
         typer.Option(
-            help="auto, fp32 or bf16. [default: auto]",
+            help="auto, fp32 or bf16. (default: auto)",
             autocompletion=options.choices("train", "precision"),
         ),
     ] = None,
