@@ -51,8 +51,10 @@ def test_base_is_small_and_loads_with_stock_libraries():
     assert model.config.num_hidden_layers >= 8
     text = "Anna has 12 apples.\nÜnïcode: def f(x):\n\treturn x"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    prompt = tokenizer(
-        "Question: Anna has 3 bags with 4 apples in each. How many", return_tensors="pt"
-    )
-    out = model.generate(**prompt, max_new_tokens=3, do_sample=False)
-    assert " apples" in tokenizer.decode(out[0, prompt["input_ids"].shape[1] :])
+    question = "Question: Anna has 31 apples. Anna sells 8 of them at school. How many apples are "
+    prompt = tokenizer(question + "left for Anna?\nAnswer:", return_tensors="pt")
+    out = model.generate(**prompt, max_new_tokens=30, do_sample=False)
+    # In prose: the other way of writing is what fine-tuning is for.
+    answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer.startswith(" First 31 - 8 = 23 ")
+    assert answer.endswith(" The answer is 23.")
