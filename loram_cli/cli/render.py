@@ -83,7 +83,7 @@ class _PlainProgress:
     def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
         self._console, self._label, self._total, self._unit = console, label, total, unit
         self._started = self._told = time.monotonic()
-        self._done = 0.0
+        self._done = self._told_done = 0.0
         self._detail = ""
 
     def advance(self, steps: float = 1) -> None:
@@ -97,10 +97,11 @@ class _PlainProgress:
         self._detail = text
 
     def finish(self) -> None:
-        if self._told != self._started:
+        if self._told != self._started and self._done > self._told_done:
             self._line(time.monotonic())
 
     def _line(self, now: float) -> None:
+        self._told_done = self._done
         rate = self._done / max(1e-6, now - self._started)
         parts = [f"{self._label}: {self._done:.0f}"]
         if self._total:
