@@ -80,6 +80,7 @@ def activations(family: Family, config: Mapping[str, Any], setup: TrainingSetup)
     targets = set(trained_modules(family, config, setup.targets))
     full = [
         _layer_kept(family, layer, geometry.hidden_size, setup, targets, first=i == 0)
+        + _capped_weights(layer, config, setup)
         for i, layer in enumerate(geometry.layers)
     ]
     inputs = len(full) * geometry.hidden_size * setup.compute_bytes * setup.tokens
@@ -136,6 +137,13 @@ def _layer_kept(
     )
     mask = setup.compute_bytes * setup.length if setup.padded and setup.attention == "sdpa" else 0
     return (per_token + sum(shared.values()) + mask) * setup.tokens + copies * _cast_bytes(setup)
+
+
+def _capped_weights(layer: LayerGeometry, config: Mapping[str, Any], setup: TrainingSetup) -> int:
+    """Bytes of attention weights before softmax, where a family caps them by tanh."""
+    if setup.attention != "eager" or not config.get("attn_logit_softcapping"):
+        return 0
+    return layer.num_attention_heads * setup.length * setup.compute_bytes * setup.tokens
 
 
 def _attention_kept(layer: LayerGeometry, setup: TrainingSetup) -> int:

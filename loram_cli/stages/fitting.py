@@ -1,9 +1,10 @@
 """What alignment and LoRA training do alike: options of the fit, and what is left of it."""
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
@@ -11,6 +12,7 @@ from loram_cli.runs.processes import is_main_process, local_device, process_coun
 from loram_cli.stages.common import check_positive
 
 if TYPE_CHECKING:
+    from loram_cli.memory.setup import TrainingSetup
     from loram_cli.stages.align import AlignSpec
     from loram_cli.stages.planning import StagePlan
     from loram_cli.stages.train import TrainSpec
@@ -44,6 +46,12 @@ def fit_device(spec: "AlignSpec | TrainSpec") -> str:
             f"--batch {spec.batch} does not divide into --micro-batch {spec.micro_batch} "
             f"on {processes} processes",
             f"pass a multiple of {spec.micro_batch * processes} as --batch",
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UsageError(
+            "the launcher asks for FSDP, which loram does not support: every process holds the "
+            "frozen model whole",
+            "launch with torchrun, or without --use_fsdp; --quantize nf4 makes the model small",
         )
     device = local_device(spec.device or default_device())
     if spec.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
@@ -85,6 +93,36 @@ def plan_together(
     planned = plan(spec, reporter)
     wait_for_all()
     return planned
+
+
+def training_setup(
+    spec: "TrainSpec",
+    targets: tuple[str, ...],
+    config: Mapping[str, Any],
+    *,
+    device: str,
+    precision: Literal["fp32", "bf16"],
+) -> "TrainingSetup":
+    """What the memory account has to know of a spec."""
+    from loram_cli.memory.setup import TrainingSetup
+
+    # Capped attention weights exist in the eager kernel alone.
+    best = "eager" if config.get("attn_logit_softcapping") else "sdpa"
+
+    return TrainingSetup(
+        rank=spec.rank,
+        targets=targets,
+        dropout=spec.dropout,
+        quantize=spec.quantize,
+        micro_batch=spec.micro_batch,
+        length=spec.max_length,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        attention=best if spec.attention == "auto" else spec.attention,
+        cross_entropy=spec.cross_entropy,
+        optimizer=spec.optimizer,
+        precision=precision,
+        device="cpu" if device == "cpu" else "cuda",
+    )
 
 
 def prepare_tracking(spec: "AlignSpec | TrainSpec") -> None:

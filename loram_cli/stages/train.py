@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter, Reporter
@@ -17,12 +17,10 @@ from loram_cli.stages.fitting import (
     fit_options,
     plan_together,
     prepare_tracking,
+    training_setup,
 )
 from loram_cli.stages.planning import StagePlan, check_model, count_examples, make_plan
 from loram_cli.stages.templates import warn_of_other_template
-
-if TYPE_CHECKING:
-    from loram_cli.memory.setup import TrainingSetup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +123,11 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     )
     device = spec.device or default_device()
     setup = training_setup(
-        spec, targets, device=device, precision=resolve_precision(spec.precision, device)
+        spec,
+        targets,
+        config,
+        device=device,
+        precision=resolve_precision(spec.precision, device),
     )
     memory = training_memory(family, config, setup)
     figures: dict[str, Any] = {"params": index.num_params, "lora_params": memory.adapter // 4}
@@ -147,32 +149,6 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         **carried,
         memory_bytes=memory.total,
         figures=figures,
-    )
-
-
-def training_setup(
-    spec: TrainSpec,
-    targets: tuple[str, ...],
-    *,
-    device: str,
-    precision: Literal["fp32", "bf16"],
-) -> "TrainingSetup":
-    """What the memory account has to know of a spec."""
-    from loram_cli.memory.setup import TrainingSetup
-
-    return TrainingSetup(
-        rank=spec.rank,
-        targets=targets,
-        dropout=spec.dropout,
-        quantize=spec.quantize,
-        micro_batch=spec.micro_batch,
-        length=spec.max_length,
-        gradient_checkpointing=spec.gradient_checkpointing,
-        attention="sdpa" if spec.attention == "auto" else spec.attention,
-        cross_entropy=spec.cross_entropy,
-        optimizer=spec.optimizer,
-        precision=precision,
-        device="cpu" if device == "cpu" else "cuda",
     )
 
 

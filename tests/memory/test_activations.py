@@ -7,7 +7,7 @@ import pytest
 import torch
 from memory.live import LiveStorage, SavedTensors
 
-from loram_cli.arch.registry import family_for
+from loram_cli.arch.registry import families, family_for
 from loram_cli.memory.activations import activations
 from loram_cli.memory.setup import TrainingSetup
 from loram_cli.modeling.chunked_loss import chunked_loss
@@ -117,6 +117,25 @@ def test_predicted_peak_is_the_highest_mark_of_live_storage(setup):
         forward(model, setup, inputs).backward()
     predicted = activations(family_for(CONFIG, "test"), CONFIG, setup).peak
     assert predicted == pytest.approx(live.peak, rel=0.06)
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda f: f.family)
+def test_every_family_keeps_what_is_predicted(family):
+    config = {
+        **CONFIG, "model_type": family.model_types[0], "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 48, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    }  # fmt: skip
+    if family.family not in ("gemma2", "gemma3"):
+        del config["attn_logit_softcapping"], config["final_logit_softcapping"]
+    if family.family == "gemma3":
+        config["attn_logit_softcapping"] = None
+    attention = "eager" if config.get("attn_logit_softcapping") else "sdpa"
+    setup = replace(SETUP, attention=attention)
+    model = build(setup, config)
+    with SavedTensors(model) as saved:
+        forward(model, setup, batch(setup))
+    assert activations(family, config, setup).saved == pytest.approx(saved.num_bytes, rel=0.02)
 
 
 def test_more_tokens_and_full_logits_cost_more_and_checkpointing_less():

@@ -47,6 +47,13 @@ def test_a_batch_must_divide_among_the_processes(launched, tmp_path):
     assert caught.value.hint == "pass a multiple of 12 as --batch"
 
 
+def test_fsdp_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    spec = TrainSpec(source=tmp_path, out=tmp_path / "out", data="x", device="cpu")
+    with pytest.raises(UsageError, match="FSDP"):
+        fit_device(spec)
+
+
 def test_paged_optimizer_is_refused_on_a_cpu(tmp_path):
     spec = TrainSpec(
         source=tmp_path, out=tmp_path / "out", data="x", device="cpu", optimizer="paged_adamw_8bit"
