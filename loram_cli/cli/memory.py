@@ -76,7 +76,7 @@ def command(
     reporter = options.reporter_for(json_output)
     if preset is None:
         directory, name = options.settle(run, model, reporter, remember=False)
-        base = Path(name) if Path(name).is_file() else resolve.model_dir(name)
+        base = Path(name) if Path(name).is_file() else resolve.model_dir(name, config_only=True)
         values["model"] = base
         if directory.is_done("prune") and not ratio and model is None:
             values["pruned"] = directory.output("prune")

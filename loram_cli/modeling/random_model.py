@@ -72,6 +72,7 @@ def random_causal_lm(
                 weight = _random(parameter, dtype, device, generator)
                 if nf4 and name == "weight" and module_name in linears:
                     _quantize(model, module_name, weight, dtype)
+                    del weight
                     continue
                 done[id(parameter)] = torch.nn.Parameter(weight, requires_grad=False)
             module._parameters[name] = done[id(parameter)]

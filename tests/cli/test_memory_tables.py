@@ -1,9 +1,12 @@
 """The memory report as a reader sees it."""
 
+import json
+
 import pytest
 
 from loram_cli.cli.app import run_command
 from loram_cli.cli.memory_tables import bar_lines
+from loram_cli.memory.presets import load_preset
 from loram_cli.reporting import NullReporter
 from loram_cli.stages.report import MemoryReportSpec, run
 from loram_cli.units import GIB
@@ -43,6 +46,23 @@ def test_ratio_that_is_named_fits_and_one_hundredth_less_does_not():
     ratio = fits[0].ratio
     assert fits[0].training_bytes == training_bytes(ratio) <= 40 * GIB * 0.95
     assert training_bytes(round(ratio - 0.01, 2)) > 40 * GIB * 0.95
+
+
+def test_a_model_on_the_hub_gives_its_config_alone(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def snapshot_download(model, *, allow_patterns, local_files_only):
+        asked.append((model, allow_patterns))
+        config = {**load_preset("llama2-7b"), "num_hidden_layers": 8}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("loram_cli.checkpoint.sources.unreachable", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["memory-report", "--model", "some/model", "--ratio", "0.5"]) == 0
+    assert asked == [("some/model", ["config.json"])]
+    assert "stru 0.5 QLoRAM" in capsys.readouterr().out
 
 
 def test_bars_are_on_one_scale():
