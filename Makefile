@@ -40,6 +40,7 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/bench/taylor.py
 	$(BIN)/python tests/bench/sparsity.py
 	$(BIN)/python tests/bench/decode.py
+	$(BIN)/python tests/bench/quantized_load.py
 
 bench-huge: $(VENV)/installed
 	$(BIN)/python tests/bench/huge.py

@@ -23,8 +23,12 @@ _COMPANION_FILES = (
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, *, config_only: bool = False) -> Path:
     """The local directory of a model given by path or hub id.
+
+    Args:
+        model: The path or id.
+        config_only: Fetch ``config.json`` alone from the hub, and no weights.
 
     Raises:
         LoramError: No such directory, and the hub does not have it or cannot be reached.
@@ -41,7 +45,9 @@ def resolve_model(model: str) -> Path:
     silence = unreachable()
     try:
         found = snapshot_download(
-            model, allow_patterns=_PATTERNS, local_files_only=silence is not None
+            model,
+            allow_patterns=["config.json"] if config_only else _PATTERNS,
+            local_files_only=silence is not None,
         )
     except Exception as error:
         # The hub library raises a different class for each way to fail; all mean the same here.

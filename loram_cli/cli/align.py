@@ -38,6 +38,9 @@ def command(
         bool | None, typer.Option("--train-lm-head/--no-train-lm-head", help="Train the head too.")
     ] = None,
     gradient_checkpointing: options.GradientCheckpointing = None,
+    cross_entropy: options.CrossEntropy = None,
+    attention: options.Attention = None,
+    optimizer: options.Optimizer = None,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +76,9 @@ def command(
         eval_steps=eval_steps,
         train_lm_head=train_lm_head,
         gradient_checkpointing=gradient_checkpointing,
+        cross_entropy=cross_entropy,
+        attention=attention,
+        optimizer=optimizer,
         precision=precision,
         report_to=options.comma_separated(report_to),
         device=device,

@@ -11,6 +11,7 @@ import typer
 
 from loram_cli.cli import (
     align,
+    bench,
     evaluate,
     inspect,
     memory,
@@ -21,7 +22,8 @@ from loram_cli.cli import (
     train,
     verify,
 )
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.runs.processes import is_main_process, process_count
 
 app = typer.Typer(
     name="loram",
@@ -32,7 +34,8 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-MODULES = (prune, align, train, recover, evaluate, memory, run, report, verify, inspect)
+MODULES = (prune, align, train, recover, evaluate, memory, bench, run, report, verify, inspect)
+_ON_SEVERAL_PROCESSES = (train.NAME, align.NAME)
 for module in MODULES:
     app.command(module.NAME, epilog=module.EPILOG)(module.command)
 
@@ -63,7 +66,12 @@ def main() -> None:
     """Run the command line and exit with 0, 1 (failure), 2 (usage), 130 (Ctrl-C) or 143."""
     _quiet_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(run_command(None))
+    code = run_command(None)
+    if code == 0 and process_count() > 1:
+        from loram_cli.training.distributed import leave_processes
+
+        leave_processes()
+    sys.exit(code)
 
 
 def run_command(arguments: list[str] | None) -> int:
@@ -76,6 +84,7 @@ def run_command(arguments: list[str] | None) -> int:
         The exit code.
     """
     try:
+        _refuse_several_processes(arguments)
         outcome = typer.main.get_command(app).main(
             args=arguments, prog_name="loram", standalone_mode=False
         )
@@ -108,7 +117,20 @@ def _usage(error: Any) -> int:
     return _fail(f"{text}\nsee '{where} --help'", error.exit_code)
 
 
+def _refuse_several_processes(arguments: list[str] | None) -> None:
+    """Only the commands that train know how to share their work."""
+    words = sys.argv[1:] if arguments is None else arguments
+    command = next((word for word in words if not word.startswith("-")), None)
+    if process_count() > 1 and command is not None and command not in _ON_SEVERAL_PROCESSES:
+        raise UsageError(
+            f"'loram {command}' runs as one process, and a launcher started {process_count()}",
+            "launch 'loram train' or 'loram align' that way, and everything else without",
+        )
+
+
 def _fail(text: str, code: int) -> int:
+    if code == 2 and not is_main_process():
+        return code  # the first process says the same
     typer.echo(f"error: {text}", err=True)
     return code
 

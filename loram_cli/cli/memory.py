@@ -8,7 +8,7 @@ import typer
 from loram_cli.cli import options
 
 NAME = "memory-report"
-EPILOG = "Example: loram memory-report --preset llama2-70b --ratio 0.85"
+EPILOG = "Example: loram memory-report --preset llama2-70b --ratio 0.85 --fit 24GiB"
 
 
 def command(
@@ -29,12 +29,32 @@ def command(
         int | None, typer.Option(help="Last layers kept whole. (default: 2)")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA r. (default: 8)")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Sequences per forward pass. (default: 4)")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per sequence. (default: 512)")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout. (default: 0.05)")] = None,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    cross_entropy: options.CrossEntropy = None,
+    attention: Annotated[
+        str | None, typer.Option(help="sdpa, flash or eager. (default: sdpa)")
+    ] = None,
+    optimizer: options.Optimizer = None,
+    fit: Annotated[
+        str | None,
+        typer.Option("--fit", help="Which ratio and micro-batch fit so much memory, e.g. 24GiB."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw the bars into this PNG file.")
+    ] = None,
     json_output: options.Json = False,
 ) -> None:
-    """Tell parameters and weight memory of base, pruned and NF4 models, without loading any."""
-    from loram_cli.cli.render import print_json, stdout_console
+    """Tell what training base, pruned and NF4 models takes, without loading any."""
+    from loram_cli.cli.memory_tables import show_report
+    from loram_cli.cli.render import print_json
     from loram_cli.specs import spec_from_mapping
     from loram_cli.stages import report, resolve
+    from loram_cli.units import parse_bytes
 
     values = options.given(
         preset=preset,
@@ -43,11 +63,20 @@ def command(
         keep_first=keep_first,
         keep_last=keep_last,
         rank=rank,
+        micro_batch=micro_batch,
+        length=length,
+        gradient_checkpointing=gradient_checkpointing,
+        cross_entropy=cross_entropy,
+        attention=attention,
+        optimizer=optimizer,
+        fit_bytes=None if fit is None else parse_bytes(fit),
     )
+    if dropout is not None:
+        values["dropout"] = dropout
     reporter = options.reporter_for(json_output)
     if preset is None:
         directory, name = options.settle(run, model, reporter, remember=False)
-        base = Path(name) if Path(name).is_file() else resolve.model_dir(name)
+        base = Path(name) if Path(name).is_file() else resolve.model_dir(name, config_only=True)
         values["model"] = base
         if directory.is_done("prune") and not ratio and model is None:
             values["pruned"] = directory.output("prune")
@@ -56,46 +85,12 @@ def command(
     result = report.run(
         spec_from_mapping(report.MemoryReportSpec, values, "memory-report"), reporter
     )
+    if plot is not None:
+        from loram_cli.memory.picture import draw_bars
+
+        draw_bars(result.bars(), plot, f"{result.source}: training memory\n{result.settings}")
+        reporter.note(f"wrote {plot}")
     if json_output:
         print_json(result.to_mapping())
         return
-    console = stdout_console()
-    console.print(memory_table(result))
-    for note in result.notes:
-        console.print(note)
-
-
-def memory_table(result: object) -> object:
-    """The report as a table: a row per model and precision."""
-    from rich import box
-    from rich.table import Table
-
-    from loram_cli.units import GIB, MIB, format_params
-
-    # One unit for the whole table, so that its rows compare; a tiny model would be 0.00 GiB.
-    large = max(row.weight_bytes for row in result.rows) >= GIB / 2
-    unit, unit_bytes = ("GiB", GIB) if large else ("MiB", MIB)
-    table = Table(
-        title=f"{result.source}: parameters and weight memory",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-    )
-    names = (
-        "model", "parameters", "removed", "paper count", "reduction", f"paper {unit}",
-        f"weights {unit}", "LoRA", f"training {unit}*",
-    )  # fmt: skip
-    for name in names:
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for row in result.rows:
-        table.add_row(
-            f"{row.name} {row.precision}",
-            f"{row.params:,}",
-            f"{row.removed_share:.1%}",
-            f"{row.paper_params:,}",
-            f"{row.paper_reduction:.2f}x",
-            f"{row.paper_weight_bytes / unit_bytes:.2f}",
-            f"{row.weight_bytes / unit_bytes:.2f}",
-            format_params(row.lora_params),
-            f"{row.training_bytes_without_activations / unit_bytes:.2f}",
-        )
-    return table
+    show_report(result)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loram_cli.reporting import Reporter
+from loram_cli.reporting import NullReporter, Reporter
+from loram_cli.runs.processes import is_main_process
 from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
 
 Run = Annotated[
@@ -42,6 +43,15 @@ GradientCheckpointing = Annotated[
     typer.Option(
         "--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time."
     ),
+]
+CrossEntropy = Annotated[
+    str | None,
+    typer.Option(help="chunked (never all logits at once) or full. (default: chunked)"),
+]
+Attention = Annotated[str | None, typer.Option(help="auto, sdpa, flash or eager. (default: auto)")]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(help="adamw, or paged_adamw_8bit (GPU alone). (default: adamw)"),
 ]
 ReportTo = Annotated[
     str | None,
@@ -152,7 +162,12 @@ def _word(value: Any) -> str:
 
 
 def reporter_for(json_output: bool) -> Reporter:
-    """The reporter of a command; it draws on stderr, and with ``--json`` tells no notes."""
+    """The reporter of a command; it draws on stderr, and with ``--json`` tells no notes.
+
+    Of several processes on one command only the first one speaks.
+    """
+    if not is_main_process():
+        return NullReporter()
     from loram_cli.cli.render import ConsoleReporter
 
     return ConsoleReporter(quiet_notes=json_output)

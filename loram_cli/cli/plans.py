@@ -31,7 +31,8 @@ def plan_lines(plan: StagePlan) -> list[str]:
     needed = f"{format_bytes(plan.disk_bytes)} needed at most, " if plan.disk_bytes else ""
     lines.append(f"  disk: {needed}{format_bytes(plan.free_bytes)} free")
     if plan.memory_bytes:
-        lines.append(f"  memory: {format_bytes(plan.memory_bytes)} and what activations take")
+        more = "" if plan.stage == "train" else " and what activations take"
+        lines.append(f"  memory: {format_bytes(plan.memory_bytes)}{more}")
     return lines
 
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from loram_cli.reporting import Progress as ProgressProtocol
+from loram_cli.runs.processes import is_main_process
 from loram_cli.stages.common import StageResult
 from loram_cli.units import format_bytes, format_params, format_seconds
 
@@ -124,6 +125,8 @@ def show_result(
         json_output: Print one JSON object instead.
         then: Name the next command; not where a recipe goes on by itself.
     """
+    if not is_main_process():
+        return
     if json_output:
         print_json(result.to_mapping())
         return

@@ -60,6 +60,9 @@ def command(
         int | None, typer.Option(help="Steps per evaluation. (default: 50)")
     ] = None,
     gradient_checkpointing: options.GradientCheckpointing = None,
+    cross_entropy: options.CrossEntropy = None,
+    attention: options.Attention = None,
+    optimizer: options.Optimizer = None,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -102,6 +105,9 @@ def command(
         save_steps=save_steps,
         eval_steps=eval_steps,
         gradient_checkpointing=gradient_checkpointing,
+        cross_entropy=cross_entropy,
+        attention=attention,
+        optimizer=optimizer,
         precision=precision,
         report_to=options.comma_separated(report_to),
         device=device,

@@ -141,18 +141,25 @@ def nf4_tensor_bytes(params: int) -> int:
     return -(-params // 2) + blocks + overhead_bytes
 
 
-def nf4_weight_bytes(family: Family, config: Mapping[str, Any]) -> int:
+def nf4_weight_bytes(
+    family: Family, config: Mapping[str, Any], other_bytes: int = BF16_BYTES
+) -> int:
     """Bytes of a model's weights once loaded in NF4 with double quantization.
 
     Only decoder linears are quantized; embedding, head, norms and biases stay in bf16, as
     transformers leaves them. This is more than the paper's count (:func:`paper_nf4_params` at 2
     bytes each), the more so the larger the vocabulary is beside the pruned layers.
+
+    Args:
+        family: The model's family.
+        config: Its ``config.json``.
+        other_bytes: Per parameter of what is not quantized.
     """
     linears = _linear_names(family, config)
     total_bytes = 0
     for name, shape in family.tensor_shapes(config).items():
         params = math.prod(shape)
-        total_bytes += nf4_tensor_bytes(params) if name in linears else params * BF16_BYTES
+        total_bytes += nf4_tensor_bytes(params) if name in linears else params * other_bytes
     return total_bytes
 
 
@@ -172,15 +179,36 @@ def count_lora_params(
         UsageError: The rank is not positive, a target is no module of this family, or is a head
             tied to the embedding.
     """
+    return sum(lora_factor_params(family, config, rank, targets))
+
+
+def lora_factor_params(
+    family: Family, config: Mapping[str, Any], rank: int, targets: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Parameters of every single LoRA factor, A and B of one module after the other.
+
+    Args and errors as for :func:`count_lora_params`.
+    """
     if rank < 1:
         raise UsageError(f"a LoRA rank of {rank} is not positive")
-    tied = family.geometry(config).tied_embeddings
-    wanted = set(lora_targets(family, tied_embeddings=tied, targets=targets or None))
+    wanted = set(trained_modules(family, config, targets))
     shapes = family.tensor_shapes(config)
     trained = [shapes[name] for name in _linear_names(family, config) if _last(name) in wanted]
     if family.lm_head_target in wanted:
         trained.append(shapes[f"{family.lm_head}.weight"])
-    return sum(rank * (rows + columns) for rows, columns in trained)
+    return tuple(rank * width for rows, columns in trained for width in (columns, rows))
+
+
+def trained_modules(
+    family: Family, config: Mapping[str, Any], targets: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The LoRA targets that training takes: an own choice, or those of the paper.
+
+    Raises:
+        UsageError: A target is no module of this family, or is a head tied to the embedding.
+    """
+    tied = family.geometry(config).tied_embeddings
+    return lora_targets(family, tied_embeddings=tied, targets=targets or None)
 
 
 def training_state(lora_params: int, adapter_param_bytes: int = FP32_BYTES) -> TrainingState:

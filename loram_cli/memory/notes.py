@@ -8,8 +8,9 @@ from loram_cli.memory.account import count_nonzero_params, count_params, reducti
 from loram_cli.memory.presets import load_preset
 
 _ALWAYS = (
-    "training state is LoRA factors and gradients in fp32 and AdamW's two moments; "
-    "activations, logits and the CUDA context come on top",
+    "training memory is the predicted peak on a GPU: weights, state (LoRA factors and gradients in "
+    "fp32, the optimizer's moments), activations, head and loss, and the CUDA context of 636 MiB",
+    "a card is told that holds it with a twentieth left free, for the allocator's fragments",
     "NF4 weight memory is what bitsandbytes holds: decoder linears at 4 bits with their block "
     "maxima, all else in bf16; the paper counts a quarter of all parameters at 2 bytes",
 )

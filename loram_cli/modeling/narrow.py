@@ -7,6 +7,7 @@ modelling half of transformers lands.
 """
 
 import importlib
+import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def load_causal_lm(
     *,
     dtype: torch.dtype | str = "auto",
     device: str | None = None,
+    attention: str | None = None,
     quantization_config: Any | None = None,
 ) -> Any:
     """Load a base, pruned, aligned or merged directory as a Hugging Face causal LM.
@@ -56,6 +58,7 @@ def load_causal_lm(
         model_dir: Directory with ``config.json`` and safetensors; widths may differ per layer.
         dtype: Parameter type; ``auto`` takes the checkpoint's own.
         device: ``cpu``, ``cuda``, ...; None takes a GPU when there is one.
+        attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
         quantization_config: As ``from_pretrained`` takes it, see :mod:`.quantize`.
 
     Returns:
@@ -76,6 +79,8 @@ def load_causal_lm(
     # Global widths stay readable: the base class's __init__ needs them before layers are replaced.
     config.allow_global_per_layer_attribute_access = True
     kwargs = {} if quantization_config is None else {"quantization_config": quantization_config}
+    if attention not in (None, "auto"):
+        kwargs["attn_implementation"] = attention_kernel(attention)
     with quiet_libraries(), no_progress_bars():
         model, report = narrow_class(family).from_pretrained(
             model_dir,
@@ -96,6 +101,25 @@ def load_causal_lm(
             f"({len(problems)} missing or misshapen, {len(unexpected)} unexpected)"
         )
     return model.eval()
+
+
+def attention_kernel(name: str) -> str:
+    """Transformers' name of an attention kernel.
+
+    Args:
+        name: ``sdpa``, ``flash`` or ``eager``.
+
+    Raises:
+        LoramError: The kernel's package is absent.
+    """
+    if name != "flash":
+        return name
+    if importlib.util.find_spec("flash_attn") is None:
+        raise LoramError(
+            "--attention flash: the package flash-attn is not installed",
+            "pip install flash-attn, or pass --attention sdpa, which needs as little memory",
+        )
+    return "flash_attention_2"
 
 
 def load_tokenizer(model_dir: Path) -> Any:

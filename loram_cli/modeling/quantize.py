@@ -24,13 +24,7 @@ def nf4_config(compute_dtype: torch.dtype, *, skip_modules: tuple[str, ...] = ("
     Raises:
         LoramError: bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise LoramError(
-            "NF4 needs bitsandbytes, which is not installed here",
-            "pip install bitsandbytes, or train without --quantize",
-        )
-    # bitsandbytes tells of a missing optional CPU kernel when it is imported; it works without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    require_bitsandbytes()
     import transformers
 
     return transformers.BitsAndBytesConfig(
@@ -40,6 +34,21 @@ def nf4_config(compute_dtype: torch.dtype, *, skip_modules: tuple[str, ...] = ("
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=list(skip_modules),
     )
+
+
+def require_bitsandbytes() -> None:
+    """Refuse what needs bitsandbytes where it is absent, and keep it quiet where it is not.
+
+    Raises:
+        LoramError: It is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LoramError(
+            "NF4 needs bitsandbytes, which is not installed here",
+            "pip install bitsandbytes, or train without --quantize",
+        )
+    # bitsandbytes tells of a missing optional CPU kernel when it is imported; it works without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def keep_standard_layout(model: Any) -> None:
@@ -59,16 +68,14 @@ def keep_standard_layout(model: Any) -> None:
 
 
 def prepare_for_training(model: Any) -> None:
-    """Freeze a quantized model, keep its layout, and raise its norms to fp32.
+    """Freeze a quantized model and keep its layout; every other weight stays in its type.
 
-    As PEFT's ``prepare_model_for_kbit_training``, except that embedding and head stay in their
-    type: raising those too would cost more memory than all 4-bit layers of a well pruned model.
+    PEFT's ``prepare_model_for_kbit_training`` raises all of them to fp32. For embedding and head
+    that costs more memory than all 4-bit layers of a well pruned model; for norms it makes every
+    activation behind them fp32, twice the memory, while RMS norms compute in fp32 anyway.
 
     Args:
         model: Loaded with :func:`nf4_config`; changed in place.
     """
     keep_standard_layout(model)
     model.requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.dim() == 1:
-            parameter.data = parameter.data.to(torch.float32)

@@ -84,7 +84,7 @@ def staged_directory(
         if retired.exists() and not final.exists():
             retired.rename(final)  # killed between the two renames of a commit
         finished = _finished(final, stage, key, force)
-        work = _beside(final, "partial")
+        work = partial_directory(final)
         if finished is not None:
             yield StagedDirectory(work, final, finished)
             return
@@ -118,6 +118,11 @@ def look_up(final: Path, stage: str, key: str, *, force: bool = False) -> Manife
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise LoramError(f"{place}: cannot write here")
     return _finished(final, stage, key, force)
+
+
+def partial_directory(final: Path) -> Path:
+    """Where an output is made before it is moved into place."""
+    return _beside(final, "partial")
 
 
 def _finished(final: Path, stage: str, key: str, force: bool) -> Manifest | None:

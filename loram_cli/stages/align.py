@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.processes import is_main_process
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
-from loram_cli.stages.fitting import check_fit, finish_fit, fit_options, prepare_tracking
+from loram_cli.stages.fitting import (
+    check_fit,
+    finish_fit,
+    fit_device,
+    fit_options,
+    plan_together,
+    prepare_tracking,
+)
 from loram_cli.stages.planning import StagePlan, check_model, count_documents, make_plan
 
 if TYPE_CHECKING:
@@ -37,6 +45,10 @@ class AlignSpec:
         eval_rows: Packed rows held out.
         train_lm_head: Train the head too; the reference code freezes it.
         gradient_checkpointing: Trade time for activation memory.
+        cross_entropy: ``chunked`` never holds all logits, ``full`` is transformers' own loss.
+        attention: ``sdpa`` of torch, ``flash`` of the flash-attn package, or ``eager``; ``auto``
+            leaves the choice to transformers.
+        optimizer: ``adamw``, or ``paged_adamw_8bit`` with a quarter of its state (GPU alone).
         precision: ``bf16`` or ``fp32``; ``auto`` is bf16 on a GPU that has it.
         report_to: Trackers that get the losses as well: ``tensorboard``, ``wandb``.
         seed: Decides the order.
@@ -58,6 +70,9 @@ class AlignSpec:
     eval_rows: int = 32
     train_lm_head: bool = False
     gradient_checkpointing: bool = False
+    cross_entropy: Literal["full", "chunked"] = "chunked"
+    attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 42
@@ -120,17 +135,23 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
     Raises:
         LoramError: See :func:`plan`.
     """
-    planned = plan(spec, reporter)
+    device = fit_device(spec)
+    planned = plan_together(plan, spec, reporter)
     with stage_run("align", spec, planned.inputs, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
         sparse = bool(planned.sparsity)
-        results = _align(spec, sparse, stage.path, stage.restart_meter, reporter)
+        results = _align(spec, device, sparse, stage.path, stage.restart_meter, reporter)
         return stage.commit(results, **planned.carried)
 
 
 def _align(
-    spec: AlignSpec, sparse: bool, path: Path, start_meter: Callable[[], None], reporter: Reporter
+    spec: AlignSpec,
+    device: str,
+    sparse: bool,
+    path: Path,
+    start_meter: Callable[[], None],
+    reporter: Reporter,
 ) -> dict[str, object]:
     import peft  # noqa: F401 - imported here so that its memory is not charged to training
     import torch
@@ -151,7 +172,9 @@ def _align(
     transformers.set_seed(spec.seed)
     start_meter()
     # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
-    model = load_causal_lm(spec.source, dtype=torch.float32, device=spec.device).train()
+    model = load_causal_lm(
+        spec.source, dtype=torch.float32, device=device, attention=spec.attention
+    ).train()
     config = read_config(spec.source)
     family = family_for(config, str(spec.source))
     masked = list(family.linear_names(config["num_hidden_layers"])) if sparse else []
@@ -169,9 +192,10 @@ def _align(
     index = CheckpointIndex.open(spec.source)
     zeros = _count_zeros(model, masked, index) if sparse else None
     stored = next(iter(index.tensors.values())).dtype
-    save_causal_lm(model, path, dtype=stored)
-    shutil.copyfile(spec.source / "config.json", path / "config.json")
-    copy_companions(spec.source, path)
+    if is_main_process():
+        save_causal_lm(model, path, dtype=stored)
+        shutil.copyfile(spec.source / "config.json", path / "config.json")
+        copy_companions(spec.source, path)
     return {
         "steps": spec.steps,
         "tokens": spec.steps * spec.batch * spec.block_length,

@@ -9,7 +9,8 @@ from typing import Any
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.meter import Meter
-from loram_cli.runs.staging import StagedDirectory, staged_directory
+from loram_cli.runs.processes import is_main_process, process_count
+from loram_cli.runs.staging import StagedDirectory, partial_directory, staged_directory
 from loram_cli.specs import digest_of, spec_to_mapping
 from loram_cli.stages.cards import CARD_NAME, model_card
 
@@ -109,7 +110,37 @@ class StageRun:
             **self._meter.stop(),
         )
         manifest = self._staged.commit(manifest, digests)
+        if process_count() > 1:
+            from loram_cli.training.distributed import wait_for_all
+
+            wait_for_all()
         return StageResult(self._name, self._read, self._staged.final, manifest, fresh=True)
+
+
+class FollowingRun:
+    """The same stage on a process that is not the first: it computes, and writes nothing."""
+
+    def __init__(self, name: str, out: Path, read: Path) -> None:
+        from loram_cli.training.distributed import share
+
+        self._name, self._out, self._read = name, out, read
+        self.path = partial_directory(out)
+        # Waits until the first process has the directory locked and prepared.
+        was_finished = share(None)
+        self.finished = self._result(fresh=False) if was_finished else None
+
+    def restart_meter(self) -> None:
+        """The first process measures."""
+
+    def commit(self, results: Mapping[str, Any], **carried: Any) -> StageResult:
+        """Wait until the first process has written the output."""
+        from loram_cli.training.distributed import wait_for_all
+
+        wait_for_all()
+        return self._result(fresh=True)
+
+    def _result(self, *, fresh: bool) -> StageResult:
+        return StageResult(self._name, self._read, self._out, Manifest.read(self._out), fresh)
 
 
 @contextmanager
@@ -121,7 +152,7 @@ def stage_run(
     *,
     resumable: bool = False,
     replace: bool = False,
-) -> Iterator[StageRun]:
+) -> Iterator[StageRun | FollowingRun]:
     """Open a stage's output directory under its key.
 
     Args:
@@ -136,7 +167,14 @@ def stage_run(
     key = key_of(name, plain, inputs)
     record = {"stage": name, "key": key, "spec": plain, "inputs": inputs}
     force = spec.force or (replace and _is_older(spec.out, name, key))
+    if not is_main_process():
+        yield FollowingRun(name, spec.out, read)
+        return
     with staged_directory(spec.out, name, key, force=force, resumable=resumable) as staged:
+        if process_count() > 1:
+            from loram_cli.training.distributed import share
+
+            share(staged.finished is not None)
         yield StageRun(name, staged, record, read)
 
 

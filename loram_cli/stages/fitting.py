@@ -1,14 +1,20 @@
 """What alignment and LoRA training do alike: options of the fit, and what is left of it."""
 
+import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loram_cli.errors import UsageError
+from loram_cli.reporting import Reporter
+from loram_cli.runs.processes import is_main_process, local_device, process_count
 from loram_cli.stages.common import check_positive
 
 if TYPE_CHECKING:
+    from loram_cli.memory.setup import TrainingSetup
     from loram_cli.stages.align import AlignSpec
+    from loram_cli.stages.planning import StagePlan
     from loram_cli.stages.train import TrainSpec
     from loram_cli.training.options import FitOptions, FitResult
 
@@ -25,6 +31,38 @@ def check_fit(spec: "AlignSpec | TrainSpec") -> None:
         raise UsageError(f"--batch {spec.batch} is no multiple of --micro-batch {spec.micro_batch}")
 
 
+def fit_device(spec: "AlignSpec | TrainSpec") -> str:
+    """Where this process computes; with several processes it joins the others.
+
+    Raises:
+        UsageError: The optimizer needs a GPU, or the batch does not divide among the processes.
+    """
+    from loram_cli.modeling.narrow import default_device
+    from loram_cli.training.distributed import join_processes
+
+    processes = process_count()
+    if spec.batch % (spec.micro_batch * processes):
+        raise UsageError(
+            f"--batch {spec.batch} does not divide into --micro-batch {spec.micro_batch} "
+            f"on {processes} processes",
+            f"pass a multiple of {spec.micro_batch * processes} as --batch",
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UsageError(
+            "the launcher asks for FSDP, which loram does not support: every process holds the "
+            "frozen model whole",
+            "launch with torchrun, or without --use_fsdp; --quantize nf4 makes the model small",
+        )
+    device = local_device(spec.device or default_device())
+    if spec.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
+        raise UsageError(
+            f"--optimizer paged_adamw_8bit needs a GPU, and this runs on '{device}'",
+            "pass --optimizer adamw",
+        )
+    join_processes(device)
+    return device
+
+
 def fit_options(spec: "AlignSpec | TrainSpec") -> "FitOptions":
     """The spec's share that says how to fit."""
     from loram_cli.training.options import FitOptions
@@ -39,8 +77,51 @@ def fit_options(spec: "AlignSpec | TrainSpec") -> "FitOptions":
         eval_steps=spec.eval_steps,
         seed=spec.seed,
         gradient_checkpointing=spec.gradient_checkpointing,
+        cross_entropy=spec.cross_entropy,
+        optimizer=spec.optimizer,
         precision=spec.precision,
         report_to=spec.report_to,
+    )
+
+
+def plan_together(
+    plan: Callable[..., "StagePlan"], spec: "AlignSpec | TrainSpec", reporter: Reporter
+) -> "StagePlan":
+    """The stage's plan, made by every process before the first one locks the output."""
+    from loram_cli.training.distributed import wait_for_all
+
+    planned = plan(spec, reporter)
+    wait_for_all()
+    return planned
+
+
+def training_setup(
+    spec: "TrainSpec",
+    targets: tuple[str, ...],
+    config: Mapping[str, Any],
+    *,
+    device: str,
+    precision: Literal["fp32", "bf16"],
+) -> "TrainingSetup":
+    """What the memory account has to know of a spec."""
+    from loram_cli.memory.setup import TrainingSetup
+
+    # Capped attention weights exist in the eager kernel alone.
+    best = "eager" if config.get("attn_logit_softcapping") else "sdpa"
+
+    return TrainingSetup(
+        rank=spec.rank,
+        targets=targets,
+        dropout=spec.dropout,
+        quantize=spec.quantize,
+        micro_batch=spec.micro_batch,
+        length=spec.max_length,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        attention=best if spec.attention == "auto" else spec.attention,
+        cross_entropy=spec.cross_entropy,
+        optimizer=spec.optimizer,
+        precision=precision,
+        device="cpu" if device == "cpu" else "cuda",
     )
 
 
@@ -66,9 +147,10 @@ def finish_fit(fitted: "FitResult", path: Path, title: str) -> dict[str, Any]:
     """
     from loram_cli.training.curves import draw_curve, write_curve_csv
 
-    shutil.rmtree(path / "checkpoints", ignore_errors=True)
-    write_curve_csv(fitted.history, path / "loss.csv")
-    draw_curve(fitted.history, path / "loss.png", title)
+    if is_main_process():
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)
+        write_curve_csv(fitted.history, path / "loss.csv")
+        draw_curve(fitted.history, path / "loss.png", title)
     evals = fitted.eval_losses()
     return {
         "final_train_loss": round(fitted.final_loss, 4),

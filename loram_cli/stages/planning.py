@@ -35,7 +35,8 @@ class StagePlan:
         done: The same output is there already, and nothing will be done.
         disk_bytes: Disk that it needs at most while it runs.
         free_bytes: Disk that is free.
-        memory_bytes: Memory that weights, factors and optimizer take; activations are not in it.
+        memory_bytes: Memory that it takes at its peak, by arithmetic; for align without
+            activations.
         figures: What else is known: steps, tokens, parameters.
     """
 

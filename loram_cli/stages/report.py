@@ -1,17 +1,27 @@
 """Memory report: what base, pruned and quantized models cost, from configs alone."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.stages.memory_rows import (
+    BASE_NAME,
+    FitAnswer,
+    MemoryRow,
+    Model,
+    fit_answers,
+    model_rows,
+)
 from loram_cli.stages.sparsify import count_zeros
 
 if TYPE_CHECKING:
     from loram_cli.arch.spec import Family
+    from loram_cli.memory.picture import Bar
+    from loram_cli.memory.setup import TrainingSetup
 
 Strategy = Literal["rand", "stru", "semi", "unst"]
 
@@ -38,6 +48,14 @@ class MemoryReportSpec:
         keep_last: Layers at the output side that stay whole (``rand`` and ``stru`` alone).
         rank: LoRA rank.
         targets: LoRA target modules; empty for every decoder linear and an untied head.
+        dropout: LoRA dropout.
+        micro_batch: Sequences per forward pass.
+        length: Tokens per sequence.
+        gradient_checkpointing: Keep layers' inputs alone.
+        attention: The kernel; ``eager`` alone holds all attention weights.
+        cross_entropy: ``chunked``, or ``full`` with all logits at once.
+        optimizer: ``adamw`` or ``paged_adamw_8bit``.
+        fit_bytes: Also say which ratio and micro-batch fit so much memory.
     """
 
     model: Path | None = None
@@ -49,6 +67,14 @@ class MemoryReportSpec:
     keep_last: int = 2
     rank: int = 8
     targets: tuple[str, ...] = ()
+    dropout: float = 0.05
+    micro_batch: int = 4
+    length: int = 512
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "flash", "eager"] = "sdpa"
+    cross_entropy: Literal["full", "chunked"] = "chunked"
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    fit_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.preset is None):
@@ -67,8 +93,11 @@ class MemoryReportSpec:
         for name in ("keep_first", "keep_last"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} cannot be negative")
-        if self.rank < 1:
-            raise UsageError(f"--rank {self.rank} is too low")
+        for name in ("rank", "micro_batch", "length"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too low")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout {self.dropout} is outside [0, 1)")
 
     @property
     def effective_ratios(self) -> tuple[float, ...]:
@@ -76,49 +105,6 @@ class MemoryReportSpec:
         if self.ratios or self.pruned is not None:
             return self.ratios
         return _DEFAULT_RATIOS[self.strategy]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryRow:
-    """One model at one precision.
-
-    Attributes:
-        name: ``base``, ``stru 0.65``, or the pruned directory's name.
-        precision: Of the frozen weights.
-        ratio: The pruning ratio asked for; None for the base and for a directory.
-        params: Parameters; for ``semi`` and ``unst`` those that are not zero.
-        stored_params: Parameters in memory; zeros of ``semi`` and ``unst`` take their place too.
-        removed_share: Share of all the base's parameters that ``params`` lacks.
-        paper_params: ``params`` as Tables 4 to 6 count them: under NF4 a quarter.
-        paper_reduction: The base's parameters over ``paper_params``.
-        paper_weight_bytes: ``paper_params`` at 2 bytes.
-        weight_bytes: What the weights take in memory.
-        weight_reduction: The base's bf16 bytes over ``weight_bytes``.
-        lora_params: Trainable parameters.
-        adapter_bytes: LoRA factors in fp32.
-        gradient_bytes: Their gradients.
-        optimizer_bytes: AdamW's moments.
-        training_state_bytes: The last three together.
-        training_bytes_without_activations: Weights and training state: a lower bound.
-    """
-
-    name: str
-    precision: Literal["bf16", "nf4"]
-    ratio: float | None
-    params: int
-    stored_params: int
-    removed_share: float
-    paper_params: int
-    paper_reduction: float
-    paper_weight_bytes: int
-    weight_bytes: int
-    weight_reduction: float
-    lora_params: int
-    adapter_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    training_state_bytes: int
-    training_bytes_without_activations: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +116,10 @@ class MemoryReport:
         family: Its family.
         rank: LoRA rank.
         targets: LoRA target modules.
+        setup: How the models are trained: micro-batch, length, gradient checkpointing and so on.
         rows: The base first, then every pruned model; each in bf16, then NF4.
+        fit_bytes: The memory asked about, or None.
+        fits: What fits it.
         notes: What the figures contain and what not.
     """
 
@@ -138,8 +127,27 @@ class MemoryReport:
     family: str
     rank: int
     targets: tuple[str, ...]
+    setup: "TrainingSetup"
     rows: tuple[MemoryRow, ...]
+    fit_bytes: int | None
+    fits: tuple[FitAnswer, ...]
     notes: tuple[str, ...]
+
+    @property
+    def settings(self) -> str:
+        """The setup in words."""
+        setup = self.setup
+        words = [f"micro-batch {setup.micro_batch}", f"{setup.length} tokens", setup.attention]
+        words.append(f"{setup.cross_entropy} cross-entropy")
+        if setup.gradient_checkpointing:
+            words.append("gradient checkpointing")
+        if setup.optimizer != "adamw":
+            words.append(setup.optimizer)
+        return ", ".join(words)
+
+    def bars(self) -> "list[Bar]":
+        """The rows as bars, part by part."""
+        return [row.bar() for row in self.rows]
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain form for ``--json``."""
@@ -147,20 +155,11 @@ class MemoryReport:
         return {
             **plain,
             "targets": list(self.targets),
+            "setup": {**plain["setup"], "targets": list(self.targets)},
             "rows": list(plain["rows"]),
+            "fits": list(plain["fits"]),
             "notes": list(self.notes),
         }
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model to put on rows: its config, and the zeros in it, by share or as counted."""
-
-    name: str
-    config: dict[str, Any]
-    ratio: float | None = None
-    sparsity: float = 0.0
-    zeros: int = 0
 
 
 def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
@@ -176,7 +175,8 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
     source = f"preset {spec.preset}" if spec.preset is not None else str(spec.model)
     config = _base_config(spec)
     family = _checked_family(config, source)
-    base = _Model("base", config)
+    base = Model(BASE_NAME, config)
+    setup = _setup(spec)
     ratios = spec.effective_ratios
     if config.get("per_layer_config"):
         if spec.ratios:
@@ -195,13 +195,39 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
             tied_embeddings=family.geometry(config).tied_embeddings,
             targets=spec.targets or None,
         ),
-        rows=tuple(row for model in models for row in _rows(spec, family, base, model)),
+        setup=setup,
+        rows=tuple(
+            row
+            for model in models
+            for row in model_rows(family, base, model, setup, spec.fit_bytes)
+        ),
+        fit_bytes=spec.fit_bytes,
+        fits=_fits(spec, family, config, setup),
         notes=tuple(
             report_notes(
                 family, config, spec.strategy, ratios, counted=any(m.zeros for m in models)
             )
         ),
     )
+
+
+def _setup(spec: MemoryReportSpec) -> "TrainingSetup":
+    from loram_cli.memory.setup import TrainingSetup
+
+    names = {field.name for field in fields(TrainingSetup)} & {field.name for field in fields(spec)}
+    return TrainingSetup(**{name: getattr(spec, name) for name in names})
+
+
+def _fits(
+    spec: MemoryReportSpec, family: "Family", config: dict[str, Any], setup: "TrainingSetup"
+) -> tuple[FitAnswer, ...]:
+    # Zeros of semi and unst take their place in memory, and a pruned model is not pruned again.
+    if spec.fit_bytes is None or spec.strategy in ("semi", "unst"):
+        return ()
+    if config.get("per_layer_config"):
+        return ()
+    keeps = (spec.keep_first, spec.keep_last)
+    return tuple(fit_answers(family, config, setup, keeps, spec.fit_bytes))
 
 
 def _base_config(spec: MemoryReportSpec) -> dict[str, Any]:
@@ -240,22 +266,22 @@ def _checked_family(config: dict[str, Any], where: str) -> "Family":
 
 def _narrowed_or_sparse(
     spec: MemoryReportSpec, family: "Family", config: dict[str, Any], ratios: tuple[float, ...]
-) -> Iterator[_Model]:
+) -> Iterator[Model]:
     from loram_cli.pruning.plan import layer_widths, pruned_config
 
     geometry = family.geometry(config)
     for ratio in ratios:
         name = f"{spec.strategy} {ratio:g}"
         if spec.strategy in ("semi", "unst"):
-            yield _Model(name, config, ratio, sparsity=ratio)
+            yield Model(name, config, ratio, sparsity=ratio)
         else:
             widths = layer_widths(geometry, ratio, spec.keep_first, spec.keep_last)
-            yield _Model(name, pruned_config(config, geometry, widths), ratio)
+            yield Model(name, pruned_config(config, geometry, widths), ratio)
 
 
 def _pruned_directory(
     pruned: Path, family: "Family", base: dict[str, Any], source: str, reporter: Reporter
-) -> _Model:
+) -> Model:
     config = _read_config(pruned)
     mine = _checked_family(config, str(pruned)).geometry(config)
     theirs = family.geometry(base)
@@ -273,43 +299,4 @@ def _pruned_directory(
     zeros = 0
     if (pruned / MANIFEST_NAME).is_file() and Manifest.read(pruned).sparsity:
         zeros = count_zeros(pruned, reporter)
-    return _Model(pruned.resolve().name, config, zeros=zeros)
-
-
-def _rows(
-    spec: MemoryReportSpec, family: "Family", base: _Model, model: _Model
-) -> Iterator[MemoryRow]:
-    from loram_cli.memory import account
-
-    base_params = account.count_params(family, base.config).total
-    stored_params = account.count_params(family, model.config).total
-    params = account.count_nonzero_params(family, model.config, model.sparsity).total - model.zeros
-    lora_params = account.count_lora_params(family, model.config, spec.rank, spec.targets)
-    state = account.training_state(lora_params)
-    for precision, paper_params, weight_bytes in (
-        ("bf16", params, stored_params * account.BF16_BYTES),
-        (
-            "nf4",
-            account.paper_nf4_params(params),
-            account.nf4_weight_bytes(family, model.config),
-        ),
-    ):
-        yield MemoryRow(
-            name=model.name,
-            precision=precision,
-            ratio=model.ratio,
-            params=params,
-            stored_params=stored_params,
-            removed_share=account.removed_share(base_params, params),
-            paper_params=paper_params,
-            paper_reduction=account.reduction(base_params, paper_params),
-            paper_weight_bytes=paper_params * account.BF16_BYTES,
-            weight_bytes=weight_bytes,
-            weight_reduction=base_params * account.BF16_BYTES / weight_bytes,
-            lora_params=lora_params,
-            adapter_bytes=state.adapter_bytes,
-            gradient_bytes=state.gradient_bytes,
-            optimizer_bytes=state.optimizer_bytes,
-            training_state_bytes=state.total_bytes,
-            training_bytes_without_activations=weight_bytes + state.total_bytes,
-        )
+    return Model(pruned.resolve().name, config, zeros=zeros)

@@ -22,8 +22,12 @@ FULL_LORA = "full-lora"
 SPARSE = ("semi", "unst")
 
 
-def model_dir(model: str) -> Path:
+def model_dir(model: str, *, config_only: bool = False) -> Path:
     """The local directory of the demo base, a path or a hub id.
+
+    Args:
+        model: Which.
+        config_only: Fetch no weights from the hub.
 
     Raises:
         LoramError: It cannot be had.
@@ -34,7 +38,7 @@ def model_dir(model: str) -> Path:
         return Path(str(resources.files("loram_cli.demo") / "base"))
     from loram_cli.checkpoint.sources import resolve_model
 
-    return resolve_model(model)
+    return resolve_model(model, config_only=config_only)
 
 
 def stage_defaults(model: str, stage: str, values: Values) -> dict[str, Any]:

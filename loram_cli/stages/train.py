@@ -8,8 +8,17 @@ from typing import Any, Literal
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.runs.processes import is_main_process
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
-from loram_cli.stages.fitting import check_fit, finish_fit, fit_options, prepare_tracking
+from loram_cli.stages.fitting import (
+    check_fit,
+    finish_fit,
+    fit_device,
+    fit_options,
+    plan_together,
+    prepare_tracking,
+    training_setup,
+)
 from loram_cli.stages.planning import StagePlan, check_model, count_examples, make_plan
 from loram_cli.stages.templates import warn_of_other_template
 
@@ -39,6 +48,10 @@ class TrainSpec:
         eval_steps: Steps between evaluations.
         loss_on: ``answer`` alone, or ``all`` tokens.
         gradient_checkpointing: Trade time for activation memory.
+        cross_entropy: ``chunked`` never holds all logits, ``full`` is transformers' own loss.
+        attention: ``sdpa`` of torch, ``flash`` of the flash-attn package, or ``eager``; ``auto``
+            leaves the choice to transformers.
+        optimizer: ``adamw``, or ``paged_adamw_8bit`` with a quarter of its state (GPU alone).
         precision: ``bf16`` or ``fp32``; ``auto`` is bf16 on a GPU that has it.
         report_to: Trackers that get the losses as well: ``tensorboard``, ``wandb``.
         seed: Decides order, split and dropout.
@@ -66,6 +79,9 @@ class TrainSpec:
     eval_steps: int = 50
     loss_on: Literal["answer", "all"] = "answer"
     gradient_checkpointing: bool = False
+    cross_entropy: Literal["full", "chunked"] = "chunked"
+    attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 42
@@ -91,10 +107,10 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         LoramError: The source is no whole model, the disk is too full, or the data is unusable.
         UsageError: A LoRA target that the model does not have.
     """
-    from loram_cli.memory.account import count_lora_params, nf4_weight_bytes, training_state
+    from loram_cli.memory.training import training_memory
     from loram_cli.modeling.narrow import default_device
     from loram_cli.training.adapters import lora_targets
-    from loram_cli.training.options import weights_dtype
+    from loram_cli.training.options import resolve_precision
 
     check_out_of_tree(spec.out, spec.source)
     prepare_tracking(spec)
@@ -105,10 +121,16 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     targets = lora_targets(
         family, tied_embeddings=tied, reporter=NullReporter(), targets=spec.targets or None
     )
-    state = training_state(count_lora_params(family, config, spec.rank, targets))
     device = spec.device or default_device()
-    weights = weights_dtype(spec.precision, device, full_parameters=False)
-    figures: dict[str, Any] = {"params": index.num_params, "lora_params": state.lora_params}
+    setup = training_setup(
+        spec,
+        targets,
+        config,
+        device=device,
+        precision=resolve_precision(spec.precision, device),
+    )
+    memory = training_memory(family, config, setup)
+    figures: dict[str, Any] = {"params": index.num_params, "lora_params": memory.adapter // 4}
     figures |= {"steps": spec.steps, "batch": spec.batch}
     if count:
         figures["examples"] = count_examples(spec.data, reporter)
@@ -121,16 +143,11 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         spec,
         {"source": source},
         # The adapter, and up to three checkpoints of it with the optimizer's moments.
-        disk_bytes=4 * state.adapter_bytes + 3 * state.optimizer_bytes,
+        disk_bytes=4 * memory.adapter + 3 * memory.optimizer,
         reads=tuple(filter(None, (str(spec.source), spec.data, spec.eval_data))),
         base=base,
         **carried,
-        memory_bytes=state.total_bytes
-        + (
-            nf4_weight_bytes(family, config)
-            if spec.quantize
-            else index.num_params * weights.itemsize
-        ),
+        memory_bytes=memory.total,
         figures=figures,
     )
 
@@ -141,11 +158,12 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
     Raises:
         LoramError: See :func:`plan`; also a loss that is not finite.
     """
-    planned = plan(spec, reporter)
+    device = fit_device(spec)
+    planned = plan_together(plan, spec, reporter)
     with stage_run("train", spec, planned.inputs, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
-        results = _train(spec, stage.path, stage.restart_meter, reporter)
+        results = _train(spec, device, stage.path, stage.restart_meter, reporter)
         return stage.commit(
             results, base=planned.base, keep=planned.keep, sparsity=planned.sparsity
         )
@@ -174,7 +192,7 @@ def describe_source(source: Path) -> tuple[dict[str, Any], dict[str, Any], dict[
 
 
 def _train(
-    spec: TrainSpec, path: Path, start_meter: Callable[[], None], reporter: Reporter
+    spec: TrainSpec, device: str, path: Path, start_meter: Callable[[], None], reporter: Reporter
 ) -> dict[str, Any]:
     import peft  # noqa: F401 - imported here so that its memory is not charged to training
     import transformers
@@ -207,11 +225,12 @@ def _train(
     eval_rows = encode(eval_examples) if eval_examples else []
     transformers.set_seed(spec.seed)
     start_meter()
-    model = _load(spec, family)
+    model = _load(spec, family, device)
     lora = lora_config(targets, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout)
     model = attach_lora(model, lora, seed=spec.seed).train()
     fitted = fit_lora(model, train_rows, eval_rows, fit_options(spec), path, reporter)
-    save_adapter(model, path)
+    if is_main_process():
+        save_adapter(model, path)
     losses = finish_fit(fitted, path, "LoRA training")
     return {
         "steps": spec.steps,
@@ -223,16 +242,19 @@ def _train(
     }
 
 
-def _load(spec: TrainSpec, family: Any) -> Any:
-    from loram_cli.modeling.narrow import default_device, load_causal_lm
+def _load(spec: TrainSpec, family: Any, device: str) -> Any:
+    from loram_cli.modeling.narrow import load_causal_lm
     from loram_cli.modeling.quantize import nf4_config, prepare_for_training
     from loram_cli.training.options import weights_dtype
 
-    device = spec.device or default_device()
     dtype = weights_dtype(spec.precision, device, full_parameters=False)
     quantization = nf4_config(dtype, skip_modules=(family.lm_head,)) if spec.quantize else None
     model = load_causal_lm(
-        spec.source, dtype=dtype, device=device, quantization_config=quantization
+        spec.source,
+        dtype=dtype,
+        device=device,
+        attention=spec.attention,
+        quantization_config=quantization,
     )
     if spec.quantize:
         prepare_for_training(model)

@@ -76,10 +76,16 @@ def attach_lora(model: Any, config: Any, *, seed: int) -> Any:
     """
     with quiet_libraries():
         from peft import get_peft_model
+        from peft.tuners.lora import LoraLayer
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return get_peft_model(model, config)
+            model = get_peft_model(model, config)
+    for module in model.modules():
+        # Mixed precision casts a factor's input to bf16; PEFT would first copy it to fp32.
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+    return model
 
 
 def load_adapter(model: Any, adapter_dir: Path) -> Any:

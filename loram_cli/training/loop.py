@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from typing import Any
 import torch
 
 from loram_cli.errors import LoramError
+from loram_cli.modeling.chunked_loss import chunked_loss
 from loram_cli.modeling.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
+from loram_cli.runs.processes import is_main_process
 from loram_cli.specs import digest_of, spec_to_mapping
 from loram_cli.training.checkpoints import newest_checkpoint
+from loram_cli.training.distributed import share
 from loram_cli.training.masks import keep_zeros
 from loram_cli.training.options import FitOptions, FitResult, curve_rows, resolve_precision
 from loram_cli.training.tokens import PadCollator, TokenRow
@@ -146,9 +150,8 @@ def _fit(
         steps = total_steps(options, len(train))
         warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
         folder = work_dir / "checkpoints"
-        found = newest_checkpoint(
-            folder, _fingerprint(options, precision, train, evaluation, trainable)
-        )
+        fingerprint = _fingerprint(options, precision, train, evaluation, trainable)
+        found = share(newest_checkpoint(folder, fingerprint) if is_main_process() else None)
         if found is not None:
             reporter.note(f"going on from the checkpoint of step {found[1]} of {steps}")
         arguments = training_arguments(
@@ -161,11 +164,12 @@ def _fit(
             evaluates=bool(evaluation),
             fresh=found is None,
         )
-        interruption = Interruption()
+        interruption, main = Interruption(), is_main_process()
+        chunks = chunked_loss(model) if options.cross_entropy == "chunked" else nullcontext()
         use_cache = model.config.use_cache
         model.config.use_cache = False
         try:
-            with interruption.caught(), reporter.progress(label, steps, "step") as progress:
+            with chunks, interruption.caught(), reporter.progress(label, steps, "step") as progress:
                 trainer = StepTrainer(
                     model=model,
                     args=arguments,
@@ -176,7 +180,7 @@ def _fit(
                         StepCallback(
                             progress, interruption, options.batch, evaluates=bool(evaluation)
                         ),
-                        *tracking_callbacks(options.report_to, work_dir),
+                        *(tracking_callbacks(options.report_to, work_dir) if main else ()),
                     ],
                 )
                 _remove_printer(trainer)

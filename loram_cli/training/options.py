@@ -28,6 +28,7 @@ class FitOptions:
             the optimizer state.
         precision: Of the computation; ``auto`` is bf16 on a GPU that has it, else fp32.
         gradient_checkpointing: Recompute activations instead of keeping them.
+        cross_entropy: ``chunked`` never holds all logits, ``full`` is transformers' own loss.
         checkpoint_steps: Write a checkpoint every so many steps.
         eval_steps: Evaluate every so many steps, besides start and end; None for these two alone.
         seed: Decides data order and dropout.
@@ -46,6 +47,7 @@ class FitOptions:
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
+    cross_entropy: Literal["full", "chunked"] = "chunked"
     checkpoint_steps: int = 100
     eval_steps: int | None = None
     seed: int = 0

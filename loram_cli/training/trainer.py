@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import Progress
+from loram_cli.runs.processes import is_main_process, process_count, process_rank
 from loram_cli.training.checkpoints import checkpoint_path, mark_whole
 from loram_cli.training.options import FitOptions
 from loram_cli.training.tokens import IGNORED_LABEL, TokenRow
@@ -93,6 +94,8 @@ class StepCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer has written all files of this step's checkpoint."""
+        if not is_main_process():
+            return
         mark_whole(checkpoint_path(Path(args.output_dir), state.global_step))
 
 
@@ -117,13 +120,16 @@ class StepTrainer(Trainer):
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
         step = self.args.per_device_eval_batch_size
         with torch.no_grad(), self.compute_loss_context_manager():
-            for i in range(0, len(order), step):
+            for i in range(process_rank() * step, len(order), step * process_count()):
                 batch = self.data_collator([rows[j] for j in order[i : i + step]])
                 batch = {key: tensor.to(self.args.device) for key, tensor in batch.items()}
                 tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
                 total += float(self.model(**batch).loss) * tokens
                 count += tokens
         self.model.train(was_training)
+        if process_count() > 1:
+            sums = torch.tensor([total, count], dtype=torch.float64, device=self.args.device)
+            total, count = self.accelerator.reduce(sums, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / count}
         self.log(metrics)
         # Tells the loop that this step has been evaluated.
@@ -155,7 +161,9 @@ def training_arguments(
         optim=_OPTIMIZERS[options.optimizer],
         per_device_train_batch_size=options.micro_batch,
         per_device_eval_batch_size=options.micro_batch,
-        gradient_accumulation_steps=options.batch // options.micro_batch,
+        gradient_accumulation_steps=options.batch // (options.micro_batch * process_count()),
+        # All factors take part in every pass; looking for unused ones would cost time in each.
+        ddp_find_unused_parameters=False,
         bf16=precision == "bf16",
         use_cpu=device == "cpu",
         activation_checkpointing=options.gradient_checkpointing,

@@ -1,0 +1,113 @@
+"""``loram bench``."""
+
+from typing import Annotated
+
+import typer
+
+from loram_cli.cli import options
+
+NAME = "bench"
+EPILOG = "Example: loram bench train --row llama2-13b --row llama2-13b:0.65"
+
+
+def command(
+    what: Annotated[str, typer.Argument(help="What to measure: train.")] = "train",
+    preset: Annotated[
+        str | None, typer.Option(help="Measure this preset at --ratio and --quantize.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Pruning ratio of --preset. (default: 0, the base)")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="nf4: weights in 4 bits.")] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option("--row", help="PRESET[:RATIO[:nf4]]; may be repeated, a process for each."),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The rows of the paper's Table 8, and 70B QLoRAM.")
+    ] = False,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Sequences per step. (default: 4)")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per sequence. (default: 512)")] = None,
+    steps: Annotated[int | None, typer.Option(help="Timed steps. (default: 8)")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA r. (default: 8)")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout. (default: 0.05)")] = None,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    cross_entropy: options.CrossEntropy = None,
+    attention: Annotated[
+        str | None, typer.Option(help="sdpa, flash or eager. (default: sdpa)")
+    ] = None,
+    optimizer: options.Optimizer = None,
+    device: options.Device = None,
+    seed: options.Seed = None,
+    json_output: options.Json = False,
+) -> None:
+    """Take real training steps on random weights of true shapes: peak memory and throughput."""
+    from loram_cli.cli.render import print_json, stdout_console
+    from loram_cli.errors import UsageError
+    from loram_cli.specs import spec_from_mapping
+    from loram_cli.stages import bench
+
+    if what != "train":
+        raise UsageError(f"bench {what}: only 'train' can be measured")
+    if preset is None and (ratio is not None or quantize is not None):
+        raise UsageError("--ratio and --quantize are for --preset", "pass --preset NAME, or --row")
+    rows = [*(row or ()), *(bench.PAPER_ROWS if paper else ())]
+    if preset is not None:
+        rows.append(f"{preset}:{ratio or 0}" + (f":{quantize}" if quantize else ""))
+    values = {
+        "rows": tuple(rows),
+        "micro_batch": micro_batch,
+        "length": length,
+        "steps": steps,
+        "rank": rank,
+        "dropout": dropout,
+        "gradient_checkpointing": gradient_checkpointing,
+        "cross_entropy": cross_entropy,
+        "attention": attention,
+        "optimizer": optimizer,
+        "device": device,
+        "seed": seed,
+    }
+    spec = spec_from_mapping(
+        bench.BenchSpec, {k: v for k, v in values.items() if v is not None}, "bench"
+    )
+    result = bench.run(spec, options.reporter_for(json_output))
+    if json_output:
+        print_json(result.to_mapping())
+        return
+    console = stdout_console()
+    console.print(bench_table(result))
+    for note in result.notes:
+        console.print(note)
+
+
+def bench_table(result: object) -> object:
+    """A row per model: predicted and measured peak, and throughput."""
+    from rich import box
+    from rich.table import Table
+
+    from loram_cli.units import format_bytes, format_params
+
+    cards = ", ".join(dict.fromkeys(row.device for row in result.rows))
+    table = Table(
+        title=f"training on {cards}", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1)
+    )
+    for name in ("model", "parameters", "predicted", "measured", "off by", "reserved", "s/step",
+                 "samples/s"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in result.rows:
+        cells = [row.label, format_params(row.params), format_bytes(row.predicted_bytes)]
+        if row.failure is not None:
+            table.add_row(*cells, row.failure)
+            continue
+        table.add_row(
+            *cells,
+            format_bytes(row.measured_bytes),
+            f"{row.deviation:+.1%}",
+            format_bytes(row.reserved_bytes) if row.reserved_bytes else "-",
+            f"{row.seconds_per_step:.3f}",
+            f"{row.samples_per_second:.2f}",
+        )
+    return table

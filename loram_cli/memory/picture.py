@@ -1,0 +1,79 @@
+"""Training memory as bars in a PNG."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loram_cli.errors import LoramError
+from loram_cli.memory.training import CARDS_GIB, USABLE_SHARE
+from loram_cli.units import GIB, MIB
+
+_COLOURS = ("#4878a8", "#8fb0d0", "#c8553d", "#e3a18f", "#9a9a9a")
+_INK = "#333333"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar.
+
+    Attributes:
+        label: What it stands for.
+        parts: Name and bytes of each part, from the left.
+    """
+
+    label: str
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Its length."""
+        return sum(part_bytes for _, part_bytes in self.parts)
+
+
+def draw_bars(bars: Sequence[Bar], path: Path, title: str) -> None:
+    """Draw bars on one scale, with the usable memory of the common cards as lines.
+
+    Args:
+        bars: From the top; all with the same parts.
+        path: The picture's file; its name says the format.
+        title: Headline.
+
+    Raises:
+        LoramError: The file cannot be written, or its name ends in no known format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    most = max(bar.total_bytes for bar in bars)
+    unit, unit_bytes = ("GiB", GIB) if most >= GIB / 2 else ("MiB", MIB)
+    figure = Figure(figsize=(9.0, 1.7 + 0.36 * len(bars)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = range(len(bars))
+    starts = [0.0] * len(bars)
+    for i, (name, _) in enumerate(bars[0].parts):
+        widths = [bar.parts[i][1] / unit_bytes for bar in bars]
+        axes.barh(places, widths, left=starts, height=0.66, color=_COLOURS[i], label=name)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    for place, end in zip(places, starts, strict=True):
+        axes.annotate(f"{end:.1f}", (end, place), xytext=(4, 0), textcoords="offset points",
+                      va="center", fontsize=8, color=_INK)  # fmt: skip
+    if unit == "GiB":
+        for card in CARDS_GIB:
+            if card * USABLE_SHARE <= most / GIB * 1.08:
+                axes.axvline(card * USABLE_SHARE, color="#bbbbbb", linewidth=0.9, linestyle=":",
+                             zorder=0)  # fmt: skip
+                axes.annotate(f"{card}", (card * USABLE_SHARE, 1), ha="center", fontsize=8,
+                              xycoords=("data", "axes fraction"), xytext=(0, 3),
+                              textcoords="offset points", color="#888888")  # fmt: skip
+    axes.set_yticks(places, [bar.label for bar in bars], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, most / unit_bytes * 1.1)
+    axes.set_xlabel(f"{unit}; dotted: what a card of so many GB leaves usable", color=_INK)
+    axes.set_title(title, loc="left", fontsize=10, color=_INK, pad=16)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    try:
+        figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+    except (OSError, ValueError) as error:
+        raise LoramError(f"--plot {path}: cannot be written ({error})", "name it x.png") from error

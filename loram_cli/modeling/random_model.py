@@ -1,0 +1,125 @@
+"""A causal LM of a config's shapes with random weights, built in its target precision.
+
+Each tensor is made on its device, in the type that it is to have, one after the other; under NF4 a
+linear's bf16 weights are gone before the next one's are made. Nothing is read, and no whole model
+in a wider type ever exists, on the device or beside it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from loram_cli.arch.registry import family_for
+from loram_cli.modeling.narrow import attention_kernel, narrow_class
+from loram_cli.modeling.quantize import require_bitsandbytes
+from loram_cli.modeling.quiet import quiet_libraries
+
+_INITIAL_STD = 0.02
+
+
+def random_causal_lm(
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: str,
+    attention: str = "sdpa",
+    nf4: bool = False,
+    seed: int = 0,
+) -> Any:
+    """Build the model.
+
+    Args:
+        config: A ``config.json``, with or without ``per_layer_config``.
+        dtype: Of all weights that are not quantized, and of products with those that are.
+        device: ``cpu``, ``cuda``, ...
+        attention: ``sdpa``, ``flash`` or ``eager``.
+        nf4: Quantize the decoder linears, with double quantization.
+        seed: Of the weights.
+
+    Returns:
+        The model in evaluation mode, every weight frozen.
+
+    Raises:
+        LoramError: A library that is asked for is not installed.
+    """
+    import transformers
+
+    family = family_for(config, "the config")
+    if nf4:
+        require_bitsandbytes()
+    with quiet_libraries():
+        settings = {name: value for name, value in config.items() if name != "model_type"}
+        settings["allow_global_per_layer_attribute_access"] = True
+        settings["dtype"] = dtype
+        native = transformers.AutoConfig.for_model(config["model_type"], **settings)
+        with torch.device("meta"):
+            model = narrow_class(family)._from_config(
+                native, attn_implementation=attention_kernel(attention), dtype=dtype
+            )
+    model.tie_weights()
+    model.eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    num_layers = len(model.get_submodule(family.layers))
+    linears = {name.removesuffix(".weight") for name in family.linear_names(num_layers)}
+    done: dict[int, torch.nn.Parameter] = {}
+    for module_name, module in list(model.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            if id(parameter) not in done:
+                # The parameter itself is kept alive, so that its id stays its own.
+                weight = _random(parameter, dtype, device, generator)
+                if nf4 and name == "weight" and module_name in linears:
+                    _quantize(model, module_name, weight, dtype)
+                    del weight
+                    continue
+                done[id(parameter)] = torch.nn.Parameter(weight, requires_grad=False)
+            module._parameters[name] = done[id(parameter)]
+        _compute_buffers(model, module, device)
+    if nf4:
+        # PEFT looks here before it chooses its 4-bit LoRA linear.
+        model.is_loaded_in_4bit = True
+    return model
+
+
+def _random(
+    parameter: torch.nn.Parameter, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> torch.Tensor:
+    weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+    if parameter.dim() == 1:
+        return weight.fill_(1.0)
+    return weight.normal_(std=_INITIAL_STD, generator=generator)
+
+
+def _quantize(model: Any, module_name: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
+    import bitsandbytes
+
+    plain = model.get_submodule(module_name)
+    module = bitsandbytes.nn.Linear4bit(
+        plain.in_features,
+        plain.out_features,
+        bias=plain.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    module.weight = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4"
+    ).to(weight.device)
+    if plain.bias is not None:
+        module.bias = torch.nn.Parameter(
+            torch.zeros(plain.out_features, dtype=dtype, device=weight.device), requires_grad=False
+        )
+    owner, _, name = module_name.rpartition(".")
+    setattr(model.get_submodule(owner), name, module)
+
+
+def _compute_buffers(model: Any, module: Any, device: str) -> None:
+    """Buffers that no checkpoint holds, by the model's own initialization."""
+    names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+    for name in names:
+        setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+    if names:
+        model._init_weights(module)

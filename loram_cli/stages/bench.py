@@ -1,0 +1,200 @@
+"""Bench: real training steps on random weights of a model's true shapes, beside the prediction."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.reporting import Reporter
+from loram_cli.specs import spec_to_mapping
+
+# Table 8 of the paper, and its two 70B models in NF4.
+PAPER_ROWS = (
+    "llama2-7b", "llama2-13b", "llama2-13b:0.65", "llama2-70b:0.85:nf4", "llama2-70b:0.95:nf4",
+)  # fmt: skip
+
+# Without a GPU a preset would take hours; this one takes seconds, and says nothing about a preset.
+TINY_NAME = "tiny"
+TINY_CONFIG = {
+    "model_type": "llama", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 688,
+    "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "hidden_act": "silu", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_KEEP_FIRST, _KEEP_LAST = 4, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSpec:
+    """What to measure.
+
+    Attributes:
+        rows: Models: ``PRESET``, ``PRESET:RATIO`` or ``PRESET:RATIO:nf4``; ratio 0 is the base.
+        micro_batch: Sequences per pass, and per optimizer step.
+        length: Tokens per sequence; every one of them carries loss.
+        steps: Optimizer steps that are timed.
+        rank: LoRA r.
+        dropout: LoRA dropout.
+        gradient_checkpointing: Keep layers' inputs alone.
+        cross_entropy: ``chunked`` or ``full``.
+        attention: ``sdpa``, ``flash`` or ``eager``.
+        optimizer: ``adamw`` or ``paged_adamw_8bit``.
+        device: ``cuda``, ``cpu``, ...; None takes a GPU when there is one.
+        seed: Of weights and tokens.
+    """
+
+    rows: tuple[str, ...]
+    micro_batch: int = 4
+    length: int = 512
+    steps: int = 8
+    rank: int = 8
+    dropout: float = 0.05
+    gradient_checkpointing: bool = False
+    cross_entropy: Literal["full", "chunked"] = "chunked"
+    attention: Literal["sdpa", "flash", "eager"] = "sdpa"
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise UsageError("bench needs a model", "pass --preset NAME, --row, or --paper")
+        for name in ("micro_batch", "length", "steps", "rank"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be above 0")
+        for row in self.rows:
+            BenchModel.parse(row)
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A model to measure: a preset, its pruning ratio, and the precision of its weights."""
+
+    preset: str
+    ratio: float
+    quantize: Literal["nf4"] | None
+
+    @classmethod
+    def parse(cls, row: str) -> "BenchModel":
+        """Read ``PRESET[:RATIO[:nf4]]``.
+
+        Raises:
+            UsageError: It is not of that form, or there is no such preset.
+        """
+        from loram_cli.memory.presets import load_preset
+
+        preset, *rest = row.split(":")
+        try:
+            ratio = float(rest[0]) if rest and rest[0] else 0.0
+        except ValueError:
+            ratio = -1.0
+        if len(rest) > 2 or not 0 <= ratio < 1 or rest[1:] not in ([], ["nf4"]):
+            raise UsageError(f"--row {row}: PRESET, PRESET:RATIO or PRESET:RATIO:nf4 is wanted")
+        if preset != TINY_NAME:
+            load_preset(preset)
+        return cls(preset, ratio, "nf4" if rest[1:] else None)
+
+    @property
+    def label(self) -> str:
+        """Such as ``llama2-70b QLoRAM 0.85``."""
+        quantized = "Q" if self.quantize else ""
+        ratio = f" {self.ratio:g}" if self.ratio else ""
+        return f"{self.preset} {quantized}LoRA{'M' if self.ratio else ''}{ratio}"
+
+    def config(self) -> dict[str, Any]:
+        """Its ``config.json``."""
+        from loram_cli.arch.registry import family_for
+        from loram_cli.memory.presets import load_preset
+        from loram_cli.pruning.plan import layer_widths, pruned_config
+
+        config = TINY_CONFIG if self.preset == TINY_NAME else load_preset(self.preset)
+        if not self.ratio:
+            return dict(config)
+        geometry = family_for(config, self.preset).geometry(config)
+        widths = layer_widths(geometry, self.ratio, _KEEP_FIRST, _KEEP_LAST)
+        return pruned_config(config, geometry, widths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """What was predicted and what was measured.
+
+    Attributes:
+        row: As it was asked for.
+        label: The model in words.
+        device: The card's name, or ``cpu``.
+        params: Parameters of the model.
+        predicted_bytes: By arithmetic: allocated on a GPU, without the context.
+        measured_bytes: The allocator's highest mark on a GPU; on a CPU the growth of resident
+            memory, which holds much that is not the model. None where it failed.
+        reserved_bytes: What the allocator took from the device; 0 on a CPU.
+        deviation: Measured over predicted, less 1.
+        seconds_per_step: Median over the timed steps.
+        samples_per_second: Micro-batch over that.
+        failure: Why there is no figure, or None.
+    """
+
+    row: str
+    label: str
+    device: str
+    params: int
+    predicted_bytes: int
+    measured_bytes: int | None = None
+    reserved_bytes: int = 0
+    deviation: float | None = None
+    seconds_per_step: float | None = None
+    samples_per_second: float | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """All rows, and what to know about them."""
+
+    rows: tuple[BenchRow, ...]
+    notes: tuple[str, ...]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain form for ``--json``."""
+        return {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
+
+
+def run(spec: BenchSpec, reporter: Reporter) -> BenchResult:
+    """Measure every row in a process of its own.
+
+    Raises:
+        LoramError: A library or the device is absent.
+    """
+    from loram_cli.modeling.narrow import default_device
+
+    device = spec.device or default_device()
+    notes = []
+    if device == "cpu":
+        tiny = [replace(BenchModel.parse(row), preset=TINY_NAME) for row in spec.rows]
+        names = [f"{m.preset}:{m.ratio}" + (":nf4" if m.quantize else "") for m in tiny]
+        spec = replace(spec, rows=tuple(dict.fromkeys(names)))
+        notes.append(
+            "no GPU here: these figures are of a tiny model on the CPU, where resident memory "
+            "holds libraries and threads too; they say nothing about the presets"
+        )
+    rows = []
+    with reporter.progress("bench", len(spec.rows), "model") as progress:
+        for row in spec.rows:
+            progress.detail(BenchModel.parse(row).label)
+            rows.append(_in_a_process(replace(spec, rows=(row,), device=device)))
+            progress.advance()
+    return BenchResult(rows=tuple(rows), notes=tuple(notes))
+
+
+def _in_a_process(spec: BenchSpec) -> BenchRow:
+    words = [sys.executable, "-m", "loram_cli.stages.bench_process"]
+    done = subprocess.run(
+        words, input=json.dumps(spec_to_mapping(spec)), capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return BenchRow(**json.loads(done.stdout.splitlines()[-1]))
+    label = BenchModel.parse(spec.rows[0]).label
+    said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    raise LoramError(f"{label}: the measuring process failed: {said}")

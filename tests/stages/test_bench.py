@@ -1,0 +1,90 @@
+"""The bench on the CPU, its rows, and the random models behind it."""
+
+import json
+
+import pytest
+import torch
+
+from loram_cli.arch.registry import family_for
+from loram_cli.cli.app import run_command
+from loram_cli.errors import UsageError
+from loram_cli.memory.account import count_params
+from loram_cli.modeling.random_model import random_causal_lm
+from loram_cli.stages.bench import PAPER_ROWS, TINY_CONFIG, BenchModel, BenchSpec
+
+
+def test_rows_are_a_preset_a_ratio_and_a_precision():
+    models = [BenchModel.parse(row) for row in PAPER_ROWS]
+    assert [model.label for model in models] == [
+        "llama2-7b LoRA", "llama2-13b LoRA", "llama2-13b LoRAM 0.65", "llama2-70b QLoRAM 0.85",
+        "llama2-70b QLoRAM 0.95",
+    ]  # fmt: skip
+    counts = [
+        count_params(family_for(config, "row"), config).total
+        for config in (model.config() for model in models)
+    ]
+    # Tables 5 and 8 of the paper.
+    assert counts == [6738415616, 13015864320, 6005662720, 16272924672, 9662226432]
+
+
+@pytest.mark.parametrize(
+    "row", ["llama2-13b:2", "llama2-13b:x", "llama2-13b:0.5:int8", "llama2-1b"]
+)
+def test_rows_that_cannot_be(row):
+    with pytest.raises(UsageError, match=r"--row|unknown preset"):
+        BenchSpec(rows=(row,))
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_random_models_have_their_shapes_in_their_type(nf4):
+    if nf4:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+    config = BenchModel.parse("tiny:0.5").config()
+    model = random_causal_lm(config, dtype=torch.bfloat16, device="cpu", nf4=nf4)
+    family = family_for(config, "tiny")
+    linears = set(family.linear_names(config["num_hidden_layers"]))
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        shapes[name] = tuple(state.shape) if nf4 and name in linears else tuple(parameter.shape)
+        assert parameter.device.type == "cpu" and not parameter.requires_grad
+        if nf4 and name in linears:
+            assert isinstance(parameter, bitsandbytes.nn.Params4bit) and state.nested
+        else:
+            assert parameter.dtype == torch.bfloat16
+    assert shapes == family.tensor_shapes(config)
+    with torch.no_grad():
+        assert model.float()(torch.arange(3, 40)[None]).logits.isfinite().all() if not nf4 else True
+
+
+def test_tied_embeddings_stay_one_tensor():
+    model = random_causal_lm(
+        {**TINY_CONFIG, "tie_word_embeddings": True}, dtype=torch.float32, device="cpu"
+    )
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_on_a_cpu_a_tiny_model_is_measured_and_it_says_so(capsys):
+    words = ["bench", "train", "--preset", "llama2-70b", "--ratio", "0.85", "--device", "cpu"]
+    assert (
+        run_command([*words, "--steps", "1", "--length", "32", "--micro-batch", "1", "--json"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    [row] = result["rows"]
+    assert (row["label"], row["device"], row["failure"]) == ("tiny LoRAM 0.85", "cpu", None)
+    assert row["measured_bytes"] > 0 and row["samples_per_second"] > 0
+    assert row["predicted_bytes"] > 4 * row["params"]
+    assert "no GPU here" in result["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["bench", "eval"], "only 'train'"),
+        (["bench", "train"], "bench needs a model"),
+        (["bench", "train", "--ratio", "0.5"], "are for --preset"),
+    ],
+)
+def test_requests_that_cannot_be(words, says, capsys):
+    assert run_command(words) == 2
+    assert says in capsys.readouterr().err
