@@ -137,8 +137,11 @@ class MemoryReport:
     def settings(self) -> str:
         """The setup in words."""
         setup = self.setup
-        words = [f"micro-batch {setup.micro_batch}", f"{setup.length} tokens", setup.attention]
-        words.append(f"{setup.cross_entropy} cross-entropy")
+        words = [f"micro-batch {setup.micro_batch}", f"{setup.length} tokens"]
+        if setup.attention != "sdpa":
+            words.append(f"{setup.attention} attention")
+        if setup.cross_entropy == "full":
+            words.append("full cross-entropy")
         if setup.gradient_checkpointing:
             words.append("gradient checkpointing")
         if setup.optimizer != "adamw":
