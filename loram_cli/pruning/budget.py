@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from loram_cli.arch.spec import Family, Geometry, LayerGeometry
-from loram_cli.memory import account
+from loram_cli.memory.setup import TrainingSetup
+from loram_cli.memory.training import training_memory
 from loram_cli.pruning.plan import layer_widths
 
 # Ratios are tried in steps of 1e-5: less than one MLP channel of any model.
@@ -57,9 +58,6 @@ def training_bytes(
         rank: LoRA rank.
         quantize: ``nf4``, or None for weights in bf16.
     """
-    if quantize == "nf4":
-        weight_bytes = account.nf4_weight_bytes(family, config)
-    else:
-        weight_bytes = account.count_params(family, config).total * account.BF16_BYTES
-    lora_params = account.count_lora_params(family, config, rank)
-    return weight_bytes + account.training_state(lora_params).total_bytes
+    setup = TrainingSetup(rank=rank, quantize="nf4" if quantize == "nf4" else None)
+    memory = training_memory(family, config, setup)
+    return memory.weights + memory.state
