@@ -24,7 +24,7 @@ from loram_cli.modeling.block_steps import BlockSteps, take_block_steps
 from loram_cli.modeling.gradients import windows_per_batch
 from loram_cli.modeling.streaming import DecoderLayer, LayerStream
 from loram_cli.pruning.least_squares import NormalEquations
-from loram_cli.reporting import Reporter
+from loram_cli.reporting import Progress, Reporter
 
 # Of the layer's output; sums in bf16 miss by a few thousandths.
 _ADDS_UP = 0.05
@@ -112,9 +112,9 @@ def reconstruct_layers(
     Raises:
         LoramError: Activations are not finite, or too little text for the ridge.
     """
-    run = _Run(full, windows, how)
     last = max(pruned)
     with reporter.progress("reconstruct", last + 1, "layer") as progress:
+        run = _Run(full, windows, how, progress)
         pair = _Pair(pools[0].new(), pools[1].new())
         for stream, boundary in ((full, pair.full), (small, pair.small)):
             for start, hidden in stream.embed(windows, run.batch):
@@ -122,12 +122,11 @@ def reconstruct_layers(
         for i in range(last + 1):
             with full.layer(i) as whole, small.layer(i) as narrow:
                 if i not in pruned:
-                    run.advance(whole, narrow, pair)
+                    run.advance(whole, narrow, pair, passes=1)
                 else:
                     fit = run.fit(whole, narrow, pair, known(i), i)
                     progress.detail(f"error {fit.error_before:.3f} -> {fit.error_after:.3f}")
                     yield i, fit
-            progress.advance()
         pools[0].release(pair.full)
         pools[1].release(pair.small)
 
@@ -143,11 +142,14 @@ class _Pair:
 class _Run:
     """What stays the same from layer to layer."""
 
-    def __init__(self, full: LayerStream, windows: torch.Tensor, how: Reconstruction) -> None:
+    def __init__(
+        self, full: LayerStream, windows: torch.Tensor, how: Reconstruction, progress: Progress
+    ) -> None:
         self._modules = [module.name for module in full.family.modules if module.columns]
         self.batch = windows_per_batch(windows.shape[1])
         self._starts = range(0, len(windows), self.batch)
         self._how = how
+        self._progress = progress
         self._device = full.device
 
     def fit(
@@ -158,16 +160,20 @@ class _Run:
         if known is not None:
             for name, weight in known.weights.items():
                 narrow.module.get_parameter(name.removeprefix(narrow.prefix)).data.copy_(weight)
-            self.advance(whole, narrow, pair)
+            self.advance(whole, narrow, pair, passes=1)
             return known
-        errors = [
-            self._refit(whole, narrow, pair, position) for position in range(len(self._modules))
-        ]
         steps = self._how.steps
+        # Over the text: one for each module, one for the gradient steps, one to go on.
+        passes = len(self._modules) + (steps is not None) + 1
+        errors = [
+            self._refit(whole, narrow, pair, position, passes)
+            for position in range(len(self._modules))
+        ]
         if steps is not None:
 
             def draw(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
                 mine, theirs = self._inputs(pair, self._starts[batch])
+                self._progress.advance(1 / passes / steps.count)
                 with torch.no_grad():
                     return mine, whole(theirs)
 
@@ -181,10 +187,10 @@ class _Run:
             # Rounded as the checkpoint will be, so that later layers make up for the rounding.
             stored[narrow.prefix + name] = parameter.data.to("cpu", self._how.stored, copy=True)
             parameter.data.copy_(stored[narrow.prefix + name])
-        return LayerFit(stored, errors[0], self.advance(whole, narrow, pair))
+        return LayerFit(stored, errors[0], self.advance(whole, narrow, pair, passes))
 
     @torch.no_grad()
-    def advance(self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair) -> float:
+    def advance(self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, passes: int) -> float:
         """Replace hidden states by those after the layer; the relative squared error of them."""
         error = _Error()
         for start in self._starts:
@@ -198,11 +204,12 @@ class _Run:
                 error.add(out, goal)
             pair.full.write(start, goal)
             pair.small.write(start, out)
+            self._progress.advance(1 / passes / len(self._starts))
         return error.value
 
     @torch.no_grad()
     def _refit(
-        self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, position: int
+        self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, position: int, passes: int
     ) -> float:
         """Closed form for one module of the layer; the layer's error before it."""
         module = narrow.module.get_submodule(self._modules[position])
@@ -218,6 +225,7 @@ class _Run:
             if module.bias is not None:
                 wanted = wanted - module.bias.float()
             equations.add(traced.inputs[position], wanted)
+            self._progress.advance(1 / passes / len(self._starts))
         module.weight.data.copy_(equations.solve(self._how.ridge))
         return error.value
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
+from loram_cli.stages.common import check_free_disk
 from loram_cli.stages.fitting import finish_fit, fit_options
 
 if TYPE_CHECKING:
@@ -82,7 +83,10 @@ def reconstruct(work: Alignment, reporter: Reporter) -> dict[str, Any]:
     spec = work.spec
     folder = work.out / "fitted"
     folder.mkdir(exist_ok=True)
-    stored = next(iter(CheckpointIndex.open(work.source).tensors.values())).dtype
+    index = CheckpointIndex.open(work.source)
+    # The output, and the fitted tensors until it is written.
+    check_free_disk(work.out, 2 * index.num_bytes)
+    stored = next(iter(index.tensors.values())).dtype
     steps = BlockSteps(spec.block_steps, spec.block_learning_rate) if spec.block_steps else None
     how = Reconstruction(stored, spec.ridge, spec.targets, steps)
     windows = _windows(work, reporter)
