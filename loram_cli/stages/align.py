@@ -6,24 +6,20 @@ instead.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
+from loram_cli.stages.align_needs import align_needs, frozen_params
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import check_fit, prepare_tracking
 from loram_cli.stages.planning import StagePlan, check_model, count_documents, make_plan
 from loram_cli.units import GIB
-
-if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family
-    from loram_cli.checkpoint.index import CheckpointIndex
 
 Method = Literal["reconstruct", "distill", "pretrain"]
 _NEED_BASE = {"reconstruct", "distill"}
@@ -137,16 +133,16 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     inputs: dict[str, Any] = {"source": source}
     if _NEED_BASE & set(spec.method):
         inputs["base"] = _base(spec, manifest)
-    figures: dict[str, Any] = {"methods": " then ".join(spec.method), "params": index.num_params}
+    figures: dict[str, Any] = {"params": index.num_params}
     fits = [method for method in spec.method if method != "reconstruct"]
     if fits:
         steps = len(fits) * spec.steps
-        frozen = _frozen_params(spec, family, index)
+        frozen = frozen_params(spec, family, index)
         figures |= {"trained_params": index.num_params - frozen, "steps": steps}
         figures["tokens"] = steps * spec.batch * spec.block_length
     if count:
         figures["documents"] = count_documents(spec.data, reporter)
-    disk_bytes, memory_bytes = _needs(spec, family, index, inputs.get("base"))
+    disk_bytes, memory_bytes = align_needs(spec, family, index, inputs.get("base"))
     return make_plan(
         "align",
         spec,
@@ -187,59 +183,6 @@ def _base(spec: AlignSpec, manifest: Manifest) -> dict[str, Any]:
         )
     check_out_of_tree(spec.out, base)
     return check_base(manifest, base, spec.source)
-
-
-def _frozen_params(spec: AlignSpec, family: "Family", index: "CheckpointIndex") -> int:
-    head = index.tensors.get(f"{family.lm_head}.weight")
-    return 0 if head is None or spec.train_lm_head else math.prod(head.shape)
-
-
-def _needs(
-    spec: AlignSpec, family: "Family", index: "CheckpointIndex", base: dict[str, Any] | None
-) -> tuple[int, int]:
-    """Bytes of disk and of memory, activations aside, at most."""
-    from loram_cli.checkpoint.index import CheckpointIndex
-
-    full = CheckpointIndex.open(Path(base["path"])) if base else None
-    # The output, and what each method before the last one leaves until the end.
-    disk = index.num_bytes * len(spec.method)
-    memory = 0
-    params, frozen = index.num_params, _frozen_params(spec, family, index)
-    for method in spec.method:
-        if method == "reconstruct":
-            assert full is not None
-            # Fitted tensors until they are written; one layer of each model, and the sums.
-            disk += index.num_bytes
-            layers = [_largest_layer(family, each) for each in (full, index)]
-            memory = max(memory, 2 * sum(layers) + _equation_bytes(family, index))
-            continue
-        # fp32 weights, gradients and AdamW's two moments; a checkpoint holds all but the
-        # gradients, and the next one is written before the one before last is removed.
-        disk += 3 * 4 * (3 * params - 2 * frozen)
-        teacher = 4 * full.num_params if method == "distill" and full is not None else 0
-        memory = max(memory, 4 * (4 * params - 3 * frozen) + teacher)
-    return disk, memory
-
-
-def _largest_layer(family: "Family", index: "CheckpointIndex") -> int:
-    """Bytes of the largest decoder layer."""
-    layers: dict[str, int] = {}
-    prefix = f"{family.layers}."
-    for name, entry in index.tensors.items():
-        if name.startswith(prefix):
-            layer = name[len(prefix) :].partition(".")[0]
-            layers[layer] = layers.get(layer, 0) + entry.num_bytes
-    return max(layers.values())
-
-
-def _equation_bytes(family: "Family", index: "CheckpointIndex") -> int:
-    """Normal equations of the largest module: two square sums, and two of the weight's shape."""
-    found = [
-        entry.shape
-        for name, entry in index.tensors.items()
-        if (named := family.module_named(name.removesuffix(".weight"))) and named[1].columns
-    ]
-    return max(8 * 2 * columns * (columns + rows) for rows, columns in found)
 
 
 def _align(

@@ -178,6 +178,23 @@ def test_the_base_is_checked(pruned, text_file, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_plans_tell_what_each_method_needs(pruned, base, text_file, tmp_path):
+    plans = {
+        method: align.plan(
+            align_spec(pruned, tmp_path / "x", text_file, method=(method,)), SILENT, count=True
+        )
+        for method in ("reconstruct", "distill", "pretrain")
+    }
+    memory = {method: plan.memory_bytes for method, plan in plans.items()}
+    assert memory["reconstruct"] < memory["pretrain"] < memory["distill"]
+    assert plans["reconstruct"].disk_bytes < plans["pretrain"].disk_bytes
+    assert "steps" not in plans["reconstruct"].figures
+    assert plans["distill"].figures["steps"] == 3
+    assert str(base) in plans["distill"].reads
+    assert str(base) not in plans["pretrain"].reads
+    assert not (tmp_path / "x").exists()
+
+
 def test_methods_are_checked(tmp_path):
     for methods in ((), ("pretrain", "pretrain")):
         with pytest.raises(UsageError, match="each once"):
