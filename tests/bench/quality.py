@@ -58,7 +58,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     for seed in options.seeds:
         found.append(Cell(seed))
         for strategy in options.strategies:
-            for ratio in options.ratios:
+            for ratio in [0.5] if strategy == "semi" else options.ratios:
                 for method in options.methods:
                     if strategy in ("semi", "unst") and "reconstruct" in method:
                         continue

@@ -154,7 +154,7 @@ def test_distillation_comes_nearer_to_the_full_model(text_file, tmp_path):
 
 def test_zeroed_weights_stay_zero_in_distillation(base, text_file, tmp_path):
     sparse = tmp_path / "sparse"
-    pruning = {"strategy": "unst", "ratio": 0.5, "importance": "magnitude"}
+    pruning = {"strategy": "unst", "ratio": 0.5, "importance": "l2"}
     prune.run(prune.PruneSpec(model=base, out=sparse, **pruning, **KEEP), SILENT)
     align.run(align_spec(sparse, tmp_path / "out", text_file, method=("distill",)), SILENT)
     name = "model.layers.1.mlp.up_proj.weight"
