@@ -18,7 +18,7 @@ def command(
     method: Annotated[
         str | None,
         typer.Option(
-            help="reconstruct, distill, pretrain, or several by commas. [default: pretrain]"
+            help="reconstruct, distill, pretrain, or several by commas. (default: pretrain)"
         ),
     ] = None,
     run: options.Run = None,
@@ -48,27 +48,27 @@ def command(
         int | None, typer.Option(help="Steps per evaluation. (default: 50)")
     ] = None,
     calibration_samples: Annotated[
-        int | None, typer.Option(help="reconstruct: windows of text. [default: 128]")
+        int | None, typer.Option(help="reconstruct: windows of text. (default: 128)")
     ] = None,
     calibration_memory: Annotated[
         str | None,
-        typer.Option(help="reconstruct: memory for activations, else disk. [default: 4GiB]"),
+        typer.Option(help="reconstruct: memory for activations, else disk. (default: 4GiB)"),
     ] = None,
     ridge: Annotated[
-        float | None, typer.Option(help="reconstruct: pull of the old weights. [default: 0.01]")
+        float | None, typer.Option(help="reconstruct: pull of the old weights. (default: 0.01)")
     ] = None,
     targets: Annotated[
         str | None,
-        typer.Option(help="reconstruct: inputs of the full layers, full or local. [default: full]"),
+        typer.Option(help="reconstruct: inputs of the full layers, full or local. (default: full)"),
     ] = None,
     block_steps: Annotated[
-        int | None, typer.Option(help="reconstruct: gradient steps a layer. [default: 0]")
+        int | None, typer.Option(help="reconstruct: gradient steps a layer. (default: 0)")
     ] = None,
     block_learning_rate: Annotated[
-        float | None, typer.Option(help="reconstruct: their rate. [default: 1e-3]")
+        float | None, typer.Option(help="reconstruct: their rate. (default: 1e-3)")
     ] = None,
     distill_temperature: Annotated[
-        float | None, typer.Option(help="distill: softens both models. [default: 1]")
+        float | None, typer.Option(help="distill: softens both models. (default: 1)")
     ] = None,
     train_lm_head: Annotated[
         bool | None, typer.Option("--train-lm-head/--no-train-lm-head", help="Train the head too.")

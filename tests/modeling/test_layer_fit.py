@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from test_gradients import LENGTH, SAMPLES, make_model, windows
+from family_models import LENGTH, SAMPLES, make_model, windows
 from tiny import save_tokenizer
 
 from loram_cli.arch.registry import families
