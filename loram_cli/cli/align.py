@@ -15,7 +15,20 @@ def command(
     data: Annotated[
         str | None, typer.Option(help="Text: .txt, .jsonl, a folder, a data set id.")
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="reconstruct, distill, pretrain, or several by commas. (default: pretrain)"
+        ),
+    ] = None,
     run: options.Run = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            help="The full model, for reconstruct and distill; else where prune found it.",
+        ),
+    ] = None,
     source: Annotated[
         Path | None, typer.Option("--in", help="Pruned directory, not the run's.")
     ] = None,
@@ -33,6 +46,29 @@ def command(
     ] = None,
     eval_steps: Annotated[
         int | None, typer.Option(help="Steps per evaluation. (default: 50)")
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="reconstruct: windows of text. (default: 128)")
+    ] = None,
+    calibration_memory: Annotated[
+        str | None,
+        typer.Option(help="reconstruct: memory for activations, else disk. (default: 4GiB)"),
+    ] = None,
+    ridge: Annotated[
+        float | None, typer.Option(help="reconstruct: pull of the old weights. (default: 0.01)")
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="reconstruct: inputs of the full layers, full or local. (default: full)"),
+    ] = None,
+    block_steps: Annotated[
+        int | None, typer.Option(help="reconstruct: gradient steps a layer. (default: 0)")
+    ] = None,
+    block_learning_rate: Annotated[
+        float | None, typer.Option(help="reconstruct: their rate. (default: 1e-3)")
+    ] = None,
+    distill_temperature: Annotated[
+        float | None, typer.Option(help="distill: softens both models. (default: 1)")
     ] = None,
     train_lm_head: Annotated[
         bool | None, typer.Option("--train-lm-head/--no-train-lm-head", help="Train the head too.")
@@ -56,14 +92,17 @@ def command(
     dry_run: options.DryRun = False,
     json_output: options.Json = False,
 ) -> None:
-    """Train the pruned model a little on plain text, so that its updates fit the full one."""
+    """Bring the pruned model back towards the full one, so that its updates fit it."""
     from loram_cli.cli.plans import show_plans
     from loram_cli.cli.render import show_result, stage_lines
     from loram_cli.stages import align, resolve
+    from loram_cli.units import parse_bytes
 
     values = options.layered(
         NAME,
         data=data,
+        method=options.comma_separated(method),
+        model=model,
         source=source,
         out=out,
         steps=steps,
@@ -74,6 +113,13 @@ def command(
         block_length=block_length,
         save_steps=save_steps,
         eval_steps=eval_steps,
+        calibration_samples=calibration_samples,
+        calibration_memory_bytes=parse_bytes(calibration_memory) if calibration_memory else None,
+        ridge=ridge,
+        targets=targets,
+        block_steps=block_steps,
+        block_learning_rate=block_learning_rate,
+        distill_temperature=distill_temperature,
         train_lm_head=train_lm_head,
         gradient_checkpointing=gradient_checkpointing,
         cross_entropy=cross_entropy,

@@ -157,8 +157,11 @@ def stage_lines(result: StageResult) -> list[str]:
             lines.append(f"LoRA of {format_params(r['lora_params'])} parameters on {trained_on}")
         if r.get("eval_loss_before") is not None:
             before, after = r["eval_loss_before"], r["eval_loss_after"]
-            lines.append(f"held-out loss {before:.4f} -> {after:.4f} in {r['steps']} steps")
-        return [*lines, f"loss curve: {result.wrote / 'loss.png'}, {result.wrote / 'loss.csv'}"]
+            cost = f"{r['steps']} steps" if r["steps"] else f"{r['tokens']} tokens"
+            lines.append(f"held-out loss {before:.4f} -> {after:.4f} in {cost}")
+        if (result.wrote / "loss.png").is_file():
+            lines.append(f"loss curve: {result.wrote / 'loss.png'}, {result.wrote / 'loss.csv'}")
+        return lines
     if result.stage == "recover":
         return [
             f"{r['modules']} modules verified: kept rows and columns equal, zero elsewhere; "

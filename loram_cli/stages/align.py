@@ -1,29 +1,29 @@
-"""Align: a little full-parameter training of the pruned model on text (paper, section 3.3)."""
+"""Align: bring the pruned model back towards the full one before it is trained on.
 
-import math
+The paper continues pre-training (section 3.3). Fitting each pruned layer to the full model's, and
+distilling the full model's logits, see its answers as well as the text; they may come before or
+instead.
+"""
+
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
-from loram_cli.runs.processes import is_main_process
+from loram_cli.runs.processes import process_count
+from loram_cli.stages.align_needs import align_needs, frozen_params
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
-from loram_cli.stages.fitting import (
-    check_fit,
-    finish_fit,
-    fit_device,
-    fit_options,
-    plan_together,
-    prepare_tracking,
-)
+from loram_cli.stages.fitting import check_fit, fit_device, plan_together, prepare_tracking
 from loram_cli.stages.planning import StagePlan, check_model, count_documents, make_plan
+from loram_cli.units import GIB
 
-if TYPE_CHECKING:
-    from loram_cli.checkpoint.index import CheckpointIndex
+Method = Literal["reconstruct", "distill", "pretrain"]
+_NEED_BASE = {"reconstruct", "distill"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,10 @@ class AlignSpec:
         source: The pruned model's directory.
         out: Where the aligned model goes.
         data: Text: a file, a folder, a data set id, or ``demo:corpus``.
+        method: What to do, in this order: ``reconstruct`` fits each pruned layer to the full one
+            (one layer in memory), ``distill`` learns the full model's logits (both in memory),
+            ``pretrain`` is the paper's continued pre-training.
+        model: The full model, for the first two; None is where it lay when it was pruned.
         block_length: Tokens per packed row.
         learning_rate: The reference code's 5e-5.
         steps: Optimizer steps.
@@ -43,6 +47,14 @@ class AlignSpec:
         save_steps: Steps between checkpoints.
         eval_steps: Steps between evaluations.
         eval_rows: Packed rows held out.
+        calibration_samples: Windows of text to reconstruct on.
+        calibration_memory_bytes: Memory for hidden states; what exceeds it lies on disk.
+        ridge: Pull of the pruned weights in ``reconstruct``, as a share of the inputs' power.
+        targets: Whether the full layers that are fitted to run on the ``full`` model's own hidden
+            states or (``local``) on the pruned one's.
+        block_steps: Gradient steps on each layer after its closed form.
+        block_learning_rate: Of these, falling linearly.
+        distill_temperature: Softens both distributions.
         train_lm_head: Train the head too; the reference code freezes it.
         gradient_checkpointing: Trade time for activation memory.
         cross_entropy: ``chunked`` never holds all logits, ``full`` is transformers' own loss.
@@ -59,6 +71,8 @@ class AlignSpec:
     source: Path
     out: Path
     data: str
+    method: tuple[Method, ...] = ("pretrain",)
+    model: Path | None = None
     block_length: int = 512
     learning_rate: float = 5e-5
     steps: int = 400
@@ -68,6 +82,13 @@ class AlignSpec:
     save_steps: int = 50
     eval_steps: int = 50
     eval_rows: int = 32
+    calibration_samples: int = 128
+    calibration_memory_bytes: int = 4 * GIB
+    ridge: float = 0.01
+    targets: Literal["full", "local"] = "full"
+    block_steps: int = 0
+    block_learning_rate: float = 1e-3
+    distill_temperature: float = 1.0
     train_lm_head: bool = False
     gradient_checkpointing: bool = False
     cross_entropy: Literal["full", "chunked"] = "chunked"
@@ -80,8 +101,14 @@ class AlignSpec:
     force: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "block_length")
+        check_positive(self, "block_length", "calibration_samples", "block_learning_rate")
+        check_positive(self, "distill_temperature")
         check_fit(self)
+        if not self.method or len(set(self.method)) != len(self.method):
+            raise UsageError("--method wants one or more methods, each once")
+        for name in ("ridge", "block_steps", "calibration_memory_bytes"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} cannot be negative")
 
 
 def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePlan:
@@ -103,24 +130,38 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     manifest = Manifest.read(spec.source)
     if manifest.stage != "prune":
         raise LoramError(f"{spec.source}: was made by '{manifest.stage}', 'prune' output is wanted")
+    if "reconstruct" in spec.method and manifest.sparsity:
+        raise UsageError(
+            f"--method reconstruct: {spec.source} was pruned by {manifest.spec['strategy']}, "
+            "whose zeros the closed form would fill",
+            "use distill or pretrain, which keep them",
+        )
+    if process_count() > 1 and spec.method != ("pretrain",):
+        raise UsageError(
+            "--method reconstruct and distill work in one process",
+            "align without a launcher, then train with it",
+        )
     _, family, index = check_model(spec.source)
     source = {"path": str(spec.source), "key": manifest.key, **identify(spec.source).to_mapping()}
-    params = index.num_params
-    head = index.tensors.get(f"{family.lm_head}.weight")
-    frozen = 0 if head is None or spec.train_lm_head else math.prod(head.shape)
-    # fp32 weights, gradients and AdamW's two moments; a checkpoint holds all but the gradients,
-    # and the next one is written before the one before last is removed.
-    memory_bytes = 4 * (4 * params - 3 * frozen)
-    figures = {"params": params, "trained_params": params - frozen, "steps": spec.steps}
-    figures |= {"tokens": spec.steps * spec.batch * spec.block_length}
+    inputs: dict[str, Any] = {"source": source}
+    if _NEED_BASE & set(spec.method):
+        inputs["base"] = _base(spec, manifest)
+    figures: dict[str, Any] = {"params": index.num_params}
+    fits = [method for method in spec.method if method != "reconstruct"]
+    if fits:
+        steps = len(fits) * spec.steps
+        frozen = frozen_params(spec, family, index)
+        figures |= {"trained_params": index.num_params - frozen, "steps": steps}
+        figures["tokens"] = steps * spec.batch * spec.block_length
     if count:
         figures["documents"] = count_documents(spec.data, reporter)
+    disk_bytes, memory_bytes = align_needs(spec, family, index, inputs.get("base"))
     return make_plan(
         "align",
         spec,
-        {"source": source},
-        disk_bytes=index.num_bytes + 3 * 4 * (3 * params - 2 * frozen),
-        reads=(str(spec.source), spec.data),
+        inputs,
+        disk_bytes=disk_bytes,
+        reads=(*(record["path"] for record in inputs.values()), spec.data),
         base=manifest.base,
         keep=manifest.keep,
         sparsity=manifest.sparsity,
@@ -130,7 +171,7 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
 
 
 def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
-    """Continue pre-training of the pruned model, and write it as a checkpoint of the same shape.
+    """Align the pruned model, and write it as a checkpoint of the same shape.
 
     Raises:
         LoramError: See :func:`plan`.
@@ -140,76 +181,92 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
     with stage_run("align", spec, planned.inputs, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
-        sparse = bool(planned.sparsity)
-        results = _align(spec, device, sparse, stage.path, stage.restart_meter, reporter)
+        results = _align(spec, planned, device, stage.path, stage.restart_meter, reporter)
         return stage.commit(results, **planned.carried)
+
+
+def _base(spec: AlignSpec, manifest: Manifest) -> dict[str, Any]:
+    """Identity of the full model, once it is known to be the one that was pruned."""
+    from loram_cli.stages.recover import check_base
+
+    base = spec.model or Path(manifest.base["path"])
+    if not base.is_dir():
+        raise LoramError(
+            f"{base}: the base that {spec.source} was pruned from is not there",
+            "pass --model DIR; --method pretrain does without",
+        )
+    check_out_of_tree(spec.out, base)
+    return check_base(manifest, base, spec.source)
 
 
 def _align(
     spec: AlignSpec,
+    planned: StagePlan,
     device: str,
-    sparse: bool,
     path: Path,
     start_meter: Callable[[], None],
     reporter: Reporter,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     import peft  # noqa: F401 - imported here so that its memory is not charged to training
-    import torch
     import transformers
 
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import CheckpointIndex, read_config
-    from loram_cli.checkpoint.sources import copy_companions
-    from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
+    from loram_cli.modeling.narrow import load_tokenizer
+    from loram_cli.stages.align_methods import METHODS, Alignment
     from loram_cli.training.data import load_text
-    from loram_cli.training.loop import fit_causal_text, save_causal_lm
     from loram_cli.training.tokens import pack_tokens
 
+    base = Path(planned.inputs["base"]["path"]) if "base" in planned.inputs else None
     tokenizer = load_tokenizer(spec.source)
     rows = pack_tokens(load_text(spec.data), tokenizer, spec.block_length)
     held_out = min(spec.eval_rows, len(rows) // 10)
-    eval_rows, train_rows = rows[:held_out], rows[held_out:]
     transformers.set_seed(spec.seed)
     start_meter()
-    # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
-    model = load_causal_lm(
-        spec.source, dtype=torch.float32, device=device, attention=spec.attention
-    ).train()
-    config = read_config(spec.source)
-    family = family_for(config, str(spec.source))
-    masked = list(family.linear_names(config["num_hidden_layers"])) if sparse else []
-    fitted = fit_causal_text(
-        model,
-        train_rows,
-        eval_rows,
-        fit_options(spec),
-        path,
-        reporter,
-        train_lm_head=spec.train_lm_head,
-        masked=masked,
-    )
-    losses = finish_fit(fitted, path, "Alignment of the pruned model")
-    index = CheckpointIndex.open(spec.source)
-    zeros = _count_zeros(model, masked, index) if sparse else None
-    stored = next(iter(index.tensors.values())).dtype
-    if is_main_process():
-        save_causal_lm(model, path, dtype=stored)
-        shutil.copyfile(spec.source / "config.json", path / "config.json")
-        copy_companions(spec.source, path)
+    done: list[dict[str, Any]] = []
+    source = spec.source
+    for number, method in enumerate(spec.method):
+        last = number == len(spec.method) - 1
+        work = Alignment(
+            spec=spec,
+            source=source,
+            out=path if last else path / "methods" / f"{number}-{method}",
+            base=base,
+            device=device,
+            pruned_layers=tuple(sorted(int(i) for i in planned.keep)),
+            sparse=bool(planned.sparsity),
+            train_rows=rows[held_out:],
+            eval_rows=rows[:held_out],
+        )
+        if last:
+            done.append({"method": method, **METHODS[method](work, reporter)})
+        else:
+            done.append(_remembered(method, METHODS[method], work, reporter))
+        source = work.out
+    shutil.rmtree(path / "methods", ignore_errors=True)
+    return _summary(done)
+
+
+def _remembered(
+    method: str, act: Callable[..., dict[str, Any]], work: Any, reporter: Reporter
+) -> dict[str, Any]:
+    """Do a method that is not the last one, unless it was done before an interruption."""
+    record = work.out / "results.json"
+    if record.is_file():
+        return dict(json.loads(record.read_text("utf-8")))
+    work.out.mkdir(parents=True, exist_ok=True)
+    results = {"method": method, **act(work, reporter)}
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(results), "utf-8")
+    partial.rename(record)
+    return results
+
+
+def _summary(done: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last method's results, with the whole chain's cost and first loss."""
     return {
-        "steps": spec.steps,
-        "tokens": spec.steps * spec.batch * spec.block_length,
-        "trained_params": fitted.trainable_params,
-        "zeros": zeros,
-        **losses,
+        **done[-1],
+        "method": [results["method"] for results in done],
+        "steps": sum(results.get("steps", 0) for results in done),
+        "tokens": sum(results["tokens"] for results in done),
+        "eval_loss_before": done[0]["eval_loss_before"],
+        "chain": done if len(done) > 1 else [],
     }
-
-
-def _count_zeros(model: Any, masked: list[str], index: "CheckpointIndex") -> int:
-    """Zeros in the masked weights, after a check that each of the pruned model's is still one."""
-    from loram_cli.checkpoint.reader import TensorReader
-    from loram_cli.training.masks import check_zeros
-
-    parameters = dict(model.named_parameters())
-    with TensorReader(index) as reader:
-        return sum(check_zeros(n, reader.read(n), parameters[n].detach()) for n in masked)

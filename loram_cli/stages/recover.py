@@ -55,7 +55,7 @@ def check_base(manifest: Manifest, model: Path, adapter: Path) -> dict[str, Any]
     ):
         if manifest.base.get(part) != identity[part]:
             raise LoramError(
-                f"{adapter}: was trained for another base: {said} differ from {model}",
+                f"{adapter}: was made from another base: {said} differ from {model}",
                 f"pass the base that was pruned, formerly at {manifest.base.get('path')}",
             )
     return {"path": str(model), **identity}

@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +29,9 @@ from loram_cli.training.options import FitOptions, FitResult, curve_rows, resolv
 from loram_cli.training.tokens import PadCollator, TokenRow
 from loram_cli.training.tracking import tracking_callbacks
 
+if TYPE_CHECKING:
+    from loram_cli.training.distill import Teaching
+
 
 def fit_causal_text(
     model: Any,
@@ -39,8 +43,9 @@ def fit_causal_text(
     *,
     train_lm_head: bool = False,
     masked: Sequence[str] = (),
+    teaching: "Teaching | None" = None,
 ) -> FitResult:
-    """Continue pre-training every parameter of a pruned model on packed text.
+    """Train every parameter of a pruned model on packed text: its words, or a teacher's logits.
 
     The output head stays frozen by default, as in the paper's reference code. With tied
     embeddings the head is the embedding, and so both stay frozen: that matrix is the one part
@@ -56,6 +61,8 @@ def fit_causal_text(
         reporter: Told of progress.
         train_lm_head: Train the output head as well.
         masked: Names of weights whose zeros are to stay, see :mod:`.masks`.
+        teaching: The full model to learn from; None learns the text itself. Evaluation losses
+            are of the text either way.
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.
@@ -69,7 +76,8 @@ def fit_causal_text(
             reporter.note("embeddings are tied: lm_head is frozen, and the embedding with it")
     hooks = keep_zeros(model, masked)
     try:
-        return _fit(model, train, evaluation, options, work_dir, reporter, "align")
+        label = "align" if teaching is None else "distill"
+        return _fit(model, train, evaluation, options, work_dir, reporter, label, teaching)
     finally:
         for hook in hooks:
             hook.remove()
@@ -132,9 +140,11 @@ def _fit(
     work_dir: Path,
     reporter: Reporter,
     label: str,
+    teaching: "Teaching | None" = None,
 ) -> FitResult:
     with quiet_libraries(), no_progress_bars():
         # Imported here, where the libraries' own lines are kept quiet.
+        from loram_cli.training.distill import DistillTrainer
         from loram_cli.training.trainer import (
             Interruption,
             StepCallback,
@@ -170,7 +180,10 @@ def _fit(
         model.config.use_cache = False
         try:
             with chunks, interruption.caught(), reporter.progress(label, steps, "step") as progress:
-                trainer = StepTrainer(
+                trainer_class = StepTrainer
+                if teaching is not None:
+                    trainer_class = partial(DistillTrainer, teaching=teaching)
+                trainer = trainer_class(
                     model=model,
                     args=arguments,
                     data_collator=PadCollator(_pad_token_id(model), 8 if device == "cuda" else 1),

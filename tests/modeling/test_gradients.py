@@ -1,10 +1,10 @@
 """Gradients with one layer in memory, against a backward pass through the whole model."""
 
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
+from family_models import LENGTH, SAMPLES, make_model, windows
 from tiny import make_base
 from whole_model import whole_model_gradients
 
@@ -16,28 +16,7 @@ from loram_cli.modeling.gradients import layer_gradients
 from loram_cli.modeling.streaming import LayerStream
 from loram_cli.reporting import NullReporter
 
-SAMPLES, LENGTH, LAYERS = 5, 24, range(1, 3)
-SMALL = {
-    "vocab_size": 258, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 1,
-    "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
-
-
-def make_model(family, directory: Path, dtype=torch.float32, **changes) -> Path:
-    model_class = getattr(importlib.import_module("transformers"), family.architecture)
-    torch.manual_seed(3)
-    model = model_class(model_class.config_class(**{**SMALL, **changes}))
-    for parameter in model.parameters():
-        # Norms and biases away from one and zero, so that they matter.
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
-    model.to(dtype).save_pretrained(directory)
-    return directory
-
-
-def windows() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(2, 258, (SAMPLES, LENGTH), generator=generator)
+LAYERS = range(1, 3)
 
 
 def streamed(model: Path, tmp_path: Path, memory_bytes: int = 10**9, layers: range = LAYERS):

@@ -1,0 +1,29 @@
+"""A small random model of any family, and token windows for it."""
+
+import importlib
+from pathlib import Path
+
+import torch
+
+SAMPLES, LENGTH = 5, 24
+SMALL = {
+    "vocab_size": 258, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 1,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
+
+def make_model(family, directory: Path, dtype=torch.float32, **changes) -> Path:
+    model_class = getattr(importlib.import_module("transformers"), family.architecture)
+    torch.manual_seed(3)
+    model = model_class(model_class.config_class(**{**SMALL, **changes}))
+    for parameter in model.parameters():
+        # Norms and biases away from one and zero, so that they matter.
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+def windows() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, 258, (SAMPLES, LENGTH), generator=generator)
