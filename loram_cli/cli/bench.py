@@ -105,7 +105,7 @@ def bench_table(result: object) -> object:
         table.add_row(
             *cells,
             format_bytes(row.measured_bytes),
-            f"{row.deviation:+.1%}",
+            "-" if row.deviation is None else f"{row.deviation:+.1%}",
             format_bytes(row.reserved_bytes) if row.reserved_bytes else "-",
             f"{row.seconds_per_step:.3f}",
             f"{row.samples_per_second:.2f}",

@@ -130,7 +130,7 @@ class BenchRow:
         measured_bytes: The allocator's highest mark on a GPU; on a CPU the growth of resident
             memory, which holds much that is not the model. None where it failed.
         reserved_bytes: What the allocator took from the device; 0 on a CPU.
-        deviation: Measured over predicted, less 1.
+        deviation: Measured over predicted, less 1; None on a CPU, where the two do not compare.
         seconds_per_step: Median over the timed steps.
         samples_per_second: Micro-batch over that.
         failure: Why there is no figure, or None.

@@ -68,7 +68,7 @@ def measure(spec: BenchSpec) -> BenchRow:
         row,
         measured_bytes=measured,
         reserved_bytes=torch.cuda.max_memory_reserved() if on_gpu else 0,
-        deviation=measured / row.predicted_bytes - 1,
+        deviation=measured / row.predicted_bytes - 1 if on_gpu else None,
         seconds_per_step=median,
         samples_per_second=spec.micro_batch / median,
     )
