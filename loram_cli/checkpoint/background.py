@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from loram_cli.units import MIB
 
 T = TypeVar("T")
@@ -25,6 +27,9 @@ _END: Any = object()
 def read_ahead(items: Iterable[T]) -> Iterator[Iterator[T]]:
     """Draw items in a thread, a few ahead of the one in use.
 
+    While the block runs, torch computes in one thread: on pieces of a few MiB its others would
+    spend the processors, which reading and writing need, on waiting for each other.
+
     Args:
         items: Usually a generator that reads; it runs in the thread alone. What it raises is
             raised where the items are used.
@@ -38,9 +43,12 @@ def read_ahead(items: Iterable[T]) -> Iterator[Iterator[T]]:
             pending.append(pool.submit(next, iterator, _END))
             yield item
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield drawn()
     finally:
+        torch.set_num_threads(threads)
         pool.shutdown(cancel_futures=True)
 
 

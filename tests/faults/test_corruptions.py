@@ -98,5 +98,5 @@ def test_an_adapter_of_another_base_is_refused(finished_run, base, tmp_path, cap
     words = ["recover", "--model", other, "--in", finished_run / "adapter"]
     words += ["--out", tmp_path / "out", "--run", tmp_path / "run"]
     assert run_command([str(word) for word in words]) == 1
-    assert "was trained for another base: weights differ" in capsys.readouterr().err
+    assert "was made from another base: weights differ" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

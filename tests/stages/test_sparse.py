@@ -264,7 +264,7 @@ def test_the_whole_chain_by_recipe(model, strategy, base, text_file, instruction
     assert [r.stage for r in results] == ["prune", "align", "train", "recover", "merge", "eval"]
     assert results[0].manifest.results["pruned_params"] == plan.pruned_params
     rows = results[-1].manifest.results["rows"]
-    assert {"base", "pruned", "loram"} <= set(rows)
+    assert {"base", "pruned", "recovered"} <= set(rows)
     assert all(row["scores"][0]["value"] > 1 for row in rows.values())
     again = pipeline.run(recipe, run, force=False, reporter=SILENT, on_result=lambda _: None)
     assert not any(result.fresh for result in again)
