@@ -21,6 +21,10 @@ from loram_cli.stages import align, prune, train
 
 STRATEGIES = ("rand", "l2", "taylor")
 EVERY = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+# One of each family; the slow tests send all variants the whole way, by every strategy.
+PLAIN = pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if "-" not in v.name], ids=lambda v: v.name
+)
 
 
 def pruned(base: Path, out: Path, strategy: str, text: Path) -> None:
@@ -58,7 +62,7 @@ def test_ratio_0_is_the_base(variant: Variant, tmp_path: Path):
     close(logits(load_causal_lm(tmp_path / "pruned", device="cpu")), logits(stock))
 
 
-@EVERY
+@PLAIN
 def test_the_whole_way_with_stock_libraries(
     variant: Variant, text_file: Path, instructions: Path, tmp_path: Path
 ):
