@@ -132,13 +132,25 @@ def check_model(
     if tokenizer:
         require_tokenizer(directory)
     index = CheckpointIndex.open(directory)
+    checked_shapes(family, config, index)
+    return config, family, index
+
+
+def checked_shapes(
+    family: "Family", config: Mapping[str, Any], index: "CheckpointIndex"
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a checkpoint holds, once they are known to be the config's.
+
+    Raises:
+        LoramError: A tensor is missing, unknown or of another shape.
+    """
     expected = family.tensor_shapes(config)
     head = f"{family.lm_head}.weight"
     if head in index.tensors and head not in expected:
-        # Some tied checkpoints store the head as well.
+        # Some tied checkpoints store the head as well: keep what is there.
         expected[head] = expected[f"{family.embedding}.weight"]
     index.check_shapes(expected, family.is_ignored)
-    return config, family, index
+    return expected
 
 
 def count_examples(source: str, reporter: Reporter) -> int | None:

@@ -15,7 +15,7 @@ from loram_cli.stages.common import (
     stage_run,
 )
 from loram_cli.stages.methods import check_method
-from loram_cli.stages.planning import find_finished
+from loram_cli.stages.planning import checked_shapes, find_finished
 from loram_cli.stages.prune_plan import PrunePlan
 from loram_cli.stages.widths import (
     check_amount,
@@ -28,8 +28,6 @@ from loram_cli.stages.widths import (
 from loram_cli.units import GIB
 
 if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family
-    from loram_cli.checkpoint.index import CheckpointIndex
     from loram_cli.pruning.groups import LayerKeep
 
 
@@ -146,7 +144,7 @@ def plan(spec: PruneSpec) -> PrunePlan:
     if config.get("per_layer_config") or _is_pruned(spec.model):
         raise UsageError(f"{spec.model}: is pruned already", "prune the original base model")
     index = CheckpointIndex.open(spec.model)
-    expected = _expected_shapes(family, config, spec.model, index)
+    expected = checked_shapes(family, config, index)
     if spec.zeroes_weights:
         return sparse_plan(spec, family, config, index, expected)
     before = family.geometry(config)
@@ -232,18 +230,6 @@ def _is_pruned(model: Path) -> bool:
     if not (model / MANIFEST_NAME).is_file():
         return False
     return Manifest.read(model).stage in ("prune", "align")
-
-
-def _expected_shapes(
-    family: "Family", config: dict[str, Any], model: Path, index: "CheckpointIndex"
-) -> dict[str, tuple[int, ...]]:
-    expected = family.tensor_shapes(config)
-    head = f"{family.lm_head}.weight"
-    if head in index.tensors and head not in expected:
-        # Some tied checkpoints store the head as well: keep what is there.
-        expected[head] = expected[f"{family.embedding}.weight"]
-    index.check_shapes(expected, family.is_ignored)
-    return expected
 
 
 def _keep_indices(
