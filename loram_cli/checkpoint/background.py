@@ -1,5 +1,6 @@
 """Reading ahead and writing behind, so that the disk and the arithmetic work at the same time."""
 
+import errno
 import hashlib
 import os
 from collections import deque
@@ -11,12 +12,20 @@ from typing import Any, TypeVar
 
 import torch
 
+from loram_cli.checkpoint.unbuffered import (
+    BLOCK_BYTES,
+    LEAST_BYTES,
+    block_buffer,
+    buffer_again,
+    stop_buffering,
+)
 from loram_cli.units import MIB
 
 T = TypeVar("T")
 
 # Pieces under way in each direction: with pieces of a few MiB, tens of MiB in all.
 _DEPTH = 4
+_PIECE_BYTES = 4 * MIB
 # Unwritten bytes that the kernel may hold for us. Left alone it collects a tenth of the memory
 # and then stalls every process on the machine while it writes that out.
 _UNSYNCED_BYTES = 128 * MIB
@@ -53,41 +62,50 @@ def read_ahead(items: Iterable[T]) -> Iterator[Iterator[T]]:
 
 
 class WriteBehind:
-    """A new file, written in order by a thread; others hash it and flush it on the way.
+    """A new file, written in order by a thread; another one hashes it.
 
     Args:
         file: Created, or emptied.
-        drop_cache: Give the written pages back instead of leaving them in the page cache.
+        count_bytes: About how long it will be: a large file is written past the page cache.
 
     Raises:
         OSError: From any method, for whatever an earlier write ran into.
     """
 
-    def __init__(self, file: Path, *, drop_cache: bool) -> None:
+    def __init__(self, file: Path, count_bytes: int) -> None:
         self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._drop_cache = drop_cache
+        self._unbuffered = count_bytes >= LEAST_BYTES and stop_buffering(self._descriptor)
         self._hash = hashlib.sha256()
         self._writes = ThreadPoolExecutor(1, "write-behind")
         self._hashes = ThreadPoolExecutor(1, "hash-behind")
-        self._syncs = ThreadPoolExecutor(1, "flush")
-        self._pending: deque[tuple[Future[None], Future[None]]] = deque()
-        self._sync: Future[None] | None = None
+        self._pending: deque[tuple[torch.Tensor, Future[None], Future[None]]] = deque()
+        self._spare: list[torch.Tensor] = []
+        self._piece = block_buffer(_PIECE_BYTES)
+        self._filled = 0
         self._unsynced_bytes = 0
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append; ``data`` must not change afterwards."""
-        written = self._writes.submit(self._append, memoryview(data))
-        self._pending.append((written, self._hashes.submit(self._hash.update, data)))
-        if len(self._pending) > _DEPTH:
-            self._wait()
+    def write(self, data: torch.Tensor) -> None:
+        """Append bytes; they are copied at once.
+
+        Args:
+            data: uint8, shape (n,).
+        """
+        while data.numel():
+            part = data[: _PIECE_BYTES - self._filled]
+            self._piece[self._filled : self._filled + part.numel()] = part
+            self._filled += part.numel()
+            data = data[part.numel() :]
+            if self._filled == _PIECE_BYTES:
+                self._send()
 
     def finish(self) -> str:
-        """Wait until everything is written, close, and give the SHA-256 in hex."""
+        """Wait until everything is on the disk, close, and give the SHA-256 in hex."""
         try:
+            if self._filled:
+                self._send()
             while self._pending:
                 self._wait()
-            if self._sync is not None:
-                self._sync.result()
+            os.fsync(self._descriptor)
         finally:
             self.close()
         return self._hash.hexdigest()
@@ -96,48 +114,47 @@ class WriteBehind:
         """Drop what is not written yet, then close. A second call does nothing."""
         self._writes.shutdown(cancel_futures=True)
         self._hashes.shutdown(cancel_futures=True)
-        self._syncs.shutdown(cancel_futures=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def _send(self) -> None:
+        """Hand the piece over to the threads, and take an empty one."""
+        view = memoryview(self._piece.numpy())[: self._filled]
+        written = self._writes.submit(self._append, view)
+        self._pending.append((self._piece, written, self._hashes.submit(self._hash.update, view)))
+        if len(self._pending) > _DEPTH:
+            self._wait()
+        self._piece = self._spare.pop() if self._spare else block_buffer(_PIECE_BYTES)
+        self._filled = 0
+
     def _wait(self) -> None:
-        for future in self._pending.popleft():
+        piece, *futures = self._pending.popleft()
+        for future in futures:
             future.result()
+        self._spare.append(piece)
 
     def _append(self, data: memoryview) -> None:
+        if self._unbuffered and data.nbytes % BLOCK_BYTES:
+            self._buffer()
         while data.nbytes:
-            written = os.write(self._descriptor, data)
+            try:
+                written = os.write(self._descriptor, data)
+            except OSError as error:
+                # Some file systems take the flag, and refuse the transfer.
+                if error.errno != errno.EINVAL or not self._unbuffered:
+                    raise
+                self._buffer()
+                continue
             data = data[written:]
-            self._unsynced_bytes += written
+            self._unsynced_bytes += 0 if self._unbuffered else written
+            # A short write can end inside a block.
+            if self._unbuffered and written % BLOCK_BYTES:
+                self._buffer()
         if self._unsynced_bytes >= _UNSYNCED_BYTES:
-            if self._sync is not None:
-                self._sync.result()
-            self._sync = self._syncs.submit(self._flush)
+            getattr(os, "fdatasync", os.fsync)(self._descriptor)
             self._unsynced_bytes = 0
 
-    def _flush(self) -> None:
-        getattr(os, "fdatasync", os.fsync)(self._descriptor)
-        if self._drop_cache:
-            drop_cache(self._descriptor, 0, 0)
-
-
-def drop_cache(descriptor: int, offset_bytes: int, count_bytes: int) -> None:
-    """Give clean pages of a file back to the system, where it can be asked to.
-
-    Args:
-        descriptor: The open file.
-        offset_bytes: From where.
-        count_bytes: How many; 0 for all to the end.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset_bytes, count_bytes, os.POSIX_FADV_DONTNEED)
-
-
-def exceeds_cache(count_bytes: int) -> bool:
-    """Whether so many bytes, read or written once, would push everything else out of memory.
-
-    Caching a file larger than the memory gains nothing when it is read from start to end: its
-    beginning is gone when it would be read again. A smaller one is left to the next stage.
-    """
-    return count_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    def _buffer(self) -> None:
+        buffer_again(self._descriptor)
+        self._unbuffered = False

@@ -1,31 +1,56 @@
 """Tensors read whole or a few rows at a time, without mapping the file."""
 
+import math
 import os
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 
 import torch
 
-from loram_cli.checkpoint.background import drop_cache, exceeds_cache
 from loram_cli.checkpoint.index import CheckpointIndex, TensorEntry
+from loram_cli.checkpoint.unbuffered import (
+    BLOCK_BYTES,
+    LEAST_BYTES,
+    BufferPool,
+    block_buffer,
+    block_ceiling,
+    block_floor,
+    exceeds_cache,
+    is_cached,
+    stop_buffering,
+)
 from loram_cli.errors import LoramError
 from loram_cli.units import KIB, MIB
 
 # Few enough for a processor's cache, where arithmetic on them is several times faster, and for
 # the allocator to use the same memory again.
-CHUNK_BYTES = 4 * MIB
+# Together with the rest of its first and last block it fills two large pages.
+CHUNK_BYTES = 4 * MIB - 2 * BLOCK_BYTES
 # Unwanted bytes between wanted ones that cost less to read than a second request.
 _GAP_BYTES = 256 * KIB
+# Requests under way, so that the disk has another one when it has answered one.
+_REQUESTS = 2
 
 
 class TensorReader:
-    """Reads tensors of an index. Use as a context manager; shards are opened once."""
+    """Reads tensors of an index. Use as a context manager; shards are opened once.
 
-    def __init__(self, index: CheckpointIndex) -> None:
+    Args:
+        index: Which tensor is where.
+        once: Nothing will be read a second time soon, so that the page cache is of no use.
+    """
+
+    def __init__(self, index: CheckpointIndex, *, once: bool = False) -> None:
         self.index = index
-        self._descriptors: dict[str, int] = {}
-        self._drop_cache = exceeds_cache(index.num_bytes)
+        self._files: dict[str, _OpenFile] = {}
+        self._buffers = BufferPool(CHUNK_BYTES + 2 * BLOCK_BYTES)
+        self._reads = ThreadPoolExecutor(_REQUESTS, "read")
+        self._unbuffered = once or exceeds_cache(index.num_bytes)
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -36,9 +61,10 @@ class TensorReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._reads.shutdown(cancel_futures=True)
+        for file in self._files.values():
+            os.close(file.descriptor)
+        self._files.clear()
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, as stored.
@@ -47,9 +73,7 @@ class TensorReader:
             LoramError: The shard ends early.
         """
         entry = self.index.tensors[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        self._fill(entry, entry.offset_bytes, tensor)
-        return tensor
+        return self._load(entry, 0, entry.shape)
 
     def read_chunks(
         self, name: str, rows: Sequence[int] | None = None
@@ -74,9 +98,7 @@ class TensorReader:
         row_bytes = entry.num_bytes // entry.shape[0]
         wanted = range(entry.shape[0]) if rows is None else rows
         done = 0
-        for start, stop in _spans(wanted, row_bytes):
-            chunk = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.dtype)
-            self._fill(entry, entry.offset_bytes + start * row_bytes, chunk)
+        for start, stop, chunk in self._spans_ahead(entry, _spans(wanted, row_bytes)):
             if rows is not None:
                 here = rows[done : bisect_left(rows, stop, done)]
                 if len(here) < stop - start:
@@ -86,32 +108,91 @@ class TensorReader:
 
     def read_bytes(self, entry: TensorEntry, start: int, count_bytes: int) -> bytes:
         """``count_bytes`` raw bytes from ``start`` inside the tensor."""
-        return os.pread(self._descriptor(entry), count_bytes, entry.offset_bytes + start)
+        return self._raw(entry, entry.offset_bytes + start, count_bytes).numpy().tobytes()
 
-    def _fill(self, entry: TensorEntry, offset_bytes: int, out: torch.Tensor) -> None:
-        if out.numel() == 0:
-            return
-        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
-        descriptor = self._descriptor(entry)
-        while view.nbytes:
+    def _spans_ahead(
+        self, entry: TensorEntry, spans: Iterator[tuple[int, int]]
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Each span of rows and its tensor; the next ones are read while one is in use."""
+        row_bytes = entry.num_bytes // entry.shape[0]
+        self._open(entry)
+
+        def load(start: int, stop: int) -> tuple[int, int, torch.Tensor]:
+            shape = (stop - start, *entry.shape[1:])
+            return start, stop, self._load(entry, start * row_bytes, shape, self._buffers)
+
+        pending = deque(self._reads.submit(load, *span) for span in islice(spans, _REQUESTS))
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(self._reads.submit(load, *span) for span in islice(spans, 1))
+
+    def _load(
+        self,
+        entry: TensorEntry,
+        start: int,
+        shape: tuple[int, ...],
+        buffers: BufferPool | None = None,
+    ) -> torch.Tensor:
+        """A tensor of the entry's type from the bytes after ``start``."""
+        count_bytes = math.prod(shape) * entry.dtype.itemsize
+        if count_bytes == 0:
+            return torch.empty(shape, dtype=entry.dtype)
+        raw = self._raw(entry, entry.offset_bytes + start, count_bytes, buffers)
+        if raw.storage_offset() % entry.dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(entry.dtype).reshape(shape)
+
+    def _raw(
+        self,
+        entry: TensorEntry,
+        offset_bytes: int,
+        count_bytes: int,
+        buffers: BufferPool | None = None,
+    ) -> torch.Tensor:
+        """Bytes of the entry's file, uint8, shape (count_bytes,)."""
+        file = self._open(entry)
+        begin = block_floor(offset_bytes) if file.unbuffered else offset_bytes
+        wanted_bytes = offset_bytes + count_bytes - begin
+        if buffers is not None and wanted_bytes <= buffers.count_bytes:
+            buffer = buffers.take()
+        else:
+            buffer = block_buffer(wanted_bytes)
+        asked_bytes = block_ceiling(wanted_bytes) if file.unbuffered else wanted_bytes
+        view = memoryview(buffer.numpy())[:asked_bytes]
+        done_bytes = 0
+        while done_bytes < wanted_bytes:
             try:
-                got = os.preadv(descriptor, [view], offset_bytes)
+                got = os.preadv(file.descriptor, [view[done_bytes:]], begin + done_bytes)
             except OSError as error:
                 raise LoramError(f"{entry.file}: cannot be read ({error.strerror})") from error
-            if got == 0:
+            done_bytes += got
+            ended = got == 0 or (file.unbuffered and got % BLOCK_BYTES)
+            if ended and done_bytes < wanted_bytes:
                 raise LoramError(f"{entry.file}: ends inside tensor {entry.name}")
-            if self._drop_cache:
-                drop_cache(descriptor, offset_bytes, got)
-            view, offset_bytes = view[got:], offset_bytes + got
+        return buffer[offset_bytes - begin : wanted_bytes]
 
-    def _descriptor(self, entry: TensorEntry) -> int:
+    def _open(self, entry: TensorEntry) -> "_OpenFile":
         key = str(entry.file)
-        if key not in self._descriptors:
+        if key not in self._files:
             try:
-                self._descriptors[key] = os.open(entry.file, os.O_RDONLY)
+                descriptor = os.open(entry.file, os.O_RDONLY)
             except OSError as error:
                 raise LoramError(f"{entry.file}: cannot be read ({error.strerror})") from error
-        return self._descriptors[key]
+            self._files[key] = _past_the_cache(descriptor, self._unbuffered)
+        return self._files[key]
+
+
+@dataclass(frozen=True)
+class _OpenFile:
+    descriptor: int
+    unbuffered: bool
+
+
+def _past_the_cache(descriptor: int, wanted: bool) -> _OpenFile:
+    """The open file, for unbuffered reads where they are wanted and possible."""
+    large = os.fstat(descriptor).st_size >= LEAST_BYTES
+    unbuffered = wanted and large and not is_cached(descriptor) and stop_buffering(descriptor)
+    return _OpenFile(descriptor, unbuffered)
 
 
 def _spans(rows: Sequence[int], row_bytes: int) -> Iterator[tuple[int, int]]:

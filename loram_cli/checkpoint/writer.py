@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from loram_cli.checkpoint.background import WriteBehind, exceeds_cache
+from loram_cli.checkpoint.background import WriteBehind
 from loram_cli.checkpoint.index import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
 from loram_cli.errors import LoramError
 
@@ -58,7 +58,6 @@ class ShardedWriter:
         self._pending = deque((s, name) for s, names in enumerate(self._shards) for name in names)
         self.digests: dict[str, str] = {}
         self._done_bytes = 0
-        self._drop_cache = exceeds_cache(sum(tensor.num_bytes for tensor in self._plan.values()))
         self._file: WriteBehind | None = None
         self._open_shard = -1
 
@@ -86,7 +85,7 @@ class ShardedWriter:
     def write(self, name: str, rows: torch.Tensor) -> None:
         """Append to the next planned tensor: all of it, or its next rows.
 
-        The writing itself goes on behind, so ``rows`` must not be changed afterwards.
+        The rows are copied at once; writing them goes on behind.
 
         Args:
             name: The tensor's name; must be the plan's next until all of it is there.
@@ -109,8 +108,7 @@ class ShardedWriter:
             if shard != self._open_shard:
                 self._start_shard(shard)
             assert self._file is not None
-            data = rows.contiguous().reshape(-1).view(torch.uint8).numpy()
-            self._file.write(memoryview(data))
+            self._file.write(rows.contiguous().reshape(-1).view(torch.uint8))
         except OSError as error:
             raise self._cannot_write(error) from error
         self._done_bytes += rows.nbytes
@@ -120,7 +118,8 @@ class ShardedWriter:
 
     def _start_shard(self, shard: int) -> None:
         self._finish_shard()
-        self._file = WriteBehind(self._directory / self._files[shard], drop_cache=self._drop_cache)
+        shard_bytes = sum(self._plan[name].num_bytes for name in self._shards[shard])
+        self._file = WriteBehind(self._directory / self._files[shard], shard_bytes)
         self._open_shard = shard
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
@@ -135,7 +134,8 @@ class ShardedWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         # safetensors aligns the data to 8 bytes with trailing spaces in the header.
         text += b" " * (-len(text) % 8)
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        text = len(text).to_bytes(8, "little") + text
+        self._file.write(torch.frombuffer(bytearray(text), dtype=torch.uint8))
 
     def _finish_shard(self) -> None:
         if self._file is not None:

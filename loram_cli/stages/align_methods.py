@@ -264,7 +264,7 @@ def _write_checkpoint(work: Alignment, folder: Path, reporter: Reporter) -> None
     if not set(fitted) <= set(planned):
         raise UsageError(f"{work.source}: its tensors are not those of the fitted layers")
     with (
-        TensorReader(index) as reader,
+        TensorReader(index, once=True) as reader,
         ShardedWriter(work.out, planned) as writer,
         reporter.progress("write", index.num_bytes / 2**20, "MiB") as progress,
     ):

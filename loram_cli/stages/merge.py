@@ -140,7 +140,7 @@ def merge_weights(
     }
     total_bytes = sum(tensor.num_bytes for tensor in planned.values())
     with (
-        TensorReader(index) as reader,
+        TensorReader(index, once=True) as reader,
         ShardedWriter(directory, planned, spec.max_shard_bytes) as writer,
         reporter.progress("merge", total_bytes / 2**20, "MiB") as progress,
         read_ahead(

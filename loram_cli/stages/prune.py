@@ -262,7 +262,7 @@ def _write_weights(
     from loram_cli.pruning.slicing import read_kept
 
     with (
-        TensorReader(planned.index) as reader,
+        TensorReader(planned.index, once=True) as reader,
         ShardedWriter(directory, planned.tensors, spec.max_shard_bytes) as writer,
         reporter.progress("write", planned.out_bytes / 2**20, "MiB") as progress,
         read_ahead(

@@ -197,7 +197,7 @@ def _value_problems(index: "CheckpointIndex", reporter: Reporter) -> Iterator[st
     from loram_cli.checkpoint.reader import TensorReader
 
     with (
-        TensorReader(index) as reader,
+        TensorReader(index, once=True) as reader,
         reporter.progress("values", index.num_bytes / 2**20, "MiB") as progress,
     ):
         for name, entry in index.tensors.items():

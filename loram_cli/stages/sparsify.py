@@ -101,7 +101,7 @@ def write_sparse(
     linear_params = zeros = 0
     ready: dict[str, torch.Tensor] = {}
     with (
-        TensorReader(planned.index) as reader,
+        TensorReader(planned.index, once=True) as reader,
         ShardedWriter(directory, planned.tensors, spec.max_shard_bytes) as writer,
         closing(_pruned_weights(spec, planned, reader, directory, reporter)) as pruned,
     ):

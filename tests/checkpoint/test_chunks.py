@@ -32,6 +32,10 @@ def stored(tmp_path_factory):
     return CheckpointIndex.open(directory), tensors
 
 
+def raw(data):
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
 @given(
     rows=st.none() | st.sets(st.integers(0, ROWS - 1), min_size=1).map(sorted),
     chunk_bytes=st.integers(1, 500),
@@ -120,8 +124,8 @@ def test_threads_end_with_their_work(tmp_path):
     with pytest.raises(KeyboardInterrupt), read_ahead(iter(range(10**9))) as ahead:
         next(ahead)
         raise KeyboardInterrupt
-    file = WriteBehind(tmp_path / "f", drop_cache=True)
-    file.write(b"abc")
+    file = WriteBehind(tmp_path / "f", 3)
+    file.write(raw(b"abc"))
     file.finish()
     assert (tmp_path / "f").read_bytes() == b"abc"
     assert threading.active_count() == before
@@ -129,9 +133,10 @@ def test_threads_end_with_their_work(tmp_path):
 
 def test_flushes_on_the_way_keep_every_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(background, "_UNSYNCED_BYTES", 10)
-    file = WriteBehind(tmp_path / "f", drop_cache=True)
+    monkeypatch.setattr(background, "_PIECE_BYTES", 16)
+    file = WriteBehind(tmp_path / "f", 700)
     for i in range(100):
-        file.write(bytes([i]) * 7)
+        file.write(raw(bytes([i]) * 7))
     file.finish()
     assert (tmp_path / "f").read_bytes() == b"".join(bytes([i]) * 7 for i in range(100))
 
