@@ -36,8 +36,7 @@ _END: Any = object()
 def read_ahead(items: Iterable[T]) -> Iterator[Iterator[T]]:
     """Draw items in a thread, a few ahead of the one in use.
 
-    While the block runs, torch computes in one thread: on pieces of a few MiB its others would
-    spend the processors, which reading and writing need, on waiting for each other.
+    While the block runs, torch computes in one thread, see :func:`one_torch_thread`.
 
     Args:
         items: Usually a generator that reads; it runs in the thread alone. What it raises is
@@ -52,13 +51,26 @@ def read_ahead(items: Iterable[T]) -> Iterator[Iterator[T]]:
             pending.append(pool.submit(next, iterator, _END))
             yield item
 
+    try:
+        with one_torch_thread():
+            yield drawn()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch computes in one thread while the block runs.
+
+    On pieces of a few MiB its others would spend the processors, which reading and writing need,
+    on waiting for each other.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield drawn()
+        yield
     finally:
         torch.set_num_threads(threads)
-        pool.shutdown(cancel_futures=True)
 
 
 class WriteBehind:

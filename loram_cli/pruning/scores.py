@@ -34,8 +34,13 @@ def l2_sums(chunks: Iterable[torch.Tensor]) -> SalienceSums:
         thousand elements, summed in a cascade), chunks in float64.
     """
     by_row, by_column = [], torch.zeros((), dtype=torch.float64)
+    # One buffer for all chunks: the small sums, which stay, would lie between new ones, and the
+    # allocator could use none of the space again.
+    buffer = torch.empty(0)
     for chunk in chunks:
-        squares = chunk.float().square_()
+        if buffer.numel() < chunk.numel():
+            buffer = torch.empty(chunk.numel())
+        squares = buffer[: chunk.numel()].view(chunk.shape).copy_(chunk).square_()
         by_row.append(squares.sum(dim=1).double())
         by_column = by_column + squares.sum(dim=0).double()
     return torch.cat(by_row), by_column

@@ -38,7 +38,7 @@ def group_scores(
 def _l2_scores(
     spec: "PruneSpec", planned: "PrunePlan", layers: range, work: Path, reporter: Reporter
 ) -> "dict[int, LayerScores]":
-    from loram_cli.checkpoint.background import read_ahead
+    from loram_cli.checkpoint.background import one_torch_thread
     from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.pruning.scores import l2_sums, layer_scores_from_sums
 
@@ -46,12 +46,12 @@ def _l2_scores(
     with (
         TensorReader(planned.index) as reader,
         reporter.progress("rank", len(layers), "layer") as bar,
+        one_torch_thread(),
     ):
 
         def sums(layer: int, module: "LinearModule") -> "SalienceSums":
             name = f"{planned.family.layer_prefix(layer)}{module.name}.weight"
-            with read_ahead(chunk for _, chunk in reader.read_chunks(name)) as chunks:
-                return l2_sums(chunks)
+            return l2_sums(chunk for _, chunk in reader.read_chunks(name))
 
         for i in layers:
             scores[i] = layer_scores_from_sums(

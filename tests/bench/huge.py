@@ -2,7 +2,7 @@
 
 Generates a checkpoint of LLaMA-2-70B's tensor shapes (fewer layers), larger than the memory that
 its commands may have, and prunes (``rand``; ``stru --importance l2``), recovers and merges it,
-each against ``cp`` of the base in the same run. The same bytes are compared: ``cp`` and ``merge``
+each against ``cp`` of the base in the same run, with ``dd`` past the page cache beside it. The same bytes are compared: ``cp`` and ``merge``
 write what they read; pruning reads the same and writes less; all end when the files are on the
 disk (fsync), and all begin with the base dropped from the page cache.
 
@@ -20,7 +20,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from measure import GIB, Measure, copy_command, folder_bytes, forget, generate, remove, repeat, run
+from measure import (
+    GIB,
+    Measure,
+    copy_command,
+    direct_copy_command,
+    folder_bytes,
+    forget,
+    generate,
+    remove,
+    repeat,
+    run,
+)
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192,
@@ -65,6 +76,7 @@ def bench(root: Path, layers: int, limit_bytes: int, times: int) -> None:
 
     commands = {
         "cp": copy_command(base, out),
+        "dd direct": direct_copy_command(base, out),
         "prune rand": [*prune, "--strategy", "rand", "--out", str(out)],
         "prune stru l2": [*prune, "--strategy", "stru", "--importance", "l2", "--out", str(out)],
         "recover": [*recover, str(out)],
