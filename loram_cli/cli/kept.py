@@ -46,10 +46,9 @@ def widths_remarks(results: dict[str, Any]) -> list[str]:
             f"--scope global: {format_params(results['remove_params'])} parameters will go; how "
             "the layers share them is known after ranking, shown is the even share"
         )
-    if results["training_bytes_without_activations"] is not None:
+    if results["card_bytes"] is not None:
         remarks.append(
-            f"weights and LoRA training state: "
-            f"{format_bytes(results['training_bytes_without_activations'])}; activations, logits "
-            "and the CUDA context come on top"
+            f"LoRA training wants a card of {format_bytes(results['card_bytes'])}, with its usual "
+            "reserve"
         )
     return remarks

@@ -35,9 +35,7 @@ def command(
     ] = None,
     fit_memory: Annotated[
         str | None,
-        typer.Option(
-            help="Instead of --ratio: memory that training may take, activations aside: 24GiB."
-        ),
+        typer.Option(help="Instead of --ratio: memory of the card to train on, such as 24GiB."),
     ] = None,
     quantize: Annotated[
         str | None,
@@ -49,6 +47,13 @@ def command(
     rank: Annotated[
         int | None, typer.Option(help="With --fit-memory: LoRA rank. (default: 8)")
     ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="With --fit-memory: examples per pass. (default: 4)")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="With --fit-memory: tokens per example. (default: 512)")
+    ] = None,
+    gradient_checkpointing: options.GradientCheckpointing = None,
     scope: Annotated[
         str | None,
         typer.Option(
@@ -120,6 +125,9 @@ def command(
         fit_memory=fit_memory,
         quantize=quantize,
         rank=rank,
+        micro_batch=micro_batch,
+        max_length=max_length,
+        gradient_checkpointing=gradient_checkpointing,
         scope=scope,
         out=out,
         keep_first=keep_first,

@@ -1,11 +1,12 @@
 """A budget in place of a ratio: the smallest ratio whose pruned model fits."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from loram_cli.arch.spec import Family, Geometry, LayerGeometry
 from loram_cli.memory.setup import TrainingSetup
-from loram_cli.memory.training import training_memory
+from loram_cli.memory.training import USABLE_SHARE, training_memory
 from loram_cli.pruning.plan import layer_widths
 
 # Ratios are tried in steps of 1e-5: less than one MLP channel of any model.
@@ -47,17 +48,12 @@ def largest_ratio(geometry: Geometry) -> float:
     return min(_STEPS - 1, _STEPS * (narrowest - 1) // narrowest) / _STEPS
 
 
-def training_bytes(
-    family: Family, config: Mapping[str, Any], *, rank: int, quantize: str | None
-) -> int:
-    """What LoRA training on a model holds beside activations, logits and the CUDA context.
+def card_bytes(family: Family, config: Mapping[str, Any], setup: TrainingSetup) -> int:
+    """Memory of the smallest card on which a LoRA training of a model fits.
 
     Args:
         family: The model's family.
         config: Its ``config.json``.
-        rank: LoRA rank.
-        quantize: ``nf4``, or None for weights in bf16.
+        setup: How it will be trained.
     """
-    setup = TrainingSetup(rank=rank, quantize="nf4" if quantize == "nf4" else None)
-    memory = training_memory(family, config, setup)
-    return memory.weights + memory.state
+    return math.ceil(training_memory(family, config, setup).total / USABLE_SHARE)

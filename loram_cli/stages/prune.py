@@ -45,10 +45,13 @@ class PruneSpec:
         plan: In place of ``ratio``: a file with ratios of its own for layers.
         target_params: In place of ``ratio``: parameters that the pruned model may have; a number,
             or text such as ``6B``.
-        fit_memory: In place of ``ratio``: memory that the weights and the training state of LoRA
-            may take, activations aside; bytes, or text such as ``24GiB``.
+        fit_memory: In place of ``ratio``: memory of the card that LoRA training is to fit on, as
+            ``memory-report`` counts it; bytes, or text such as ``24GiB``.
         quantize: With ``fit_memory``: training holds the weights in ``nf4``, else in bf16.
         rank: With ``fit_memory``: LoRA rank.
+        micro_batch: With ``fit_memory``: examples per forward pass of training.
+        max_length: With ``fit_memory``: tokens per example.
+        gradient_checkpointing: With ``fit_memory``: training trades time for memory.
         scope: ``layer``: every layer loses its own share; ``global``: the groups of all layers
             are ranked together.
         keep_first: Layers at the input side that stay whole (``rand`` and ``stru`` alone).
@@ -77,6 +80,9 @@ class PruneSpec:
     fit_memory: int | str | None = None
     quantize: Literal["nf4"] | None = None
     rank: int = 8
+    micro_batch: int = 4
+    max_length: int = 512
+    gradient_checkpointing: bool = False
     scope: Literal["layer", "global"] = "layer"
     keep_first: int = 4
     keep_last: int = 2

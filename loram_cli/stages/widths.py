@@ -7,16 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.specs import digest_of
-from loram_cli.units import format_bytes, format_params, parse_bytes, parse_params
+from loram_cli.units import parse_bytes, parse_params
 
 if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family, Geometry, LayerGeometry
+    from loram_cli.arch.spec import Family, LayerGeometry
     from loram_cli.pruning.groups import LayerKeep
     from loram_cli.pruning.scores import LayerScores
     from loram_cli.stages.prune import PruneSpec
     from loram_cli.stages.prune_plan import PrunePlan
 
 AMOUNTS = ("ratio", "plan", "target_params", "fit_memory")
+# What a budget of memory depends on, with the defaults of 'loram train'.
+_TRAINING_DEFAULTS = {
+    "quantize": None, "rank": 8, "micro_batch": 4, "max_length": 512,
+    "gradient_checkpointing": False,
+}  # fmt: skip
 FLAGS = ("--plan", "--target-params", "--fit-memory")
 DEFAULT_RATIO = 0.65
 
@@ -37,13 +42,16 @@ def check_amount(spec: "PruneSpec") -> None:
         value = getattr(spec, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0")
-    if spec.fit_memory is None and spec.quantize is not None:
-        raise UsageError(
-            "--quantize tells --fit-memory how training holds the weights; pruning quantizes none",
-            "pass it to 'loram train', or add --fit-memory",
-        )
-    if spec.rank < 1:
-        raise UsageError(f"--rank {spec.rank} is too low")
+    for name, plain in _TRAINING_DEFAULTS.items():
+        value = getattr(spec, name)
+        if spec.fit_memory is None and value != plain:
+            raise UsageError(
+                f"--{name.replace('_', '-')} tells --fit-memory how training will go; pruning "
+                "itself does not depend on it",
+                "pass it to 'loram train', or add --fit-memory",
+            )
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is too low")
     if spec.zeroes_weights:
         for name, flag in (*zip(AMOUNTS[1:], FLAGS, strict=True), ("scope", "--scope global")):
             if getattr(spec, name) not in (None, "layer"):
@@ -119,7 +127,7 @@ class ChosenWidths:
         ratio: The ratio that gave them; None with a plan file.
         remove_params: At least how many parameters go.
         scope: ``layer`` or ``global``.
-        fit_bytes: The budget of training memory; None without one.
+        fit_bytes: Memory of the card to train on; None without such a budget.
         over_budget: By how much a model of given widths exceeds the budget, in parameters or
             bytes; 0 or less where it fits, and always 0 without a budget.
     """
@@ -132,19 +140,19 @@ class ChosenWidths:
     over_budget: Callable[["tuple[LayerGeometry, ...]"], int]
 
     def to_mapping(self, after: "tuple[LayerGeometry, ...]") -> dict[str, Any]:
-        """Plain form for the manifest, with the training memory where that is the budget.
+        """Plain form for the manifest, with the least card where that is the budget.
 
         Args:
             after: Widths of every layer after pruning.
         """
-        training_bytes = None
+        card_bytes = None
         if self.fit_bytes is not None:
-            training_bytes = self.fit_bytes + self.over_budget(after)
+            card_bytes = self.fit_bytes + self.over_budget(after)
         return {
             "ratio": self.ratio,
             "scope": self.scope,
             "remove_params": self.remove_params,
-            "training_bytes_without_activations": training_bytes,
+            "card_bytes": card_bytes,
         }
 
 
@@ -162,10 +170,11 @@ def choose_widths(spec: "PruneSpec", family: "Family", config: dict[str, Any]) -
     from loram_cli.memory.account import count_params
     from loram_cli.pruning.plan import layer_widths, pruned_config
     from loram_cli.pruning.ratios import RatioPlan
+    from loram_cli.stages.budgets import budget_excess, ratio_of_budget
 
     geometry = family.geometry(config)
     keeps = (spec.keep_first, spec.keep_last)
-    over_budget = _budget(spec, family, config)
+    over_budget = budget_excess(spec, family, config)
     ratio = spec.ratio
     if spec.plan is not None:
         ratio = None
@@ -175,7 +184,7 @@ def choose_widths(spec: "PruneSpec", family: "Family", config: dict[str, Any]) -
             raise UsageError(f"plan {spec.plan.name}: drops nothing from this model")
     else:
         if over_budget is not None:
-            ratio = _ratio_of_budget(spec, geometry, over_budget)
+            ratio = ratio_of_budget(spec, geometry, over_budget)
         after = layer_widths(geometry, ratio, *keeps)
     base, pruned = (
         count_params(family, c).total for c in (config, pruned_config(config, geometry, after))
@@ -186,64 +195,6 @@ def choose_widths(spec: "PruneSpec", family: "Family", config: dict[str, Any]) -
     return ChosenWidths(
         after, ratio, remove_params, spec.scope, spec.fit_memory, over_budget or (lambda _: 0)
     )
-
-
-def _budget(
-    spec: "PruneSpec", family: "Family", config: dict[str, Any]
-) -> Callable[["tuple[LayerGeometry, ...]"], int] | None:
-    from loram_cli.memory.account import count_params
-    from loram_cli.pruning.budget import training_bytes
-    from loram_cli.pruning.plan import pruned_config
-
-    geometry = family.geometry(config)
-    if spec.target_params is not None:
-        target = spec.target_params
-        return lambda widths: (
-            count_params(family, pruned_config(config, geometry, widths)).total - target
-        )
-    if spec.fit_memory is not None:
-        target_bytes = spec.fit_memory
-        return lambda widths: (
-            training_bytes(
-                family,
-                pruned_config(config, geometry, widths),
-                rank=spec.rank,
-                quantize=spec.quantize,
-            )
-            - target_bytes
-        )
-    return None
-
-
-def _ratio_of_budget(
-    spec: "PruneSpec",
-    geometry: "Geometry",
-    over_budget: Callable[["tuple[LayerGeometry, ...]"], int],
-) -> float:
-    from loram_cli.pruning.budget import largest_ratio, smallest_ratio
-    from loram_cli.pruning.plan import layer_widths
-
-    if spec.target_params is not None:
-        flag, said, budget = "--target-params", format_params, spec.target_params
-    else:
-        flag, said, budget = "--fit-memory", format_bytes, spec.fit_memory
-    over = over_budget(geometry.layers)
-    if over <= 0:
-        raise UsageError(
-            f"{flag} {said(budget)}: the whole base takes {said(budget + over)} and fits already",
-            "train on it as it is, or pass --ratio",
-        )
-    keeps = (spec.keep_first, spec.keep_last)
-    ratio = smallest_ratio(geometry, *keeps, lambda widths: over_budget(widths) <= 0)
-    if ratio is None:
-        least = budget + over_budget(layer_widths(geometry, largest_ratio(geometry), *keeps))
-        smaller = ", or add --quantize nf4" if spec.fit_memory and not spec.quantize else ""
-        raise UsageError(
-            f"{flag} {said(budget)}: even at one head and hardly a channel a layer it takes "
-            f"{said(least)}",
-            f"pass a larger budget, lower --keep-first and --keep-last{smaller}",
-        )
-    return ratio
 
 
 def layers_to_prune(spec: "PruneSpec", planned: "PrunePlan") -> range:

@@ -1,6 +1,7 @@
 """Plans, budgets and global ranking: what they leave of a model, and that the rest goes on."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from loram_cli.cli.app import run_command
 from loram_cli.errors import UsageError
 from loram_cli.memory import account
 from loram_cli.memory.presets import load_preset
+from loram_cli.memory.setup import TrainingSetup
+from loram_cli.memory.training import USABLE_SHARE, training_memory
+from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages import pipeline, prune
 from loram_cli.stages.recipe import Recipe, load_recipe
@@ -68,17 +72,39 @@ def test_a_global_ranking_is_trained_recovered_and_merged(
     check_training_and_recovery(tmp_path, uneven, instructions)
 
 
+def setup_of(budget):
+    return TrainingSetup(
+        rank=budget.get("rank", 8),
+        quantize=budget.get("quantize"),
+        micro_batch=budget.get("micro_batch", 4),
+        length=budget.get("max_length", 512),
+        gradient_checkpointing=budget.get("gradient_checkpointing", False),
+    )
+
+
+def card_at(base, ratio, budget):
+    """The card that a training so set up wants at a ratio."""
+    config = read_config(base)
+    family = family_for(config, "test")
+    geometry = family.geometry(config)
+    pruned = pruned_config(config, geometry, layer_widths(geometry, ratio, 1, 1))
+    return math.ceil(training_memory(family, pruned, setup_of(budget)).total / USABLE_SHARE)
+
+
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize(
     "budget",
     [
         {"target_params": "40K"},
-        {"fit_memory": 310_000},
-        {"fit_memory": "310KiB", "quantize": "nf4"},
+        {"fit_memory": 0},
+        {"fit_memory": 0, "quantize": "nf4", "micro_batch": 1, "max_length": 16},
+        {"fit_memory": 0, "gradient_checkpointing": True, "rank": 16},
     ],
-    ids=["params", "bf16", "nf4"],
+    ids=["params", "bf16", "nf4", "checkpointing"],
 )
 def test_a_budget_is_met_and_hardly_undershot(base, tmp_path, scope, budget):
+    if "fit_memory" in budget:
+        budget = {**budget, "fit_memory": card_at(base, 0.5, budget)}
     spec = spec_of(base, tmp_path / "pruned", scope=scope, **budget)
     result = prune.run(spec, SILENT).manifest.results
     config = read_config(tmp_path / "pruned")
@@ -89,17 +115,23 @@ def test_a_budget_is_met_and_hardly_undershot(base, tmp_path, scope, budget):
         # A head with its queries is 1536 parameters, in two layers at once.
         assert 40_000 - 2 * (1536 + 96) <= params <= 40_000
         return
-    lora = account.training_state(account.count_lora_params(family, config, 8)).total_bytes
-    weight_bytes = account.nf4_weight_bytes(family, config) if spec.quantize else 2 * params
-    assert result["training_bytes_without_activations"] == weight_bytes + lora
-    assert 0.95 * spec.fit_memory <= weight_bytes + lora <= spec.fit_memory
+    needed = training_memory(family, config, setup_of(budget))
+    assert needed.fits(spec.fit_memory)
+    assert result["card_bytes"] == math.ceil(needed.total / USABLE_SHARE) <= spec.fit_memory
+    wider = card_at(base, 0.5 - 1 / 32, budget)
+    assert result["card_bytes"] > spec.fit_memory - (wider - spec.fit_memory) * 2
 
 
 def test_70b_in_24_gib_on_nf4_takes_the_smallest_ratio_that_fits():
     config = load_preset("llama2-70b")
     family = family_for(config, "test")
     spec = prune.PruneSpec(
-        model=Path(), out=Path(), fit_memory="24GiB", quantize="nf4", strategy="rand"
+        model=Path(),
+        out=Path(),
+        fit_memory="24GiB",
+        quantize="nf4",
+        strategy="rand",
+        gradient_checkpointing=True,
     )
     chosen = choose_widths(spec, family, config)
     assert chosen.over_budget(chosen.after) <= 0 < chosen.ratio < 1
@@ -116,6 +148,8 @@ def test_70b_in_24_gib_on_nf4_takes_the_smallest_ratio_that_fits():
         ({"fit_memory": "6 parsecs"}, "--fit-memory: '6 parsecs' is not an amount"),
         ({"target_params": 0}, "--target-params must be above 0"),
         ({"quantize": "nf4"}, "--quantize tells --fit-memory"),
+        ({"micro_batch": 2}, "--micro-batch tells --fit-memory"),
+        ({"fit_memory": 10**9, "max_length": 0}, "--max-length 0 is too low"),
         ({"scope": "global", "strategy": "rand", "importance": None}, "draws them"),
         ({"scope": "global", "plan": Path("x")}, "says what each loses"),
     ],
@@ -130,7 +164,7 @@ def test_what_excludes_each_other_is_refused(base, tmp_path, changes, said):
     [
         ({"target_params": "1B"}, r"--target-params 1.00B: the whole base takes .* fits already"),
         ({"target_params": "17K"}, r"--target-params 17.00K: even at one head"),
-        ({"fit_memory": "1KiB"}, r"or add --quantize nf4"),
+        ({"fit_memory": "1KiB"}, r"or add --quantize nf4 --gradient-checkpointing --micro-batch 1"),
     ],
 )
 def test_budgets_that_ask_nothing_or_too_much(base, tmp_path, budget, said):
@@ -168,7 +202,8 @@ def test_a_picture_and_the_same_bytes_twice(base, plan_file, tmp_path):
 
 def test_recipes_take_plans_and_budgets(plan_file, tmp_path):
     for section in (
-        {"target_params": "40B"}, {"fit_memory": "24GiB", "quantize": "nf4", "rank": 16},
+        {"target_params": "40B"},
+        {"fit_memory": "24GiB", "quantize": "nf4", "rank": 16, "gradient_checkpointing": True},
         {"ratio": 0.5, "scope": "global"}, {"plan": str(plan_file)},
     ):  # fmt: skip
         prune_section = {"strategy": "stru", "importance": "l2", **section}
