@@ -134,6 +134,8 @@ def command(
     reporter = options.reporter_for(json_output)
     options.before_push(push)
     directory, name = options.settle(run, None, reporter, remember=False)
+    if "source" not in values:
+        values["source"] = directory.require("prune")
     options.tell_defaults(name, NAME, values, reporter)
     spec = resolve.align_spec(directory, name, values)
     if dry_run:

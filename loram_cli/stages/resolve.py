@@ -6,6 +6,7 @@ from typing import Any
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.runs.processes import process_count
 from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
 from loram_cli.specs import spec_from_mapping, unknown_name
 from loram_cli.stages.align import AlignSpec
@@ -56,6 +57,9 @@ def stage_defaults(model: str, stage: str, values: Values) -> dict[str, Any]:
     if stage == "prune" and values.get("strategy") in SPARSE:
         # Enough text for SparseGPT's 128 windows, as long as those that the demo base has seen.
         defaults |= {"ratio": 0.5, "calibration": "demo:corpus", "calibration_length": 192}
+    if stage == "align" and (process_count() > 1 or _is_sparse(values.get("source"))):
+        # Fitting layers in closed form is one process's work, and would fill the zeros.
+        defaults.pop("method", None)
     if stage == "prune" and any(name in values for name in AMOUNTS):
         defaults.pop("ratio", None)
     return defaults
@@ -87,9 +91,8 @@ def align_spec(run: RunDirectory, model: str, values: Values) -> AlignSpec:
         UsageError: No text is given.
         LoramError: Nothing was pruned.
     """
+    values = {**values, "source": values.get("source") or run.require("prune")}
     filled = {**stage_defaults(model, "align", values), "out": run.output("align"), **values}
-    if "source" not in filled:
-        filled["source"] = run.require("prune")
     _require(filled, "data", "align trains on plain text", "pass --data FILE_OR_FOLDER")
     return spec_from_mapping(AlignSpec, filled, "align")
 
@@ -199,6 +202,13 @@ def trainable(run: RunDirectory) -> Path:
             "run 'loram align --force', or pass --in to choose",
         )
     return run.output("align")
+
+
+def _is_sparse(source: Any) -> bool:
+    """Whether single weights of a model were zeroed; what is no such model is told of later."""
+    if source is None or not (Path(source) / MANIFEST_NAME).is_file():
+        return False
+    return bool(Manifest.read(Path(source)).sparsity)
 
 
 def _require(values: Values, key: str, why: str, hint: str) -> None:

@@ -77,10 +77,15 @@ def measure(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
     if cell.strategy:
         source = work / f"pruned-{cell.place}"
         keep = {"keep_first": options.keep_first, "keep_last": options.keep_last}
+        text = options.calibration
+        if cell.strategy in ("semi", "unst"):
+            # SparseGPT wants far more text than a ranking does.
+            text = options.text
+            keep = {"calibration_length": options.align["block_length"]}
         prune.run(
             prune.PruneSpec(
                 model=base, out=source, strategy=cell.strategy, ratio=cell.ratio, seed=cell.seed,
-                calibration=options.calibration, **keep,
+                calibration=text, **keep,
             ),
             SILENT,
         )  # fmt: skip

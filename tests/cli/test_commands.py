@@ -153,3 +153,22 @@ def test_real_weights_and_text(shared: Path, tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"]["rows"]
     scores = {label: row["scores"][0]["value"] for label, row in rows.items()}
     assert scores["recovered"] < scores["base"] < scores["pruned"]
+
+
+@pytest.mark.parametrize(
+    ("pruning", "processes", "method"),
+    [("stru", 1, "reconstruct,pretrain"), ("semi", 1, None), ("stru", 2, None)],
+)
+def test_the_demo_aligns_by_what_its_pruning_allows(
+    pruning, processes, method, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("LORAM_RUN", str(tmp_path / "run"))
+    assert loram("prune", "--strategy", pruning, "--importance", "l2") == 0
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("RANK", "0")
+    capsys.readouterr()
+    assert loram("align", "--dry-run") == 0
+    said = capsys.readouterr()
+    assert "would align" in said.out
+    assert ("method=" in said.err) == (method is not None)
+    assert (f"method={method}" in said.err) or method is None
