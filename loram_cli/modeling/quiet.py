@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # bitsandbytes reports a missing optional CPU kernel whenever anything imports it, peft included.
-_LOGGERS = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "transformers")
+_LOGGERS = (
+    "accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "transformers", "trl",
+)  # fmt: skip
 
 
 @contextmanager

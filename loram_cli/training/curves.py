@@ -9,18 +9,24 @@ from loram_cli.errors import LoramError
 from loram_cli.training.options import LossRow
 
 _TRAIN_COLOUR, _EVAL_COLOUR, _INK = "#4878a8", "#c8553d", "#333333"
+_COLUMNS = ("step", "split", "loss", "learning_rate")
+# The figure that tells best how an objective beyond supervised tuning goes, and its axis.
+_SHOWN = {"reward": "mean reward", "reward_accuracy": "preference accuracy"}
 # From this many points on a smoothed line is drawn over the raw one.
 _SMOOTH_FROM = 30
 
 
 def write_curve_csv(rows: Iterable[LossRow], path: Path) -> None:
-    """One line per point: step, split, loss (nats per token), learning rate."""
+    """One line per point: step, split, loss, learning rate, and the objective's own figures."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row.figures))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["step", "split", "loss", "learning_rate"])
+        writer.writerow([*_COLUMNS, *names])
         for row in rows:
             rate = "" if row.learning_rate is None else f"{row.learning_rate:.6g}"
-            writer.writerow([row.step, row.split, f"{row.loss:.6f}", rate])
+            more = [f"{row.figures[name]:.6f}" if name in row.figures else "" for name in names]
+            writer.writerow([row.step, row.split, f"{row.loss:.6f}", rate, *more])
 
 
 def read_curve_csv(path: Path) -> list[LossRow]:
@@ -37,6 +43,7 @@ def read_curve_csv(path: Path) -> list[LossRow]:
                     "eval" if row["split"] == "eval" else "train",
                     float(row["loss"]),
                     float(row["learning_rate"]) if row["learning_rate"] else None,
+                    {n: float(v) for n, v in row.items() if n not in _COLUMNS and v},
                 )
                 for row in csv.DictReader(file)
             ]
@@ -78,14 +85,31 @@ def curve_svg(rows: Sequence[LossRow], title: str, salt: str) -> str:
 def _figure(rows: Sequence[LossRow], title: str) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     # Figure without pyplot: no global state, and no window system is asked for.
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    shown = next((name for name in _SHOWN if any(name in row.figures for row in rows)), None)
+    height = 4.2 if shown is None else 6.6
+    figure = Figure(figsize=(7.2, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    train = [(row.step, row.loss) for row in rows if row.split == "train"]
-    evaluation = [(row.step, row.loss) for row in rows if row.split == "eval"]
+    panels = [("loss" if shown else "loss (nats per token)", [(r, r.loss) for r in rows])]
+    if shown is not None:
+        points = [(row, row.figures[shown]) for row in rows if shown in row.figures]
+        # What is to rise stands above what is to fall.
+        panels.insert(0, (_SHOWN[shown], points))
+    for i, (label, points) in enumerate(panels):
+        axes = figure.add_subplot(len(panels), 1, i + 1)
+        _draw_panel(axes, label, points)
+        if i == 0:
+            axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.set_xlabel("optimizer step", color=_INK)
+    return figure
+
+
+def _draw_panel(axes: Any, label: str, points: Sequence[tuple[LossRow, float]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    train = [(row.step, value) for row, value in points if row.split == "train"]
+    evaluation = [(row.step, value) for row, value in points if row.split == "eval"]
     if len(train) >= _SMOOTH_FROM:
         axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, alpha=0.25, linewidth=1)
         axes.plot(*zip(*_smoothed(train), strict=True), color=_TRAIN_COLOUR, linewidth=1.8,
@@ -95,19 +119,16 @@ def _figure(rows: Sequence[LossRow], title: str) -> Any:
     if evaluation:
         # A line between start and end alone would show a course that nobody measured.
         style = {"linestyle": "-" if len(evaluation) > 2 else "none", "markersize": 6}
-        label = f"eval (last {evaluation[-1][1]:.3f})"
+        last = f"eval (last {evaluation[-1][1]:.3f})"
         axes.plot(*zip(*evaluation, strict=True), color=_EVAL_COLOUR, linewidth=1.8, marker="o",
-                  label=label, **style)  # fmt: skip
-    axes.set_title(title, loc="left", fontsize=11, color=_INK)
-    axes.set_xlabel("optimizer step", color=_INK)
-    axes.set_ylabel("loss (nats per token)", color=_INK)
+                  label=last, **style)  # fmt: skip
+    axes.set_ylabel(label, color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
     axes.legend(frameon=False)
-    return figure
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -4,7 +4,6 @@ Both go through transformers' Trainer. A run leaves checkpoints in ``work_dir/ch
 goes on from the newest whole one when it is started again with the same settings and data.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -17,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loram_cli.errors import LoramError
-from loram_cli.modeling.chunked_loss import chunked_loss
+from loram_cli.modeling.chunked_loss import chunked_loss, restore_forward
 from loram_cli.modeling.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process
 from loram_cli.specs import digest_of, spec_to_mapping
 from loram_cli.training.checkpoints import newest_checkpoint
 from loram_cli.training.distributed import share
+from loram_cli.training.jobs import Job, TrainerParts, text_job
 from loram_cli.training.masks import keep_zeros
 from loram_cli.training.options import FitOptions, FitResult, curve_rows, resolve_precision
-from loram_cli.training.tokens import PadCollator, TokenRow
+from loram_cli.training.tokens import TokenRow
 from loram_cli.training.tracking import tracking_callbacks
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def fit_causal_text(
     hooks = keep_zeros(model, masked)
     try:
         label = "align" if teaching is None else "distill"
-        return _fit(model, train, evaluation, options, work_dir, reporter, label, teaching)
+        job = text_job(train, evaluation, label, teaching)
+        return fit_job(model, job, options, work_dir, reporter)
     finally:
         for hook in hooks:
             hook.remove()
@@ -105,7 +106,7 @@ def fit_lora(
         LoramError: The loss is not finite, or a token is outside the vocabulary.
         KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written.
     """
-    return _fit(model, train, evaluation, options, work_dir, reporter, "train")
+    return fit_job(model, text_job(train, evaluation, "train"), options, work_dir, reporter)
 
 
 def save_causal_lm(model: Any, out: Path, *, dtype: torch.dtype) -> None:
@@ -132,69 +133,69 @@ def total_steps(options: FitOptions, rows: int) -> int:
     return max(1, math.ceil(options.epochs * per_epoch))
 
 
-def _fit(
-    model: Any,
-    train: Sequence[TokenRow],
-    evaluation: Sequence[TokenRow],
-    options: FitOptions,
-    work_dir: Path,
-    reporter: Reporter,
-    label: str,
-    teaching: "Teaching | None" = None,
+def fit_job(
+    model: Any, job: Job, options: FitOptions, work_dir: Path, reporter: Reporter
 ) -> FitResult:
+    """Train by any objective: checkpoints, resuming, progress and interrupts are the same for all.
+
+    Args:
+        model: Its parameters that require gradients are trained, in place.
+        job: Data and objective.
+        options: How.
+        work_dir: Where checkpoints are kept.
+        reporter: Told of progress.
+
+    Raises:
+        LoramError: The loss is not finite, or a token is outside the vocabulary.
+        KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written.
+    """
     with quiet_libraries(), no_progress_bars():
         # Imported here, where the libraries' own lines are kept quiet.
-        from loram_cli.training.distill import DistillTrainer
-        from loram_cli.training.trainer import (
-            Interruption,
-            StepCallback,
-            StepTrainer,
-            training_arguments,
-        )
+        from loram_cli.training.trainer import Interruption, StepCallback, training_arguments
 
-        _check_rows(model, [*train, *evaluation], reporter)
+        _check_tokens(model, job, reporter)
         device = next(model.parameters()).device.type
         precision = resolve_precision(options.precision, device)
         _cast_parameters(model, precision)
         trainable = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-        steps = total_steps(options, len(train))
+        steps = total_steps(options, job.rows)
         warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
         folder = work_dir / "checkpoints"
-        fingerprint = _fingerprint(options, precision, train, evaluation, trainable)
+        fingerprint = _fingerprint(options, precision, job, trainable)
         found = share(newest_checkpoint(folder, fingerprint) if is_main_process() else None)
         if found is not None:
             reporter.note(f"going on from the checkpoint of step {found[1]} of {steps}")
-        arguments = training_arguments(
+        arguments = partial(
+            training_arguments,
             options,
             folder,
             steps=steps,
             warmup_steps=warmup_steps,
             precision=precision,
             device=device,
-            evaluates=bool(evaluation),
+            evaluates=job.evaluates,
             fresh=found is None,
         )
         interruption, main = Interruption(), is_main_process()
-        chunks = chunked_loss(model) if options.cross_entropy == "chunked" else nullcontext()
+        in_chunks = job.chunked_loss and options.cross_entropy == "chunked"
+        chunks = chunked_loss(model) if in_chunks else nullcontext()
         use_cache = model.config.use_cache
         model.config.use_cache = False
         try:
-            with chunks, interruption.caught(), reporter.progress(label, steps, "step") as progress:
-                trainer_class = StepTrainer
-                if teaching is not None:
-                    trainer_class = partial(DistillTrainer, teaching=teaching)
-                trainer = trainer_class(
-                    model=model,
-                    args=arguments,
-                    data_collator=PadCollator(_pad_token_id(model), 8 if device == "cuda" else 1),
-                    train_dataset=train,
-                    eval_dataset=evaluation or None,
-                    callbacks=[
-                        StepCallback(
-                            progress, interruption, options.batch, evaluates=bool(evaluation)
-                        ),
-                        *(tracking_callbacks(options.report_to, work_dir) if main else ()),
-                    ],
+            bar = reporter.progress(job.label, steps, "step")
+            with chunks, interruption.caught(), bar as progress:
+                callbacks = [
+                    StepCallback(progress, interruption, options.batch, reporter, job.evaluates),
+                    *(tracking_callbacks(options.report_to, work_dir) if main else ()),
+                ]
+                trainer = job.build(
+                    TrainerParts(
+                        model=model,
+                        arguments=arguments,
+                        callbacks=callbacks,
+                        options=options,
+                        device=device,
+                    )
                 )
                 _remove_printer(trainer)
                 if found is not None and found[1] >= steps:
@@ -208,6 +209,8 @@ def _fit(
                     done, log = trainer.state.global_step, trainer.state.log_history
         finally:
             model.config.use_cache = use_cache
+            if not in_chunks:
+                restore_forward(model)
         if interruption.requested and done < steps:
             reporter.note(f"stopped at step {done}; the same command goes on from there")
             raise KeyboardInterrupt
@@ -225,18 +228,17 @@ def _fit(
     )
 
 
-def _check_rows(model: Any, rows: Sequence[TokenRow], reporter: Reporter) -> None:
+def _check_tokens(model: Any, job: Job, reporter: Reporter) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    highest = max(int(row.input_ids.max()) for row in rows)
-    if highest >= vocabulary:
+    if job.highest_token >= vocabulary:
         raise LoramError(
-            f"the tokenizer gives token {highest}, but the model has only {vocabulary} embeddings",
+            f"the tokenizer gives token {job.highest_token}, "
+            f"but the model has only {vocabulary} embeddings",
             "the model's directory must hold its own tokenizer",
         )
     positions = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(row.input_ids) for row in rows)
-    if positions is not None and longest > positions:
-        reporter.warn(f"sequences of {longest} tokens exceed the model's {positions} positions")
+    if positions is not None and job.longest > positions:
+        reporter.warn(f"sequences of {job.longest} tokens exceed the model's {positions} positions")
 
 
 def _cast_parameters(model: Any, precision: str) -> None:
@@ -258,12 +260,6 @@ def _fitting_warmup(warmup_steps: int, steps: int, reporter: Reporter) -> int:
     return shorter
 
 
-def _pad_token_id(model: Any) -> int:
-    """Any valid id does: padding carries no loss, and nothing attends to it."""
-    pad = model.config.pad_token_id
-    return pad if isinstance(pad, int) and pad >= 0 else 0
-
-
 def _remove_printer(trainer: Any) -> None:
     from transformers import PrinterCallback
 
@@ -271,22 +267,12 @@ def _remove_printer(trainer: Any) -> None:
 
 
 def _fingerprint(
-    options: FitOptions,
-    precision: str,
-    train: Sequence[TokenRow],
-    evaluation: Sequence[TokenRow],
-    trainable: dict[str, tuple[int, ...]],
+    options: FitOptions, precision: str, job: Job, trainable: dict[str, tuple[int, ...]]
 ) -> str:
     """What must be the same for a checkpoint to be worth going on from."""
-    data = hashlib.sha256()
-    for rows in (train, evaluation):
-        data.update(f"{len(rows)};".encode())
-        for row in rows:
-            data.update(f"{len(row.input_ids)},{row.answer_start};".encode())
-            data.update(row.input_ids.tobytes())
     # How often a checkpoint is written, and who else hears of it, changes nothing in the result.
     plain = spec_to_mapping(replace(options, checkpoint_steps=1, report_to=()))
     shapes = {name: list(shape) for name, shape in trainable.items()}
     return digest_of(
-        {"options": plain, "precision": precision, "data": data.hexdigest(), "trainable": shapes}
+        {"options": plain, "precision": precision, "data": job.digest, "trainable": shapes}
     )

@@ -1,6 +1,7 @@
 """How a training run goes, and what it gives back."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,15 @@ import torch
 from loram_cli.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+# What preference and policy training tell beside the loss, by their names in TRL's log.
+FIGURES = {
+    "rewards/accuracies": "reward_accuracy",
+    "rewards/margins": "reward_margin",
+    "reward": "reward",
+    "kl": "kl",
+    "completions/mean_length": "completion_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -87,12 +97,14 @@ class LossRow:
         split: ``train``: mean over the step's batch; ``eval``: over the evaluation split.
         loss: Mean negative log-likelihood per token that carries loss, in nats.
         learning_rate: Of that step; None for ``eval``.
+        figures: What else the objective tells, see :data:`FIGURES`.
     """
 
     step: int
     split: Literal["train", "eval"]
     loss: float
     learning_rate: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,14 @@ class FitResult:
         """Evaluation loss at the start and at the end, or None without an evaluation split."""
         losses = [row.loss for row in self.history if row.split == "eval"]
         return (losses[0], losses[-1]) if losses else None
+
+    def first_and_last(self, split: str) -> dict[str, tuple[float, float]]:
+        """Each further figure at the first and the last point of a split that has it."""
+        found: dict[str, list[float]] = {}
+        for row in self.history:
+            for name, value in row.figures.items() if row.split == split else ():
+                found.setdefault(name, []).append(value)
+        return {name: (values[0], values[-1]) for name, values in found.items()}
 
 
 def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf16"]:
@@ -156,7 +176,17 @@ def curve_rows(log_history: list[dict[str, Any]]) -> tuple[LossRow, ...]:
     rows = []
     for entry in log_history:
         if "loss" in entry:
-            rows.append(LossRow(entry["step"], "train", entry["loss"], entry["learning_rate"]))
+            figures = _figures(entry, "")
+            rows.append(
+                LossRow(entry["step"], "train", entry["loss"], entry["learning_rate"], figures)
+            )
         elif "eval_loss" in entry:
-            rows.append(LossRow(entry["step"], "eval", entry["eval_loss"]))
+            rows.append(
+                LossRow(entry["step"], "eval", entry["eval_loss"], None, _figures(entry, "eval_"))
+            )
     return tuple(rows)
+
+
+def _figures(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    named = {name: entry.get(prefix + key) for key, name in FIGURES.items()}
+    return {name: value for name, value in named.items() if value is not None}

@@ -13,12 +13,16 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loram_cli.errors import LoramError
-from loram_cli.reporting import Progress
+from loram_cli.reporting import Progress, Reporter
 from loram_cli.runs.processes import is_main_process, process_count, process_rank
 from loram_cli.training.checkpoints import checkpoint_path, mark_whole
 from loram_cli.training.options import FitOptions
 from loram_cli.training.tokens import IGNORED_LABEL, TokenRow
 
+# Shown beside the loss, where an objective has them.
+_TOLD = {"rewards/accuracies": "preference accuracy", "reward": "reward"}
+# After so many steps without any reward, the user is told.
+_STEPS_WITHOUT_REWARD = 10
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
 
 
@@ -51,11 +55,17 @@ class StepCallback(TrainerCallback):
     """Reports each step, stops on losses that are not finite and on interrupts."""
 
     def __init__(
-        self, progress: Progress, interruption: Interruption, batch: int, *, evaluates: bool
+        self,
+        progress: Progress,
+        interruption: Interruption,
+        batch: int,
+        reporter: Reporter,
+        evaluates: bool,
     ) -> None:
         self._progress = progress
         self._interruption = interruption
         self._batch = batch
+        self._reporter = reporter
         self._evaluates = evaluates
         self._began = 0.0
         self._first_step = 0
@@ -90,7 +100,17 @@ class StepCallback(TrainerCallback):
                 )
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = (state.global_step - self._first_step) * self._batch / seconds
-        self._progress.detail(f"loss {logs['loss']:.3f}, {rate:.1f} samples/s")
+        told = [f"loss {logs['loss']:.3f}"]
+        told += [f"{word} {logs[key]:.2f}" for key, word in _TOLD.items() if key in logs]
+        self._progress.detail(", ".join([*told, f"{rate:.1f} samples/s"]))
+        if state.global_step == _STEPS_WITHOUT_REWARD and logs.get("reward") == 0:
+            earlier = [entry["reward"] for entry in state.log_history if "reward" in entry]
+            if not any(earlier):
+                self._reporter.warn(
+                    f"no completion has earned a reward in the first {_STEPS_WITHOUT_REWARD} "
+                    "steps, so nothing is learnt: teach the answers' format first "
+                    "(train --objective sft), and go on from that adapter (--from-adapter)"
+                )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer has written all files of this step's checkpoint."""
@@ -99,7 +119,19 @@ class StepCallback(TrainerCallback):
         mark_whole(checkpoint_path(Path(args.output_dir), state.global_step))
 
 
-class StepTrainer(Trainer):
+class LeanCheckpoints:
+    """Mixed into a Trainer: LoRA checkpoints hold the trained adapter and no embedding."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The parent would add the whole embedding to a LoRA checkpoint that targets lm_head, and
+        # the frozen copy that serves as a reference.
+        extra: dict[str, Any] = {}
+        if hasattr(self.model, "peft_config"):
+            extra = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+        self.model.save_pretrained(output_dir or self.args.output_dir, **extra)
+
+
+class StepTrainer(LeanCheckpoints, Trainer):
     """A Trainer that evaluates per token and keeps embeddings out of LoRA checkpoints."""
 
     def evaluate(
@@ -138,19 +170,27 @@ class StepTrainer(Trainer):
         )
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # The parent would add the whole embedding to a LoRA checkpoint that targets lm_head.
-        is_lora = hasattr(self.model, "peft_config")
-        extra = {"save_embedding_layers": False} if is_lora else {}
-        self.model.save_pretrained(output_dir or self.args.output_dir, **extra)
-
 
 def training_arguments(
     options: FitOptions, output_dir: Path, *, steps: int, warmup_steps: int, precision: str,
     device: str, evaluates: bool, fresh: bool,
+    arguments_class: type[TrainingArguments] = TrainingArguments, **more: Any,
 ) -> TrainingArguments:  # fmt: skip
-    """The trainer's settings for a run of ``steps`` optimizer steps."""
-    arguments = TrainingArguments(
+    """The trainer's settings for a run of ``steps`` optimizer steps.
+
+    Args:
+        options: How to train.
+        output_dir: Where checkpoints go.
+        steps: Optimizer steps.
+        warmup_steps: Those over which the rate rises.
+        precision: ``fp32`` or ``bf16``.
+        device: ``cpu``, ``cuda``, ...
+        evaluates: Whether there is an evaluation split.
+        fresh: Whether no checkpoint is gone on from.
+        arguments_class: The objective's own.
+        more: The objective's own settings.
+    """
+    arguments = arguments_class(
         output_dir=str(output_dir),
         max_steps=steps,
         learning_rate=options.learning_rate,
@@ -182,6 +222,7 @@ def training_arguments(
         disable_tqdm=True,
         report_to="none",
         seed=options.seed,
+        **more,
     )
     # Several visible GPUs would be wrapped in DataParallel, which a model placed on one cannot use.
     arguments._n_gpu = min(arguments.n_gpu, 1)
