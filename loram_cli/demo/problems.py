@@ -9,6 +9,7 @@ minutes elicits what a model can do, it teaches no sums.
 
 import hashlib
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ ENDINGS = (
     "How many {item} does {name} have in the end?",
 )
 MAX_VALUE = 99
+_SUM = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>")
 # Share of the corpus's solutions that are written the GSM8K way.
 GSM8K_SHARE = 0.2
 # Share of questions, by digest, that is held out; what is left trains.
@@ -182,17 +184,43 @@ def problems(split: str, count: int) -> list[dict[str, str]]:
     return [{"question": q, "answer": a} for q, a in records.items()]
 
 
+def preferences(split: str, count: int) -> list[dict[str, str]]:
+    """Problems with their solution, and with one that a slip in one sum has spoilt.
+
+    The slip is carried on: the steps behind it are right sums of wrong numbers, and the final
+    number is wrong. Format and length tell nothing.
+
+    Args:
+        split: As in :func:`problems`, whose questions these are.
+        count: How many.
+
+    Returns:
+        Records with ``prompt``, ``chosen`` and ``rejected``.
+    """
+    rng = random.Random(f"preferences-{split}")
+    records = []
+    for record in problems(split, count):
+        chosen = record["answer"]
+        rejected = _with_slip(chosen, rng)
+        prompt = f"Question: {record['question']}\nAnswer:"
+        records.append({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"})
+    return records
+
+
 _DEMO_DATA: dict[str, Callable[[], list[dict[str, str]]]] = {
     "corpus": lambda: [{"text": text} for text in corpus(6000, seed=1)],
     "calibration": lambda: [{"text": text} for text in corpus(400, seed=2)],
     "train": lambda: problems("train", 4000),
     "validation": lambda: problems("validation", 200),
     "test": lambda: problems("test", 200),
+    "preferences": lambda: preferences("train", 4000),
+    "preferences-validation": lambda: preferences("validation", 200),
+    "preferences-test": lambda: preferences("test", 200),
 }
 
 
 def load_demo(name: str) -> list[dict[str, str]]:
-    """One of the demo's data sets: corpus, calibration, train, validation or test.
+    """One of the demo's data sets: corpus, calibration, train, preferences and so on.
 
     Raises:
         ValueError: There is no such data set.
@@ -200,6 +228,28 @@ def load_demo(name: str) -> list[dict[str, str]]:
     if name not in _DEMO_DATA:
         raise ValueError(f"demo:{name} does not exist (known: {', '.join(_DEMO_DATA)})")
     return _DEMO_DATA[name]()
+
+
+def _with_slip(answer: str, rng: random.Random) -> str:
+    """The solution with one wrong result, and what follows from it."""
+    lines = answer.splitlines()[:-1]
+    found = [match for line in lines if (match := _SUM.search(line))]
+    while True:
+        at, slip = rng.randrange(len(found)), rng.choice((-10, -2, -1, 1, 2, 10))
+        steps: list[Step] = []
+        for i, match in enumerate(found):
+            left = steps[-1].value if i > at else int(match[1])
+            op, right, value = match[2], int(match[3]), int(match[4]) + slip
+            if i != at:
+                sums = {"+": left + right, "-": left - right, "*": left * right}
+                value = sums[op] if op in sums else left // right
+            steps.append(Step(left, op, right, value))
+        # As in every right solution, no number falls below one; and a quotient may hide the slip.
+        if min(step.value for step in steps) > 0 and steps[-1].value != int(found[-1][4]):
+            break
+    item = lines[0].rsplit(" ", 1)[1]
+    written = [f"{step.annotated} {item}" for step in steps]
+    return "\n".join([*written, f"#### {steps[-1].value}"])
 
 
 def _start_pile(rng: random.Random, words: dict[str, str]) -> tuple[list[str], list[Step]]:

@@ -3,12 +3,12 @@
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter, Reporter
+from loram_cli.training.layouts import LAYOUTS, Chat, Example, examples_of, text_field
 from loram_cli.training.records import (
     DEMO_PREFIX,
     Record,
@@ -20,40 +20,9 @@ from loram_cli.training.records import (
 
 T = TypeVar("T")
 
-# The template of Stanford Alpaca, with and without an input, to the letter.
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
-_LAYOUTS = (
-    "prompt/completion, instruction(+input)/output, question/answer, messages or conversations"
-)
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-_ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 # Two or more blank lines part documents; one blank line parts paragraphs of the same document.
 _DOCUMENT_BREAK = re.compile(r"\n[^\S\n]*\n[^\S\n]*\n\s*|<\|endoftext\|>")
 _MAX_DOCUMENT_CHARS = 20_000
-
-
-@dataclass(frozen=True)
-class Example:
-    """One thing to learn: given ``prompt``, write ``completion``.
-
-    Attributes:
-        prompt: Text that is given.
-        completion: Text that is learnt; the end-of-sequence token follows it.
-        special_tokens: Whether the tokenizer adds its own (bos); not after a chat template,
-            which has written them already.
-    """
-
-    prompt: str
-    completion: str
-    special_tokens: bool = True
 
 
 def load_text(
@@ -114,11 +83,11 @@ def load_instructions(
         LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
     reporter = reporter or NullReporter()
-    chat = _Chat(tokenizer)
+    chat = Chat(tokenizer)
     examples: list[Example] = []
     empty = 0
     for record in read_records(source, limit=limit):
-        for example in _examples(record, chat):
+        for example in examples_of(record, chat):
             if example.completion.strip():
                 examples.append(example)
             else:
@@ -130,7 +99,7 @@ def load_instructions(
             "the tokenizer has no chat template: messages are rendered as 'User: .. Assistant: ..'"
         )
     if not examples:
-        raise LoramError(f"{source}: no examples in it", f"layouts: {_LAYOUTS}")
+        raise LoramError(f"{source}: no examples in it", f"layouts: {LAYOUTS}")
     return examples
 
 
@@ -192,105 +161,12 @@ def _split_documents(text: str) -> Iterator[str]:
 
 def _text_of(record: Record) -> str:
     if "text" in record.fields:
-        return _string(record, "text")
+        return text_field(record, "text")
     try:
-        examples = _examples(record, _Chat(None))
+        examples = examples_of(record, Chat(None))
     except LoramError:
         raise LoramError(
             f"{record.where}: no field 'text' (fields: {', '.join(record.fields) or 'none'})"
         ) from None
     # Turns share their beginnings; the last prompt holds all of them.
     return examples[-1].prompt + examples[-1].completion
-
-
-def _examples(record: Record, chat: "_Chat") -> list[Example]:
-    fields = record.fields
-    if "messages" in fields or "conversations" in fields:
-        key = "messages" if "messages" in fields else "conversations"
-        return chat.render(_messages(record, key, fields[key]), record.where)
-    if "prompt" in fields and "completion" in fields:
-        if isinstance(fields["prompt"], list):
-            turns = [*fields["prompt"], *_as_list(fields["completion"])]
-            return chat.render(_messages(record, "prompt", turns), record.where)[-1:]
-        return [Example(_string(record, "prompt"), _string(record, "completion"))]
-    if "instruction" in fields and ("output" in fields or "response" in fields):
-        instruction = _string(record, "instruction")
-        context = _string(record, "input") if fields.get("input") is not None else ""
-        template = _ALPACA_WITH_INPUT if context.strip() else _ALPACA
-        answer = _string(record, "output" if "output" in fields else "response")
-        return [
-            Example(template.format_map({"instruction": instruction, "input": context}), answer)
-        ]
-    if "question" in fields and "answer" in fields:
-        question, answer = _string(record, "question"), _string(record, "answer")
-        return [Example(f"Question: {question}\nAnswer:", f" {answer}")]
-    raise LoramError(
-        f"{record.where}: no known layout (fields: {', '.join(map(str, fields)) or 'none'})",
-        f"layouts: {_LAYOUTS}",
-    )
-
-
-def _string(record: Record, key: str) -> str:
-    value = record.fields[key]
-    if not isinstance(value, str):
-        raise LoramError(f"{record.where}: field '{key}' must be text, not {value!r:.60}")
-    return value
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _messages(record: Record, key: str, turns: Any) -> list[dict[str, str]]:
-    if not isinstance(turns, list) or not turns:
-        raise LoramError(f"{record.where}: field '{key}' must be a list of messages")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        turn = turn if isinstance(turn, Mapping) else {}
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise LoramError(
-                f"{record.where}: message {number} of '{key}' needs 'role' and 'content' as text"
-            )
-        messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
-    if all(message["role"] != "assistant" for message in messages):
-        raise LoramError(f"{record.where}: '{key}' has no message of the assistant to learn from")
-    return messages
-
-
-class _Chat:
-    """Renders conversations, by the tokenizer's template where it has one."""
-
-    def __init__(self, tokenizer: Any | None) -> None:
-        self._tokenizer = tokenizer
-        self._has_template = getattr(tokenizer, "chat_template", None) is not None
-        self.used_fallback = False
-
-    def render(self, messages: list[dict[str, str]], where: str) -> list[Example]:
-        """One example for each turn of the assistant."""
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if self._has_template:
-            return [self._by_template(messages[: i + 1], where) for i in turns]
-        self.used_fallback = True
-        return [_plain_turn(messages[: i + 1]) for i in turns]
-
-    def _by_template(self, messages: list[dict[str, str]], where: str) -> Example:
-        import jinja2
-
-        apply = self._tokenizer.apply_chat_template
-        try:
-            prompt = apply(messages[:-1], tokenize=False, add_generation_prompt=True)
-            whole = apply(messages, tokenize=False)
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise LoramError(f"{where}: the chat template refuses it ({error})") from error
-        # Some templates write a turn that is asked for differently from one that is there.
-        shared = 0
-        while shared < min(len(prompt), len(whole)) and prompt[shared] == whole[shared]:
-            shared += 1
-        return Example(whole[:shared], whole[shared:], special_tokens=False)
-
-
-def _plain_turn(messages: list[dict[str, str]]) -> Example:
-    lines = [f"{_ROLE_NAMES.get(m['role'], m['role'])}: {m['content']}\n" for m in messages[:-1]]
-    return Example("".join(lines) + "Assistant:", f" {messages[-1]['content']}")

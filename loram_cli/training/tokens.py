@@ -92,7 +92,7 @@ def tokenize_examples(
     rows: list[TokenRow] = []
     cut = dropped = 0
     for chunk in _chunks(examples):
-        for ids, start in _encode(chunk, tokenizer):
+        for ids, start in encode_examples(chunk, tokenizer):
             if eos is not None and eos not in ids[start:]:
                 ids = [*ids, eos]
             if len(ids) > sequence_length:
@@ -146,7 +146,7 @@ def _chunks(items: Iterable[Any]) -> Iterable[list[Any]]:
         yield chunk
 
 
-def _encode(examples: list[Example], tokenizer: Any) -> Iterable[tuple[list[int], int]]:
+def encode_examples(examples: Sequence[Example], tokenizer: Any) -> Iterable[tuple[list[int], int]]:
     """Ids of each whole text and the index at which its completion begins."""
     for special in (True, False):
         if all(example.special_tokens == special for example in examples):
@@ -159,7 +159,7 @@ def _encode(examples: list[Example], tokenizer: Any) -> Iterable[tuple[list[int]
                 yield ids, _common_length(ids, prompt)
             return
     for example in examples:
-        yield from _encode([example], tokenizer)
+        yield from encode_examples([example], tokenizer)
 
 
 def _common_length(left: list[int], right: list[int]) -> int:

@@ -1,0 +1,143 @@
+"""Layouts of instruction records: what each one teaches, as prompt and completion."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loram_cli.errors import LoramError
+from loram_cli.training.records import Record
+
+# The template of Stanford Alpaca, with and without an input, to the letter.
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+LAYOUTS = (
+    "prompt/completion, instruction(+input)/output, question/answer, messages or conversations"
+)
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn: given ``prompt``, write ``completion``.
+
+    Attributes:
+        prompt: Text that is given.
+        completion: Text that is learnt; the end-of-sequence token follows it.
+        special_tokens: Whether the tokenizer adds its own (bos); not after a chat template,
+            which has written them already.
+    """
+
+    prompt: str
+    completion: str
+    special_tokens: bool = True
+
+
+def examples_of(record: Record, chat: "Chat") -> list[Example]:
+    """What a record teaches, its layout told by its fields.
+
+    Raises:
+        LoramError: No known layout; names file and line.
+    """
+    fields = record.fields
+    if "messages" in fields or "conversations" in fields:
+        key = "messages" if "messages" in fields else "conversations"
+        return chat.render(_messages(record, key, fields[key]), record.where)
+    if "prompt" in fields and "completion" in fields:
+        if isinstance(fields["prompt"], list):
+            turns = [*fields["prompt"], *_as_list(fields["completion"])]
+            return chat.render(_messages(record, "prompt", turns), record.where)[-1:]
+        return [Example(text_field(record, "prompt"), text_field(record, "completion"))]
+    if "instruction" in fields and ("output" in fields or "response" in fields):
+        instruction = text_field(record, "instruction")
+        context = text_field(record, "input") if fields.get("input") is not None else ""
+        template = _ALPACA_WITH_INPUT if context.strip() else _ALPACA
+        answer = text_field(record, "output" if "output" in fields else "response")
+        return [
+            Example(template.format_map({"instruction": instruction, "input": context}), answer)
+        ]
+    if "question" in fields and "answer" in fields:
+        question, answer = text_field(record, "question"), text_field(record, "answer")
+        return [Example(f"Question: {question}\nAnswer:", f" {answer}")]
+    raise LoramError(
+        f"{record.where}: no known layout (fields: {', '.join(map(str, fields)) or 'none'})",
+        f"layouts: {LAYOUTS}",
+    )
+
+
+def text_field(record: Record, key: str) -> str:
+    """A field that must be text.
+
+    Raises:
+        LoramError: It is something else; names file and line.
+    """
+    value = record.fields[key]
+    if not isinstance(value, str):
+        raise LoramError(f"{record.where}: field '{key}' must be text, not {value!r:.60}")
+    return value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _messages(record: Record, key: str, turns: Any) -> list[dict[str, str]]:
+    if not isinstance(turns, list) or not turns:
+        raise LoramError(f"{record.where}: field '{key}' must be a list of messages")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        turn = turn if isinstance(turn, Mapping) else {}
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise LoramError(
+                f"{record.where}: message {number} of '{key}' needs 'role' and 'content' as text"
+            )
+        messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
+    if all(message["role"] != "assistant" for message in messages):
+        raise LoramError(f"{record.where}: '{key}' has no message of the assistant to learn from")
+    return messages
+
+
+class Chat:
+    """Renders conversations, by the tokenizer's template where it has one."""
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+        self._has_template = getattr(tokenizer, "chat_template", None) is not None
+        self.used_fallback = False
+
+    def render(self, messages: list[dict[str, str]], where: str) -> list[Example]:
+        """One example for each turn of the assistant."""
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self._has_template:
+            return [self._by_template(messages[: i + 1], where) for i in turns]
+        self.used_fallback = True
+        return [_plain_turn(messages[: i + 1]) for i in turns]
+
+    def _by_template(self, messages: list[dict[str, str]], where: str) -> Example:
+        import jinja2
+
+        apply = self._tokenizer.apply_chat_template
+        try:
+            prompt = apply(messages[:-1], tokenize=False, add_generation_prompt=True)
+            whole = apply(messages, tokenize=False)
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise LoramError(f"{where}: the chat template refuses it ({error})") from error
+        # Some templates write a turn that is asked for differently from one that is there.
+        shared = 0
+        while shared < min(len(prompt), len(whole)) and prompt[shared] == whole[shared]:
+            shared += 1
+        return Example(whole[:shared], whole[shared:], special_tokens=False)
+
+
+def _plain_turn(messages: list[dict[str, str]]) -> Example:
+    lines = [f"{_ROLE_NAMES.get(m['role'], m['role'])}: {m['content']}\n" for m in messages[:-1]]
+    return Example("".join(lines) + "Assistant:", f" {messages[-1]['content']}")
