@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow lint bench bench-huge bench-quality clean
+.PHONY: help demo test test-slow lint bench bench-huge bench-quality bench-objectives clean
 
 help:
 	@echo "make demo       install, then the whole pipeline on the embedded demo base"
@@ -12,6 +12,7 @@ help:
 	@echo "make docs       the pages of the commands, from their help"
 	@echo "make bench      streaming against cp, Taylor, SparseGPT: memory and time (9 GB of disk)"
 	@echo "make bench-huge the same on a checkpoint larger than its memory limit (23 GB of disk)"
+	@echo "make bench-objectives  DPO and GRPO after SFT on the demo base, recovered (15 minutes)"
 	@echo "make bench-quality  how much of full LoRA's gain is kept (hours; ARGS=--quick: minutes)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -48,6 +49,9 @@ bench-huge: $(VENV)/installed
 
 bench-quality: $(VENV)/installed
 	$(BIN)/python tests/bench/quality.py $(ARGS)
+
+bench-objectives: $(VENV)/installed
+	$(BIN)/python tests/bench/objectives.py loram-objectives $(ARGS)
 
 clean:
 	rm -rf $(VENV) loram-run build dist *.egg-info

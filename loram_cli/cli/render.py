@@ -155,7 +155,9 @@ def stage_lines(result: StageResult) -> list[str]:
         if result.stage == "train":
             trained_on = format_params(r["trained_on_params"])
             lines.append(f"LoRA of {format_params(r['lora_params'])} parameters on {trained_on}")
-        if r.get("eval_loss_before") is not None:
+        if r.get("objective", "sft") != "sft":
+            lines += _objective_lines(r)
+        elif r.get("eval_loss_before") is not None:
             before, after = r["eval_loss_before"], r["eval_loss_after"]
             cost = f"{r['steps']} steps" if r["steps"] else f"{r['tokens']} tokens"
             lines.append(f"held-out loss {before:.4f} -> {after:.4f} in {cost}")
@@ -168,6 +170,24 @@ def stage_lines(result: StageResult) -> list[str]:
             f"{format_params(r['small_params'])} -> {format_params(r['full_params'])} parameters"
         ]
     return []
+
+
+def _objective_lines(results: dict[str, Any]) -> list[str]:
+    """What preference and policy training reached on held-out data."""
+    lines = []
+    if "eval_reward_accuracy_after" in results:
+        accuracy, margin = (results[f"eval_reward_{k}_after"] for k in ("accuracy", "margin"))
+        lines.append(
+            f"held-out preferences: {accuracy:.1%} right, reward margin {margin:.3f} "
+            f"(0 at the start) in {results['steps']} steps"
+        )
+    if "eval_reward_after" in results:
+        before, after = results["eval_reward_before"], results["eval_reward_after"]
+        lines.append(
+            f"held-out reward {before:.3f} -> {after:.3f} in {results['steps']} steps "
+            "(one answer drawn per question)"
+        )
+    return lines
 
 
 def prune_line(results: dict[str, Any]) -> str:

@@ -13,7 +13,25 @@ EPILOG = "Example: loram train --data instructions.jsonl --quantize nf4"
 
 def command(
     data: Annotated[
-        str | None, typer.Option(help="Instructions: .jsonl file or data set id.")
+        str | None,
+        typer.Option(
+            help="Instructions, preferences or word problems: .jsonl file or data set id."
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="sft (given answers), dpo (one answer over another) or grpo (drawn answers, "
+            "rewarded when right). (default: sft)",
+            autocompletion=options.choices("train", "objective"),
+        ),
+    ] = None,
+    from_adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on from an earlier adapter; it is the reference of dpo and grpo, which "
+            "take the run's own unless given."
+        ),
     ] = None,
     run: options.Run = None,
     source: Annotated[
@@ -21,7 +39,7 @@ def command(
         typer.Option("--in", help="Model directory, not the run's aligned or pruned one."),
     ] = None,
     out: options.Out = None,
-    eval_data: Annotated[str | None, typer.Option(help="Held-out instructions.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out data, like --data.")] = None,
     eval_examples: Annotated[
         int | None, typer.Option(help="How many to hold out. (default: 64)")
     ] = None,
@@ -42,7 +60,9 @@ def command(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA r. (default: 8)")] = None,
     alpha: Annotated[int | None, typer.Option(help="LoRA alpha. (default: 16)")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA dropout. (default: 0.05)")] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="LoRA dropout. (default: 0.05; sft alone)")
+    ] = None,
     targets: Annotated[
         str | None, typer.Option(help="Modules, comma-separated. (default: all)")
     ] = None,
@@ -52,6 +72,20 @@ def command(
             help="answer or all. (default: answer)",
             autocompletion=options.choices("train", "loss_on"),
         ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Weight of the reference. (default: 0.1 for dpo, 0 for grpo)"),
+    ] = None,
+    generations: Annotated[
+        int | None, typer.Option(help="grpo: completions per question. (default: 8)")
+    ] = None,
+    max_completion_length: Annotated[
+        int | None,
+        typer.Option(help="grpo: tokens of a completion. (default: 256, half of --max-length)"),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="grpo: completions are drawn at it. (default: 1)")
     ] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps per checkpoint. (default: 50)")
@@ -78,7 +112,7 @@ def command(
     dry_run: options.DryRun = False,
     json_output: options.Json = False,
 ) -> None:
-    """Fit LoRA on the small model (QLoRAM with --quantize nf4)."""
+    """Fit LoRA on the small model (QLoRAM with --quantize nf4), by SFT, DPO or GRPO."""
     from loram_cli.cli.plans import show_plans
     from loram_cli.cli.render import show_result, stage_lines
     from loram_cli.stages import resolve, train
@@ -86,6 +120,8 @@ def command(
     values = options.layered(
         NAME,
         data=data,
+        objective=objective,
+        from_adapter=from_adapter,
         source=source,
         out=out,
         eval_data=eval_data,
@@ -102,6 +138,10 @@ def command(
         dropout=dropout,
         targets=options.comma_separated(targets),
         loss_on=loss_on,
+        beta=beta,
+        generations=generations,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
         save_steps=save_steps,
         eval_steps=eval_steps,
         gradient_checkpointing=gradient_checkpointing,

@@ -74,6 +74,11 @@ def build_tasks(request: TaskRequest, max_new_tokens: int | None, context: int, 
     return loaded
 
 
+def task_config(name: str) -> dict[str, Any]:
+    """Lm-eval's own config of one of the catalogue's tasks."""
+    return load_yaml(_TASKS_DIR / _FILES[name], resolve_func=True)
+
+
 def _set_fewshot(task: Any, request: TaskRequest, seed: int) -> None:
     default = task.get_config("num_fewshot")
     wanted = default or 0
@@ -98,7 +103,7 @@ def _find(name: str) -> tuple[dict[str, Any] | None, TaskManager | None, bool]:
     if name == "humaneval":
         return copy.deepcopy(HUMANEVAL_CONFIG), None, False
     if name in _FILES:
-        return load_yaml(_TASKS_DIR / _FILES[name], resolve_func=True), None, False
+        return task_config(name), None, False
     # The whole index takes lm-eval ten seconds: first ask the folders that mention the name.
     folders = {
         path.relative_to(_TASKS_DIR).parts[0]

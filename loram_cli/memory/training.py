@@ -124,6 +124,29 @@ def optimizer_bytes(params: int, optimizer: str) -> int:
     return 2 * (params + blocks * account.FP32_BYTES)
 
 
+def generation_bytes(
+    family: Family, config: Mapping[str, Any], setup: TrainingSetup, sequences: int
+) -> int:
+    """What drawing completions holds beside the weights.
+
+    Keys and values of every token in every layer, the widest layer's once more while they are
+    joined with the newest, and logits and probabilities of the next token in fp32.
+
+    Args:
+        family: The model's family.
+        config: Its ``config.json``.
+        setup: Gives the length of prompt and completion, and the type of keys and values.
+        sequences: Completions drawn at a time.
+    """
+    geometry = family.geometry(config)
+    kept = [
+        2 * layer.num_key_value_heads * layer.head_dim * setup.compute_bytes * setup.length
+        for layer in geometry.layers
+    ]
+    next_token = 3 * geometry.vocab_size * account.FP32_BYTES
+    return sequences * (sum(kept) + max(kept) + next_token)
+
+
 def largest_micro_batch(
     family: Family, config: Mapping[str, Any], setup: TrainingSetup, memory_bytes: int
 ) -> int | None:

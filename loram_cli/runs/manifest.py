@@ -20,6 +20,7 @@ _LIBRARIES = (
     "torch",
     "transformers",
     "peft",
+    "trl",
     "accelerate",
     "safetensors",
     "tokenizers",

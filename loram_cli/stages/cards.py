@@ -52,7 +52,10 @@ _KINDS: dict[str, tuple[str, str, str, str]] = {
     "merge": ("merged model", "transformers", "finetune", _LOAD_MERGED),
 }
 # Where things lie is the maker's own business; a card is meant to be published.
-_PRIVATE = ("model", "source", "adapter", "out", "force", "device", "report_to", "max_shard_bytes")
+_PRIVATE = (
+    "model", "source", "adapter", "from_adapter", "out", "force", "device", "report_to",
+    "max_shard_bytes",
+)  # fmt: skip
 
 
 def model_card(

@@ -112,9 +112,10 @@ def training_setup(
     return TrainingSetup(
         rank=spec.rank,
         targets=targets,
-        dropout=spec.dropout,
+        dropout=spec.dropout or 0.0,
         quantize=spec.quantize,
-        micro_batch=spec.micro_batch,
+        # A pair is two sequences in one pass.
+        micro_batch=spec.micro_batch * (2 if spec.objective == "dpo" else 1),
         length=spec.max_length,
         gradient_checkpointing=spec.gradient_checkpointing,
         attention=best if spec.attention == "auto" else spec.attention,
@@ -152,8 +153,13 @@ def finish_fit(fitted: "FitResult", path: Path, title: str) -> dict[str, Any]:
         write_curve_csv(fitted.history, path / "loss.csv")
         draw_curve(fitted.history, path / "loss.png", title)
     evals = fitted.eval_losses()
-    return {
+    results = {
         "final_train_loss": round(fitted.final_loss, 4),
         "eval_loss_before": round(evals[0], 4) if evals else None,
         "eval_loss_after": round(evals[1], 4) if evals else None,
     }
+    for name, (first, last) in fitted.first_and_last("eval").items():
+        results |= {f"eval_{name}_before": round(first, 4), f"eval_{name}_after": round(last, 4)}
+    for name, mean in fitted.final_figures().items():
+        results[f"final_train_{name}"] = round(mean, 4)
+    return results

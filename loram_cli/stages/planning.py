@@ -1,7 +1,8 @@
 """What a stage would do and what it needs: checked and counted before the first tensor is read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,16 +154,18 @@ def checked_shapes(
     return expected
 
 
-def count_examples(source: str, reporter: Reporter) -> int | None:
-    """Instructions in a source; None where counting would mean reading a lot.
+def count_examples(source: str, load: Callable[..., Sequence[Any]]) -> int | None:
+    """Examples in a source; None where counting would mean reading a lot.
+
+    Args:
+        source: A file, a folder, ``demo:NAME`` or a hub id.
+        load: Reads a source, with a ``limit``.
 
     Raises:
         LoramError: It cannot be read; a source that is not counted is tried on its first records.
     """
-    from loram_cli.training.data import load_instructions
-
     whole = _is_small(source)
-    examples = load_instructions(source, limit=None if whole else _TRIED_RECORDS, reporter=reporter)
+    examples = load(source, limit=None if whole else _TRIED_RECORDS)
     return len(examples) if whole else None
 
 
@@ -170,9 +173,7 @@ def count_documents(source: str, reporter: Reporter) -> int | None:
     """Documents in a source of text; as :func:`count_examples`."""
     from loram_cli.training.data import load_text
 
-    whole = _is_small(source)
-    documents = load_text(source, limit=None if whole else _TRIED_RECORDS, reporter=reporter)
-    return len(documents) if whole else None
+    return count_examples(source, partial(load_text, reporter=reporter))
 
 
 def _is_small(source: str) -> bool:

@@ -15,12 +15,23 @@ from loram_cli.stages.merge import MergeSpec
 from loram_cli.stages.prune import PruneSpec
 from loram_cli.stages.recipe import demo_recipe
 from loram_cli.stages.recover import RecoverSpec
+from loram_cli.stages.starting import adapter_values
 from loram_cli.stages.train import TrainSpec
 from loram_cli.stages.widths import AMOUNTS
 
 Values = Mapping[str, Any]
 FULL_LORA = "full-lora"
 SPARSE = ("semi", "unst")
+# What the demo base's recipe would say of the objectives that it does not use; measured, see the
+# page on objectives.
+_DEMO_OBJECTIVES: dict[str, dict[str, Any]] = {
+    "dpo": {
+        "data": "demo:preferences",
+        "eval_data": "demo:preferences-validation",
+        "learning_rate": 5e-4,
+    },
+    "grpo": {"learning_rate": 5e-4, "batch": 64, "max_completion_length": 80},
+}
 
 
 def model_dir(model: str, *, config_only: bool = False) -> Path:
@@ -54,6 +65,8 @@ def stage_defaults(model: str, stage: str, values: Values) -> dict[str, Any]:
     if model != DEMO_MODEL:
         return {}
     defaults = dict(demo_recipe().section(stage))
+    if stage == "train":
+        defaults |= _DEMO_OBJECTIVES.get(values.get("objective", "sft"), {})
     if stage == "prune" and values.get("strategy") in SPARSE:
         # Enough text for SparseGPT's 128 windows, as long as those that the demo base has seen.
         defaults |= {"ratio": 0.5, "calibration": "demo:corpus", "calibration_length": 192}
@@ -100,13 +113,25 @@ def align_spec(run: RunDirectory, model: str, values: Values) -> AlignSpec:
 def train_spec(run: RunDirectory, model: str, values: Values) -> TrainSpec:
     """The spec of ``train``; it reads what ``align`` wrote, else what ``prune`` wrote.
 
+    Objectives beyond supervised tuning have outputs of their own, and go on from the supervised
+    adapter where the run has one.
+
     Raises:
-        UsageError: No instructions are given.
+        UsageError: No data is given.
     """
-    filled = {**stage_defaults(model, "train", values), "out": run.output("train"), **values}
+    objective = values.get("objective", "sft")
+    out = run.output("train")
+    if objective != "sft":
+        out = run.path / f"{out.name}-{objective}"
+    filled = {**stage_defaults(model, "train", values), "out": out, **values}
     if "source" not in filled:
         filled["source"] = trainable(run)
-    _require(filled, "data", "train learns from instructions", "pass --data FILE.jsonl")
+        if objective != "sft" and run.is_done("train"):
+            filled.setdefault("from_adapter", run.output("train"))
+    if filled.get("from_adapter") is not None:
+        filled = {**adapter_values(Path(filled["from_adapter"])), **filled}
+    wanted = {"dpo": "preferences", "grpo": "word problems"}.get(objective, "instructions")
+    _require(filled, "data", f"train learns from {wanted}", "pass --data FILE.jsonl")
     return spec_from_mapping(TrainSpec, filled, "train")
 
 
@@ -124,7 +149,7 @@ def recover_spec(run: RunDirectory, model: str, values: Values) -> RecoverSpec:
     """
     filled = {"model": model_dir(model), "out": run.output("recover"), **values}
     if "adapter" not in filled:
-        filled["adapter"] = run.require("train")
+        filled["adapter"] = trained(run)
     return spec_from_mapping(RecoverSpec, filled, "recover")
 
 
@@ -184,6 +209,30 @@ def eval_rows(run: RunDirectory, base: Path) -> dict[str, tuple[Path, ...]]:
     if (run.path / FULL_LORA / MANIFEST_NAME).is_file():
         rows[FULL_LORA] = (base, run.path / FULL_LORA)
     return rows
+
+
+def trained(run: RunDirectory) -> Path:
+    """The adapter of the run that training ended with: no other one goes on from it.
+
+    Raises:
+        LoramError: Nothing was trained.
+        UsageError: Several were, and none of them goes on from the others.
+    """
+    first = run.output("train")
+    found = [first, *(run.path / f"{first.name}-{name}" for name in _DEMO_OBJECTIVES)]
+    found = [path for path in found if (path / MANIFEST_NAME).is_file()]
+    if not found:
+        return run.require("train")
+    manifests = {path: Manifest.read(path) for path in found}
+    before = {m.inputs.get("adapter", {}).get("key") for m in manifests.values()}
+    last = [path for path, manifest in manifests.items() if manifest.key not in before]
+    if len(last) > 1:
+        raise UsageError(
+            f"{run.path}: holds {' and '.join(path.name for path in last)}, and neither goes on "
+            "from the other",
+            f"pass one: --in {last[-1]}",
+        )
+    return last[0]
 
 
 def trainable(run: RunDirectory) -> Path:

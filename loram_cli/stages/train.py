@@ -1,26 +1,32 @@
-"""Train: LoRA on the pruned (or aligned) model, or on any base for comparison."""
+"""Train: LoRA on the pruned (or aligned) model, or on any base, by one of three objectives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter, Reporter
-from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.processes import is_main_process
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import (
     check_fit,
     finish_fit,
     fit_device,
-    fit_options,
     plan_together,
     prepare_tracking,
     training_setup,
 )
+from loram_cli.stages.objectives import loader, own_settings, prepare, total_bytes
 from loram_cli.stages.planning import StagePlan, check_model, count_examples, make_plan
+from loram_cli.stages.starting import adapter_targets, check_start, describe_source
 from loram_cli.stages.templates import warn_of_other_template
+
+# Headlines of the loss curves.
+_TITLES = {
+    "sft": "LoRA training",
+    "dpo": "Preference training (DPO)",
+    "grpo": "Training on verifiable rewards (GRPO)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +36,32 @@ class TrainSpec:
     Attributes:
         source: The model's directory: pruned, aligned, or a base.
         out: Where the adapter goes.
-        data: Instructions: a ``.jsonl`` file, a data set id, or ``demo:train``.
-        eval_data: Held-out instructions; without it some of ``data`` are held out.
+        data: Instructions (sft), preferences (dpo) or word problems (grpo): a ``.jsonl`` file, a
+            data set id, or ``demo:NAME``.
+        objective: ``sft`` learns given answers; ``dpo`` to prefer one answer to another; ``grpo``
+            draws answers and learns from those that are right.
+        from_adapter: Go on from this adapter of the same model; it is then also the reference.
+        eval_data: Held-out data; without it some of ``data`` are held out.
         eval_examples: How many to hold out.
         max_length: Tokens per example.
         rank: r.
         alpha: The update is scaled by alpha / r.
-        dropout: LoRA dropout.
+        dropout: LoRA dropout; None for 0.05 with sft, and none with the others.
         targets: Module names; empty for every decoder linear and an untied head.
         quantize: ``nf4`` holds the frozen model in 4 bits (QLoRAM).
         learning_rate: Peak of the cosine schedule.
         steps: Optimizer steps.
         warmup_steps: Steps of linear warm-up.
-        batch: Examples per step.
+        batch: Examples per step: answers, pairs, or drawn completions.
         micro_batch: Examples per forward pass.
         save_steps: Steps between checkpoints.
         eval_steps: Steps between evaluations.
         loss_on: ``answer`` alone, or ``all`` tokens.
+        beta: Of dpo, how much the distance to the reference costs (None: 0.1); of grpo, the weight
+            of the KL divergence from it (None: 0, without reference).
+        generations: Completions that grpo draws per question; None for 8.
+        max_completion_length: Their tokens at most; None for 256, or half of ``max_length``.
+        temperature: They are drawn at it; None for 1.
         gradient_checkpointing: Trade time for activation memory.
         cross_entropy: ``chunked`` never holds all logits, ``full`` is transformers' own loss.
         attention: ``sdpa`` of torch, ``flash`` of the flash-attn package, or ``eager``; ``auto``
@@ -62,12 +77,14 @@ class TrainSpec:
     source: Path
     out: Path
     data: str
+    objective: Literal["sft", "dpo", "grpo"] = "sft"
+    from_adapter: Path | None = None
     eval_data: str | None = None
     eval_examples: int = 64
     max_length: int = 512
     rank: int = 8
     alpha: int = 16
-    dropout: float = 0.05
+    dropout: float | None = None
     targets: tuple[str, ...] = ()
     quantize: Literal["nf4"] | None = None
     learning_rate: float = 1e-5
@@ -78,6 +95,10 @@ class TrainSpec:
     save_steps: int = 50
     eval_steps: int = 50
     loss_on: Literal["answer", "all"] = "answer"
+    beta: float | None = None
+    generations: int | None = None
+    max_completion_length: int | None = None
+    temperature: float | None = None
     gradient_checkpointing: bool = False
     cross_entropy: Literal["full", "chunked"] = "chunked"
     attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
@@ -91,8 +112,9 @@ class TrainSpec:
     def __post_init__(self) -> None:
         check_positive(self, "max_length", "rank", "alpha")
         check_fit(self)
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"--dropout {self.dropout} is outside [0, 1)")
+        for name, value in own_settings(self).items():
+            # What is not given stands in the manifest as what it means.
+            object.__setattr__(self, name, value)
 
 
 def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePlan:
@@ -112,15 +134,21 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     from loram_cli.training.adapters import lora_targets
     from loram_cli.training.options import resolve_precision
 
-    check_out_of_tree(spec.out, spec.source)
+    check_out_of_tree(spec.out, *filter(None, (spec.source, spec.from_adapter)))
     prepare_tracking(spec)
     config, family, index = check_model(spec.source)
     source, base, carried = describe_source(spec.source)
     warn_of_other_template(source, base, reporter)
     tied = family.geometry(config).tied_embeddings
+    wanted = spec.targets
+    if spec.from_adapter is not None and not wanted:
+        wanted = adapter_targets(spec.from_adapter)
     targets = lora_targets(
-        family, tied_embeddings=tied, reporter=NullReporter(), targets=spec.targets or None
+        family, tied_embeddings=tied, reporter=NullReporter(), targets=wanted or None
     )
+    inputs = {"source": source}
+    if spec.from_adapter is not None:
+        inputs["adapter"] = check_start(spec, source, carried["keep"], targets)
     device = spec.device or default_device()
     setup = training_setup(
         spec,
@@ -133,21 +161,24 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     figures: dict[str, Any] = {"params": index.num_params, "lora_params": memory.adapter // 4}
     figures |= {"steps": spec.steps, "batch": spec.batch}
     if count:
-        figures["examples"] = count_examples(spec.data, reporter)
+        load = loader(spec, None, reporter)
+        figures["examples"] = count_examples(spec.data, load)
         if figures["examples"]:
-            figures["epochs"] = round(spec.steps * spec.batch / figures["examples"], 2)
+            passes = spec.steps * spec.batch / (spec.generations or 1)
+            figures["epochs"] = round(passes / figures["examples"], 2)
         if spec.eval_data is not None:
-            figures["eval_examples"] = count_examples(spec.eval_data, reporter)
+            figures["eval_examples"] = count_examples(spec.eval_data, load)
+    reads = (spec.source, spec.from_adapter, spec.data, spec.eval_data)
     return make_plan(
         "train",
         spec,
-        {"source": source},
+        inputs,
         # The adapter, and up to three checkpoints of it with the optimizer's moments.
         disk_bytes=4 * memory.adapter + 3 * memory.optimizer,
-        reads=tuple(filter(None, (str(spec.source), spec.data, spec.eval_data))),
+        reads=tuple(map(str, filter(None, reads))),
         base=base,
         **carried,
-        memory_bytes=memory.total,
+        memory_bytes=total_bytes(spec, memory, family, config, setup),
         figures=figures,
     )
 
@@ -163,32 +194,11 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
     with stage_run("train", spec, planned.inputs, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
+        _tell_start(spec, reporter)
         results = _train(spec, device, stage.path, stage.restart_meter, reporter)
         return stage.commit(
             results, base=planned.base, keep=planned.keep, sparsity=planned.sparsity
         )
-
-
-def describe_source(source: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Digests of the model to train on, the base that it descends from, and what was kept of it.
-
-    Nothing has to guard the zeros of a sparse model here: its weights are frozen, and LoRA's
-    product is added beside them, not inside the mask.
-
-    Raises:
-        LoramError: The directory is another stage's output.
-    """
-    from loram_cli.checkpoint.identity import identify
-
-    identity = {"path": str(source), **identify(source).to_mapping()}
-    if not (source / MANIFEST_NAME).is_file():
-        return identity, identity, {"keep": {}}
-    manifest = Manifest.read(source)
-    if manifest.stage not in ("prune", "align", "merge"):
-        raise LoramError(f"{source}: was made by '{manifest.stage}', a model directory is wanted")
-    base = identity if manifest.stage == "merge" else dict(manifest.base)
-    carried = {"keep": dict(manifest.keep), "sparsity": dict(manifest.sparsity)}
-    return {**identity, "key": manifest.key}, base, carried
 
 
 def _train(
@@ -200,46 +210,60 @@ def _train(
     from loram_cli.arch.registry import family_for
     from loram_cli.checkpoint.index import CheckpointIndex, read_config
     from loram_cli.modeling.narrow import load_tokenizer
-    from loram_cli.training.adapters import attach_lora, lora_config, lora_targets, save_adapter
-    from loram_cli.training.loop import fit_lora
-    from loram_cli.training.tokens import tokenize_examples
+    from loram_cli.training.adapters import (
+        attach_lora,
+        continue_lora,
+        lora_config,
+        lora_targets,
+        save_adapter,
+    )
 
     config = read_config(spec.source)
     family = family_for(config, str(spec.source))
+    targets = spec.targets
+    if spec.from_adapter is not None:
+        targets = adapter_targets(spec.from_adapter)
     targets = lora_targets(
         family,
         tied_embeddings=family.geometry(config).tied_embeddings,
         reporter=reporter,
-        targets=spec.targets or None,
+        targets=targets or None,
     )
-    tokenizer = load_tokenizer(spec.source)
-    train_examples, eval_examples = _split(spec, tokenizer, reporter)
-
-    def encode(examples: list[Any]) -> list[Any]:
-        whole = spec.loss_on == "all"
-        return tokenize_examples(
-            examples, tokenizer, spec.max_length, reporter, loss_on_prompt=whole
-        )
-
-    train_rows = encode(train_examples)
-    eval_rows = encode(eval_examples) if eval_examples else []
+    prepared = prepare(spec, load_tokenizer(spec.source), reporter)
+    if spec.objective != "sft":
+        import loram_cli.training.policy_trainers  # noqa: F401 - as peft
     transformers.set_seed(spec.seed)
     start_meter()
     model = _load(spec, family, device)
-    lora = lora_config(targets, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout)
-    model = attach_lora(model, lora, seed=spec.seed).train()
-    fitted = fit_lora(model, train_rows, eval_rows, fit_options(spec), path, reporter)
+    dropout = float(spec.dropout or 0)
+    if spec.from_adapter is not None:
+        model = continue_lora(model, spec.from_adapter, dropout=dropout).train()
+    else:
+        lora = lora_config(targets, rank=spec.rank, alpha=spec.alpha, dropout=dropout)
+        model = attach_lora(model, lora, seed=spec.seed).train()
+    fitted = prepared.fit(model, path)
     if is_main_process():
         save_adapter(model, path)
-    losses = finish_fit(fitted, path, "LoRA training")
+    losses = finish_fit(fitted, path, _TITLES[spec.objective])
     return {
+        "objective": spec.objective,
         "steps": spec.steps,
-        "examples": len(train_rows),
+        "examples": prepared.examples,
         "targets": list(targets),
         "trained_on_params": CheckpointIndex.open(spec.source).num_params,
         "lora_params": fitted.trainable_params,
         **losses,
     }
+
+
+def _tell_start(spec: TrainSpec, reporter: Reporter) -> None:
+    if spec.from_adapter is not None:
+        reporter.note(f"going on from the adapter {spec.from_adapter}")
+    elif spec.objective != "sft":
+        reporter.note(
+            f"{spec.objective} starts from the model as it is; after supervised tuning, "
+            "pass its adapter as --from-adapter"
+        )
 
 
 def _load(spec: TrainSpec, family: Any, device: str) -> Any:
@@ -259,21 +283,3 @@ def _load(spec: TrainSpec, family: Any, device: str) -> Any:
     if spec.quantize:
         prepare_for_training(model)
     return model
-
-
-def _split(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> tuple[list[Any], list[Any]]:
-    from loram_cli.training.data import load_instructions, split_eval
-    from loram_cli.training.markers import foreign_markers
-
-    examples = load_instructions(spec.data, tokenizer=tokenizer, reporter=reporter)
-    texts = (text for example in examples for text in (example.prompt, example.completion))
-    markers = foreign_markers(texts, tokenizer)
-    if markers:
-        reporter.warn(
-            f"{spec.data}: {', '.join(markers)} are not tokens of this model: "
-            "is the text in another model's chat format?"
-        )
-    if spec.eval_data is not None:
-        held_out = load_instructions(spec.eval_data, tokenizer=tokenizer, reporter=reporter)
-        return examples, held_out[: spec.eval_examples]
-    return split_eval(examples, min(spec.eval_examples, len(examples) // 10), spec.seed)

@@ -76,13 +76,39 @@ def attach_lora(model: Any, config: Any, *, seed: int) -> Any:
     """
     with quiet_libraries():
         from peft import get_peft_model
-        from peft.tuners.lora import LoraLayer
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = get_peft_model(model, config)
+    return _without_input_copies(model)
+
+
+def continue_lora(model: Any, adapter_dir: Path, *, dropout: float) -> Any:
+    """Freeze the model and give it the factors of an earlier training, in fp32, to train on.
+
+    Args:
+        model: The model that the adapter was trained on; changed in place.
+        adapter_dir: Written by ``train``.
+        dropout: On the input of ``lora_A``, whatever it was before.
+
+    Returns:
+        A ``PeftModel``.
+    """
+    with quiet_libraries():
+        from peft import LoraConfig, PeftModel
+
+        config = LoraConfig.from_pretrained(adapter_dir)
+        config.lora_dropout = dropout
+        config.inference_mode = False
+        model = PeftModel.from_pretrained(model, adapter_dir, config=config, is_trainable=True)
+    return _without_input_copies(model)
+
+
+def _without_input_copies(model: Any) -> Any:
+    """Mixed precision casts a factor's input to bf16; PEFT would first copy it to fp32."""
+    from peft.tuners.lora import LoraLayer
+
     for module in model.modules():
-        # Mixed precision casts a factor's input to bf16; PEFT would first copy it to fp32.
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
     return model

@@ -143,6 +143,14 @@ class FitResult:
                 found.setdefault(name, []).append(value)
         return {name: (values[0], values[-1]) for name, values in found.items()}
 
+    def final_figures(self) -> dict[str, float]:
+        """Mean of each further figure over the last tenth of the training steps."""
+        rows = [row for row in self.history if row.split == "train" and row.figures]
+        rows = rows[-max(1, len(rows) // 10) :]
+        names = {name: None for row in rows for name in row.figures}
+        found = {name: [r.figures[name] for r in rows if name in r.figures] for name in names}
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
 
 def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf16"]:
     """What ``auto`` means on a device.

@@ -5,7 +5,12 @@ import torch
 from tiny import make_base
 from variants import VARIANTS, Variant
 
-from loram_cli.modeling.chunked_loss import chunked_cross_entropy, chunked_loss
+from loram_cli.modeling.chunked_loss import (
+    chunked_cross_entropy,
+    chunked_loss,
+    install_token_scores,
+    restore_forward,
+)
 from loram_cli.modeling.narrow import load_causal_lm
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.training.adapters import attach_lora, lora_config
@@ -146,3 +151,34 @@ def test_a_wide_vocabulary_passes_in_many_chunks(tmp_path, batch, monkeypatch):
     with chunked_loss(model), torch.no_grad():
         model(**batch)
     assert len(calls) == -(-tokens // 6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_scores_are_those_of_whole_logits_and_train_the_head(base, batch, temperature):
+    model = lora_model(base)
+    labels, inputs = batch["labels"], {k: v for k, v in batch.items() if k != "labels"}
+    logits = model(**inputs).logits[:, :-1] / temperature
+    log_probs = logits.log_softmax(-1)
+    wanted, scored = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
+    expected = log_probs.gather(-1, wanted[..., None])[..., 0] * scored
+    (expected**2).sum().backward()
+    gradients_before = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    install_token_scores(model, temperature=temperature, chunk=5)
+    scores = model(**inputs, labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(scores.log_probs, expected, rtol=1e-5, atol=1e-5)
+    entropy = -(log_probs.exp() * log_probs).sum(-1) * scored
+    torch.testing.assert_close(scores.entropy, entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.mean_logits, logits.mean(-1) * scored, rtol=1e-4, atol=1e-5)
+    assert torch.equal(scores.is_top1, (logits.argmax(-1) == labels[:, 1:]) & scored)
+    assert not scores.entropy.requires_grad
+    (scores.log_probs**2).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients_before[name], rtol=1e-4, atol=1e-5)
+    assert any("lm_head" in name for name in gradients_before)
+    # Everything else is as it was, and so is the model once the scores are taken off.
+    plain = model(**inputs).logits[:, :-1] / temperature
+    torch.testing.assert_close(plain, logits)
+    restore_forward(model)
+    assert "forward" not in vars(model.get_base_model())
