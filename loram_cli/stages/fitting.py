@@ -3,8 +3,9 @@
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from loram_cli.stages.planning import StagePlan
     from loram_cli.stages.train import TrainSpec
     from loram_cli.training.options import FitOptions, FitResult
+
+Fit = TypeVar("Fit", "AlignSpec", "TrainSpec")
 
 
 def check_fit(spec: "AlignSpec | TrainSpec") -> None:
@@ -31,11 +34,18 @@ def check_fit(spec: "AlignSpec | TrainSpec") -> None:
         raise UsageError(f"--batch {spec.batch} is no multiple of --micro-batch {spec.micro_batch}")
 
 
+def as_launched(spec: Fit) -> Fit:
+    """The spec, with ``fsdp`` set where the launcher asks for it (``accelerate launch``)."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return replace(spec, fsdp=True) if asked else spec
+
+
 def fit_device(spec: "AlignSpec | TrainSpec") -> str:
     """Where this process computes; with several processes it joins the others.
 
     Raises:
-        UsageError: The optimizer needs a GPU, or the batch does not divide among the processes.
+        UsageError: The optimizer needs a GPU, the batch does not divide among the processes, or
+            the model cannot be shared out among them.
     """
     from loram_cli.modeling.narrow import default_device
     from loram_cli.training.distributed import join_processes
@@ -47,20 +57,36 @@ def fit_device(spec: "AlignSpec | TrainSpec") -> str:
             f"on {processes} processes",
             f"pass a multiple of {spec.micro_batch * processes} as --batch",
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UsageError(
-            "the launcher asks for FSDP, which loram does not support: every process holds the "
-            "frozen model whole",
-            "launch with torchrun, or without --use_fsdp; --quantize nf4 makes the model small",
-        )
     device = local_device(spec.device or default_device())
     if spec.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         raise UsageError(
             f"--optimizer paged_adamw_8bit needs a GPU, and this runs on '{device}'",
             "pass --optimizer adamw",
         )
+    if spec.fsdp:
+        _check_fsdp(spec)
     join_processes(device)
     return device
+
+
+def _check_fsdp(spec: "AlignSpec | TrainSpec") -> None:
+    if process_count() == 1:
+        raise UsageError(
+            "--fsdp shares the model out among processes, and there is only this one",
+            "torchrun --nproc-per-node N -m loram_cli ... --fsdp starts N of them",
+        )
+    if spec.optimizer != "adamw":
+        raise UsageError(
+            f"--optimizer {spec.optimizer} cannot work on the slices that --fsdp makes",
+            "pass --optimizer adamw; its moments are shared out as well",
+        )
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise UsageError(
+            "the launcher asks for FSDP with offloading to the CPU, which loram does not do",
+            "launch without --fsdp_offload_params; --quantize nf4 makes the model small",
+        )
+    # The model is sliced by loram itself; accelerate would slice it again.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
 def fit_options(spec: "AlignSpec | TrainSpec") -> "FitOptions":

@@ -11,6 +11,7 @@ from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.processes import is_main_process
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import (
+    as_launched,
     check_fit,
     finish_fit,
     fit_device,
@@ -56,6 +57,7 @@ class TrainSpec:
         report_to: Trackers that get the losses as well: ``tensorboard``, ``wandb``.
         seed: Decides order, split and dropout.
         device: Where to run; a GPU when there is one.
+        fsdp: Share the model out among the launcher's processes.
         force: Replace an existing output.
     """
 
@@ -86,6 +88,7 @@ class TrainSpec:
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 42
     device: str | None = None
+    fsdp: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -112,6 +115,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     from loram_cli.training.adapters import lora_targets
     from loram_cli.training.options import resolve_precision
 
+    spec = as_launched(spec)
     check_out_of_tree(spec.out, spec.source)
     prepare_tracking(spec)
     config, family, index = check_model(spec.source)
@@ -158,6 +162,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
     Raises:
         LoramError: See :func:`plan`; also a loss that is not finite.
     """
+    spec = as_launched(spec)
     device = fit_device(spec)
     planned = plan_together(plan, spec, reporter)
     with stage_run("train", spec, planned.inputs, spec.source, resumable=True) as stage:
@@ -200,7 +205,7 @@ def _train(
     from loram_cli.arch.registry import family_for
     from loram_cli.checkpoint.index import CheckpointIndex, read_config
     from loram_cli.modeling.narrow import load_tokenizer
-    from loram_cli.training.adapters import attach_lora, lora_config, lora_targets, save_adapter
+    from loram_cli.training.adapters import lora_config, lora_targets, save_adapter
     from loram_cli.training.loop import fit_lora
     from loram_cli.training.tokens import tokenize_examples
 
@@ -224,13 +229,17 @@ def _train(
     train_rows = encode(train_examples)
     eval_rows = encode(eval_examples) if eval_examples else []
     transformers.set_seed(spec.seed)
-    start_meter()
-    model = _load(spec, family, device)
     lora = lora_config(targets, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout)
-    model = attach_lora(model, lora, seed=spec.seed).train()
+    start_meter()
+    model = _load(spec, family, device, lora, reporter).train()
     fitted = fit_lora(model, train_rows, eval_rows, fit_options(spec), path, reporter)
+    factors = None
+    if spec.fsdp:
+        from loram_cli.modeling.sharding import whole_trained_weights
+
+        factors = whole_trained_weights(model)
     if is_main_process():
-        save_adapter(model, path)
+        save_adapter(model, path, weights=factors)
     losses = finish_fit(fitted, path, "LoRA training")
     return {
         "steps": spec.steps,
@@ -242,12 +251,27 @@ def _train(
     }
 
 
-def _load(spec: TrainSpec, family: Any, device: str) -> Any:
+def _load(spec: TrainSpec, family: Any, device: str, lora: Any, reporter: Reporter) -> Any:
+    """The frozen model with LoRA factors on it."""
     from loram_cli.modeling.narrow import load_causal_lm
     from loram_cli.modeling.quantize import nf4_config, prepare_for_training
+    from loram_cli.training.adapters import attach_lora
     from loram_cli.training.options import weights_dtype
 
     dtype = weights_dtype(spec.precision, device, full_parameters=False)
+    if spec.fsdp:
+        from loram_cli.modeling.sharding import SharedModel
+
+        shared = SharedModel(
+            spec.source,
+            dtype=dtype,
+            device=device,
+            attention=spec.attention,
+            nf4=spec.quantize == "nf4",
+        )
+        model = attach_lora(shared.model, lora, seed=spec.seed)
+        shared.load(model, reporter)
+        return model
     quantization = nf4_config(dtype, skip_modules=(family.lm_head,)) if spec.quantize else None
     model = load_causal_lm(
         spec.source,
@@ -258,7 +282,7 @@ def _load(spec: TrainSpec, family: Any, device: str) -> Any:
     )
     if spec.quantize:
         prepare_for_training(model)
-    return model
+    return attach_lora(model, lora, seed=spec.seed)
 
 
 def _split(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> tuple[list[Any], list[Any]]:

@@ -45,6 +45,19 @@ def share(value: Any) -> Any:
     return held[0]
 
 
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is set on any process; every process must ask."""
+    if process_count() == 1:
+        return flag
+    import torch
+    import torch.distributed
+
+    device = "cpu" if torch.distributed.get_backend() == "gloo" else "cuda"
+    flags = torch.tensor([int(flag)], device=device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())
+
+
 def wait_for_all() -> None:
     """Go on once every process is here."""
     share(None)

@@ -20,7 +20,7 @@ from loram_cli.errors import LoramError
 from loram_cli.modeling.chunked_loss import chunked_loss
 from loram_cli.modeling.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
-from loram_cli.runs.processes import is_main_process
+from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.specs import digest_of, spec_to_mapping
 from loram_cli.training.checkpoints import newest_checkpoint
 from loram_cli.training.distributed import share
@@ -155,12 +155,14 @@ def _fit(
         _check_rows(model, [*train, *evaluation], reporter)
         device = next(model.parameters()).device.type
         precision = resolve_precision(options.precision, device)
-        _cast_parameters(model, precision)
+        shared = _is_shared(model)
+        if not shared:  # else its slices are what they are to be
+            _cast_parameters(model, precision)
         trainable = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
         steps = total_steps(options, len(train))
         warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
         folder = work_dir / "checkpoints"
-        fingerprint = _fingerprint(options, precision, train, evaluation, trainable)
+        fingerprint = _fingerprint(options, precision, train, evaluation, trainable, shared)
         found = share(newest_checkpoint(folder, fingerprint) if is_main_process() else None)
         if found is not None:
             reporter.note(f"going on from the checkpoint of step {found[1]} of {steps}")
@@ -173,6 +175,7 @@ def _fit(
             device=device,
             evaluates=bool(evaluation),
             fresh=found is None,
+            shared=shared,
         )
         interruption, main = Interruption(), is_main_process()
         chunks = chunked_loss(model) if options.cross_entropy == "chunked" else nullcontext()
@@ -181,6 +184,8 @@ def _fit(
         try:
             with chunks, interruption.caught(), reporter.progress(label, steps, "step") as progress:
                 trainer_class = StepTrainer
+                if shared:
+                    from loram_cli.training.shared_trainer import SharedTrainer as trainer_class
                 if teaching is not None:
                     trainer_class = partial(DistillTrainer, teaching=teaching)
                 trainer = trainer_class(
@@ -239,6 +244,14 @@ def _check_rows(model: Any, rows: Sequence[TokenRow], reporter: Reporter) -> Non
         reporter.warn(f"sequences of {longest} tokens exceed the model's {positions} positions")
 
 
+def _is_shared(model: Any) -> bool:
+    if process_count() == 1:
+        return False
+    from loram_cli.modeling.sharding import is_shared
+
+    return is_shared(model)
+
+
 def _cast_parameters(model: Any, precision: str) -> None:
     """Trained parameters to fp32, and without mixed precision all others too.
 
@@ -276,6 +289,7 @@ def _fingerprint(
     train: Sequence[TokenRow],
     evaluation: Sequence[TokenRow],
     trainable: dict[str, tuple[int, ...]],
+    shared: bool,
 ) -> str:
     """What must be the same for a checkpoint to be worth going on from."""
     data = hashlib.sha256()
@@ -288,5 +302,12 @@ def _fingerprint(
     plain = spec_to_mapping(replace(options, checkpoint_steps=1, report_to=()))
     shapes = {name: list(shape) for name, shape in trainable.items()}
     return digest_of(
-        {"options": plain, "precision": precision, "data": data.hexdigest(), "trainable": shapes}
+        {
+            "options": plain,
+            "precision": precision,
+            "data": data.hexdigest(),
+            "trainable": shapes,
+            # A checkpoint of slices is another set of files.
+            "shared": shared,
+        }
     )

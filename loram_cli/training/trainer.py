@@ -16,10 +16,13 @@ from loram_cli.errors import LoramError
 from loram_cli.reporting import Progress
 from loram_cli.runs.processes import is_main_process, process_count, process_rank
 from loram_cli.training.checkpoints import checkpoint_path, mark_whole
+from loram_cli.training.distributed import any_process, wait_for_all
 from loram_cli.training.options import FitOptions
 from loram_cli.training.tokens import IGNORED_LABEL, TokenRow
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
+
+_SAME_CTRL_C_SECONDS = 2.0
 
 
 class Interruption:
@@ -36,9 +39,18 @@ class Interruption:
             return
         previous = signal.getsignal(signal.SIGINT)
 
+        began = 0.0
+
         def handle(number: int, frame: Any) -> None:
-            self.requested = True
-            signal.signal(signal.SIGINT, previous)
+            nonlocal began
+            if not self.requested:
+                self.requested, began = True, time.monotonic()
+                if process_count() == 1:
+                    signal.signal(signal.SIGINT, previous)
+            elif time.monotonic() - began > _SAME_CTRL_C_SECONDS:
+                # A launcher hands on the Ctrl-C that the terminal has sent to everyone.
+                signal.signal(signal.SIGINT, previous)
+                raise KeyboardInterrupt
 
         signal.signal(signal.SIGINT, handle)
         try:
@@ -70,7 +82,9 @@ class StepCallback(TrainerCallback):
         self._progress.advance(1)
         if state.global_step >= state.max_steps and self._evaluates:
             control.should_evaluate = True
-        if self._interruption.requested:
+        if any_process(self._interruption.requested):
+            # On every process at the same step, whenever the signal came to each of them.
+            self._interruption.requested = True
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -93,10 +107,10 @@ class StepCallback(TrainerCallback):
         self._progress.detail(f"loss {logs['loss']:.3f}, {rate:.1f} samples/s")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The trainer has written all files of this step's checkpoint."""
-        if not is_main_process():
-            return
-        mark_whole(checkpoint_path(Path(args.output_dir), state.global_step))
+        """Every process has written its files of this step's checkpoint."""
+        wait_for_all()
+        if is_main_process():
+            mark_whole(checkpoint_path(Path(args.output_dir), state.global_step))
 
 
 class StepTrainer(Trainer):
@@ -119,13 +133,18 @@ class StepTrainer(Trainer):
         # Rows of like length together, so that little is padding.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
         step = self.args.per_device_eval_batch_size
+        batches = [order[i : i + step] for i in range(0, len(order), step)]
         with torch.no_grad(), self.compute_loss_context_manager():
-            for i in range(process_rank() * step, len(order), step * process_count()):
-                batch = self.data_collator([rows[j] for j in order[i : i + step]])
+            for i in range(0, len(batches), process_count()):
+                mine = i + process_rank()
+                # A model that is shared out runs on all processes or on none.
+                batch = self.data_collator([rows[j] for j in batches[min(mine, len(batches) - 1)]])
                 batch = {key: tensor.to(self.args.device) for key, tensor in batch.items()}
                 tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-                total += float(self.model(**batch).loss) * tokens
-                count += tokens
+                loss = float(self.model(**batch).loss)
+                if mine < len(batches):
+                    total += loss * tokens
+                    count += tokens
         self.model.train(was_training)
         if process_count() > 1:
             sums = torch.tensor([total, count], dtype=torch.float64, device=self.args.device)
@@ -147,7 +166,7 @@ class StepTrainer(Trainer):
 
 def training_arguments(
     options: FitOptions, output_dir: Path, *, steps: int, warmup_steps: int, precision: str,
-    device: str, evaluates: bool, fresh: bool,
+    device: str, evaluates: bool, fresh: bool, shared: bool = False,
 ) -> TrainingArguments:  # fmt: skip
     """The trainer's settings for a run of ``steps`` optimizer steps."""
     arguments = TrainingArguments(
@@ -164,6 +183,7 @@ def training_arguments(
         gradient_accumulation_steps=options.batch // (options.micro_batch * process_count()),
         # All factors take part in every pass; looking for unused ones would cost time in each.
         ddp_find_unused_parameters=False,
+        accelerator_config=_each_micro_batch() if shared else None,
         bf16=precision == "bf16",
         use_cpu=device == "cpu",
         activation_checkpointing=options.gradient_checkpointing,
@@ -186,3 +206,8 @@ def training_arguments(
     # Several visible GPUs would be wrapped in DataParallel, which a model placed on one cannot use.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _each_micro_batch() -> dict[str, Any]:
+    # To sum whole gradients over a batch's passes would take a whole model's memory.
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
