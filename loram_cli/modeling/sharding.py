@@ -90,6 +90,7 @@ class SharedModel:
             # Global widths stay readable, as in load_causal_lm.
             config.allow_global_per_layer_attribute_access = True
             self.model = meta_causal_lm(self._family, config, device, **settings)
+        self._untie_other_head()
         self._slots = self._take_places(nf4)
         if nf4:
             keep_standard_layout(self.model)
@@ -136,39 +137,47 @@ class SharedModel:
         if embedding.weight is not head.weight:
             yield embedding, f"{self._family.embedding}."
 
+    def _untie_other_head(self) -> None:
+        """A head that is stored with values of its own is not tied, as in ``from_pretrained``."""
+        names = [f"{part}.weight" for part in (self._family.embedding, self._family.lm_head)]
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if embedding.weight is not head.weight or names[1] not in self._index.tensors:
+            return
+        with TensorReader(self._index) as reader:
+            pairs = zip(*(reader.read_chunks(name) for name in names), strict=True)
+            if any(not torch.equal(mine, other) for (_, mine), (_, other) in pairs):
+                head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)
+
     def _take_places(self, nf4: bool) -> dict[str, _Slot]:
         """Put stand-ins with a shape and no storage where weights go, on the right device."""
-        linears = set(self._family.linear_names(len(self.model.get_submodule(self._family.layers))))
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        num_layers = len(self.model.get_submodule(self._family.layers))
+        quantized = set(self._family.linear_names(num_layers)) if nf4 else set()
+        for name in quantized:
+            self._make_quantized(name.removesuffix(".weight"))
         names = {id(p): name for name, p in self.model.named_parameters()}
         places: dict[str, list[tuple[Any, str]]] = {}
         for module in self.model.modules():
             for kind, parameter in module.named_parameters(recurse=False):
                 places.setdefault(names[id(parameter)], []).append((module, kind))
-        slots = {}
-        for name, parameter in list(self.model.named_parameters()):
-            quantized = nf4 and name in linears
-            if quantized:
-                places[name] = [(self._quantized_linear(name), "weight")]
-            stand_in = torch.nn.Parameter(
-                torch.zeros((), dtype=self._dtype, device=self._device).expand(parameter.shape),
-                requires_grad=False,
-            )
-            if quantized:
+        for name, shape in shapes.items():
+            if name in quantized:
                 stand_in = _nf4_stand_in(self._device)
+            else:
+                nothing = torch.zeros((), dtype=self._dtype, device=self._device)
+                stand_in = torch.nn.Parameter(nothing.expand(shape), requires_grad=False)
             for module, kind in places[name]:
                 module._parameters[kind] = stand_in
-            slots[name] = _Slot(name, tuple(places[name]), parameter.shape, quantized)
-        return slots
+        return {
+            name: _Slot(name, tuple(places[name]), shape, name in quantized)
+            for name, shape in shapes.items()
+        }
 
-    def _quantized_linear(self, name: str) -> Any:
-        owner, _, attribute = name.removesuffix(".weight").rpartition(".")
+    def _make_quantized(self, module_name: str) -> None:
+        owner, _, attribute = module_name.rpartition(".")
         parent = self.model.get_submodule(owner)
-        plain = getattr(parent, attribute)
-        linear = nf4_linear(plain, self._dtype, _NF4_STORAGE)
-        linear.requires_grad_(False)
-        linear.bias = plain.bias
-        setattr(parent, attribute, linear)
-        return linear
+        linear = nf4_linear(getattr(parent, attribute), self._dtype, _NF4_STORAGE)
+        setattr(parent, attribute, linear.requires_grad_(False))
 
     def _fill(self, slot: _Slot, reader: TensorReader) -> None:
         entry = self._index.tensors.get(slot.tensor)

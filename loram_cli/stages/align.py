@@ -175,6 +175,7 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         keep=manifest.keep,
         sparsity=manifest.sparsity,
         memory_bytes=memory_bytes,
+        processes=process_count(),
         figures=figures,
     )
 

@@ -35,17 +35,23 @@ def check_fit(spec: "AlignSpec | TrainSpec") -> None:
 
 
 def as_launched(spec: Fit) -> Fit:
-    """The spec, with ``fsdp`` set where the launcher asks for it (``accelerate launch``)."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return replace(spec, fsdp=True) if asked else spec
+    """The spec, with ``fsdp`` set where the launcher asks for it (``accelerate launch``).
+
+    Raises:
+        UsageError: The model cannot be shared out among the processes.
+    """
+    if _launcher_asks("ACCELERATE_USE_FSDP"):
+        spec = replace(spec, fsdp=True)
+    if spec.fsdp:
+        _check_fsdp(spec)
+    return spec
 
 
 def fit_device(spec: "AlignSpec | TrainSpec") -> str:
     """Where this process computes; with several processes it joins the others.
 
     Raises:
-        UsageError: The optimizer needs a GPU, the batch does not divide among the processes, or
-            the model cannot be shared out among them.
+        UsageError: The optimizer needs a GPU, or the batch does not divide among the processes.
     """
     from loram_cli.modeling.narrow import default_device
     from loram_cli.training.distributed import join_processes
@@ -63,8 +69,8 @@ def fit_device(spec: "AlignSpec | TrainSpec") -> str:
             f"--optimizer paged_adamw_8bit needs a GPU, and this runs on '{device}'",
             "pass --optimizer adamw",
         )
-    if spec.fsdp:
-        _check_fsdp(spec)
+    # loram slices the model itself; accelerate would slice it again.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     join_processes(device)
     return device
 
@@ -80,13 +86,15 @@ def _check_fsdp(spec: "AlignSpec | TrainSpec") -> None:
             f"--optimizer {spec.optimizer} cannot work on the slices that --fsdp makes",
             "pass --optimizer adamw; its moments are shared out as well",
         )
-    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+    if _launcher_asks("FSDP_OFFLOAD_PARAMS"):
         raise UsageError(
             "the launcher asks for FSDP with offloading to the CPU, which loram does not do",
             "launch without --fsdp_offload_params; --quantize nf4 makes the model small",
         )
-    # The model is sliced by loram itself; accelerate would slice it again.
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+
+
+def _launcher_asks(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
 def fit_options(spec: "AlignSpec | TrainSpec") -> "FitOptions":
@@ -148,6 +156,7 @@ def training_setup(
         optimizer=spec.optimizer,
         precision=precision,
         device="cpu" if device == "cpu" else "cuda",
+        processes=process_count() if spec.fsdp else 1,
     )
 
 

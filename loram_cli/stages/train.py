@@ -8,7 +8,7 @@ from typing import Any, Literal
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-from loram_cli.runs.processes import is_main_process
+from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import (
     as_launched,
@@ -110,6 +110,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         LoramError: The source is no whole model, the disk is too full, or the data is unusable.
         UsageError: A LoRA target that the model does not have.
     """
+    from loram_cli.memory.account import count_lora_params
     from loram_cli.memory.training import training_memory
     from loram_cli.modeling.narrow import default_device
     from loram_cli.training.adapters import lora_targets
@@ -134,7 +135,8 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         precision=resolve_precision(spec.precision, device),
     )
     memory = training_memory(family, config, setup)
-    figures: dict[str, Any] = {"params": index.num_params, "lora_params": memory.adapter // 4}
+    lora_params = count_lora_params(family, config, spec.rank, targets)
+    figures: dict[str, Any] = {"params": index.num_params, "lora_params": lora_params}
     figures |= {"steps": spec.steps, "batch": spec.batch}
     if count:
         figures["examples"] = count_examples(spec.data, reporter)
@@ -147,11 +149,12 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         spec,
         {"source": source},
         # The adapter, and up to three checkpoints of it with the optimizer's moments.
-        disk_bytes=4 * memory.adapter + 3 * memory.optimizer,
+        disk_bytes=4 * 4 * lora_params + 3 * memory.optimizer * setup.processes,
         reads=tuple(filter(None, (str(spec.source), spec.data, spec.eval_data))),
         base=base,
         **carried,
         memory_bytes=memory.total,
+        processes=process_count(),
         figures=figures,
     )
 
