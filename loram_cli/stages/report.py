@@ -217,7 +217,12 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
         fits=_fits(spec, family, config, setup),
         notes=tuple(
             report_notes(
-                family, config, spec.strategy, ratios, counted=any(m.zeros for m in models)
+                family,
+                config,
+                spec.strategy,
+                ratios,
+                counted=any(m.zeros for m in models),
+                processes=spec.processes,
             )
         ),
     )
