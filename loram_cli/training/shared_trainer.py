@@ -73,6 +73,9 @@ class SharedTrainer(StepTrainer):
         path = Path(checkpoint)
         distributed.load({"optimizer": self._moments()}, checkpoint_id=path / _SLICES)
         self.lr_scheduler.load_state_dict(torch.load(path / _SCHEDULER, weights_only=True))
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _trained(self) -> dict[str, torch.Tensor]:
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}

@@ -16,9 +16,9 @@ from loram_cli.errors import LoramError
 from loram_cli.reporting import Progress
 from loram_cli.runs.processes import is_main_process, process_count, process_rank
 from loram_cli.training.checkpoints import checkpoint_path, mark_whole
-from loram_cli.training.distributed import any_process, wait_for_all
+from loram_cli.training.distributed import WholeRounds, any_process, wait_for_all
 from loram_cli.training.options import FitOptions
-from loram_cli.training.tokens import IGNORED_LABEL, TokenRow
+from loram_cli.training.tokens import IGNORED_LABEL, TokenRow, without_loss
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
 
@@ -115,6 +115,24 @@ class StepCallback(TrainerCallback):
 
 class StepTrainer(Trainer):
     """A Trainer that evaluates per token and keeps embeddings out of LoRA checkpoints."""
+
+    def get_train_dataloader(self) -> Any:
+        """The parent's, whose micro-batches are those of one process also at an epoch's end."""
+        if process_count() == 1:
+            return super().get_train_dataloader()
+        from accelerate.data_loader import SeedableRandomSampler
+
+        rows = self.train_dataset
+        self.train_dataset = [*rows, without_loss(rows[0])]
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
+        seed = loader.get_sampler().initial_seed
+        order = SeedableRandomSampler(range(len(rows)), data_seed=seed)
+        round_rows = self.args.per_device_train_batch_size * process_count()
+        loader.set_sampler(WholeRounds(order, round_rows, filler=len(rows)))
+        return loader
 
     def evaluate(
         self,
