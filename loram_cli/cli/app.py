@@ -94,6 +94,8 @@ def run_command(arguments: list[str] | None) -> int:
         outcome = typer.main.get_command(app).main(
             args=arguments, prog_name="loram", standalone_mode=False
         )
+        if outcome == 130:  # typer's form of Ctrl-C
+            raise KeyboardInterrupt
         return outcome if isinstance(outcome, int) else 0
     except LoramError as error:
         return _fail(str(error), error.exit_code)

@@ -106,6 +106,18 @@ def test_a_later_process_speaks_only_if_the_launcher_lets_it_live(launched, monk
     assert may_speak(130)
 
 
+def test_ctrl_c_is_told_by_the_first_process_alone(launched, monkeypatch, capsys, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loram_cli.stages.train.run", interrupted)
+    monkeypatch.setattr("loram_cli.runs.processes.time.sleep", lambda seconds: None)
+    for rank in (0, 1):
+        launched(rank)
+        assert run_command(["train", "--run", str(tmp_path), "--in", str(tmp_path)]) == 130
+        assert ("error: interrupted" in capsys.readouterr().err) == (rank == 0)
+
+
 def test_a_lost_connection_is_no_bug(launched):
     gone = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:3029")
     assert not is_lost_connection(gone)

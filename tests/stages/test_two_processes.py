@@ -47,7 +47,7 @@ def launch(runs, instructions, text_file, tmp_path):
         run = runs / ("sparse" if what == "sparse" else "narrow")
         words = [command, "--in", run / "pruned", "--out", tmp_path / out, "--steps", steps, *FIT]
         if command == "train":
-            words += ["--data", instructions, "--dropout", "0", "--learning-rate", "1e-2"]
+            words += ["--data", instructions, "--dropout", "0", "--learning-rate", "3e-3"]
         else:
             words += ["--data", text_file, "--block-length", "32", "--learning-rate", "1e-3"]
         words += ["--quantize", "nf4"] if what == "nf4" else ["--gradient-checkpointing"]
@@ -120,15 +120,15 @@ def test_two_processes_learn_what_one_does(launch, tmp_path, way):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("way", ["train", "align"])
 def test_a_killed_training_goes_on(launch, tmp_path, way, kind):
-    finished(launch(way, "one", "one", steps=30))
-    process = launch(way, kind, "two", steps=30)
+    finished(launch(way, "one", "one", steps=16))
+    process = launch(way, kind, "two", steps=16)
     wait_for_checkpoint(tmp_path / ".two.partial", process)
     # Each process leads a session of its own.
     for pid in (process.pid, *children(process.pid)):
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert not (tmp_path / "two").exists()
-    _, err = finished(launch(way, kind, "two", steps=30))
+    _, err = finished(launch(way, kind, "two", steps=16))
     assert err.count("going on from the checkpoint of step") == 1
     same_curve(curve(tmp_path / "one"), curve(tmp_path / "two"))
     assert not list(tmp_path.glob(".*"))
