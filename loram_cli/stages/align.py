@@ -148,7 +148,7 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     if process_count() > 1 and spec.method != ("pretrain",):
         raise UsageError(
             "--method reconstruct and distill work in one process",
-            "align without a launcher, then train with it",
+            "pass --method pretrain, or align without a launcher and train with it",
         )
     _, family, index = check_model(spec.source)
     source = {"path": str(spec.source), "key": manifest.key, **identify(spec.source).to_mapping()}

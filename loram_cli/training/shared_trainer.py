@@ -2,8 +2,8 @@
 
 transformers' Trainer does FSDP through accelerate, which has none for CPUs, and otherwise takes a
 model that is sliced already only without checkpoints to resume from. What it needs beyond that is
-here: the norm of sliced gradients, and checkpoints that each process writes its slices of. Those
-are torch's distributed checkpoints, so any number of processes can go on from them.
+here: the norm of sliced gradients, and checkpoints that each process writes its slices of, in the
+form of torch's distributed checkpoints.
 """
 
 from pathlib import Path

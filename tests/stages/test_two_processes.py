@@ -50,6 +50,7 @@ def launch(runs, instructions, text_file, tmp_path):
             words += ["--data", instructions, "--dropout", "0", "--learning-rate", "3e-3"]
         else:
             words += ["--data", text_file, "--block-length", "32", "--learning-rate", "1e-3"]
+            words += ["--method", "pretrain"]
         words += ["--quantize", "nf4"] if what == "nf4" else ["--gradient-checkpointing"]
         words += ["--fsdp"] if kind == "fsdp" else []
         start = () if kind == "one" else LAUNCHER
