@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from typing import Any
 
@@ -23,7 +24,12 @@ from loram_cli.cli import (
     verify,
 )
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.runs.processes import is_main_process, process_count
+from loram_cli.runs.processes import (
+    LAUNCHER_SECONDS,
+    is_lost_connection,
+    may_speak,
+    process_count,
+)
 
 app = typer.Typer(
     name="loram",
@@ -88,6 +94,8 @@ def run_command(arguments: list[str] | None) -> int:
         outcome = typer.main.get_command(app).main(
             args=arguments, prog_name="loram", standalone_mode=False
         )
+        if outcome == 130:  # typer's form of Ctrl-C
+            raise KeyboardInterrupt
         return outcome if isinstance(outcome, int) else 0
     except LoramError as error:
         return _fail(str(error), error.exit_code)
@@ -96,6 +104,9 @@ def run_command(arguments: list[str] | None) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):
             return _usage(error)
+        if is_lost_connection(error):
+            time.sleep(LAUNCHER_SECONDS)  # for the launcher, which ends this one
+            return _fail("another process of this command has ended; it says why above", 1)
         if os.environ.get("LORAM_DEBUG"):
             raise
         if "No space left on device" in str(error):
@@ -129,9 +140,8 @@ def _refuse_several_processes(arguments: list[str] | None) -> None:
 
 
 def _fail(text: str, code: int) -> int:
-    if code == 2 and not is_main_process():
-        return code  # the first process says the same
-    typer.echo(f"error: {text}", err=True)
+    if may_speak(code):
+        typer.echo(f"error: {text}", err=True)
     return code
 
 

@@ -40,6 +40,10 @@ def command(
         str | None, typer.Option(help="sdpa, flash or eager. (default: sdpa)")
     ] = None,
     optimizer: options.Optimizer = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Share the model out among so many (train --fsdp): what each one holds."),
+    ] = None,
     fit: Annotated[
         str | None,
         typer.Option("--fit", help="Which ratio and micro-batch fit so much memory, e.g. 24GiB."),
@@ -69,6 +73,7 @@ def command(
         cross_entropy=cross_entropy,
         attention=attention,
         optimizer=optimizer,
+        processes=processes,
         fit_bytes=None if fit is None else parse_bytes(fit),
     )
     if dropout is not None:

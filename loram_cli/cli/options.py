@@ -38,6 +38,10 @@ Seed = Annotated[int | None, typer.Option(help="Seed of all random choices.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU when there is one.")
 ]
+Fsdp = Annotated[
+    bool | None,
+    typer.Option("--fsdp/--no-fsdp", help="Under torchrun: share the model out (FSDP)."),
+]
 GradientCheckpointing = Annotated[
     bool | None,
     typer.Option(

@@ -32,7 +32,8 @@ def plan_lines(plan: StagePlan) -> list[str]:
     lines.append(f"  disk: {needed}{format_bytes(plan.free_bytes)} free")
     if plan.memory_bytes:
         more = "" if plan.stage == "train" else " and what activations take"
-        lines.append(f"  memory: {format_bytes(plan.memory_bytes)}{more}")
+        each = f" in each of {plan.processes} processes" if plan.processes > 1 else ""
+        lines.append(f"  memory{each}: {format_bytes(plan.memory_bytes)}{more}")
     return lines
 
 

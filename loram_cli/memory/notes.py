@@ -23,6 +23,7 @@ def report_notes(
     ratios: Sequence[float],
     *,
     counted: bool = False,
+    processes: int = 1,
 ) -> Iterator[str]:
     """Say what the figures contain, and where they differ from the paper's.
 
@@ -32,8 +33,14 @@ def report_notes(
         strategy: ``rand``, ``stru``, ``semi`` or ``unst``.
         ratios: The ratios worked out.
         counted: Whether zeros of a directory were counted.
+        processes: That share the model out.
     """
     yield from _ALWAYS
+    if processes > 1:
+        yield (
+            "weights are one process's slices, and what is whole at a time: two decoder layers, "
+            "the head, and NF4's block maxima"
+        )
     if counted:
         yield (
             "parameters of the pruned directory are its non-zeros, counted in the weights of the "

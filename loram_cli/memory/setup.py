@@ -30,6 +30,7 @@ class TrainingSetup:
         precision: ``bf16`` is mixed: frozen weights and products in bf16, factors in fp32.
         padded: Whether the micro-batch holds padding, and so attention a mask.
         device: ``cuda``, or ``cpu``, whose dropout keeps its mask as numbers and not as bytes.
+        processes: That share the model out (FSDP); the figures are then those of one of them.
     """
 
     rank: int = 8
@@ -45,6 +46,7 @@ class TrainingSetup:
     precision: Literal["bf16", "fp32"] = "bf16"
     padded: bool = True
     device: Literal["cuda", "cpu"] = "cuda"
+    processes: int = 1
 
     @property
     def compute_bytes(self) -> int:

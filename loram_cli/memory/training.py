@@ -8,6 +8,7 @@ from loram_cli.arch.spec import Family
 from loram_cli.memory import account
 from loram_cli.memory.activations import Activations, activations
 from loram_cli.memory.setup import TrainingSetup
+from loram_cli.memory.sharing import shared_weight_bytes
 from loram_cli.units import GIB
 
 # A process's CUDA context with all of PyTorch's kernels loaded, as measured in
@@ -91,6 +92,8 @@ def training_memory(
         UsageError: A LoRA target that the family does not have.
     """
     factors = account.lora_factor_params(family, config, setup.rank, setup.targets)
+    # Sliced row by row; the last process may hold a row less.
+    factors = tuple(-(-count // setup.processes) for count in factors)
     params = sum(factors)
     needed = activations(family, config, setup)
     return TrainingMemory(
@@ -105,7 +108,9 @@ def training_memory(
 
 
 def frozen_weight_bytes(family: Family, config: Mapping[str, Any], setup: TrainingSetup) -> int:
-    """Bytes of the frozen model in the precision that it is trained in."""
+    """Bytes of the frozen model in the precision that it is trained in, on one process."""
+    if setup.processes > 1:
+        return shared_weight_bytes(family, config, setup)
     if setup.quantize == "nf4":
         return account.nf4_weight_bytes(family, config, other_bytes=setup.compute_bytes)
     return account.count_params(family, config).total * setup.compute_bytes

@@ -51,6 +51,46 @@ def require_bitsandbytes() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def nf4_linear(plain: Any, compute_dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> Any:
+    """A 4-bit linear of a plain one's shape, on torch's meta device; its weight is put in later.
+
+    Args:
+        plain: A ``torch.nn.Linear``.
+        compute_dtype: The weight is expanded to this type for each product.
+        storage: The type that packed weights are held as; the bits are the same in any.
+    """
+    import bitsandbytes
+
+    return bitsandbytes.nn.Linear4bit(
+        plain.in_features,
+        plain.out_features,
+        bias=plain.bias is not None,
+        compute_dtype=compute_dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        quant_storage=storage,
+        device="meta",
+    )
+
+
+def nf4_weight(weight: torch.Tensor, storage: torch.dtype = torch.uint8) -> Any:
+    """Quantize one weight where it is, with double quantization.
+
+    Args:
+        weight: Shape (out, in), on its device.
+        storage: As for :func:`nf4_linear`.
+    """
+    import bitsandbytes
+
+    return bitsandbytes.nn.Params4bit(
+        weight,
+        requires_grad=False,
+        compress_statistics=True,
+        quant_type="nf4",
+        quant_storage=storage,
+    ).to(weight.device)
+
+
 def keep_standard_layout(model: Any) -> None:
     """Keep 4-bit weights in the layout that they were loaded in.
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from loram_cli.arch.registry import family_for
-from loram_cli.modeling.narrow import attention_kernel, narrow_class
-from loram_cli.modeling.quantize import require_bitsandbytes
+from loram_cli.modeling.empty import meta_causal_lm
+from loram_cli.modeling.narrow import attention_kernel
+from loram_cli.modeling.quantize import nf4_linear, nf4_weight, require_bitsandbytes
 from loram_cli.modeling.quiet import quiet_libraries
 
 _INITIAL_STD = 0.02
@@ -53,12 +54,9 @@ def random_causal_lm(
         settings["allow_global_per_layer_attribute_access"] = True
         settings["dtype"] = dtype
         native = transformers.AutoConfig.for_model(config["model_type"], **settings)
-        with torch.device("meta"):
-            model = narrow_class(family)._from_config(
-                native, attn_implementation=attention_kernel(attention), dtype=dtype
-            )
-    model.tie_weights()
-    model.eval().requires_grad_(False)
+        model = meta_causal_lm(
+            family, native, device, attn_implementation=attention_kernel(attention), dtype=dtype
+        )
     generator = torch.Generator(device).manual_seed(seed)
     num_layers = len(model.get_submodule(family.layers))
     linears = {name.removesuffix(".weight") for name in family.linear_names(num_layers)}
@@ -76,7 +74,6 @@ def random_causal_lm(
                     continue
                 done[id(parameter)] = torch.nn.Parameter(weight, requires_grad=False)
             module._parameters[name] = done[id(parameter)]
-        _compute_buffers(model, module, device)
     if nf4:
         # PEFT looks here before it chooses its 4-bit LoRA linear.
         model.is_loaded_in_4bit = True
@@ -93,33 +90,12 @@ def _random(
 
 
 def _quantize(model: Any, module_name: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
-    import bitsandbytes
-
     plain = model.get_submodule(module_name)
-    module = bitsandbytes.nn.Linear4bit(
-        plain.in_features,
-        plain.out_features,
-        bias=plain.bias is not None,
-        compute_dtype=dtype,
-        compress_statistics=True,
-        quant_type="nf4",
-        device="meta",
-    )
-    module.weight = bitsandbytes.nn.Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type="nf4"
-    ).to(weight.device)
+    module = nf4_linear(plain, dtype)
+    module.weight = nf4_weight(weight)
     if plain.bias is not None:
         module.bias = torch.nn.Parameter(
             torch.zeros(plain.out_features, dtype=dtype, device=weight.device), requires_grad=False
         )
     owner, _, name = module_name.rpartition(".")
     setattr(model.get_submodule(owner), name, module)
-
-
-def _compute_buffers(model: Any, module: Any, device: str) -> None:
-    """Buffers that no checkpoint holds, by the model's own initialization."""
-    names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-    for name in names:
-        setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-    if names:
-        model._init_weights(module)

@@ -21,7 +21,8 @@ from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
 from loram_cli.modeling.activations import computed_dtype
-from loram_cli.modeling.narrow import default_device, narrow_class
+from loram_cli.modeling.empty import meta_causal_lm
+from loram_cli.modeling.narrow import default_device
 from loram_cli.modeling.quiet import quiet_libraries
 
 
@@ -203,19 +204,7 @@ def _meta_model(model_dir: Path, family: Any, dtype: torch.dtype, device: str) -
     with quiet_libraries():
         config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
         config.dtype = dtype
-        with torch.device("meta"):
-            model = narrow_class(family)._from_config(config)
-        model.eval().requires_grad_(False)
-        # Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed by
-        # the model's own initialization, as from_pretrained does.
-        for module in model.modules():
-            names = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
-            for name in names:
-                buffer = torch.empty_like(getattr(module, name), device=device)
-                setattr(module, name, buffer)
-            if names:
-                model._init_weights(module)
-    return model
+        return meta_causal_lm(family, config, device)
 
 
 @contextmanager

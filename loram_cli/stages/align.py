@@ -18,7 +18,13 @@ from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.processes import process_count
 from loram_cli.stages.align_needs import align_needs, frozen_params
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
-from loram_cli.stages.fitting import check_fit, fit_device, plan_together, prepare_tracking
+from loram_cli.stages.fitting import (
+    as_launched,
+    check_fit,
+    fit_device,
+    plan_together,
+    prepare_tracking,
+)
 from loram_cli.stages.planning import StagePlan, check_model, count_documents, make_plan
 from loram_cli.units import GIB
 
@@ -65,6 +71,7 @@ class AlignSpec:
         report_to: Trackers that get the losses as well: ``tensorboard``, ``wandb``.
         seed: Decides the order.
         device: Where to run; a GPU when there is one.
+        fsdp: Share the model out among the launcher's processes.
         force: Replace an existing output.
     """
 
@@ -98,6 +105,7 @@ class AlignSpec:
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 42
     device: str | None = None
+    fsdp: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -125,6 +133,7 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     """
     from loram_cli.checkpoint.identity import identify
 
+    spec = as_launched(spec)
     check_out_of_tree(spec.out, spec.source)
     prepare_tracking(spec)
     manifest = Manifest.read(spec.source)
@@ -139,7 +148,7 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     if process_count() > 1 and spec.method != ("pretrain",):
         raise UsageError(
             "--method reconstruct and distill work in one process",
-            "align without a launcher, then train with it",
+            "pass --method pretrain, or align without a launcher and train with it",
         )
     _, family, index = check_model(spec.source)
     source = {"path": str(spec.source), "key": manifest.key, **identify(spec.source).to_mapping()}
@@ -166,6 +175,7 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         keep=manifest.keep,
         sparsity=manifest.sparsity,
         memory_bytes=memory_bytes,
+        processes=process_count(),
         figures=figures,
     )
 
@@ -176,6 +186,7 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
     Raises:
         LoramError: See :func:`plan`.
     """
+    spec = as_launched(spec)
     device = fit_device(spec)
     planned = plan_together(plan, spec, reporter)
     with stage_run("align", spec, planned.inputs, spec.source, resumable=True) as stage:

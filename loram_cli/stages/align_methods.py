@@ -127,19 +127,13 @@ def reconstruct(work: Alignment, reporter: Reporter) -> dict[str, Any]:
 
 
 def _fit(work: Alignment, teaching: Any, title: str, reporter: Reporter) -> dict[str, Any]:
-    import torch
-
     from loram_cli.arch.registry import family_for
     from loram_cli.checkpoint.index import CheckpointIndex, read_config
     from loram_cli.checkpoint.sources import copy_companions
-    from loram_cli.modeling.narrow import load_causal_lm
     from loram_cli.training.loop import fit_causal_text, save_causal_lm
 
     spec = work.spec
-    # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
-    model = load_causal_lm(
-        work.source, dtype=torch.float32, device=work.device, attention=spec.attention
-    ).train()
+    model = _load_to_fit(work, reporter).train()
     config = read_config(work.source)
     family = family_for(config, str(work.source))
     masked = list(family.linear_names(config["num_hidden_layers"])) if work.sparse else []
@@ -158,8 +152,13 @@ def _fit(work: Alignment, teaching: Any, title: str, reporter: Reporter) -> dict
     index = CheckpointIndex.open(work.source)
     zeros = _count_zeros(model, masked, index) if work.sparse else None
     stored = next(iter(index.tensors.values())).dtype
-    if is_main_process():
+    if spec.fsdp:
+        from loram_cli.modeling.sharding import write_whole
+
+        write_whole(model, work.out, stored)
+    elif is_main_process():
         save_causal_lm(model, work.out, dtype=stored)
+    if is_main_process():
         shutil.copyfile(work.source / "config.json", work.out / "config.json")
         copy_companions(work.source, work.out)
     return {
@@ -171,14 +170,31 @@ def _fit(work: Alignment, teaching: Any, title: str, reporter: Reporter) -> dict
     }
 
 
+def _load_to_fit(work: Alignment, reporter: Reporter) -> Any:
+    import torch
+
+    from loram_cli.modeling.narrow import load_causal_lm
+
+    # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
+    how = {"dtype": torch.float32, "device": work.device, "attention": work.spec.attention}
+    if not work.spec.fsdp:
+        return load_causal_lm(work.source, **how)
+    from loram_cli.modeling.sharding import SharedModel
+
+    shared = SharedModel(work.source, **how)
+    shared.load(shared.model, reporter)
+    return shared.model
+
+
 def _count_zeros(model: Any, masked: list[str], index: "CheckpointIndex") -> int:
     """Zeros in the masked weights, after a check that each of the pruned model's is still one."""
     from loram_cli.checkpoint.reader import TensorReader
+    from loram_cli.modeling.sharding import whole
     from loram_cli.training.masks import check_zeros
 
     parameters = dict(model.named_parameters())
     with TensorReader(index) as reader:
-        return sum(check_zeros(n, reader.read(n), parameters[n].detach()) for n in masked)
+        return sum(check_zeros(n, reader.read(n), whole(parameters[n].detach())) for n in masked)
 
 
 def _windows(work: Alignment, reporter: Reporter) -> "torch.Tensor":

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loram_cli.runs.processes import process_count
+
 if TYPE_CHECKING:
     from loram_cli.arch.spec import Family
     from loram_cli.checkpoint.index import CheckpointIndex
@@ -39,8 +41,20 @@ def align_needs(
         # gradients, and the next one is written before the one before last is removed.
         disk += 3 * 4 * (3 * params - 2 * frozen)
         teacher = 4 * full.num_params if method == "distill" and full is not None else 0
-        memory = max(memory, 4 * (4 * params - 3 * frozen) + teacher)
+        state = 4 * (4 * params - 3 * frozen)
+        if spec.fsdp:
+            state = -(-state // process_count()) + _gathered_bytes(spec, family)
+        memory = max(memory, state + teacher)
     return disk, memory
+
+
+def _gathered_bytes(spec: "AlignSpec", family: "Family") -> int:
+    """What is whole at a time of a model that is shared out: fp32 weights, and gradients."""
+    from loram_cli.checkpoint.index import read_config
+    from loram_cli.memory.sharing import GATHERED_LAYERS, gathered_bytes
+
+    layer, after = gathered_bytes(family, read_config(spec.source), lambda name, params: 4 * params)
+    return (GATHERED_LAYERS + 1) * layer + 2 * after
 
 
 def _largest_layer(family: "Family", index: "CheckpointIndex") -> int:

@@ -16,7 +16,7 @@ from loram_cli.stages.cards import CARD_NAME, model_card
 
 # Fields that say where things lie or how fast to go, not what comes out.
 _NOT_IN_KEY = (
-    "model", "source", "adapter", "out", "force", "device", "calibration_memory_bytes",
+    "model", "source", "adapter", "out", "force", "device", "fsdp", "calibration_memory_bytes",
     "plan", "report_to", "from_adapter",
     # Of eval: the inputs hold the digests of rows and data.
     "rows", "task_data", "batch_size", "replace",

@@ -3,8 +3,9 @@
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from loram_cli.stages.train import TrainSpec
     from loram_cli.training.options import FitOptions, FitResult
 
+Fit = TypeVar("Fit", "AlignSpec", "TrainSpec")
+
 
 def check_fit(spec: "AlignSpec | TrainSpec") -> None:
     """Refuse settings of the fit that cannot be.
@@ -29,6 +32,19 @@ def check_fit(spec: "AlignSpec | TrainSpec") -> None:
     check_positive(spec, "save_steps", "eval_steps")
     if spec.batch % spec.micro_batch:
         raise UsageError(f"--batch {spec.batch} is no multiple of --micro-batch {spec.micro_batch}")
+
+
+def as_launched(spec: Fit) -> Fit:
+    """The spec, with ``fsdp`` set where the launcher asks for it (``accelerate launch``).
+
+    Raises:
+        UsageError: The model cannot be shared out among the processes.
+    """
+    if _launcher_asks("ACCELERATE_USE_FSDP"):
+        spec = replace(spec, fsdp=True)
+    if spec.fsdp:
+        _check_fsdp(spec)
+    return spec
 
 
 def fit_device(spec: "AlignSpec | TrainSpec") -> str:
@@ -47,20 +63,49 @@ def fit_device(spec: "AlignSpec | TrainSpec") -> str:
             f"on {processes} processes",
             f"pass a multiple of {spec.micro_batch * processes} as --batch",
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UsageError(
-            "the launcher asks for FSDP, which loram does not support: every process holds the "
-            "frozen model whole",
-            "launch with torchrun, or without --use_fsdp; --quantize nf4 makes the model small",
-        )
     device = local_device(spec.device or default_device())
     if spec.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         raise UsageError(
             f"--optimizer paged_adamw_8bit needs a GPU, and this runs on '{device}'",
             "pass --optimizer adamw",
         )
+    # loram slices the model itself; accelerate would slice it again.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     join_processes(device)
     return device
+
+
+def _check_fsdp(spec: "AlignSpec | TrainSpec") -> None:
+    if process_count() == 1:
+        raise UsageError(
+            "--fsdp shares the model out among processes, and there is only this one",
+            "torchrun --nproc-per-node N -m loram_cli ... --fsdp starts N of them",
+        )
+    if spec.optimizer != "adamw":
+        raise UsageError(
+            f"--optimizer {spec.optimizer} cannot work on the slices that --fsdp makes",
+            "pass --optimizer adamw; its moments are shared out as well",
+        )
+    objective = getattr(spec, "objective", "sft")
+    if objective != "sft":
+        raise UsageError(
+            f"--fsdp does not go with --objective {objective}",
+            "launch without it: every process then holds the model whole",
+        )
+    if getattr(spec, "from_adapter", None) is not None:
+        raise UsageError(
+            "--fsdp begins a new adapter, and --from-adapter goes on with one",
+            "launch without --fsdp: every process then holds the model whole",
+        )
+    if _launcher_asks("FSDP_OFFLOAD_PARAMS"):
+        raise UsageError(
+            "the launcher asks for FSDP with offloading to the CPU, which loram does not do",
+            "launch without --fsdp_offload_params; --quantize nf4 makes the model small",
+        )
+
+
+def _launcher_asks(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
 def fit_options(spec: "AlignSpec | TrainSpec") -> "FitOptions":
@@ -123,6 +168,7 @@ def training_setup(
         optimizer=spec.optimizer,
         precision=precision,
         device="cpu" if device == "cpu" else "cuda",
+        processes=process_count() if spec.fsdp else 1,
     )
 
 

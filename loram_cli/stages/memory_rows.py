@@ -165,7 +165,7 @@ def model_rows(
             paper_weight_bytes=paper_params * account.BF16_BYTES,
             weight_bytes=memory.weights,
             weight_reduction=base_params * account.BF16_BYTES / memory.weights,
-            lora_params=memory.adapter // account.FP32_BYTES,
+            lora_params=account.count_lora_params(family, model.config, setup.rank, setup.targets),
             adapter_bytes=memory.adapter,
             gradient_bytes=memory.gradients,
             optimizer_bytes=memory.optimizer,

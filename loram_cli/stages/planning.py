@@ -38,6 +38,7 @@ class StagePlan:
         free_bytes: Disk that is free.
         memory_bytes: Memory that it takes at its peak, by arithmetic; for align without
             activations.
+        processes: That work on it together; the memory is that of each.
         figures: What else is known: steps, tokens, parameters.
     """
 
@@ -52,6 +53,7 @@ class StagePlan:
     disk_bytes: int = 0
     free_bytes: int = 0
     memory_bytes: int = 0
+    processes: int = 1
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,6 +71,7 @@ class StagePlan:
             "disk_bytes": self.disk_bytes,
             "free_bytes": self.free_bytes,
             "memory_bytes": self.memory_bytes,
+            "processes": self.processes,
             **self.figures,
         }
 

@@ -55,6 +55,7 @@ class MemoryReportSpec:
         attention: The kernel; ``eager`` alone holds all attention weights.
         cross_entropy: ``chunked``, or ``full`` with all logits at once.
         optimizer: ``adamw`` or ``paged_adamw_8bit``.
+        processes: That share the model out (``train --fsdp``); the figures are of each of them.
         fit_bytes: Also say which ratio and micro-batch fit so much memory.
     """
 
@@ -74,6 +75,7 @@ class MemoryReportSpec:
     attention: Literal["sdpa", "flash", "eager"] = "sdpa"
     cross_entropy: Literal["full", "chunked"] = "chunked"
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    processes: int = 1
     fit_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -93,9 +95,14 @@ class MemoryReportSpec:
         for name in ("keep_first", "keep_last"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} cannot be negative")
-        for name in ("rank", "micro_batch", "length"):
+        for name in ("rank", "micro_batch", "length", "processes"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too low")
+        if self.processes > 1 and self.optimizer != "adamw":
+            raise UsageError(
+                f"--optimizer {self.optimizer} cannot work on the slices that --fsdp makes",
+                "pass --optimizer adamw; its moments are shared out as well",
+            )
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout {self.dropout} is outside [0, 1)")
 
@@ -146,6 +153,8 @@ class MemoryReport:
             words.append("gradient checkpointing")
         if setup.optimizer != "adamw":
             words.append(setup.optimizer)
+        if setup.processes > 1:
+            words.append(f"each of {setup.processes} processes (FSDP)")
         return ", ".join(words)
 
     def bars(self) -> "list[Bar]":
@@ -208,7 +217,12 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
         fits=_fits(spec, family, config, setup),
         notes=tuple(
             report_notes(
-                family, config, spec.strategy, ratios, counted=any(m.zeros for m in models)
+                family,
+                config,
+                spec.strategy,
+                ratios,
+                counted=any(m.zeros for m in models),
+                processes=spec.processes,
             )
         ),
     )

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loram_cli.reporting import NullReporter, Reporter
-from loram_cli.runs.processes import is_main_process
+from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import (
+    as_launched,
     check_fit,
     finish_fit,
     fit_device,
@@ -71,6 +72,7 @@ class TrainSpec:
         report_to: Trackers that get the losses as well: ``tensorboard``, ``wandb``.
         seed: Decides order, split and dropout.
         device: Where to run; a GPU when there is one.
+        fsdp: Share the model out among the launcher's processes.
         force: Replace an existing output.
     """
 
@@ -107,6 +109,7 @@ class TrainSpec:
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 42
     device: str | None = None
+    fsdp: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -129,11 +132,13 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         LoramError: The source is no whole model, the disk is too full, or the data is unusable.
         UsageError: A LoRA target that the model does not have.
     """
+    from loram_cli.memory.account import count_lora_params
     from loram_cli.memory.training import training_memory
     from loram_cli.modeling.narrow import default_device
     from loram_cli.training.adapters import lora_targets
     from loram_cli.training.options import resolve_precision
 
+    spec = as_launched(spec)
     check_out_of_tree(spec.out, *filter(None, (spec.source, spec.from_adapter)))
     prepare_tracking(spec)
     config, family, index = check_model(spec.source)
@@ -158,7 +163,8 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         precision=resolve_precision(spec.precision, device),
     )
     memory = training_memory(family, config, setup)
-    figures: dict[str, Any] = {"params": index.num_params, "lora_params": memory.adapter // 4}
+    lora_params = count_lora_params(family, config, spec.rank, targets)
+    figures: dict[str, Any] = {"params": index.num_params, "lora_params": lora_params}
     figures |= {"steps": spec.steps, "batch": spec.batch}
     if count:
         load = loader(spec, None, reporter)
@@ -174,11 +180,12 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         spec,
         inputs,
         # The adapter, and up to three checkpoints of it with the optimizer's moments.
-        disk_bytes=4 * memory.adapter + 3 * memory.optimizer,
+        disk_bytes=4 * 4 * lora_params + 3 * memory.optimizer * setup.processes,
         reads=tuple(map(str, filter(None, reads))),
         base=base,
         **carried,
         memory_bytes=total_bytes(spec, memory, family, config, setup),
+        processes=process_count(),
         figures=figures,
     )
 
@@ -189,6 +196,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
     Raises:
         LoramError: See :func:`plan`; also a loss that is not finite.
     """
+    spec = as_launched(spec)
     device = fit_device(spec)
     planned = plan_together(plan, spec, reporter)
     with stage_run("train", spec, planned.inputs, spec.source, resumable=True) as stage:
@@ -210,13 +218,7 @@ def _train(
     from loram_cli.arch.registry import family_for
     from loram_cli.checkpoint.index import CheckpointIndex, read_config
     from loram_cli.modeling.narrow import load_tokenizer
-    from loram_cli.training.adapters import (
-        attach_lora,
-        continue_lora,
-        lora_config,
-        lora_targets,
-        save_adapter,
-    )
+    from loram_cli.training.adapters import lora_targets, save_adapter
 
     config = read_config(spec.source)
     family = family_for(config, str(spec.source))
@@ -234,16 +236,15 @@ def _train(
         import loram_cli.training.policy_trainers  # noqa: F401 - as peft
     transformers.set_seed(spec.seed)
     start_meter()
-    model = _load(spec, family, device)
-    dropout = float(spec.dropout or 0)
-    if spec.from_adapter is not None:
-        model = continue_lora(model, spec.from_adapter, dropout=dropout).train()
-    else:
-        lora = lora_config(targets, rank=spec.rank, alpha=spec.alpha, dropout=dropout)
-        model = attach_lora(model, lora, seed=spec.seed).train()
+    model = _load(spec, family, device, targets, reporter).train()
     fitted = prepared.fit(model, path)
+    factors = None
+    if spec.fsdp:
+        from loram_cli.modeling.sharding import whole_trained_weights
+
+        factors = whole_trained_weights(model)
     if is_main_process():
-        save_adapter(model, path)
+        save_adapter(model, path, weights=factors)
     losses = finish_fit(fitted, path, _TITLES[spec.objective])
     return {
         "objective": spec.objective,
@@ -266,12 +267,28 @@ def _tell_start(spec: TrainSpec, reporter: Reporter) -> None:
         )
 
 
-def _load(spec: TrainSpec, family: Any, device: str) -> Any:
+def _load(
+    spec: TrainSpec, family: Any, device: str, targets: tuple[str, ...], reporter: Reporter
+) -> Any:
+    """The frozen model with LoRA factors on it."""
     from loram_cli.modeling.narrow import load_causal_lm
     from loram_cli.modeling.quantize import nf4_config, prepare_for_training
     from loram_cli.training.options import weights_dtype
 
     dtype = weights_dtype(spec.precision, device, full_parameters=False)
+    if spec.fsdp:
+        from loram_cli.modeling.sharding import SharedModel
+
+        shared = SharedModel(
+            spec.source,
+            dtype=dtype,
+            device=device,
+            attention=spec.attention,
+            nf4=spec.quantize == "nf4",
+        )
+        model = _with_factors(shared.model, spec, targets)
+        shared.load(model, reporter)
+        return model
     quantization = nf4_config(dtype, skip_modules=(family.lm_head,)) if spec.quantize else None
     model = load_causal_lm(
         spec.source,
@@ -282,4 +299,14 @@ def _load(spec: TrainSpec, family: Any, device: str) -> Any:
     )
     if spec.quantize:
         prepare_for_training(model)
-    return model
+    return _with_factors(model, spec, targets)
+
+
+def _with_factors(model: Any, spec: TrainSpec, targets: tuple[str, ...]) -> Any:
+    from loram_cli.training.adapters import attach_lora, continue_lora, lora_config
+
+    dropout = float(spec.dropout or 0)
+    if spec.from_adapter is not None:
+        return continue_lora(model, spec.from_adapter, dropout=dropout)
+    lora = lora_config(targets, rank=spec.rank, alpha=spec.alpha, dropout=dropout)
+    return attach_lora(model, lora, seed=spec.seed)

@@ -1,7 +1,7 @@
 """LoRA adapters by PEFT: what they target, how they start, how they are saved."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +127,23 @@ def load_adapter(model: Any, adapter_dir: Path) -> Any:
         return PeftModel.from_pretrained(model, adapter_dir).eval()
 
 
-def save_adapter(model: Any, out: Path, *, base_model: str | None = None) -> None:
+def save_adapter(
+    model: Any,
+    out: Path,
+    *,
+    base_model: str | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write the adapter as PEFT does, without the embeddings and the same bytes each time.
 
     Args:
         model: A ``PeftModel``.
         out: Directory to write into.
         base_model: Stated as ``base_model_name_or_path``; None keeps what PEFT states.
+        weights: The factors, where those in the model are slices.
     """
     with quiet_libraries():
-        model.save_pretrained(out, save_embedding_layers=False)
+        model.save_pretrained(out, save_embedding_layers=False, state_dict=weights)
     path = out / "adapter_config.json"
     config = json.loads(path.read_text("utf-8"))
     if base_model is not None:

@@ -26,6 +26,7 @@ class TrainerParts:
         callbacks: The loop's own.
         options: Of the fit.
         device: Where the model is.
+        shared: Whether the model is shared out among processes.
     """
 
     model: Any
@@ -33,6 +34,7 @@ class TrainerParts:
     callbacks: list[Any]
     options: FitOptions
     device: str
+    shared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,8 @@ def text_job(
         from loram_cli.training.trainer import StepTrainer
 
         trainer_class: Any = StepTrainer
+        if parts.shared:
+            from loram_cli.training.shared_trainer import SharedTrainer as trainer_class
         if teaching is not None:
             trainer_class = partial(DistillTrainer, teaching=teaching)
         return trainer_class(

@@ -19,7 +19,7 @@ from loram_cli.errors import LoramError
 from loram_cli.modeling.chunked_loss import chunked_loss, restore_forward
 from loram_cli.modeling.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
-from loram_cli.runs.processes import is_main_process
+from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.specs import digest_of, spec_to_mapping
 from loram_cli.training.checkpoints import newest_checkpoint
 from loram_cli.training.distributed import share
@@ -156,12 +156,14 @@ def fit_job(
         _check_tokens(model, job, reporter)
         device = next(model.parameters()).device.type
         precision = resolve_precision(options.precision, device)
-        _cast_parameters(model, precision)
+        shared = _is_shared(model)
+        if not shared:  # else its slices are what they are to be
+            _cast_parameters(model, precision)
         trainable = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
         steps = total_steps(options, job.rows)
         warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
         folder = work_dir / "checkpoints"
-        fingerprint = _fingerprint(options, precision, job, trainable)
+        fingerprint = _fingerprint(options, precision, job, trainable, shared)
         found = share(newest_checkpoint(folder, fingerprint) if is_main_process() else None)
         if found is not None:
             reporter.note(f"going on from the checkpoint of step {found[1]} of {steps}")
@@ -175,6 +177,7 @@ def fit_job(
             device=device,
             evaluates=job.evaluates,
             fresh=found is None,
+            shared=shared,
         )
         interruption, main = Interruption(), is_main_process()
         in_chunks = job.chunked_loss and options.cross_entropy == "chunked"
@@ -195,6 +198,7 @@ def fit_job(
                         callbacks=callbacks,
                         options=options,
                         device=device,
+                        shared=shared,
                     )
                 )
                 _remove_printer(trainer)
@@ -241,6 +245,14 @@ def _check_tokens(model: Any, job: Job, reporter: Reporter) -> None:
         reporter.warn(f"sequences of {job.longest} tokens exceed the model's {positions} positions")
 
 
+def _is_shared(model: Any) -> bool:
+    if process_count() == 1:
+        return False
+    from loram_cli.modeling.sharding import is_shared
+
+    return is_shared(model)
+
+
 def _cast_parameters(model: Any, precision: str) -> None:
     """Trained parameters to fp32, and without mixed precision all others too.
 
@@ -267,12 +279,23 @@ def _remove_printer(trainer: Any) -> None:
 
 
 def _fingerprint(
-    options: FitOptions, precision: str, job: Job, trainable: dict[str, tuple[int, ...]]
+    options: FitOptions,
+    precision: str,
+    job: Job,
+    trainable: dict[str, tuple[int, ...]],
+    shared: bool,
 ) -> str:
     """What must be the same for a checkpoint to be worth going on from."""
     # How often a checkpoint is written, and who else hears of it, changes nothing in the result.
     plain = spec_to_mapping(replace(options, checkpoint_steps=1, report_to=()))
     shapes = {name: list(shape) for name, shape in trainable.items()}
     return digest_of(
-        {"options": plain, "precision": precision, "data": job.digest, "trainable": shapes}
+        {
+            "options": plain,
+            "precision": precision,
+            "data": job.digest,
+            "trainable": shapes,
+            # A checkpoint of slices is another set of files.
+            "shared": shared,
+        }
     )

@@ -16,14 +16,16 @@ from loram_cli.errors import LoramError
 from loram_cli.reporting import Progress, Reporter
 from loram_cli.runs.processes import is_main_process, process_count, process_rank
 from loram_cli.training.checkpoints import checkpoint_path, mark_whole
+from loram_cli.training.distributed import WholeRounds, any_process, wait_for_all
 from loram_cli.training.options import FitOptions
-from loram_cli.training.tokens import IGNORED_LABEL, TokenRow
+from loram_cli.training.tokens import IGNORED_LABEL, TokenRow, without_loss
 
 # Shown beside the loss, where an objective has them.
 _TOLD = {"rewards/accuracies": "preference accuracy", "reward": "reward"}
 # After so many steps without any reward, the user is told.
 _STEPS_WITHOUT_REWARD = 10
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
+_SAME_CTRL_C_SECONDS = 2.0
 
 
 class Interruption:
@@ -40,9 +42,18 @@ class Interruption:
             return
         previous = signal.getsignal(signal.SIGINT)
 
+        began = 0.0
+
         def handle(number: int, frame: Any) -> None:
-            self.requested = True
-            signal.signal(signal.SIGINT, previous)
+            nonlocal began
+            if not self.requested:
+                self.requested, began = True, time.monotonic()
+                if process_count() == 1:
+                    signal.signal(signal.SIGINT, previous)
+            elif time.monotonic() - began > _SAME_CTRL_C_SECONDS:
+                # A launcher hands on the Ctrl-C that the terminal has sent to everyone.
+                signal.signal(signal.SIGINT, previous)
+                raise KeyboardInterrupt
 
         signal.signal(signal.SIGINT, handle)
         try:
@@ -80,7 +91,9 @@ class StepCallback(TrainerCallback):
         self._progress.advance(1)
         if state.global_step >= state.max_steps and self._evaluates:
             control.should_evaluate = True
-        if self._interruption.requested:
+        if any_process(self._interruption.requested):
+            # On every process at the same step, whenever the signal came to each of them.
+            self._interruption.requested = True
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -113,10 +126,10 @@ class StepCallback(TrainerCallback):
                 )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The trainer has written all files of this step's checkpoint."""
-        if not is_main_process():
-            return
-        mark_whole(checkpoint_path(Path(args.output_dir), state.global_step))
+        """Every process has written its files of this step's checkpoint."""
+        wait_for_all()
+        if is_main_process():
+            mark_whole(checkpoint_path(Path(args.output_dir), state.global_step))
 
 
 class LeanCheckpoints:
@@ -133,6 +146,24 @@ class LeanCheckpoints:
 
 class StepTrainer(LeanCheckpoints, Trainer):
     """A Trainer that evaluates per token and keeps embeddings out of LoRA checkpoints."""
+
+    def get_train_dataloader(self) -> Any:
+        """The parent's, whose micro-batches are those of one process also at an epoch's end."""
+        if process_count() == 1:
+            return super().get_train_dataloader()
+        from accelerate.data_loader import SeedableRandomSampler
+
+        rows = self.train_dataset
+        self.train_dataset = [*rows, without_loss(rows[0])]
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
+        seed = loader.get_sampler().initial_seed
+        order = SeedableRandomSampler(range(len(rows)), data_seed=seed)
+        round_rows = self.args.per_device_train_batch_size * process_count()
+        loader.set_sampler(WholeRounds(order, round_rows, filler=len(rows)))
+        return loader
 
     def evaluate(
         self,
@@ -151,13 +182,18 @@ class StepTrainer(LeanCheckpoints, Trainer):
         # Rows of like length together, so that little is padding.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
         step = self.args.per_device_eval_batch_size
+        batches = [order[i : i + step] for i in range(0, len(order), step)]
         with torch.no_grad(), self.compute_loss_context_manager():
-            for i in range(process_rank() * step, len(order), step * process_count()):
-                batch = self.data_collator([rows[j] for j in order[i : i + step]])
+            for i in range(0, len(batches), process_count()):
+                mine = i + process_rank()
+                # A model that is shared out runs on all processes or on none.
+                batch = self.data_collator([rows[j] for j in batches[min(mine, len(batches) - 1)]])
                 batch = {key: tensor.to(self.args.device) for key, tensor in batch.items()}
                 tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-                total += float(self.model(**batch).loss) * tokens
-                count += tokens
+                loss = float(self.model(**batch).loss)
+                if mine < len(batches):
+                    total += loss * tokens
+                    count += tokens
         self.model.train(was_training)
         if process_count() > 1:
             sums = torch.tensor([total, count], dtype=torch.float64, device=self.args.device)
@@ -173,7 +209,7 @@ class StepTrainer(LeanCheckpoints, Trainer):
 
 def training_arguments(
     options: FitOptions, output_dir: Path, *, steps: int, warmup_steps: int, precision: str,
-    device: str, evaluates: bool, fresh: bool,
+    device: str, evaluates: bool, fresh: bool, shared: bool = False,
     arguments_class: type[TrainingArguments] = TrainingArguments, **more: Any,
 ) -> TrainingArguments:  # fmt: skip
     """The trainer's settings for a run of ``steps`` optimizer steps.
@@ -187,6 +223,7 @@ def training_arguments(
         device: ``cpu``, ``cuda``, ...
         evaluates: Whether there is an evaluation split.
         fresh: Whether no checkpoint is gone on from.
+        shared: Whether the model is shared out among processes.
         arguments_class: The objective's own.
         more: The objective's own settings.
     """
@@ -204,6 +241,7 @@ def training_arguments(
         gradient_accumulation_steps=options.batch // (options.micro_batch * process_count()),
         # All factors take part in every pass; looking for unused ones would cost time in each.
         ddp_find_unused_parameters=False,
+        accelerator_config=_each_micro_batch() if shared else None,
         bf16=precision == "bf16",
         use_cpu=device == "cpu",
         activation_checkpointing=options.gradient_checkpointing,
@@ -227,3 +265,8 @@ def training_arguments(
     # Several visible GPUs would be wrapped in DataParallel, which a model placed on one cannot use.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _each_micro_batch() -> dict[str, Any]:
+    # To sum whole gradients over a batch's passes would take a whole model's memory.
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from loram_cli.arch.registry import family_for
+from loram_cli.memory.account import nf4_tensor_bytes
 from loram_cli.memory.presets import load_preset
 from loram_cli.memory.setup import TrainingSetup
 from loram_cli.memory.training import largest, largest_micro_batch, optimizer_bytes, training_memory
@@ -78,3 +79,33 @@ def test_eight_bit_moments_are_those_of_bitsandbytes():
     assert optimizer_bytes(weight.numel(), "paged_adamw_8bit") == held
     assert optimizer_bytes(4095, "paged_adamw_8bit") == 2 * 4 * 4095
     assert optimizer_bytes(8 * 5121, "adamw") == 2 * 4 * 8 * 5121
+
+
+def test_each_of_several_processes_holds_its_slices_and_what_is_whole_at_a_time():
+    family, config = model("llama2-7b")
+    alone = training_memory(family, config, PAPER)
+    shared = training_memory(family, config, replace(PAPER, processes=4))
+    # Attention, MLP and two norms of a layer; final norm and head.
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
+    whole = 2 * (2 * layer + 4096 + 32000 * 4096)
+    assert shared.weights == pytest.approx(alone.weights / 4 + whole, rel=1e-6)
+    assert shared.state == pytest.approx(alone.state / 4, rel=1e-6)
+    assert shared.activations == alone.activations
+
+
+def test_a_tied_embedding_is_whole_with_the_head_and_block_maxima_are_whole_everywhere():
+    shapes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
+    config = {**load_preset("llama2-7b"), **shapes, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    family = family_for(config, "tiny")
+    many = replace(PAPER, processes=10**9)
+    untied = training_memory(family, config, many).weights
+    tied = training_memory(family, {**config, "tie_word_embeddings": True}, many).weights
+    layer = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
+    # A slice of every tensor is a byte here: nine for each layer, and three or two more.
+    assert untied == 2 * (2 * layer + 64 + 512 * 64) + 21
+    assert tied == untied - 1
+    nf4 = training_memory(family, config, replace(many, quantize="nf4")).weights
+    linears = layer - 2 * 64
+    constants = sum(nf4_tensor_bytes(n) - n // 2 for n in [64 * 64] * 4 + [64 * 128] * 3)
+    assert nf4 == linears + 2 * 2 * (2 * 64) + 2 * (64 + 512 * 64) + 21 + 2 * constants

@@ -1,18 +1,24 @@
-"""One training on several processes: the launcher's environment, and two gloo processes on a CPU."""
+"""One training on several processes: what the launcher's environment decides."""
 
-import csv
 import json
-import os
-import subprocess
-import sys
+from dataclasses import replace
 
 import pytest
 
 from loram_cli.cli.app import run_command
 from loram_cli.errors import UsageError
-from loram_cli.runs.manifest import Manifest
-from loram_cli.runs.processes import is_main_process, local_device, process_count, process_rank
-from loram_cli.stages.fitting import fit_device
+from loram_cli.runs.processes import (
+    LAUNCHER_SECONDS,
+    is_lost_connection,
+    is_main_process,
+    local_device,
+    may_speak,
+    process_count,
+    process_rank,
+)
+from loram_cli.specs import spec_to_mapping
+from loram_cli.stages.common import key_of
+from loram_cli.stages.fitting import as_launched, fit_device
 from loram_cli.stages.train import TrainSpec
 
 
@@ -47,11 +53,30 @@ def test_a_batch_must_divide_among_the_processes(launched, tmp_path):
     assert caught.value.hint == "pass a multiple of 12 as --batch"
 
 
-def test_fsdp_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+def test_the_launcher_may_ask_for_fsdp(launched, monkeypatch, tmp_path):
+    launched(1)
     spec = TrainSpec(source=tmp_path, out=tmp_path / "out", data="x", device="cpu")
-    with pytest.raises(UsageError, match="FSDP"):
-        fit_device(spec)
+    assert not as_launched(spec).fsdp
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert as_launched(spec).fsdp
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(UsageError, match="offloading"):
+        as_launched(spec)
+
+
+def test_fsdp_wants_several_processes_and_a_plain_optimizer(launched, tmp_path):
+    spec = TrainSpec(source=tmp_path, out=tmp_path / "out", data="x", device="cpu", fsdp=True)
+    with pytest.raises(UsageError, match="only this one"):
+        as_launched(spec)
+    launched(0)
+    with pytest.raises(UsageError, match="paged_adamw_8bit cannot work on the slices"):
+        as_launched(replace(spec, optimizer="paged_adamw_8bit"))
+
+
+def test_whether_the_model_is_shared_out_is_not_in_the_key(tmp_path):
+    spec = TrainSpec(source=tmp_path, out=tmp_path / "out", data="x")
+    keys = {key_of("train", spec_to_mapping(each), {}) for each in (spec, replace(spec, fsdp=True))}
+    assert len(keys) == 1
 
 
 def test_paged_optimizer_is_refused_on_a_cpu(tmp_path):
@@ -62,51 +87,53 @@ def test_paged_optimizer_is_refused_on_a_cpu(tmp_path):
         fit_device(spec)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_other_commands_refuse_a_launcher_and_say_so_once(launched, capsys, rank):
-    launched(rank)
+def test_other_commands_refuse_a_launcher(launched, capsys):
+    launched(0)
     assert run_command(["prune", "--ratio", "0.5"]) == 2
-    said = capsys.readouterr().err
-    assert ("runs as one process, and a launcher started 2" in said) == (rank == 0)
+    assert "runs as one process, and a launcher started 2" in capsys.readouterr().err
 
 
-def curve(directory):
-    with (directory / "loss.csv").open() as file:
-        return [(r["step"], r["split"], float(r["loss"])) for r in csv.DictReader(file)]
+def test_a_later_process_speaks_only_if_the_launcher_lets_it_live(launched, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr("loram_cli.runs.processes.time.sleep", waited.append)
+    launched(1)
+    assert run_command(["prune", "--ratio", "0.5"]) == 2
+    assert waited == [LAUNCHER_SECONDS]
+    assert "runs as one process" in capsys.readouterr().err
+    # Ctrl-C reaches every process, and the first one tells it.
+    assert not may_speak(130)
+    launched(0)
+    assert may_speak(130)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("command", ["train", "align"])
-def test_two_processes_learn_what_one_does(
-    finished_run, instructions, text_file, tmp_path, command
-):
-    words = {
-        "train": ["--data", instructions, "--dropout", "0", "--learning-rate", "1e-2"],
-        "align": ["--data", text_file, "--block-length", "32"],
-    }[command]
-    words = [
-        command, "--in", finished_run / "pruned", *words, "--steps", "4", "--batch", "8",
-        "--micro-batch", "2", "--warmup-steps", "1", "--eval-steps", "2", "--save-steps", "2",
-        "--gradient-checkpointing", "--device", "cpu", "--json",
-    ]  # fmt: skip
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    told = {}
-    for name, start in (("one", []), ("two", launcher)):
-        done = subprocess.run(
-            [sys.executable, *start, "-m", "loram_cli", *map(str, words), "--out", tmp_path / name],
-            env={**os.environ, "LORAM_RUN": str(finished_run), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        told[name] = done
-    # One object on stdout, not one per process.
-    assert json.loads(told["two"].stdout)["fresh"]
-    assert len(told["two"].stdout.strip().splitlines()) == 1
-    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
-    assert [row[:2] for row in one] == [row[:2] for row in two]
-    assert [row[2] for row in two] == pytest.approx([row[2] for row in one], abs=2e-5)
-    assert one[-1][2] < one[0][2]
-    files = [sorted(Manifest.read(tmp_path / name).outputs) for name in ("one", "two")]
-    assert files[0] == files[1]
-    assert not list(tmp_path.glob(".*"))
+def test_ctrl_c_is_told_by_the_first_process_alone(launched, monkeypatch, capsys, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loram_cli.stages.train.run", interrupted)
+    monkeypatch.setattr("loram_cli.runs.processes.time.sleep", lambda seconds: None)
+    for rank in (0, 1):
+        launched(rank)
+        assert run_command(["train", "--run", str(tmp_path), "--in", str(tmp_path)]) == 130
+        assert ("error: interrupted" in capsys.readouterr().err) == (rank == 0)
+
+
+def test_a_lost_connection_is_no_bug(launched):
+    gone = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:3029")
+    assert not is_lost_connection(gone)
+    launched(1)
+    assert is_lost_connection(gone)
+    assert not is_lost_connection(RuntimeError("shapes do not match"))
+
+
+def test_a_dry_run_tells_what_each_process_holds(launched, finished_run, instructions, capsys):
+    launched(0)
+    words = ["train", "--run", finished_run, "--data", instructions, "--dry-run", "--json"]
+    words = [*map(str, words), "--out", str(finished_run / "other"), "--device", "cpu"]
+    assert run_command(words) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert run_command([*words, "--fsdp"]) == 0
+    shared = json.loads(capsys.readouterr().out)
+    assert shared["processes"] == 2
+    assert shared["memory_bytes"] < alone["memory_bytes"]
+    assert shared["lora_params"] == alone["lora_params"]

@@ -1,0 +1,40 @@
+"""A model shared out among two gloo processes, beside the same one whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from variants import VARIANTS
+
+SCRIPT = Path(__file__).with_name("compare_shared.py")
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def check_shared(directories):
+    done = subprocess.run(
+        [sys.executable, *LAUNCHER, SCRIPT, *directories],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    # LoRA, LoRA on NF4, and all parameters.
+    assert len(told) == 3 * len(directories)
+    assert {name: worst for name, (worst, _) in told.items() if worst > 1e-5} == {}
+    assert {name: share for name, (_, share) in told.items() if abs(share - 0.5) > 0.02} == {}
+
+
+@pytest.mark.timeout(300)
+def test_a_pruned_model_gives_the_same_loss_and_gradients_when_shared_out(finished_run):
+    check_shared([finished_run / "pruned"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_family_gives_the_same_loss_and_gradients_when_shared_out(tmp_path):
+    check_shared([variant.save(tmp_path / variant.name) for variant in VARIANTS])
