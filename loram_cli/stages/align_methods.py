@@ -249,7 +249,8 @@ def _write_checkpoint(work: Alignment, folder: Path, reporter: Reporter) -> None
     """The source's tensors, with the fitted ones in their places."""
     from safetensors import safe_open
 
-    from loram_cli.checkpoint.index import CheckpointIndex, read_header
+    from loram_cli.checkpoint.header import read_header
+    from loram_cli.checkpoint.index import CheckpointIndex
     from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.checkpoint.sources import copy_companions
     from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
