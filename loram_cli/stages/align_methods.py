@@ -117,7 +117,6 @@ def reconstruct(work: Alignment, reporter: Reporter) -> dict[str, Any]:
     before = _held_out_loss(work, work.source, reporter)
     _write_checkpoint(work, folder, reporter)
     after = _held_out_loss(work, work.out, reporter)
-    shutil.rmtree(folder)
     return {
         "tokens": windows.numel(),
         "layer_errors": errors,

@@ -23,28 +23,50 @@ _OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8b
 
 
 class Interruption:
-    """Ctrl-C as a flag, so that the step under way ends and its checkpoint is whole."""
+    """Ctrl-C and SIGTERM as a flag, so that the step under way ends and its checkpoint is whole."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._received: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came while they were caught."""
+        return self._received is not None
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Turn the first interrupt into the flag; a second one raises at once."""
+        """Turn the first signal of a kind into the flag; a second one acts at once.
+
+        Of several processes a launcher ends the rest with SIGTERM when one has failed; they wait
+        for that one then, and no step ends: SIGTERM stays what it was.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = signal.getsignal(signal.SIGINT)
+        kinds = (signal.SIGINT, signal.SIGTERM) if process_count() == 1 else (signal.SIGINT,)
+        previous = {kind: signal.getsignal(kind) for kind in kinds}
 
         def handle(number: int, frame: Any) -> None:
-            self.requested = True
-            signal.signal(signal.SIGINT, previous)
+            self._received = number
+            signal.signal(number, previous[signal.Signals(number)])
 
-        signal.signal(signal.SIGINT, handle)
+        for kind in kinds:
+            signal.signal(kind, handle)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for kind, handler in previous.items():
+                signal.signal(kind, handler)
+
+    def act(self) -> None:
+        """Do what the signal would have done, now that its handler is in place again.
+
+        Raises:
+            KeyboardInterrupt: Whatever the handler does: the work must not go on.
+        """
+        assert self._received is not None
+        signal.raise_signal(self._received)
+        raise KeyboardInterrupt
 
 
 class StepCallback(TrainerCallback):
