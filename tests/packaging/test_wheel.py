@@ -133,7 +133,7 @@ def test_every_supported_python_compiles_and_starts_it(wheel: Path, version: str
 def test_it_installs_from_an_index_and_works_on_every_supported_python(
     wheel: Path, version: str, tmp_path: Path
 ):
-    """With all its libraries, as a user would: some minutes, and 2 GB of disk for each."""
+    """With all its libraries, as a user would: minutes, and 2 to 6 GB of disk as torch comes with CUDA or without."""
     own = ".".join(map(str, sys.version_info[:2]))
     if version == own:
         pytest.skip(f"python {own} runs these tests, with the same libraries")

@@ -14,7 +14,8 @@ from loram_cli.arch.registry import families, family_for
 from loram_cli.arch.spec import Geometry, LayerGeometry
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_params
-from loram_cli.pruning.budget import largest_ratio, smallest_ratio, training_bytes
+from loram_cli.memory.setup import TrainingSetup
+from loram_cli.pruning.budget import card_bytes, largest_ratio, smallest_ratio
 from loram_cli.pruning.groups import LayerKeep, params_per_group
 from loram_cli.pruning.plan import layer_widths, narrowed, per_layer_config, pruned_config
 from loram_cli.pruning.ratios import RatioPlan
@@ -265,7 +266,8 @@ def test_a_budget_is_never_exceeded_and_the_next_wider_model_would_exceed_it(
         pruned = pruned_config(config, geometry, widths)
         if unit == "params":
             return count_params(family, pruned).total
-        return training_bytes(family, pruned, rank=2, quantize=None if unit == "bf16" else unit)
+        quantize = None if unit == "bf16" else unit
+        return card_bytes(family, pruned, TrainingSetup(rank=2, quantize=quantize, length=8))
 
     least = layer_widths(geometry, largest_ratio(geometry), 0, 0)
     assert {layer.intermediate_size for layer in least} == {1}
