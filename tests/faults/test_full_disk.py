@@ -61,14 +61,14 @@ def test_a_disk_that_runs_full_is_told_and_the_same_command_goes_on(
     filler = disk / "filler"
     done = cramped.stage(stage, fault={"fill": str(filler), "at_event": point})
     try:
-        assert filler.stat().st_size > DISK_BYTES // 4
-        if done["code"] == 0:  # nothing was left to write
+        if done["code"] == 0:  # nothing was left to write, or the stage had ended before
             assert share > 0.5
         else:
             errors = check_refusal(cramped, stage, done)
+            assert filler.stat().st_size > DISK_BYTES // 4
             assert "space" in errors, errors
     finally:
-        filler.unlink()
+        filler.unlink(missing_ok=True)
     again = cramped.stage(stage)
     assert again["code"] == 0, cramped.log
     cramped.assert_same(stage)
