@@ -12,9 +12,19 @@ class LoramError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message if hint is None else f"{message}\n{hint}")
-        self.message = message
-        self.hint = hint
+        self.message = one_line(message)
+        self.hint = None if hint is None else one_line(hint)
+        super().__init__(self.message if hint is None else f"{self.message}\n{self.hint}")
+
+
+def one_line(text: str) -> str:
+    """The text with its line breaks and terminal codes spelt out.
+
+    Messages quote names from files of strangers, and a tensor's name may be any text.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(LoramError):

@@ -7,6 +7,7 @@ where weights were kept and is zero elsewhere.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -25,10 +26,13 @@ def scatter_rows(factor: torch.Tensor, rows: Sequence[int], full_rows: int) -> t
         Shape (full_rows, r).
 
     Raises:
-        ValueError: The number of rows does not match.
+        ValueError: The number of rows does not match, or the indices do not rise within the full
+            weight: a negative one would count from the end, and of two equal ones one be lost.
     """
     if factor.shape[0] != len(rows):
         raise ValueError(f"{factor.shape[0]} rows, {len(rows)} kept indices")
+    if rows and (rows[0] < 0 or rows[-1] >= full_rows or any(a >= b for a, b in pairwise(rows))):
+        raise ValueError(f"the kept indices do not rise from 0 to below {full_rows}")
     full = factor.new_zeros((full_rows, factor.shape[1]))
     full[torch.tensor(rows, dtype=torch.long)] = factor
     return full
@@ -48,7 +52,7 @@ def scatter_columns(
         Shape (r, full_columns).
 
     Raises:
-        ValueError: The number of columns does not match.
+        ValueError: As :func:`scatter_rows`, of columns.
     """
     return scatter_rows(factor.T, columns, full_columns).T.contiguous()
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from loram_cli.checkpoint.index import read_header, read_json
+from loram_cli.checkpoint.header import read_header
+from loram_cli.checkpoint.index import read_json
 from loram_cli.errors import LoramError
 
 CONFIG_NAME = "adapter_config.json"

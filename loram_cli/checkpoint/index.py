@@ -1,65 +1,18 @@
-"""Which tensor lies where: an index over a directory's safetensors shards.
-
-Headers are parsed here, not by ``safetensors.safe_open``, because a memory-mapped file counts
-against resident memory, and because every offset must be checked before the first tensor is read.
-"""
+"""Which tensor lies where: an index over a directory's safetensors shards."""
 
 import json
 import math
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from loram_cli.checkpoint.header import DTYPE_NAMES, TensorEntry, read_header
 from loram_cli.checkpoint.widths import check_required, check_widths
 from loram_cli.errors import LoramError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor's bytes lie.
-
-    Attributes:
-        name: Tensor name.
-        dtype: Element type.
-        shape: Dimensions.
-        file: The shard.
-        offset_bytes: First byte, from the start of the file.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
-    offset_bytes: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -112,7 +65,7 @@ class CheckpointIndex:
             ignored: Predicate on names that may stand in the file without being expected.
 
         Raises:
-            LoramError: A tensor is missing, unexpected or of another shape.
+            LoramError: A tensor is missing, unexpected, of another shape or of no real numbers.
         """
         for name, shape in expected.items():
             entry = self.tensors.get(name)
@@ -123,53 +76,18 @@ class CheckpointIndex:
                     f"{entry.file}: tensor {name} has shape {list(entry.shape)}, "
                     f"config.json asks for {list(shape)}"
                 )
+            if not entry.dtype.is_floating_point:
+                raise LoramError(
+                    f"{entry.file}: tensor {name} has the type {DTYPE_NAMES[entry.dtype]}, "
+                    "and weights are floating numbers",
+                    "a quantized checkpoint cannot be pruned: use the original one",
+                )
         for name in self.tensors:
             if name not in expected and not ignored(name):
                 raise LoramError(
                     f"{self.tensors[name].file}: tensor {name} is not known to this model family",
                     "refused rather than dropped: the family's JSON file must name it",
                 )
-
-
-def read_header(file: Path) -> list[TensorEntry]:
-    """Parse one safetensors header and check it against the file's length.
-
-    Raises:
-        LoramError: The file is absent, truncated, or its header is not sound.
-    """
-    try:
-        found = file.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise LoramError(f"{file}: is no regular file", _COPY_AGAIN)
-        file_bytes = found.st_size
-        with file.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            if file_bytes < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise LoramError(f"{file}: truncated, or not a safetensors file", _COPY_AGAIN)
-            header = json.loads(stream.read(header_bytes))
-    except OSError as error:
-        raise LoramError(f"{file}: shard cannot be read ({error.strerror})", _COPY_AGAIN) from error
-    except ValueError as error:
-        raise LoramError(f"{file}: the safetensors header is not JSON", _COPY_AGAIN) from error
-    if not isinstance(header, dict):
-        raise LoramError(f"{file}: the safetensors header is not a mapping", _COPY_AGAIN)
-    data_start = 8 + header_bytes
-    entries = [
-        _entry(file, name, info, data_start)
-        for name, info in header.items()
-        if name != "__metadata__"
-    ]
-    entries.sort(key=lambda entry: entry.offset_bytes)
-    end = data_start
-    for entry in entries:
-        if entry.offset_bytes < end:
-            raise LoramError(f"{file}: tensor {entry.name} overlaps another", _COPY_AGAIN)
-        end = entry.offset_bytes + entry.num_bytes
-    if end > file_bytes:
-        raise LoramError(
-            f"{file}: truncated: {file_bytes} bytes, its header promises {end}", _COPY_AGAIN
-        )
-    return entries
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -205,9 +123,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-_COPY_AGAIN = "copy or download the checkpoint again"
-
-
 def _weight_map(directory: Path) -> dict[str, str]:
     """Shard by tensor name from the index file; empty when the model is one file."""
     if not (directory / INDEX_NAME).is_file():
@@ -239,18 +154,3 @@ def _is_plain_name(name: Any) -> bool:
         and name != ".."
         and Path(name).name == name
     )
-
-
-def _entry(file: Path, name: str, info: Any, data_start: int) -> TensorEntry:
-    try:
-        dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-    except (TypeError, KeyError, ValueError) as error:
-        raise LoramError(f"{file}: the header entry of {name} is malformed", _COPY_AGAIN) from error
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise LoramError(f"{file}: tensor {name} has the unsupported type {str(dtype)[:40]!r}")
-    if sound:
-        entry = TensorEntry(name, DTYPES[dtype], tuple(shape), file, data_start + begin)
-        if end - begin == entry.num_bytes:
-            return entry
-    raise LoramError(f"{file}: the header entry of {name} does not add up", _COPY_AGAIN)

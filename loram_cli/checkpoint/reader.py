@@ -12,7 +12,8 @@ from types import TracebackType
 
 import torch
 
-from loram_cli.checkpoint.index import CheckpointIndex, TensorEntry
+from loram_cli.checkpoint.header import TensorEntry
+from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.checkpoint.unbuffered import (
     BLOCK_BYTES,
     LEAST_BYTES,

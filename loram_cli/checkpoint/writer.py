@@ -12,7 +12,8 @@ from types import TracebackType
 import torch
 
 from loram_cli.checkpoint.background import WriteBehind
-from loram_cli.checkpoint.index import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
+from loram_cli.checkpoint.header import DTYPE_NAMES
+from loram_cli.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from loram_cli.errors import LoramError
 
 MAX_SHARD_BYTES = 5 * 10**9

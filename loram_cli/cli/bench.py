@@ -26,18 +26,14 @@ def command(
     paper: Annotated[
         bool, typer.Option("--paper", help="The rows of the paper's Table 8, and 70B QLoRAM.")
     ] = False,
-    micro_batch: Annotated[
-        int | None, typer.Option(help="Sequences per step. (default: 4)")
-    ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens per sequence. (default: 512)")] = None,
+    micro_batch: options.StepMicroBatch = None,
+    length: options.StepLength = None,
     steps: Annotated[int | None, typer.Option(help="Timed steps. (default: 8)")] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA r. (default: 8)")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA dropout. (default: 0.05)")] = None,
+    rank: options.Rank = None,
+    dropout: options.Dropout = None,
     gradient_checkpointing: options.GradientCheckpointing = None,
     cross_entropy: options.CrossEntropy = None,
-    attention: Annotated[
-        str | None, typer.Option(help="sdpa, flash or eager. (default: sdpa)")
-    ] = None,
+    attention: options.StepAttention = None,
     optimizer: options.Optimizer = None,
     device: options.Device = None,
     seed: options.Seed = None,

@@ -28,17 +28,13 @@ def command(
     keep_last: Annotated[
         int | None, typer.Option(help="Last layers kept whole. (default: 2)")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA r. (default: 8)")] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(help="Sequences per forward pass. (default: 4)")
-    ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens per sequence. (default: 512)")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA dropout. (default: 0.05)")] = None,
+    rank: options.Rank = None,
+    micro_batch: options.StepMicroBatch = None,
+    length: options.StepLength = None,
+    dropout: options.Dropout = None,
     gradient_checkpointing: options.GradientCheckpointing = None,
     cross_entropy: options.CrossEntropy = None,
-    attention: Annotated[
-        str | None, typer.Option(help="sdpa, flash or eager. (default: sdpa)")
-    ] = None,
+    attention: options.StepAttention = None,
     optimizer: options.Optimizer = None,
     processes: Annotated[
         int | None,

@@ -53,6 +53,19 @@ CrossEntropy = Annotated[
     typer.Option(help="chunked (never all logits at once) or full. (default: chunked)"),
 ]
 Attention = Annotated[str | None, typer.Option(help="auto, sdpa, flash or eager. (default: auto)")]
+Rank = Annotated[int | None, typer.Option("--rank", help="LoRA r. (default: 8)")]
+Dropout = Annotated[float | None, typer.Option("--dropout", help="LoRA dropout. (default: 0.05)")]
+# Of the training step whose memory is told or measured: nothing stands for auto here.
+StepAttention = Annotated[
+    str | None, typer.Option("--attention", help="sdpa, flash or eager. (default: sdpa)")
+]
+StepMicroBatch = Annotated[
+    int | None,
+    typer.Option("--micro-batch", help="Sequences per forward pass. (default: 4)"),
+]
+StepLength = Annotated[
+    int | None, typer.Option("--length", help="Tokens per sequence. (default: 512)")
+]
 Optimizer = Annotated[
     str | None,
     typer.Option(help="adamw, or paged_adamw_8bit (GPU alone). (default: adamw)"),

@@ -161,10 +161,12 @@ def command(
         )
         if planned["calibration"]:
             c = planned["calibration"]
+            hessians = c["hessian_memory_bytes"]
             console.print(
                 f"calibration: {c['samples']} windows of {c['length']} tokens; one decoder layer "
                 f"in memory, activations {format_bytes(c['activation_memory_bytes'])} in memory "
                 f"and {format_bytes(c['activation_disk_bytes'])} on disk"
+                + (f", Hessians {format_bytes(hessians)} at most" if hessians else "")
             )
         if planned["sparsity"]:
             return

@@ -58,7 +58,7 @@ def command(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens per example. (default: 512)")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA r. (default: 8)")] = None,
+    rank: options.Rank = None,
     alpha: Annotated[int | None, typer.Option(help="LoRA alpha. (default: 16)")] = None,
     dropout: Annotated[
         float | None, typer.Option(help="LoRA dropout. (default: 0.05; sft alone)")

@@ -28,9 +28,6 @@ NF4_TABLE_BYTES = (16 + 256) * FP32_BYTES
 # The paper's way with NF4: four parameters share one 2-byte number; nothing else is counted.
 PAPER_NF4_PACKING = 4
 
-# AdamW keeps a first and a second moment for every trained parameter.
-_ADAMW_MOMENTS = 2
-
 
 @dataclass(frozen=True)
 class ParamCount:
@@ -54,28 +51,6 @@ class ParamCount:
     def total(self) -> int:
         """All parameters."""
         return self.decoder_linear + self.embedding + self.lm_head + self.norms + self.biases
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What training an adapter holds beside the frozen weights; activations are not in it.
-
-    Attributes:
-        lora_params: Trained parameters.
-        adapter_bytes: The LoRA factors.
-        gradient_bytes: Their gradients.
-        optimizer_bytes: AdamW's two moments, in fp32.
-    """
-
-    lora_params: int
-    adapter_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Factors, gradients and moments together."""
-        return self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
 def count_params(family: Family, config: Mapping[str, Any]) -> ParamCount:
@@ -209,22 +184,6 @@ def trained_modules(
     """
     tied = family.geometry(config).tied_embeddings
     return lora_targets(family, tied_embeddings=tied, targets=targets or None)
-
-
-def training_state(lora_params: int, adapter_param_bytes: int = FP32_BYTES) -> TrainingState:
-    """What AdamW training of LoRA factors holds beside the frozen weights and the activations.
-
-    Args:
-        lora_params: Trained parameters, see :func:`count_lora_params`.
-        adapter_param_bytes: Bytes of a factor's element and of its gradient's. PEFT trains factors
-            in fp32 even on a bf16 or NF4 model.
-    """
-    return TrainingState(
-        lora_params=lora_params,
-        adapter_bytes=lora_params * adapter_param_bytes,
-        gradient_bytes=lora_params * adapter_param_bytes,
-        optimizer_bytes=lora_params * _ADAMW_MOMENTS * FP32_BYTES,
-    )
 
 
 def _count(family: Family, config: Mapping[str, Any], sparsity: float) -> ParamCount:

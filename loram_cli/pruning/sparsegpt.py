@@ -6,6 +6,7 @@ over the columns that are not yet fixed, with the inverse of H among them, whose
 from one Cholesky factor (section 3.3).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,24 @@ def inverse_factor(hessian: Hessian, dampening: float, where: str) -> InverseFac
     return InverseFactor(upper, dead)
 
 
+def working_bytes(inputs: Sequence[tuple[int, int]]) -> int:
+    """Memory at its peak while one layer's modules are dealt with, the layer itself aside.
+
+    All Hessians of a layer are summed in one pass, and then used up one after the other. Factoring
+    holds three more matrices of that shape; the sweep holds two and the new weight.
+
+    Args:
+        inputs: For each of the layer's different inputs, in the order of the modules, its columns
+            and the rows of the largest module that takes it.
+    """
+    peak = waiting = 0
+    for columns, rows in reversed(inputs):
+        square = columns * columns
+        peak = max(peak, waiting + max(4 * square, 2 * square + rows * columns))
+        waiting += square
+    return 4 * max(peak, waiting)
+
+
 def sparsegpt(
     weight: torch.Tensor,
     factor: InverseFactor,
@@ -102,7 +121,7 @@ def sparsegpt(
     Returns:
         The new weight in fp32.
     """
-    out = weight.detach().float().clone()
+    out = weight.detach().to(torch.float32, copy=True)
     out[:, factor.dead] = 0
     rows, columns = out.shape
     zeroed = 0

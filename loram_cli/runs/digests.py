@@ -33,7 +33,7 @@ def file_records(
 
     Args:
         root: The directory.
-        leave_out: Relative paths that are not recorded.
+        leave_out: Names of files and folders right below it that are not recorded.
         known: SHA-256 in hex by relative path, of files hashed while they were written.
     """
     files = {
@@ -41,7 +41,7 @@ def file_records(
         for file in sorted(root.rglob("*"))
         if file.is_file()
     }
-    files = {name: file for name, file in files.items() if name not in leave_out}
+    files = {n: file for n, file in files.items() if n.partition("/")[0] not in leave_out}
     digests = {name: digest for name, digest in (known or {}).items() if name in files}
     unknown = [name for name in files if name not in digests]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:

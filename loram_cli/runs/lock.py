@@ -68,7 +68,12 @@ def _acquire(file: Path, guarded: Path) -> int:
             raise failure from error
         # The former holder may have removed the file between our open and our lock.
         if file.exists() and os.fstat(descriptor).st_ino == file.stat().st_ino:
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            try:
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            except OSError as error:
+                file.unlink()
+                os.close(descriptor)
+                raise LoramError(f"{guarded}: cannot write here ({error.strerror})") from error
             return descriptor
         os.close(descriptor)

@@ -13,6 +13,8 @@ from loram_cli.runs.lock import exclusive_lock, refuse_if_held
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 
 _KEY_NAME = "loram-key"
+# Folders of what an interrupted stage goes on from; they go when the output is whole.
+SCRATCH_NAMES = ("checkpoints", "fitted", "methods")
 
 
 class StagedDirectory:
@@ -33,6 +35,8 @@ class StagedDirectory:
     def commit(self, manifest: Manifest, digests: Mapping[str, str] | None = None) -> Manifest:
         """Flush all files, write the manifest, flush again, and move into place.
 
+        What an interrupted stage goes on from is kept until nothing but the move is left to do.
+
         Args:
             manifest: The record.
             digests: SHA-256 in hex by file name, of files that need not be read again for it.
@@ -40,12 +44,16 @@ class StagedDirectory:
         Returns:
             The manifest as written: with the digests of the files beside it.
         """
-        (self.path / _KEY_NAME).unlink(missing_ok=True)
         _sync_tree(self.path)
+        leave_out = (MANIFEST_NAME, _KEY_NAME, *SCRATCH_NAMES)
         manifest = replace(
-            manifest, outputs=file_records(self.path, leave_out=(MANIFEST_NAME,), known=digests)
+            manifest, outputs=file_records(self.path, leave_out=leave_out, known=digests)
         )
         manifest.write(self.path)
+        # The key first: nobody shall go on from what is half removed.
+        (self.path / _KEY_NAME).unlink(missing_ok=True)
+        for name in SCRATCH_NAMES:
+            shutil.rmtree(self.path / name, ignore_errors=True)
         _sync_tree(self.path)
         retired = _beside(self.final, "old")
         shutil.rmtree(retired, ignore_errors=True)

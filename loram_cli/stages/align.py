@@ -16,6 +16,7 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.processes import process_count
+from loram_cli.runs.staging import SCRATCH_NAMES
 from loram_cli.stages.align_needs import align_needs, frozen_params
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import (
@@ -252,7 +253,6 @@ def _align(
         else:
             done.append(_remembered(method, METHODS[method], work, reporter))
         source = work.out
-    shutil.rmtree(path / "methods", ignore_errors=True)
     return _summary(done)
 
 
@@ -268,6 +268,9 @@ def _remembered(
     partial = record.with_suffix(".partial")
     partial.write_text(json.dumps(results), "utf-8")
     partial.rename(record)
+    # Nothing of it has to be done again.
+    for name in SCRATCH_NAMES:
+        shutil.rmtree(work.out / name, ignore_errors=True)
     return results
 
 

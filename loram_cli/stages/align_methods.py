@@ -117,7 +117,6 @@ def reconstruct(work: Alignment, reporter: Reporter) -> dict[str, Any]:
     before = _held_out_loss(work, work.source, reporter)
     _write_checkpoint(work, folder, reporter)
     after = _held_out_loss(work, work.out, reporter)
-    shutil.rmtree(folder)
     return {
         "tokens": windows.numel(),
         "layer_errors": errors,
@@ -265,7 +264,8 @@ def _write_checkpoint(work: Alignment, folder: Path, reporter: Reporter) -> None
     """The source's tensors, with the fitted ones in their places."""
     from safetensors import safe_open
 
-    from loram_cli.checkpoint.index import CheckpointIndex, read_header
+    from loram_cli.checkpoint.header import read_header
+    from loram_cli.checkpoint.index import CheckpointIndex
     from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.checkpoint.sources import copy_companions
     from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan

@@ -9,6 +9,7 @@ from loram_cli.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from loram_cli.arch.spec import Family
     from loram_cli.modeling.activations import BoundaryPool
     from loram_cli.modeling.streaming import LayerStream
     from loram_cli.stages.prune import PruneSpec
@@ -28,6 +29,7 @@ class CalibrationNeeds:
         boundary_bytes: Hidden states of one boundary.
         memory_bytes: How much of them stays in memory.
         disk_bytes: How much of them goes to the output's disk meanwhile.
+        hessian_bytes: What SparseGPT's Hessians of one layer, and their inverses, take.
     """
 
     samples: int
@@ -36,6 +38,7 @@ class CalibrationNeeds:
     boundary_bytes: int
     memory_bytes: int
     disk_bytes: int
+    hessian_bytes: int = 0
 
     def to_mapping(self) -> dict[str, int]:
         """Plain form for a manifest."""
@@ -44,16 +47,18 @@ class CalibrationNeeds:
             "length": self.length,
             "activation_memory_bytes": self.memory_bytes,
             "activation_disk_bytes": self.disk_bytes,
+            "hessian_memory_bytes": self.hessian_bytes,
         }
 
 
 def calibration_needs(
-    spec: "PruneSpec", config: dict[str, Any], stored: "torch.dtype"
+    spec: "PruneSpec", family: "Family", config: dict[str, Any], stored: "torch.dtype"
 ) -> CalibrationNeeds:
     """Windows and activation storage, before any text or weight is read.
 
     Args:
         spec: How to prune.
+        family: The base's family.
         config: The base's ``config.json``.
         stored: Type of the base's weights.
 
@@ -84,8 +89,34 @@ def calibration_needs(
     each = samples * length * config["hidden_size"] * computed_dtype(stored).itemsize
     in_memory = min(boundaries, spec.calibration_memory_bytes // each)
     return CalibrationNeeds(
-        samples, length, boundaries, each, in_memory * each, (boundaries - in_memory) * each
+        samples,
+        length,
+        boundaries,
+        each,
+        in_memory * each,
+        (boundaries - in_memory) * each,
+        _hessian_bytes(family, config) if spec.method == "sparsegpt" else 0,
     )
+
+
+def _hessian_bytes(family: "Family", config: dict[str, Any]) -> int:
+    """Of the widest layer; modules that stand together and read the hidden state share it."""
+    from loram_cli.pruning.sparsegpt import working_bytes
+
+    peak = 0
+    for layer in set(family.geometry(config).layers):
+        shapes = family.layer_shapes(0, layer, config)
+        inputs: list[tuple[int, int]] = []
+        before = None
+        for module in family.modules:
+            rows, columns = shapes[f"{family.layer_prefix(0)}{module.name}.weight"]
+            if before is not None and before.columns == module.columns == ():
+                inputs[-1] = (columns, max(rows, inputs[-1][1]))
+            else:
+                inputs.append((columns, rows))
+            before = module
+        peak = max(peak, working_bytes(inputs))
+    return peak
 
 
 def load_windows(spec: "PruneSpec", needs: CalibrationNeeds) -> "torch.Tensor":

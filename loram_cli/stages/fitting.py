@@ -1,7 +1,6 @@
 """What alignment and LoRA training do alike: options of the fit, and what is left of it."""
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -185,7 +184,7 @@ def prepare_tracking(spec: "AlignSpec | TrainSpec") -> None:
 
 
 def finish_fit(fitted: "FitResult", path: Path, title: str) -> dict[str, Any]:
-    """Draw the loss curve, drop the checkpoints, and give the losses for the manifest.
+    """Draw the loss curve, and give the losses for the manifest.
 
     Args:
         fitted: What the fit gave back.
@@ -195,7 +194,6 @@ def finish_fit(fitted: "FitResult", path: Path, title: str) -> dict[str, Any]:
     from loram_cli.training.curves import draw_curve, write_curve_csv
 
     if is_main_process():
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)
         write_curve_csv(fitted.history, path / "loss.csv")
         draw_curve(fitted.history, path / "loss.png", title)
     evals = fitted.eval_losses()

@@ -112,7 +112,8 @@ def _run(directory: Path) -> Inspection:
 
 def _checkpoint(directory: Path) -> dict[str, Any]:
     from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import DTYPE_NAMES, CheckpointIndex, read_config
+    from loram_cli.checkpoint.header import DTYPE_NAMES
+    from loram_cli.checkpoint.index import CheckpointIndex, read_config
 
     config = read_config(directory)
     index = CheckpointIndex.open(directory)
@@ -156,7 +157,8 @@ def _adapter(directory: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
     import math
 
     from loram_cli.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME
-    from loram_cli.checkpoint.index import DTYPE_NAMES, read_header, read_json
+    from loram_cli.checkpoint.header import DTYPE_NAMES, read_header
+    from loram_cli.checkpoint.index import read_json
 
     config = read_json(directory / CONFIG_NAME)
     entries = read_header(directory / WEIGHTS_NAME)

@@ -156,7 +156,9 @@ def plan(spec: PruneSpec) -> PrunePlan:
     before = family.geometry(config)
     chosen = choose_widths(spec, family, config)
     stored = index.tensors[f"{family.embedding}.weight"].dtype
-    calibration = calibration_needs(spec, config, stored) if spec.needs_calibration else None
+    calibration = (
+        calibration_needs(spec, family, config, stored) if spec.needs_calibration else None
+    )
     scratch_bytes = calibration.disk_bytes if calibration else 0
     base_params = sum(math.prod(shape) for shape in expected.values())
     tensors = {

@@ -12,7 +12,8 @@ from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 
 if TYPE_CHECKING:
     from loram_cli.arch.spec import Family
-    from loram_cli.checkpoint.index import CheckpointIndex, TensorEntry
+    from loram_cli.checkpoint.header import TensorEntry
+    from loram_cli.checkpoint.index import CheckpointIndex
 
 
 def is_checkpoint(directory: Path) -> bool:

@@ -57,7 +57,9 @@ def sparse_plan(
             )
         zeros += zeros_wanted(math.prod(shapes[name]), spec.ratio)
     stored = index.tensors[f"{family.embedding}.weight"].dtype
-    calibration = calibration_needs(spec, config, stored) if spec.needs_calibration else None
+    calibration = (
+        calibration_needs(spec, family, config, stored) if spec.needs_calibration else None
+    )
     scratch_bytes = calibration.disk_bytes if calibration else 0
     tensors = {name: TensorPlan(index.tensors[name].dtype, shape) for name, shape in shapes.items()}
     check_free_disk(spec.out, sum(t.num_bytes for t in tensors.values()) + scratch_bytes)

@@ -66,7 +66,8 @@ def fit_causal_text(
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.
-        KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written.
+        KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written;
+            after SIGTERM, what its handler raises.
     """
     model.requires_grad_(True)
     if not train_lm_head:
@@ -104,7 +105,8 @@ def fit_lora(
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.
-        KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written.
+        KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written;
+            after SIGTERM, what its handler raises.
     """
     return fit_job(model, text_job(train, evaluation, "train"), options, work_dir, reporter)
 
@@ -215,9 +217,10 @@ def fit_job(
             model.config.use_cache = use_cache
             if not in_chunks:
                 restore_forward(model)
-        if interruption.requested and done < steps:
-            reporter.note(f"stopped at step {done}; the same command goes on from there")
-            raise KeyboardInterrupt
+        if interruption.requested:
+            # After the last step as well: what is asked to stop must not exit with success.
+            reporter.note(f"stopped at step {done} of {steps}; the same command goes on from there")
+            interruption.act()
         # Takes off the mixed-precision wrapper that the trainer put around forward.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if options.gradient_checkpointing:

@@ -31,6 +31,9 @@ def tracking_callbacks(names: Sequence[Tracker], work_dir: Path) -> list[Any]:
     Args:
         names: Which.
         work_dir: The stage's directory; tensorboard's files go into a folder of it.
+
+    Raises:
+        LoramError: From the callback of wandb, when training begins: nobody is logged in.
     """
     callbacks: list[Any] = []
     if "tensorboard" in names:
@@ -39,7 +42,22 @@ def tracking_callbacks(names: Sequence[Tracker], work_dir: Path) -> list[Any]:
 
         callbacks.append(TensorBoardCallback(SummaryWriter(str(work_dir / TENSORBOARD_FOLDER))))
     if "wandb" in names:
-        from transformers.integrations import WandbCallback
-
-        callbacks.append(WandbCallback())
+        callbacks.append(_wandb_callback())
     return callbacks
+
+
+def _wandb_callback() -> Any:
+    import wandb
+    from transformers.integrations import WandbCallback
+
+    class Wandb(WandbCallback):
+        def setup(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                super().setup(*args, **kwargs)
+            except wandb.Error as error:
+                raise LoramError(
+                    f"--report-to wandb: {str(error).splitlines()[0]}",
+                    "run 'wandb login', or set WANDB_MODE=offline",
+                ) from error
+
+    return Wandb()

@@ -29,37 +29,62 @@ _SAME_CTRL_C_SECONDS = 2.0
 
 
 class Interruption:
-    """Ctrl-C as a flag, so that the step under way ends and its checkpoint is whole."""
+    """Ctrl-C and SIGTERM as a flag, so that the step under way ends and its checkpoint is whole."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._received: int | None = None
+        self._since = 0.0
+
+    def request(self, number: int = signal.SIGINT) -> None:
+        """Raise the flag, as the signal of this number does."""
+        self._received, self._since = number, time.monotonic()
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came while they were caught."""
+        return self._received is not None
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Turn the first interrupt into the flag; a second one raises at once."""
+        """Turn the first signal of a kind into the flag; a second one acts at once.
+
+        Of several processes a launcher ends the rest with SIGTERM when one has failed; they wait
+        for that one then, and no step ends: SIGTERM stays what it was.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = signal.getsignal(signal.SIGINT)
-
-        began = 0.0
+        kinds = (signal.SIGINT, signal.SIGTERM) if process_count() == 1 else (signal.SIGINT,)
+        previous = {kind: signal.getsignal(kind) for kind in kinds}
 
         def handle(number: int, frame: Any) -> None:
-            nonlocal began
-            if not self.requested:
-                self.requested, began = True, time.monotonic()
-                if process_count() == 1:
-                    signal.signal(signal.SIGINT, previous)
-            elif time.monotonic() - began > _SAME_CTRL_C_SECONDS:
-                # A launcher hands on the Ctrl-C that the terminal has sent to everyone.
-                signal.signal(signal.SIGINT, previous)
+            if process_count() == 1:
+                self.request(number)
+                signal.signal(number, previous[signal.Signals(number)])
+            elif not self.requested:
+                self.request(number)
+            elif time.monotonic() - self._since > _SAME_CTRL_C_SECONDS:
+                # Sooner, it is the Ctrl-C that a launcher hands on from the terminal.
+                signal.signal(number, previous[signal.Signals(number)])
                 raise KeyboardInterrupt
 
-        signal.signal(signal.SIGINT, handle)
+        for kind in kinds:
+            signal.signal(kind, handle)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for kind, handler in previous.items():
+                signal.signal(kind, handler)
+
+    def act(self) -> None:
+        """Do what the signal would have done, now that its handler is in place again.
+
+        Raises:
+            KeyboardInterrupt: Whatever the handler does: the work must not go on.
+        """
+        assert self._received is not None
+        signal.raise_signal(self._received)
+        raise KeyboardInterrupt
 
 
 class StepCallback(TrainerCallback):
@@ -93,7 +118,8 @@ class StepCallback(TrainerCallback):
             control.should_evaluate = True
         if any_process(self._interruption.requested):
             # On every process at the same step, whenever the signal came to each of them.
-            self._interruption.requested = True
+            if not self._interruption.requested:
+                self._interruption.request()
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

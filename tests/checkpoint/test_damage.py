@@ -37,8 +37,13 @@ def write_header(directory: Path, header: object, data: bytes = bytes(16)) -> No
         ({"t": {**ENTRY, "dtype": "F12"}}, "unsupported type 'F12'"),
         ({"t": {**ENTRY, "dtype": ["F32"]}}, "tensor t has the unsupported type"),
         ({"t": ENTRY, "u": {**ENTRY, "data_offsets": [4, 12]}}, "u overlaps another"),
-        ({"t": {**ENTRY, "data_offsets": [16, 24]}}, "truncated"),
-        ({"t": {**ENTRY, "shape": [2**62, 2], "data_offsets": [0, 2**65]}}, "truncated"),
+        ({"t": {**ENTRY, "data_offsets": [16, 24]}}, "a hole before tensor t"),
+        ({"t": {**ENTRY, "shape": [100], "data_offsets": [0, 400]}}, "truncated"),
+        ({"t": {**ENTRY, "shape": [2**62, 2], "data_offsets": [0, 2**65]}}, "does not add up"),
+        ({"t": {**ENTRY, "shape": [2**62, 4, 0], "data_offsets": [0, 0]}}, "does not add up"),
+        ({"t\n\x1b[2J": 3}, r"entry of t\\n\\x1b\[2J is malformed"),
+        ({"t": ENTRY}, "8 more than its header tells of"),
+        ({"t": ENTRY, "__metadata__": {"format": 1}}, "__metadata__ of the header"),
     ],
 )
 def test_a_header_that_lies(tmp_path, header, message):
@@ -64,7 +69,7 @@ def test_a_header_that_lies(tmp_path, header, message):
     ],
 )
 def test_an_index_that_lies(tmp_path, weight_map, message):
-    write_header(tmp_path, {"t": ENTRY})
+    write_header(tmp_path, {"t": ENTRY}, bytes(8))
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(LoramError, match=message) as caught:
         CheckpointIndex.open(tmp_path)

@@ -3,8 +3,10 @@
 ``LORAM`` is no prefix here, since commands read such variables: ``FAULTS_KILLS`` sets how many.
 """
 
+import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -63,21 +65,62 @@ def test_kills_at_many_points(workshop, number: int):
     kill_and_go_on(workshop, STAGES[number % len(STAGES)], number // len(STAGES) + 1)
 
 
-@pytest.mark.parametrize(
-    ("kind", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+# Of five steps: amid them, once the last is done, while its checkpoint is ending, and while the
+# output is being finished. Before all of it is in place, success must not be claimed.
+PLACES = (
+    "checkpoint-2",
+    "checkpoint-5",
+    "checkpoint-5/trainer_state",
+    "loss.csv",
+    ".partial/loram.json",
 )
-def test_signals_stop_cleanly_and_the_same_command_goes_on(workshop, kind: int, code: int):
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        pytest.param(
+            kind,
+            place,
+            marks=() if (i + j) % 4 == 1 else pytest.mark.slow,
+            id=f"{kind.name}-{place}",
+        )
+        for i, kind in enumerate(SIGNALS)
+        for j, place in enumerate(PLACES)
+    ],
+)
+def test_signals_stop_cleanly_and_the_same_command_goes_on(workshop, kind: int, place: str):
     workshop.ensure("train")
     workshop.clear("train")
-    middle = {"signal": int(kind), "at_path": "checkpoint-2"}
-    stopped = workshop.stage("train", fault=middle)
-    assert stopped["code"] == code, workshop.log
+    stopped = workshop.stage("train", fault={"signal": int(kind), "at_path": place})
+    assert stopped["code"] == SIGNALS[kind], workshop.log
     assert "Traceback" not in workshop.log
     assert not workshop.out("train").exists()
     assert workshop.stage("train")["code"] == 0, workshop.log
+    done = "3" if place == "checkpoint-2" else "5"
+    assert f"going on from the checkpoint of step {done} of 5" in workshop.log
     workshop.assert_same("train")
     workshop.assert_nothing_beside()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_a_signal_in_the_last_step_of_a_stage_ends_the_whole_recipe(workshop, kind: int):
+    """Of ``run``, no later stage begins; what is done stays done, and the rest follows after."""
+    workshop.ensure("train")
+    for path in workshop.run.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (workshop.folder / "recipe.yaml").write_text(json.dumps(workshop.recipe()))
+    words = ["run", "recipe.yaml", "--run", str(workshop.run)]
+    stopped = workshop.loram(*words, fault={"signal": int(kind), "at_path": "checkpoint-5"})
+    assert stopped["code"] == SIGNALS[kind], workshop.log
+    made = {path.name for path in workshop.run.iterdir() if not path.name.startswith(".")}
+    assert made == {"pruned", "run.json"}
+    assert workshop.loram(*words)["code"] == 0, workshop.log
+    assert {path.name for path in workshop.run.iterdir()} == {
+        "pruned", "adapter", "recovered", "run.json",
+    }  # fmt: skip
 
 
 def test_a_second_command_is_refused_and_names_the_first(workshop):

@@ -1,7 +1,8 @@
 """A process with all libraries imported, that forks a ``loram`` for every request.
 
 One JSON object a line comes in: ``words``, ``cwd``, ``log``, ``watch`` (the directory whose file
-operations are counted), and maybe ``fault``: the signal's number, and ``at_event``,
+operations are counted), and maybe ``fault``: the signal's number, or ``fill`` with the file that
+takes all space that is left, and ``at_event``,
 ``at_path`` (the first operation on such a path) or ``at_seconds``. One goes out: ``code`` (negative for a signal), ``events``, ``seconds``, ``pid``.
 
 An event is a file operation below ``watch``; a fault at an event comes before the operation is
@@ -33,16 +34,22 @@ def child(request: dict, counter: str) -> None:
     count = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     fault = request.get("fault") or {}
     seen = 0
+    filling = False
 
     def hook(event: str, args: tuple) -> None:
-        nonlocal seen
-        if event in COUNTED and request["watch"] in str(args[0]):
+        nonlocal seen, filling
+        if event in COUNTED and request["watch"] in str(args[0]) and not filling:
             seen += 1
             os.pwrite(count, str(seen).encode(), 0)
             here = fault.get("at_path")
             if seen == fault.get("at_event") or (here and here in str(args[0])):
                 fault.pop("at_path", None)
-                os.kill(os.getpid(), fault["signal"])
+                if "fill" in fault:
+                    filling = True
+                    fill(fault["fill"])
+                    filling = False
+                else:
+                    os.kill(os.getpid(), fault["signal"])
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["loram", *request["words"]]
@@ -55,6 +62,15 @@ def child(request: dict, counter: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def fill(file: str) -> None:
+    """Take all space of a disk, as another program would."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(descriptor, bytes(4096))
+    os.close(descriptor)
 
 
 def serve(request: dict) -> dict:

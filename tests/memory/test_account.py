@@ -12,9 +12,10 @@ from loram_cli.memory.account import (
     paper_nf4_params,
     reduction,
     removed_share,
-    training_state,
 )
 from loram_cli.memory.presets import load_preset
+from loram_cli.memory.setup import TrainingSetup
+from loram_cli.memory.training import training_memory
 from loram_cli.units import GIB
 
 TINY = {
@@ -246,10 +247,10 @@ def test_training_state_is_what_peft_and_adamw_hold(llama):
     def num_bytes(tensors):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    state = training_state(count_lora_params(family, config, 4))
+    state = training_memory(family, config, TrainingSetup(rank=4))
     moments = [optimizer.state[w][key] for w in trained for key in ("exp_avg", "exp_avg_sq")]
-    assert state.lora_params == sum(weight.numel() for weight in trained)
-    assert state.adapter_bytes == num_bytes(trained)
-    assert state.gradient_bytes == num_bytes(weight.grad for weight in trained)
-    assert state.optimizer_bytes == num_bytes(moments)
-    assert state.total_bytes == 16 * state.lora_params
+    assert count_lora_params(family, config, 4) == sum(weight.numel() for weight in trained)
+    assert state.adapter == num_bytes(trained)
+    assert state.gradients == num_bytes(weight.grad for weight in trained)
+    assert state.optimizer == num_bytes(moments)
+    assert state.state == 16 * count_lora_params(family, config, 4)

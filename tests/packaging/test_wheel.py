@@ -1,4 +1,8 @@
-"""The wheel, in an environment of its own."""
+"""The wheel, in an environment of its own, and on every Python that is supported.
+
+Interpreters are looked for as ``python3.12`` and so on, among pyenv's, and in
+``LORAM_TEST_PYTHONS``: paths of executables, separated by colons.
+"""
 
 import os
 import shutil
@@ -20,7 +24,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def run(*words: object, **options) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    # Commands read variables with our prefix as settings.
+    environment = {
+        k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("LORAM_")
+    }
     done = subprocess.run(
         [str(word) for word in words], capture_output=True, text=True, env=environment, **options
     )
@@ -90,15 +97,68 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path):
     assert "dependencies are" not in run(python, "-m", "pip", "show", "loram")
 
 
+def python_of(version: str) -> str:
+    """An interpreter of a version that can make an environment, or a skip."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates = [
+        *filter(None, os.environ.get("LORAM_TEST_PYTHONS", "").split(os.pathsep)),
+        shutil.which(f"python{version}"),
+        *sorted(map(str, pyenv.glob(f"{version}.*/bin/python")), reverse=True),
+    ]
+    probe = "import ensurepip, ssl, sys; print('%d.%d' % sys.version_info[:2])"
+    for candidate in filter(None, candidates):
+        # pyenv's own python3.12 is a script that fails unless that version is chosen.
+        try:
+            done = subprocess.run([candidate, "-c", probe], capture_output=True, text=True)
+        except OSError:
+            continue
+        if done.returncode == 0 and done.stdout.strip() == version:
+            return candidate
+    pytest.skip(f"python {version} is not installed here; LORAM_TEST_PYTHONS may name it")
+
+
 @pytest.mark.parametrize("version", PYTHONS)
 def test_every_supported_python_compiles_and_starts_it(wheel: Path, version: str, tmp_path: Path):
     """Syntax of all files, and the import of what needs the standard library alone."""
-    python = shutil.which(f"python{version}")
-    probe = [python or "", "-c", "import sys; print(sys.version_info[:2])"]
-    if python is None or subprocess.run(probe, capture_output=True).returncode:
-        pytest.skip(f"python {version} is not installed here")
+    python = python_of(version)
     zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
     run(python, "-W", "error", "-m", "compileall", "-q", tmp_path / "unpacked")
     light = "loram_cli.errors, loram_cli.specs, loram_cli.units, loram_cli.runs.manifest"
     light += ", loram_cli.runs.staging, loram_cli.arch.registry, loram_cli.pruning.plan"
     run(python, "-W", "error", "-c", f"import {light}", cwd=tmp_path / "unpacked")
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("version", PYTHONS)
+def test_it_installs_from_an_index_and_works_on_every_supported_python(
+    wheel: Path, version: str, tmp_path: Path
+):
+    """With all its libraries, as a user would: minutes, and 2 to 6 GB of disk as torch comes with CUDA or without."""
+    own = ".".join(map(str, sys.version_info[:2]))
+    if version == own:
+        pytest.skip(f"python {own} runs these tests, with the same libraries")
+    run(python_of(version), "-m", "venv", tmp_path / "venv")
+    binaries = tmp_path / "venv" / "bin"
+    pip = [binaries / "python", "-m", "pip", "install", "--quiet"]
+    pip += ["--constraint", ROOT / "constraints.txt"]
+    try:
+        # By itself first: it decides which of the others' builds fit.
+        for what in ("torch", wheel):
+            done = subprocess.run([str(w) for w in (*pip, what)], capture_output=True, text=True)
+            if any(text in done.stderr for text in ("ConnectionError", "Connection refused",
+                                                    "Name or service not known")):  # fmt: skip
+                pytest.skip("no package index can be reached")
+            assert done.returncode == 0, done.stderr
+        loram = binaries / "loram"
+        said = run(loram, "--version", cwd=tmp_path)
+        assert "loram 0." in said and f"python {version}." in said
+        assert "memory-report" in run(loram, "--help", cwd=tmp_path)
+        run(loram, "prune", "--strategy", "rand", "--ratio", "0.85", cwd=tmp_path)
+        few = ["--steps", "2", "--batch", "2", "--micro-batch", "2", "--eval-examples", "4"]
+        run(loram, "train", *few, cwd=tmp_path)
+        run(loram, "recover", "--merge", cwd=tmp_path)
+        for made in ("pruned", "adapter", "recovered", "merged"):
+            run(loram, "verify", f"loram-run/{made}", cwd=tmp_path)
+        assert "made by 'recover'" in run(loram, "inspect", "loram-run/recovered", cwd=tmp_path)
+    finally:
+        shutil.rmtree(tmp_path / "venv")

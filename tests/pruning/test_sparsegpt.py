@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loram_cli.errors import LoramError
-from loram_cli.pruning.sparsegpt import Hessian, inverse_factor, sparsegpt
+from loram_cli.pruning.sparsegpt import Hessian, inverse_factor, sparsegpt, working_bytes
 from loram_cli.pruning.sparsity import (
     lowest,
     lowest_of_four,
@@ -123,3 +123,15 @@ def test_magnitude_zeroes_the_smallest(dtype):
     assert weight[mask].abs().max() <= weight[~mask].abs().min()
     four = magnitude_mask(weight, 0.5, semi=True)
     assert (four.reshape(-1, 4).sum(dim=1) == 2).all()
+
+
+def test_working_memory_is_all_hessians_and_the_factoring_of_one():
+    # Llama-2-7B: q, k and v share their input; o; gate and up share theirs; down.
+    hidden, intermediate = 4096, 11008
+    layer = [(hidden, hidden), (hidden, hidden), (hidden, intermediate), (intermediate, hidden)]
+    first = 3 * hidden**2 + intermediate**2 + 3 * hidden**2
+    assert working_bytes(layer) == 4 * max(first, 4 * intermediate**2) == 4 * 4 * intermediate**2
+    # Where no input is much wider, the first is the peak: the others' sums are waiting.
+    assert working_bytes([(10, 10)] * 3) == 4 * (2 * 100 + 4 * 100)
+    # And a module of very many rows is held once more in fp32.
+    assert working_bytes([(10, 500)]) == 4 * (2 * 100 + 5000)

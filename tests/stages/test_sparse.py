@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_base
+from variants import VARIANTS
 
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import read_config
@@ -19,6 +20,8 @@ from loram_cli.stages import align, pipeline, prune, recover, report, resolve, t
 from loram_cli.stages.recipe import Recipe
 
 SILENT = NullReporter()
+# The first of each type: its modules, fused or not, are the family's.
+ONE_OF_EACH = list({v.model_type: v for v in reversed(VARIANTS)}.values())
 
 
 def prune_spec(base: Path, out: Path, text: Path | None = None, **changes: object):
@@ -176,6 +179,38 @@ def test_activations_on_disk_change_no_byte(base: Path, text_file: Path, tmp_pat
     prune.run(prune_spec(base, tmp_path / "b", text_file, calibration_memory_bytes=0), SILENT)
     a, b = ((tmp_path / n / "model.safetensors").read_bytes() for n in "ab")
     assert a == b
+
+
+@pytest.mark.parametrize("variant", ONE_OF_EACH, ids=lambda v: v.name)
+def test_the_plan_tells_the_memory_of_the_hessians_that_are_summed(
+    variant, text_file, tmp_path, monkeypatch
+):
+    """Which modules share an input is told from the family file, and seen in the running model."""
+    from loram_cli.modeling import reconstruction
+    from loram_cli.pruning.sparsegpt import Hessian, working_bytes
+
+    summed = []
+
+    class Counted(Hessian):
+        def __init__(self, columns, device):
+            super().__init__(columns, device)
+            summed.append(columns)
+
+    told = []
+    monkeypatch.setattr(reconstruction, "Hessian", Counted)
+    monkeypatch.setattr(
+        "loram_cli.pruning.sparsegpt.working_bytes",
+        lambda inputs: told.append([columns for columns, _ in inputs]) or working_bytes(inputs),
+    )
+    base = variant.save(tmp_path / "base")
+    spec = prune_spec(base, tmp_path / "pruned", text_file)
+    needs = prune.plan(spec).calibration
+    (columns,) = told
+    assert needs.hessian_bytes >= 4 * sum(c * c for c in columns) > 0
+    assert needs.to_mapping()["hessian_memory_bytes"] == needs.hessian_bytes
+    prune.run(spec, SILENT)
+    layers = read_config(base)["num_hidden_layers"]
+    assert summed == columns * layers
 
 
 def test_sparsegpt_keeps_the_function_closer_than_magnitude(base, text_file, tmp_path):

@@ -99,9 +99,26 @@ def test_same_seed_same_weights_and_another_seed_others(with_lora, rows, tmp_pat
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("stop_at", [3, 4])
+@pytest.fixture
+def terminated():
+    """SIGTERM as the command line has it."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends_with", "stop_at"),
+    [
+        (signal.SIGINT, KeyboardInterrupt, 3),
+        (signal.SIGTERM, SystemExit, 4),
+        # The last of six: nothing is left to train, and still it was asked to stop.
+        (signal.SIGINT, KeyboardInterrupt, 6),
+        (signal.SIGTERM, SystemExit, 6),
+    ],
+)
 def test_interrupt_leaves_a_checkpoint_and_resume_equals_an_undisturbed_run(
-    with_lora, rows, reporter, tmp_path, stop_at
+    with_lora, rows, reporter, tmp_path, terminated, kind, ends_with, stop_at
 ):
     whole = with_lora()
     options = replace(OPTIONS, eval_steps=3)
@@ -109,12 +126,14 @@ def test_interrupt_leaves_a_checkpoint_and_resume_equals_an_undisturbed_run(
 
     def interrupt(done):
         if done == stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), kind)
 
     reporter.on_advance = interrupt
-    with pytest.raises(KeyboardInterrupt):
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ends_with):
         fit_lora(with_lora(), rows, rows[:4], options, tmp_path / "cut", reporter)
-    assert f"stopped at step {stop_at}" in reporter.notes[-1]
+    assert f"stopped at step {stop_at} of 6" in reporter.notes[-1]
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     reporter.on_advance = lambda done: None
     reporter.advanced = 0
     model = with_lora()

@@ -1,4 +1,8 @@
+import csv
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -80,3 +84,61 @@ def test_losses_reach_the_tracker(
     assert run_command([str(word) for word in words]) == 0
     assert {step for name, _, step in logged if name == "train/loss"} == {1, 2}
     assert (tmp_path / "out" / "tensorboard" / "events").is_file()
+
+
+@pytest.mark.slow
+def test_the_real_packages_write_the_losses_of_the_curve(
+    finished_run: Path, instructions: Path, tmp_path: Path
+):
+    """With tensorboard's and wandb's own files, offline; where both are installed."""
+    for name in ("tensorboard", "wandb"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install 'loram[tensorboard,wandb]'")
+    words = ["train", "--in", finished_run / "pruned", "--out", "out", "--data", instructions]
+    words += ["--eval-data", instructions, "--report-to", "tensorboard,wandb", "--steps", "2"]
+    words += ["--batch", "2", "--micro-batch", "2", "--max-length", "64"]
+    environment = {**os.environ, "WANDB_MODE": "offline", "LORAM_RUN": str(finished_run)}
+    done = subprocess.run(
+        [sys.executable, "-m", "loram_cli", *map(str, words)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out" / "loss.csv").open() as file:
+        curve = [
+            (row["split"], int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)
+        ]
+    assert len(curve) == 4
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    for split in ("train", "eval"):
+        logged = [(split, event.step, event.value) for event in events.Scalars(f"{split}/loss")]
+        wanted = [row for row in curve if row[0] == split]
+        assert [row[:2] for row in logged] == [row[:2] for row in wanted]
+        assert [row[2] for row in logged] == pytest.approx([row[2] for row in wanted], abs=2e-6)
+    # wandb has no reader of its own file; the values stand in it as text.
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    text = file.read_bytes().decode("latin-1")
+    for split, _, loss in curve:
+        values = re.findall(rf"{split}/loss[^\d-]{{1,6}}(\d+\.\d+)", text)
+        # The length before a value may itself be a digit.
+        assert any(str(loss)[:6] in value for value in values), (split, loss, values)
+
+
+def test_what_wandb_refuses_is_one_line(monkeypatch):
+    """Such as an absent login; with a stand-in for its package."""
+    from transformers.integrations import integration_utils
+
+    fake = types.ModuleType("wandb")
+    fake.Error = type("Error", (Exception,), {})
+
+    def refuse(*args, **kwargs):
+        raise fake.Error("No API key configured.\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
+    monkeypatch.setattr(integration_utils.WandbCallback, "setup", refuse)
+    (callback,) = tracking.tracking_callbacks(("wandb",), Path("nowhere"))
+    with pytest.raises(LoramError, match=r"wandb: No API key configured\.\nrun 'wandb login'"):
+        callback.setup(None, None, None)
