@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread of torch for each worker: more would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: help demo test test-slow lint bench bench-huge bench-quality bench-objectives clean
 
@@ -25,10 +27,10 @@ demo: $(VENV)/installed
 	$(BIN)/loram run recipes/demo.yaml
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

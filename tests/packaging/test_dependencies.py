@@ -36,7 +36,8 @@ def imported_packages() -> dict[str, str]:
 
 
 def test_every_import_is_declared():
-    declared = {name_of(line) for line in PROJECT["dependencies"]}
+    extras = [e for name, e in PROJECT["optional-dependencies"].items() if name != "dev"]
+    declared = {name_of(line) for line in (*PROJECT["dependencies"], *sum(extras, []))}
     owners = metadata.packages_distributions()
     for module, file in imported_packages().items():
         names = {name.lower().replace("-", "_") for name in owners.get(module, [module])}
