@@ -4,6 +4,7 @@ import ast
 import sys
 import tomllib
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import loram_cli
@@ -36,8 +37,8 @@ def imported_packages() -> dict[str, str]:
 
 
 def test_every_import_is_declared():
-    extras = [e for name, e in PROJECT["optional-dependencies"].items() if name != "dev"]
-    declared = {name_of(line) for line in (*PROJECT["dependencies"], *sum(extras, []))}
+    extras = (e for name, e in PROJECT["optional-dependencies"].items() if name != "dev")
+    declared = {name_of(line) for line in chain(PROJECT["dependencies"], *extras)}
     owners = metadata.packages_distributions()
     for module, file in imported_packages().items():
         names = {name.lower().replace("-", "_") for name in owners.get(module, [module])}
