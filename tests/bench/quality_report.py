@@ -6,7 +6,9 @@ from statistics import mean, stdev
 from typing import Any
 
 Row = dict[str, Any]
-_COLOURS = ["#333333", "#c8553d", "#4878a8", "#5b8c5a", "#8a6bb1", "#c9963b", "#4aa3a2", "#a05a78"]
+_FULL, _SMALL = "#2f5d8a", "#c8553d"
+# The paper's Table 7; below the lowest share a mark points to the left.
+_GOAL, _LOWEST = 0.93, -0.5
 
 
 def write_report(rows: list[Row], out: Path) -> str:
@@ -86,46 +88,60 @@ def _plain(value: float | None) -> str:
 
 
 def _draw(groups: dict[str, Row], file: Path) -> None:
-    """Retention against parameters trained on; a line for each way to align."""
+    """Retention of every way, on the full model and on the small one that was trained.
+
+    Ways are sorted by the weights that training holds, each at its own height.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figures = ["loss_retention", "exact_retention"]
     figures = [f for f in figures if any(row[f] is not None for row in groups.values())]
-    if not figures:
+    rows = [row for row in groups.values() if row["row"] not in ("base", "full")]
+    if not figures or not rows:
         return
-    figure = Figure(figsize=(6.4 * len(figures), 5.4), dpi=150, layout="constrained")
+    ways = sorted({_way(row) for row in rows}, reverse=True)
+    figure = Figure((4 + 4 * len(figures), 1.4 + 0.32 * len(ways)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    for i, kind in enumerate(figures):
-        axes = figure.add_subplot(1, len(figures), i + 1)
-        lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for row in groups.values():
-            if row["row"] in ("base", "full") or row[kind] is None:
+    every = figure.subplots(1, len(figures), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(every, figures, strict=True):
+        for share, style in ((1.0, "-"), (_GOAL, ":"), (0.0, "-")):
+            axes.axvline(share, color="#bbbbbb", linewidth=0.8, linestyle=style, zorder=0)
+        for row in rows:
+            if row[kind] is None:
                 continue
-            aligned = "+".join(row["method"]) or "not aligned"
-            label = f"{row['strategy']}, {aligned}"
-            if row["row"] == "small":
-                label = f"{row['strategy']}, not recovered (best)"
-            label = f"{label}, NF4" if row["quantize"] else label
-            lines[label].append((row["weight_bytes"] / 2**20, row[kind]))
-        for number, (label, points) in enumerate(sorted(lines.items())):
-            if "(best)" in label:
-                best: dict[float, float] = {}
-                for x, y in points:
-                    best[x] = max(y, best.get(x, y))
-                points = list(best.items())
+            small = row["row"] == "small"
+            height, value = ways.index(_way(row)), max(row[kind], _LOWEST)
             axes.plot(
-                *zip(*sorted(points), strict=True), label=label, marker="o",
-                color=_COLOURS[number % len(_COLOURS)],
-                linestyle=":" if "(best)" in label else "-" if "stru" in label else "--",
+                value, height, color=_SMALL if small else _FULL,
+                marker="<" if value > row[kind] else "o", linestyle="none",
+                markerfacecolor="white" if small else _FULL,
             )  # fmt: skip
-        axes.axhline(1, color="#999999", linewidth=0.8)
-        axes.axhline(0.93, color="#999999", linewidth=0.8, linestyle=":")
-        axes.set_ylim(bottom=max(-0.5, min(y for p in lines.values() for _, y in p) - 0.05))
-        axes.set_xlabel("weights while training (MiB; bf16, or NF4)")
-        axes.set_ylabel("share of full LoRA's gain")
+            spread = row[f"{kind}_spread"]
+            if spread is not None and not small:
+                axes.hlines(height, value - spread, value + spread, color=_FULL, linewidth=1.2)
+        axes.set_xlim(_LOWEST - 0.05, 1.08)
         axes.set_title("held-out loss" if kind.startswith("loss") else "exact match", loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        if i == 0:
-            axes.legend(fontsize=7, frameon=False)
+        axes.set_xlabel("share of full LoRA's gain")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    every[0].set_yticks(range(len(ways)), [_label(way) for way in ways], fontsize=8)
+    handles = [
+        every[0].plot([], [], "o", color=_FULL, label="recovered, on the full model")[0],
+        every[0].plot(
+            [], [], "o", color=_SMALL, markerfacecolor="white", label="not recovered, small model"
+        )[0],
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(file)
+
+
+def _way(row: Row) -> tuple[int, str, float, str, str]:
+    aligned = "+".join(row["method"]) or "not aligned"
+    quantized = ", NF4" if row["quantize"] else ""
+    return row["weight_bytes"], row["strategy"], row["ratio"], aligned, quantized
+
+
+def _label(way: tuple[int, str, float, str, str]) -> str:
+    weight_bytes, strategy, ratio, aligned, quantized = way
+    return f"{strategy} {ratio:g}, {aligned}{quantized}   {weight_bytes / 2**20:.2f} MiB"
