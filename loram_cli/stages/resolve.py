@@ -22,8 +22,8 @@ from loram_cli.stages.widths import AMOUNTS
 Values = Mapping[str, Any]
 FULL_LORA = "full-lora"
 SPARSE = ("semi", "unst")
-# What the demo base's recipe would say of the objectives that it does not use; measured, see the
-# page on objectives.
+# What the demo base's recipe would say of the objectives that it does not use: rates at which a few
+# minutes on two cores change something.
 _DEMO_OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {
         "data": "demo:preferences",
