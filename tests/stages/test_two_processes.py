@@ -166,7 +166,7 @@ def test_ctrl_c_stops_every_process_at_the_same_step(launch, tmp_path, kind):
     assert err.count("stopped at step") == 1
     assert len(errors(err)) == 1
     assert "interrupted" in errors(err)[0]
-    step = int(err.partition("stopped at step ")[2].partition(";")[0])
+    step = int(err.partition("stopped at step ")[2].partition(" of ")[0])
     assert (tmp_path / ".out.partial" / "checkpoints" / f"checkpoint-{step}" / "whole").is_file()
 
 
