@@ -1,7 +1,8 @@
 """How a LoRA training is set up, as far as its memory depends on it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Attention = Literal["eager", "sdpa", "flash"]
 CrossEntropy = Literal["full", "chunked"]
@@ -63,6 +64,15 @@ class TrainingSetup:
         if self.cross_entropy == "full":
             return self.tokens
         return min(self.tokens, chunk_tokens(vocab_size))
+
+
+def usual_attention(config: Mapping[str, Any]) -> Attention:
+    """The kernel that a model trains with unless told; capped weights are in ``eager`` alone.
+
+    Args:
+        config: Its ``config.json``.
+    """
+    return "eager" if config.get("attn_logit_softcapping") else "sdpa"
 
 
 def chunk_tokens(vocab_size: int) -> int:

@@ -46,7 +46,7 @@ def budget_excess(
 
 def _training_setup(spec: "PruneSpec", config: dict[str, Any]) -> "TrainingSetup":
     """The training that the pruned model is meant for, on a GPU."""
-    from loram_cli.memory.setup import TrainingSetup
+    from loram_cli.memory.setup import TrainingSetup, usual_attention
 
     return TrainingSetup(
         rank=spec.rank,
@@ -54,8 +54,7 @@ def _training_setup(spec: "PruneSpec", config: dict[str, Any]) -> "TrainingSetup
         micro_batch=spec.micro_batch,
         length=spec.max_length,
         gradient_checkpointing=spec.gradient_checkpointing,
-        # Capped attention weights exist in the eager kernel alone.
-        attention="eager" if config.get("attn_logit_softcapping") else "sdpa",
+        attention=usual_attention(config),
     )
 
 

@@ -148,10 +148,7 @@ def training_setup(
     precision: Literal["fp32", "bf16"],
 ) -> "TrainingSetup":
     """What the memory account has to know of a spec."""
-    from loram_cli.memory.setup import TrainingSetup
-
-    # Capped attention weights exist in the eager kernel alone.
-    best = "eager" if config.get("attn_logit_softcapping") else "sdpa"
+    from loram_cli.memory.setup import TrainingSetup, usual_attention
 
     return TrainingSetup(
         rank=spec.rank,
@@ -162,7 +159,7 @@ def training_setup(
         micro_batch=spec.micro_batch * (2 if spec.objective == "dpo" else 1),
         length=spec.max_length,
         gradient_checkpointing=spec.gradient_checkpointing,
-        attention=best if spec.attention == "auto" else spec.attention,
+        attention=usual_attention(config) if spec.attention == "auto" else spec.attention,
         cross_entropy=spec.cross_entropy,
         optimizer=spec.optimizer,
         precision=precision,

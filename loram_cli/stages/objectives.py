@@ -24,6 +24,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "dpo": {"dropout": 0.0, "beta": 0.1},
     "grpo": {"dropout": 0.0, "beta": 0.0, "generations": 8, "temperature": 1.0},
 }
+# Those that go on from supervised tuning, in the order in which a run would have them.
+BEYOND_SFT = tuple(name for name in _OWN if name != "sft")
 _SPECIAL = ("beta", "generations", "temperature", "max_completion_length")
 _LONGEST_COMPLETION = 256
 

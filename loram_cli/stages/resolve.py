@@ -12,6 +12,7 @@ from loram_cli.specs import spec_from_mapping, unknown_name
 from loram_cli.stages.align import AlignSpec
 from loram_cli.stages.evaluate import EvalSpec
 from loram_cli.stages.merge import MergeSpec
+from loram_cli.stages.objectives import BEYOND_SFT
 from loram_cli.stages.prune import PruneSpec
 from loram_cli.stages.recipe import demo_recipe
 from loram_cli.stages.recover import RecoverSpec
@@ -219,7 +220,7 @@ def trained(run: RunDirectory) -> Path:
         UsageError: Several were, and none of them goes on from the others.
     """
     first = run.output("train")
-    found = [first, *(run.path / f"{first.name}-{name}" for name in _DEMO_OBJECTIVES)]
+    found = [first, *(run.path / f"{first.name}-{name}" for name in BEYOND_SFT)]
     found = [path for path in found if (path / MANIFEST_NAME).is_file()]
     if not found:
         return run.require("train")

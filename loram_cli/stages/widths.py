@@ -1,7 +1,7 @@
 """How wide each layer becomes: a ratio, a plan file, or the smallest ratio that meets a budget."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from loram_cli.stages.prune_plan import PrunePlan
 
 AMOUNTS = ("ratio", "plan", "target_params", "fit_memory")
-# What a budget of memory depends on, with the defaults of 'loram train'.
-_TRAINING_DEFAULTS = {
-    "quantize": None, "rank": 8, "micro_batch": 4, "max_length": 512,
-    "gradient_checkpointing": False,
-}  # fmt: skip
+# What a budget of memory depends on.
+_TRAINING = ("quantize", "rank", "micro_batch", "max_length", "gradient_checkpointing")
 FLAGS = ("--plan", "--target-params", "--fit-memory")
 DEFAULT_RATIO = 0.65
 
@@ -42,9 +39,10 @@ def check_amount(spec: "PruneSpec") -> None:
         value = getattr(spec, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0")
-    for name, plain in _TRAINING_DEFAULTS.items():
+    defaults = {field.name: field.default for field in fields(spec)}
+    for name in _TRAINING:
         value = getattr(spec, name)
-        if spec.fit_memory is None and value != plain:
+        if spec.fit_memory is None and value != defaults[name]:
             raise UsageError(
                 f"--{name.replace('_', '-')} tells --fit-memory how training will go; pruning "
                 "itself does not depend on it",

@@ -94,10 +94,7 @@ def load_instructions(
                 empty += 1
     if empty:
         reporter.warn(f"{source}: {empty} examples with an empty answer left out")
-    if chat.used_fallback:
-        reporter.warn(
-            "the tokenizer has no chat template: messages are rendered as 'User: .. Assistant: ..'"
-        )
+    chat.warn_of_fallback(reporter)
     if not examples:
         raise LoramError(f"{source}: no examples in it", f"layouts: {LAYOUTS}")
     return examples

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loram_cli.errors import LoramError
+from loram_cli.reporting import Reporter
 from loram_cli.training.records import Record
 
 # The template of Stanford Alpaca, with and without an input, to the letter.
@@ -112,15 +113,23 @@ class Chat:
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
         self._has_template = getattr(tokenizer, "chat_template", None) is not None
-        self.used_fallback = False
+        self._used_fallback = False
 
     def render(self, messages: list[dict[str, str]], where: str) -> list[Example]:
         """One example for each turn of the assistant."""
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self._has_template:
             return [self._by_template(messages[: i + 1], where) for i in turns]
-        self.used_fallback = True
+        self._used_fallback = True
         return [_plain_turn(messages[: i + 1]) for i in turns]
+
+    def warn_of_fallback(self, reporter: Reporter) -> None:
+        """Tell of conversations that were rendered without a template."""
+        if self._used_fallback:
+            reporter.warn(
+                "the tokenizer has no chat template: "
+                "messages are rendered as 'User: .. Assistant: ..'"
+            )
 
     def _by_template(self, messages: list[dict[str, str]], where: str) -> Example:
         import jinja2

@@ -80,10 +80,7 @@ def load_preferences(
             f"{source}: {len(equal)} pairs left out, chosen and rejected are the same "
             f"(the first: {equal[0]})"
         )
-    if chat.used_fallback:
-        reporter.warn(
-            "the tokenizer has no chat template: messages are rendered as 'User: .. Assistant: ..'"
-        )
+    chat.warn_of_fallback(reporter)
     if not pairs:
         raise LoramError(f"{source}: no preferences in it", f"layout: {_LAYOUTS}")
     return pairs

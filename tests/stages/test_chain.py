@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopping import Stop, Stopping
 from tiny import make_base
 
 from loram_cli.errors import LoramError, UsageError
@@ -191,28 +192,8 @@ def test_a_killed_training_goes_on_to_the_same_adapter(
     train.run(whole, SILENT)
     cut = train_spec(chain / "pruned", tmp_path / "cut", instructions, **changes)
 
-    class Stop(Exception):
-        pass
-
-    class Stopping(NullReporter):
-        class _Bar:
-            def advance(self, steps: float = 1) -> None:
-                Stopping.seen += steps
-                if Stopping.seen >= 5:
-                    raise Stop
-
-            def detail(self, text: str) -> None:
-                pass
-
-        seen = 0
-
-        def progress(self, label, total, unit="it"):
-            from contextlib import nullcontext
-
-            return nullcontext(self._Bar())
-
     with pytest.raises(Stop):
-        train.run(cut, Stopping())
+        train.run(cut, Stopping(5))
     assert not (tmp_path / "cut").exists()
     train.run(cut, SILENT)
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopping import Stop, Stopping
 
 from loram_cli.cli.app import run_command
 from loram_cli.errors import LoramError, UsageError
@@ -103,29 +104,9 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
     more = {} if objective == "dpo" else {**DRAWN, "beta": 0.05}
     changes = {"objective": objective, "from_adapter": run_copy / "adapter", **more}
 
-    class Stop(Exception):
-        pass
-
-    class Stopping(NullReporter):
-        class _Bar:
-            def advance(self, steps: float = 1) -> None:
-                Stopping.seen += steps
-                if Stopping.seen >= 3:
-                    raise Stop
-
-            def detail(self, text: str) -> None:
-                pass
-
-        seen = 0
-
-        def progress(self, label, total, unit="it"):
-            from contextlib import nullcontext
-
-            return nullcontext(self._Bar())
-
     cut = spec_of(run_copy, data, "cut", **changes)
     with pytest.raises(Stop):
-        train.run(cut, Stopping())
+        train.run(cut, Stopping(3))
     assert not (run_copy / "cut").exists()
     train.run(cut, SILENT)
     train.run(spec_of(run_copy, data, "whole", **changes), SILENT)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from factors import assert_same, trained
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter
@@ -18,16 +19,6 @@ from loram_cli.training.tokens import TokenRow, pack_tokens
 OPTIONS = FitOptions(
     learning_rate=5e-3, steps=6, batch=8, micro_batch=4, warmup_steps=1, checkpoint_steps=2, seed=7
 )
-
-
-def trained(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 def test_lora_training_lowers_both_losses_and_leaves_the_base(with_lora, rows, reporter, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from factors import assert_same, trained
 
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import attach_lora, continue_lora, lora_config, save_adapter
@@ -51,16 +52,6 @@ def warm_adapter(with_lora, tmp_path):
                 parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(5))
     save_adapter(model, tmp_path / "warm")
     return tmp_path / "warm"
-
-
-def trained(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 def evens(completion, answer):
