@@ -175,17 +175,26 @@ def problems(split: str, count: int) -> list[dict[str, str]]:
     Returns:
         Records with ``question`` and ``answer``, no question twice.
     """
-    rng = random.Random(f"problems-{split}")
-    records: dict[str, str] = {}
-    while len(records) < count:
-        problem = make_problem(rng, events=rng.choice((1, 2, 2, 3)))
-        if problem.split == split:
-            records[problem.question] = problem.gsm8k_answer
-    return [{"question": q, "answer": a} for q, a in records.items()]
+    return [{"question": p.question, "answer": p.gsm8k_answer} for p in _drawn(split, count)]
 
 
 def preferences(split: str, count: int) -> list[dict[str, str]]:
-    """Problems with their solution, and with one that a slip in one sum has spoilt.
+    """Problems solved the GSM8K way, rather than in the prose that the base would write.
+
+    Both answers are right: what is preferred is a way of writing.
+
+    Args:
+        split: As in :func:`problems`, whose questions these are.
+        count: How many.
+
+    Returns:
+        Records with ``prompt``, ``chosen`` and ``rejected``.
+    """
+    return [_pair(p.question, p.gsm8k_answer, p.prose_answer) for p in _drawn(split, count)]
+
+
+def slips(split: str, count: int) -> list[dict[str, str]]:
+    """Problems with their solution, rather than one that a slip in one sum has spoilt.
 
     The slip is carried on: the steps behind it are right sums of wrong numbers, and the final
     number is wrong. Format and length tell nothing.
@@ -198,13 +207,8 @@ def preferences(split: str, count: int) -> list[dict[str, str]]:
         Records with ``prompt``, ``chosen`` and ``rejected``.
     """
     rng = random.Random(f"preferences-{split}")
-    records = []
-    for record in problems(split, count):
-        chosen = record["answer"]
-        rejected = _with_slip(chosen, rng)
-        prompt = f"Question: {record['question']}\nAnswer:"
-        records.append({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"})
-    return records
+    solved = [(p.question, p.gsm8k_answer) for p in _drawn(split, count)]
+    return [_pair(question, answer, _with_slip(answer, rng)) for question, answer in solved]
 
 
 _DEMO_DATA: dict[str, Callable[[], list[dict[str, str]]]] = {
@@ -216,6 +220,9 @@ _DEMO_DATA: dict[str, Callable[[], list[dict[str, str]]]] = {
     "preferences": lambda: preferences("train", 4000),
     "preferences-validation": lambda: preferences("validation", 200),
     "preferences-test": lambda: preferences("test", 200),
+    "slips": lambda: slips("train", 4000),
+    "slips-validation": lambda: slips("validation", 200),
+    "slips-test": lambda: slips("test", 200),
 }
 
 
@@ -228,6 +235,21 @@ def load_demo(name: str) -> list[dict[str, str]]:
     if name not in _DEMO_DATA:
         raise ValueError(f"demo:{name} does not exist (known: {', '.join(_DEMO_DATA)})")
     return _DEMO_DATA[name]()
+
+
+def _drawn(split: str, count: int) -> list[Problem]:
+    rng = random.Random(f"problems-{split}")
+    drawn: dict[str, Problem] = {}
+    while len(drawn) < count:
+        problem = make_problem(rng, events=rng.choice((1, 2, 2, 3)))
+        if problem.split == split:
+            drawn[problem.question] = problem
+    return list(drawn.values())
+
+
+def _pair(question: str, chosen: str, rejected: str) -> dict[str, str]:
+    prompt = f"Question: {question}\nAnswer:"
+    return {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
 
 
 def _with_slip(answer: str, rng: random.Random) -> str:

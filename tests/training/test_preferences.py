@@ -133,11 +133,23 @@ def test_long_pairs_are_cut_and_those_without_a_difference_dropped(tokenizer, re
             raise LoramError(error.hint) from error
 
 
-def test_the_demo_pairs_differ_in_the_sums_alone():
+def test_the_demo_pairs_are_two_ways_to_write_the_same_solution():
+    right = load_demo("train")[:300]
+    for record, solved in zip(load_demo("preferences")[:300], right, strict=True):
+        assert record["prompt"] == f"Question: {solved['question']}\nAnswer:"
+        assert record["chosen"] == f" {solved['answer']}"
+        number = solved["answer"].rpartition("#### ")[2]
+        assert record["rejected"].endswith(f" The answer is {number}.")
+        assert "<<" not in record["rejected"]
+    questions = {r["prompt"] for r in load_demo("preferences")}
+    assert not questions & {r["prompt"] for r in load_demo("preferences-test")}
+
+
+def test_the_demo_slips_differ_in_the_sums_alone():
     import re
 
     chosen = load_demo("train")[:300]
-    for record, right in zip(load_demo("preferences")[:300], chosen, strict=True):
+    for record, right in zip(load_demo("slips")[:300], chosen, strict=True):
         assert record["prompt"] == f"Question: {right['question']}\nAnswer:"
         assert record["chosen"] == f" {right['answer']}"
         words = [re.sub(r"\d+", "N", record[side]) for side in ("chosen", "rejected")]
@@ -145,8 +157,6 @@ def test_the_demo_pairs_differ_in_the_sums_alone():
         numbers = [record[side].rpartition("#### ")[2] for side in ("chosen", "rejected")]
         assert numbers[0] != numbers[1]
         assert int(numbers[1]) > 0
-    questions = {r["prompt"] for r in load_demo("preferences")}
-    assert not questions & {r["prompt"] for r in load_demo("preferences-test")}
 
 
 def test_questions_are_rendered_as_in_supervised_tuning(write):
