@@ -29,7 +29,7 @@ from loram_cli.training.jobs import pad_token_id
 from loram_cli.training.preferences import PairRow, load_preferences, tokenize_pairs
 
 BETA = 0.1
-FAST = "--warmup-steps 2 --learning-rate 1e-3 --eval-steps 20"
+SHORT = "--steps 20 --warmup-steps 2 --eval-steps 20"
 # What is trained on top of SFT: the objective, its data, and held-out pairs like it.
 STYLE, SLIPS = "demo:preferences-test", "demo:slips-test"
 SLIP_DATA = ("--data", "demo:slips", "--eval-data", "demo:slips-validation")
@@ -147,8 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--sft", default="--steps 5 --warmup-steps 2 --eval-steps 5")
-    parser.add_argument("--dpo", default=f"--steps 20 {FAST}")
-    parser.add_argument("--grpo", default=f"--steps 20 {FAST}")
+    parser.add_argument("--dpo", default=f"{SHORT} --learning-rate 1e-3")
+    parser.add_argument("--grpo", default=f"{SHORT} --learning-rate 2e-3")
     parser.add_argument("--limit", default=200, help="Word problems to evaluate on.")
     asked = parser.parse_args()
     begun = time.monotonic()
