@@ -14,7 +14,7 @@ help:
 	@echo "make docs       the pages of the commands, from their help"
 	@echo "make bench      streaming against cp, Taylor, SparseGPT: memory and time (9 GB of disk)"
 	@echo "make bench-huge the same on a checkpoint larger than its memory limit (23 GB of disk)"
-	@echo "make bench-objectives  DPO and GRPO after SFT on the demo base, recovered (15 minutes)"
+	@echo "make bench-objectives  DPO and GRPO after SFT on the demo base, beside full LoRA"
 	@echo "make bench-quality  how much of full LoRA's gain is kept (hours; ARGS=--quick: minutes)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
