@@ -11,6 +11,9 @@ class Progress(Protocol):
     def advance(self, steps: float = 1) -> None:
         """Count ``steps`` more units as done."""
 
+    def skip(self, steps: float) -> None:
+        """Count units that an earlier run has done: they say nothing of the rate."""
+
     def detail(self, text: str) -> None:
         """Replace the short text shown beside the bar, such as ``loss 2.31``."""
 
@@ -32,6 +35,9 @@ class Reporter(Protocol):
 
 class _NullProgress:
     def advance(self, steps: float = 1) -> None:
+        """Nothing to draw."""
+
+    def skip(self, steps: float) -> None:
         """Nothing to draw."""
 
     def detail(self, text: str) -> None:

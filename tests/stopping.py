@@ -23,5 +23,8 @@ class Stopping(NullReporter):
         if self._left <= 0:
             raise Stop
 
+    def skip(self, steps: float) -> None:
+        pass
+
     def detail(self, text: str) -> None:
         pass

@@ -71,21 +71,35 @@ class _BarProgress:
         self._bars, self._task, self._unit = bars, task, unit
         self._started, self._done = time.monotonic(), 0.0
 
+    def skip(self, steps: float) -> None:
+        self._bars.update(self._task, advance=steps)
+
     def advance(self, steps: float = 1) -> None:
         self._done += steps
-        rate = self._done / max(1e-6, time.monotonic() - self._started)
-        self._bars.update(self._task, advance=steps, rate=f"{rate:.1f} {self._unit}/s")
+        rate = format_rate(self._done, time.monotonic() - self._started, self._unit)
+        self._bars.update(self._task, advance=steps, rate=rate)
 
     def detail(self, text: str) -> None:
         self._bars.update(self._task, detail=text)
+
+
+def format_rate(done: float, seconds: float, unit: str) -> str:
+    """Such as ``3.2 step/s``, or ``4.5 s/step`` for slow steps; empty before the first one."""
+    if not done or seconds <= 0:
+        return ""
+    rate = done / seconds
+    return f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s/{unit}"
 
 
 class _PlainProgress:
     def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
         self._console, self._label, self._total, self._unit = console, label, total, unit
         self._started = self._told = time.monotonic()
-        self._done = self._told_done = 0.0
+        self._done = self._told_done = self._skipped = 0.0
         self._detail = ""
+
+    def skip(self, steps: float) -> None:
+        self._skipped += steps
 
     def advance(self, steps: float = 1) -> None:
         self._done += steps
@@ -103,15 +117,15 @@ class _PlainProgress:
 
     def _line(self, now: float) -> None:
         self._told_done = self._done
-        rate = self._done / max(1e-6, now - self._started)
-        parts = [f"{self._label}: {self._done:.0f}"]
-        if self._total:
-            parts[0] += f"/{self._total:.0f}"
-            left = max(0.0, self._total - self._done) / max(rate, 1e-6)
+        seconds = now - self._started
+        of_total = f"/{self._total:.0f}" if self._total else ""
+        done = self._skipped + self._done
+        parts = [f"{self._label}: {done:.0f}{of_total} {self._unit}"]
+        parts.append(format_rate(self._done, seconds, self._unit))
+        if self._total and self._done and done < self._total:
+            left = (self._total - done) * seconds / self._done
             parts.append(f"{format_seconds(left)} left")
-        parts[0] += f" {self._unit}"
-        parts.insert(1, f"{rate:.1f} {self._unit}/s")
-        self._console.print(escape(", ".join([*parts, *filter(None, [self._detail])])))
+        self._console.print(escape(", ".join(filter(None, [*parts, self._detail]))))
 
 
 def show_result(

@@ -132,7 +132,7 @@ class Engine(LM):
                 places.setdefault(key, place)
         missing = list(places.items())
         with self._reporter.progress(self._label, len(keys), unit) as progress:
-            progress.advance(len(keys) - len(missing))
+            progress.skip(len(keys) - len(missing))
             if missing:
                 if self._backend is None:
                     self._backend = self._open_backend()

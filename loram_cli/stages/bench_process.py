@@ -168,8 +168,10 @@ class _StepClock:
 
     def advance(self, steps: float = 1) -> None:
         """One more step is done."""
-        if steps:
-            self._times.append(time.monotonic())
+        self._times.append(time.monotonic())
+
+    def skip(self, steps: float) -> None:
+        """No step here."""
 
     def detail(self, text: str) -> None:
         """Nothing to draw."""

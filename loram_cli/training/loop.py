@@ -207,7 +207,7 @@ def fit_job(
                 if found is not None and found[1] >= steps:
                     # All steps are done; the trainer itself would begin another one.
                     trainer._load_from_checkpoint(str(found[0]))
-                    progress.advance(steps)
+                    progress.skip(steps)
                     state = json.loads((found[0] / "trainer_state.json").read_text("utf-8"))
                     done, log = state["global_step"], state["log_history"]
                 else:

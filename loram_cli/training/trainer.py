@@ -109,7 +109,7 @@ class StepCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the steps that a checkpoint has already done."""
         self._began, self._first_step = time.monotonic(), state.global_step
-        self._progress.advance(state.global_step)
+        self._progress.skip(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step; evaluate after the last one."""

@@ -37,6 +37,9 @@ class RecordingReporter:
         self.advanced += steps
         self.on_advance(self.advanced)
 
+    def skip(self, steps):
+        self.advanced += steps
+
     def detail(self, text):
         self.details.append(text)
 
