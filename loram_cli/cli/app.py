@@ -26,7 +26,9 @@ from loram_cli.cli import (
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.processes import (
     LAUNCHER_SECONDS,
+    end_with_launcher,
     is_lost_connection,
+    leave_word,
     may_speak,
     process_count,
 )
@@ -72,6 +74,7 @@ def main() -> None:
     """Run the command line and exit with 0, 1 (failure), 2 (usage), 130 (Ctrl-C) or 143."""
     _quiet_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_with_launcher()
     code = run_command(None)
     if code == 0 and process_count() > 1:
         from loram_cli.training.distributed import leave_processes
@@ -142,6 +145,7 @@ def _refuse_several_processes(arguments: list[str] | None) -> None:
 def _fail(text: str, code: int) -> int:
     if may_speak(code):
         typer.echo(f"error: {text}", err=True)
+        leave_word(text)
     return code
 
 

@@ -1,12 +1,19 @@
 """Which of several processes this one is, as ``torchrun`` and ``accelerate launch`` tell it."""
 
+import contextlib
+import json
 import os
+import signal
+import threading
 import time
+from pathlib import Path
 
 # Launchers look every tenth of a second for a process that has failed, and then end the others.
 LAUNCHER_SECONDS = 5.0
 
-_LOST_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# A launcher whose processes are to stop gives them so long, and then kills them.
+_GRACE_SECONDS = 30.0
+_LOOK_SECONDS = 0.5
 _DISTRIBUTED_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
@@ -52,6 +59,43 @@ def may_speak(code: int) -> bool:
     except KeyboardInterrupt:
         return False
     return code != 130
+
+
+def leave_word(text: str) -> None:
+    """Hand the launcher the reason of a failure, for the summary that it ends with.
+
+    torchrun shows what it finds in the file that it names, in the form that torch's own error
+    handler writes (torch.distributed.elastic.multiprocessing.errors).
+
+    Args:
+        text: What the user was told.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None or process_count() == 1:
+        return
+    told = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError):
+        Path(file).write_text(json.dumps({"message": told}), "utf-8")
+
+
+def end_with_launcher() -> None:
+    """End this process when its launcher is killed, which could not end it any more.
+
+    A watching thread interrupts it as Ctrl-C does: the step under way ends and its checkpoint is
+    written. What does not end by that is ended as a launcher would.
+    """
+    if process_count() == 1:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(_GRACE_SECONDS)
+        os._exit(130)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def is_lost_connection(error: BaseException) -> bool:
