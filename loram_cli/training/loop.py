@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,7 @@ from loram_cli.modeling.chunked_loss import chunked_loss, restore_forward
 from loram_cli.modeling.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, process_count
-from loram_cli.specs import digest_of, spec_to_mapping
-from loram_cli.training.checkpoints import newest_checkpoint
+from loram_cli.training.checkpoints import fingerprint, newest_checkpoint
 from loram_cli.training.distributed import share
 from loram_cli.training.jobs import Job, TrainerParts, text_job
 from loram_cli.training.masks import keep_zeros
@@ -165,10 +163,12 @@ def fit_job(
         steps = total_steps(options, job.rows)
         warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
         folder = work_dir / "checkpoints"
-        fingerprint = _fingerprint(options, precision, job, trainable, shared)
-        found = share(newest_checkpoint(folder, fingerprint) if is_main_process() else None)
-        if found is not None:
-            reporter.note(f"going on from the checkpoint of step {found[1]} of {steps}")
+        same = fingerprint(options, precision, job, trainable, shared)
+        found = share(newest_checkpoint(folder, same) if is_main_process() else None)
+        if found.path is not None:
+            reporter.note(f"going on from the checkpoint of step {found.step} of {steps}")
+        elif found.differs:
+            reporter.warn(found.begins_anew(shared))
         arguments = partial(
             training_arguments,
             options,
@@ -178,7 +178,7 @@ def fit_job(
             precision=precision,
             device=device,
             evaluates=job.evaluates,
-            fresh=found is None,
+            fresh=found.path is None,
             shared=shared,
         )
         interruption, main = Interruption(), is_main_process()
@@ -204,14 +204,14 @@ def fit_job(
                     )
                 )
                 _remove_printer(trainer)
-                if found is not None and found[1] >= steps:
+                if found.path is not None and found.step >= steps:
                     # All steps are done; the trainer itself would begin another one.
-                    trainer._load_from_checkpoint(str(found[0]))
+                    trainer._load_from_checkpoint(str(found.path))
                     progress.skip(steps)
-                    state = json.loads((found[0] / "trainer_state.json").read_text("utf-8"))
+                    state = json.loads((found.path / "trainer_state.json").read_text("utf-8"))
                     done, log = state["global_step"], state["log_history"]
                 else:
-                    trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+                    trainer.train(resume_from_checkpoint=found.path and str(found.path))
                     done, log = trainer.state.global_step, trainer.state.log_history
         finally:
             model.config.use_cache = use_cache
@@ -231,7 +231,7 @@ def fit_job(
         history=curve_rows(log),
         trainable_params=sum(math.prod(shape) for shape in trainable.values()),
         precision=precision,
-        resumed_from=found[1] if found else None,
+        resumed_from=found.step or None,
     )
 
 
@@ -279,26 +279,3 @@ def _remove_printer(trainer: Any) -> None:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-
-
-def _fingerprint(
-    options: FitOptions,
-    precision: str,
-    job: Job,
-    trainable: dict[str, tuple[int, ...]],
-    shared: bool,
-) -> str:
-    """What must be the same for a checkpoint to be worth going on from."""
-    # How often a checkpoint is written, and who else hears of it, changes nothing in the result.
-    plain = spec_to_mapping(replace(options, checkpoint_steps=1, report_to=()))
-    shapes = {name: list(shape) for name, shape in trainable.items()}
-    return digest_of(
-        {
-            "options": plain,
-            "precision": precision,
-            "data": job.digest,
-            "trainable": shapes,
-            # A checkpoint of slices is another set of files.
-            "shared": shared,
-        }
-    )

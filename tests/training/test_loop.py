@@ -11,7 +11,7 @@ from factors import assert_same, trained
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter
-from loram_cli.training.checkpoints import newest_checkpoint
+from loram_cli.training.checkpoints import Found, newest_checkpoint
 from loram_cli.training.loop import fit_causal_text, fit_lora, save_causal_lm, total_steps
 from loram_cli.training.options import FitOptions, resolve_precision, weights_dtype
 from loram_cli.training.tokens import TokenRow, pack_tokens
@@ -159,11 +159,16 @@ def test_finished_run_is_taken_from_its_checkpoint(with_lora, rows, reporter, tm
     assert_same(trained(model), trained(whole))
 
 
-def test_checkpoints_of_other_settings_or_data_are_not_used(with_lora, rows, tmp_path):
-    fit_lora(with_lora(), rows, [], OPTIONS, tmp_path, NullReporter())
-    for options, data in [(replace(OPTIONS, learning_rate=1e-3), rows), (OPTIONS, rows[1:])]:
-        result = fit_lora(with_lora(), data, [], options, tmp_path, NullReporter())
+def test_checkpoints_of_other_settings_or_data_are_not_used(with_lora, rows, reporter, tmp_path):
+    fit_lora(with_lora(), rows, [], OPTIONS, tmp_path, reporter)
+    for options, data, what in [
+        (replace(OPTIONS, learning_rate=1e-3), rows, "settings"),
+        (OPTIONS, rows[1:], "settings and data"),
+    ]:
+        result = fit_lora(with_lora(), data, [], options, tmp_path, reporter)
         assert result.resumed_from is None
+        assert reporter.warnings.pop() == f"the checkpoints here are of other {what}: starting over"
+    assert not reporter.warnings
     options = replace(OPTIONS, checkpoint_steps=3)
     assert fit_lora(with_lora(), rows[1:], [], options, tmp_path, NullReporter()).resumed_from == 6
 
@@ -180,7 +185,7 @@ def test_unreadable_run_file_starts_afresh(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "run.json").write_text("{cut")
     (tmp_path / "kept.txt").write_text("not a checkpoint")
-    assert newest_checkpoint(tmp_path, "x") is None
+    assert newest_checkpoint(tmp_path, {"data": "x"}) == Found()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.txt", "run.json"]
 
 
