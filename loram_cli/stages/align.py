@@ -20,12 +20,12 @@ from loram_cli.runs.staging import SCRATCH_NAMES
 from loram_cli.stages.align_needs import align_needs, frozen_params
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import (
-    as_launched,
     check_fit,
     fit_device,
     plan_together,
     prepare_tracking,
 )
+from loram_cli.stages.launchers import as_launched
 from loram_cli.stages.planning import StagePlan, check_model, count_documents, make_plan
 from loram_cli.units import GIB
 
@@ -188,7 +188,7 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
         LoramError: See :func:`plan`.
     """
     spec = as_launched(spec)
-    device = fit_device(spec)
+    device = fit_device(spec, reporter)
     planned = plan_together(plan, spec, reporter)
     with stage_run("align", spec, planned.inputs, spec.source, resumable=True) as stage:
         if stage.finished is not None:

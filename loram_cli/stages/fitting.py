@@ -1,15 +1,14 @@
 """What alignment and LoRA training do alike: options of the fit, and what is left of it."""
 
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, local_device, process_count
 from loram_cli.stages.common import check_positive
+from loram_cli.stages.launchers import forget_launcher, tell_launcher
 
 if TYPE_CHECKING:
     from loram_cli.memory.setup import TrainingSetup
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from loram_cli.stages.planning import StagePlan
     from loram_cli.stages.train import TrainSpec
     from loram_cli.training.options import FitOptions, FitResult
-
-Fit = TypeVar("Fit", "AlignSpec", "TrainSpec")
 
 
 def check_fit(spec: "AlignSpec | TrainSpec") -> None:
@@ -33,27 +30,19 @@ def check_fit(spec: "AlignSpec | TrainSpec") -> None:
         raise UsageError(f"--batch {spec.batch} is no multiple of --micro-batch {spec.micro_batch}")
 
 
-def as_launched(spec: Fit) -> Fit:
-    """The spec, with ``fsdp`` set where the launcher asks for it (``accelerate launch``).
-
-    Raises:
-        UsageError: The model cannot be shared out among the processes.
-    """
-    if _launcher_asks("ACCELERATE_USE_FSDP"):
-        spec = replace(spec, fsdp=True)
-    if spec.fsdp:
-        _check_fsdp(spec)
-    return spec
-
-
-def fit_device(spec: "AlignSpec | TrainSpec") -> str:
+def fit_device(spec: "AlignSpec | TrainSpec", reporter: Reporter) -> str:
     """Where this process computes; with several processes it joins the others.
+
+    Args:
+        spec: How to fit.
+        reporter: Told of what the launcher asks for in vain.
 
     Raises:
         UsageError: The optimizer needs a GPU, or the batch does not divide among the processes.
     """
     from loram_cli.modeling.narrow import default_device
     from loram_cli.training.distributed import join_processes
+    from loram_cli.training.options import resolve_precision
 
     processes = process_count()
     if spec.batch % (spec.micro_batch * processes):
@@ -68,43 +57,10 @@ def fit_device(spec: "AlignSpec | TrainSpec") -> str:
             f"--optimizer paged_adamw_8bit needs a GPU, and this runs on '{device}'",
             "pass --optimizer adamw",
         )
-    # loram slices the model itself; accelerate would slice it again.
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    tell_launcher(spec, resolve_precision(spec.precision, device), reporter)
+    forget_launcher()
     join_processes(device)
     return device
-
-
-def _check_fsdp(spec: "AlignSpec | TrainSpec") -> None:
-    if process_count() == 1:
-        raise UsageError(
-            "--fsdp shares the model out among processes, and there is only this one",
-            "torchrun --nproc-per-node N -m loram_cli ... --fsdp starts N of them",
-        )
-    if spec.optimizer != "adamw":
-        raise UsageError(
-            f"--optimizer {spec.optimizer} cannot work on the slices that --fsdp makes",
-            "pass --optimizer adamw; its moments are shared out as well",
-        )
-    objective = getattr(spec, "objective", "sft")
-    if objective != "sft":
-        raise UsageError(
-            f"--fsdp does not go with --objective {objective}",
-            "launch without it: every process then holds the model whole",
-        )
-    if getattr(spec, "from_adapter", None) is not None:
-        raise UsageError(
-            "--fsdp begins a new adapter, and --from-adapter goes on with one",
-            "launch without --fsdp: every process then holds the model whole",
-        )
-    if _launcher_asks("FSDP_OFFLOAD_PARAMS"):
-        raise UsageError(
-            "the launcher asks for FSDP with offloading to the CPU, which loram does not do",
-            "launch without --fsdp_offload_params; --quantize nf4 makes the model small",
-        )
-
-
-def _launcher_asks(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
 def fit_options(spec: "AlignSpec | TrainSpec") -> "FitOptions":

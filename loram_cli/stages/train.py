@@ -9,7 +9,6 @@ from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import (
-    as_launched,
     check_fit,
     finish_fit,
     fit_device,
@@ -17,6 +16,7 @@ from loram_cli.stages.fitting import (
     prepare_tracking,
     training_setup,
 )
+from loram_cli.stages.launchers import as_launched
 from loram_cli.stages.objectives import loader, own_settings, prepare, total_bytes
 from loram_cli.stages.planning import StagePlan, check_model, count_examples, make_plan
 from loram_cli.stages.starting import adapter_targets, check_start, describe_source
@@ -197,7 +197,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         LoramError: See :func:`plan`; also a loss that is not finite.
     """
     spec = as_launched(spec)
-    device = fit_device(spec)
+    device = fit_device(spec, reporter)
     planned = plan_together(plan, spec, reporter)
     with stage_run("train", spec, planned.inputs, spec.source, resumable=True) as stage:
         if stage.finished is not None:

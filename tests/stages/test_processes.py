@@ -7,6 +7,7 @@ import pytest
 
 from loram_cli.cli.app import run_command
 from loram_cli.errors import UsageError
+from loram_cli.reporting import NullReporter
 from loram_cli.runs.processes import (
     LAUNCHER_SECONDS,
     is_lost_connection,
@@ -18,7 +19,8 @@ from loram_cli.runs.processes import (
 )
 from loram_cli.specs import spec_to_mapping
 from loram_cli.stages.common import key_of
-from loram_cli.stages.fitting import as_launched, fit_device
+from loram_cli.stages.fitting import fit_device
+from loram_cli.stages.launchers import as_launched
 from loram_cli.stages.train import TrainSpec
 
 
@@ -49,7 +51,7 @@ def test_a_batch_must_divide_among_the_processes(launched, tmp_path):
     launched(0, count=3)
     spec = TrainSpec(source=tmp_path, out=tmp_path / "out", data="x", batch=8, micro_batch=4)
     with pytest.raises(UsageError, match="on 3 processes") as caught:
-        fit_device(spec)
+        fit_device(spec, NullReporter())
     assert caught.value.hint == "pass a multiple of 12 as --batch"
 
 
@@ -84,7 +86,7 @@ def test_paged_optimizer_is_refused_on_a_cpu(tmp_path):
         source=tmp_path, out=tmp_path / "out", data="x", device="cpu", optimizer="paged_adamw_8bit"
     )
     with pytest.raises(UsageError, match="needs a GPU"):
-        fit_device(spec)
+        fit_device(spec, NullReporter())
 
 
 def test_other_commands_refuse_a_launcher(launched, capsys):

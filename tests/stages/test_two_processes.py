@@ -1,116 +1,18 @@
 """One training on two gloo processes on a CPU: the same as on one, whatever happens on the way."""
 
-import csv
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from launching import children, curve, errors, finished, same_curve, wait_for_checkpoint
 
 from loram_cli.runs.manifest import Manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-FIT = (
-    "--batch", "8", "--micro-batch", "2", "--warmup-steps", "1", "--eval-steps", "2",
-    "--save-steps", "2", "--device", "cpu",
-)  # fmt: skip
 WAYS = ("train", "train nf4", "train dpo", "align", "align sparse")
-
-
-@pytest.fixture(scope="module")
-def runs(base, text_file, tmp_path_factory):
-    """Run directories with a narrow pruned model, and with one whose weights are zeroed."""
-    from loram_cli.cli.app import run_command
-
-    folder = tmp_path_factory.mktemp("runs")
-    for name, words in {
-        "narrow": ["--strategy", "rand", "--keep-first", "1", "--keep-last", "1"],
-        "sparse": ["--strategy", "unst", "--calibration", text_file, "--calibration-samples", "20"],
-    }.items():
-        words = ["prune", "--model", base, "--ratio", "0.5", "--run", folder / name, *words]
-        assert run_command([*map(str, words)]) == 0
-    return folder
-
-
-@pytest.fixture
-def preferences(instructions, tmp_path):
-    """Each answer, against the same one spelt backwards."""
-    pairs = []
-    for line in instructions.read_text().splitlines():
-        prompt, answer = json.loads(line).values()
-        pairs.append({"prompt": prompt, "chosen": answer, "rejected": answer[::-1]})
-    file = tmp_path / "preferences.jsonl"
-    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return file
-
-
-@pytest.fixture
-def launch(runs, instructions, preferences, text_file, tmp_path):
-    """Start a command; the way says which one, and the kind with how many processes."""
-
-    def start(way, kind, out, *more, steps=4, program=("-m", "loram_cli"), env=()):
-        command, _, what = way.partition(" ")
-        run = runs / ("sparse" if what == "sparse" else "narrow")
-        words = [command, "--in", run / "pruned", "--out", tmp_path / out, "--steps", steps, *FIT]
-        if what == "dpo":
-            words += ["--objective", "dpo", "--data", preferences, "--learning-rate", "3e-3"]
-        elif command == "train":
-            words += ["--data", instructions, "--dropout", "0", "--learning-rate", "3e-3"]
-        else:
-            words += ["--data", text_file, "--block-length", "32", "--learning-rate", "1e-3"]
-            words += ["--method", "pretrain"]
-        words += ["--quantize", "nf4"] if what == "nf4" else ["--gradient-checkpointing"]
-        words += ["--fsdp"] if kind == "fsdp" else []
-        start = () if kind == "one" else LAUNCHER
-        return subprocess.Popen(
-            [sys.executable, *start, *program, *map(str, (*words, *more))],
-            env={
-                **os.environ, "LORAM_RUN": str(run), "OMP_NUM_THREADS": "1", **dict(env)
-            },
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
-
-    return start
-
-
-def finished(process):
-    """What a command said once it has ended well."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out, err
-
-
-def errors(err):
-    return [line for line in err.splitlines() if line.startswith("error:")]
-
-
-def curve(directory):
-    with (directory / "loss.csv").open() as file:
-        return [(r["step"], r["split"], float(r["loss"])) for r in csv.DictReader(file)]
-
-
-def same_curve(one, two):
-    assert [row[:2] for row in two] == [row[:2] for row in one]
-    assert [row[2] for row in two] == pytest.approx([row[2] for row in one], abs=2e-5)
-
-
-def children(pid):
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_for_checkpoint(folder: Path, process):
-    """Until a checkpoint is whole."""
-    deadline = time.monotonic() + 240
-    while not list(folder.glob("checkpoints/checkpoint-*/whole")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("way", WAYS)
