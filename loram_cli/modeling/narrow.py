@@ -17,7 +17,7 @@ import torch
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
 from loram_cli.checkpoint.index import read_config
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, UsageError
 from loram_cli.modeling.quiet import no_progress_bars, quiet_libraries
 
 
@@ -66,6 +66,7 @@ def load_causal_lm(
 
     Raises:
         LoramError: Unknown family, or weights that do not fit the config.
+        UsageError: There is no such device.
     """
     import transformers
 
@@ -86,7 +87,7 @@ def load_causal_lm(
             model_dir,
             config=config,
             dtype=dtype,
-            device_map={"": device or default_device()},
+            device_map={"": usable_device(device)},
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -146,3 +147,28 @@ def load_tokenizer(model_dir: Path) -> Any:
 def default_device() -> str:
     """``cuda`` when a GPU is usable, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(device: str | None) -> str:
+    """The device asked for, or the default one.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU when there is one.
+
+    Raises:
+        UsageError: Torch knows no such device, or this machine has no such GPU.
+    """
+    if device is None:
+        return default_device()
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device}: unknown", "pass cpu, cuda or cuda:1") from error
+    if wanted.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (wanted.index or 0) >= found:
+            raise UsageError(
+                f"device {device}: no such GPU; torch finds {found} here",
+                "pass --device cpu" if found == 0 else "start one process for each GPU",
+            )
+    return device

@@ -22,7 +22,7 @@ from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
 from loram_cli.modeling.activations import computed_dtype
 from loram_cli.modeling.empty import meta_causal_lm
-from loram_cli.modeling.narrow import default_device
+from loram_cli.modeling.narrow import usable_device
 from loram_cli.modeling.quiet import quiet_libraries
 
 
@@ -64,7 +64,7 @@ class LayerStream:
     def __init__(self, model_dir: Path, device: str | None = None) -> None:
         config = read_config(model_dir)
         self.family = family_for(config, str(model_dir))
-        self.device = device or default_device()
+        self.device = usable_device(device)
         self._index = CheckpointIndex.open(model_dir)
         self._reader = TensorReader(self._index)
         stored = self._index.tensors[f"{self.family.embedding}.weight"].dtype

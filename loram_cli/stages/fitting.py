@@ -38,9 +38,10 @@ def fit_device(spec: "AlignSpec | TrainSpec", reporter: Reporter) -> str:
         reporter: Told of what the launcher asks for in vain.
 
     Raises:
-        UsageError: The optimizer needs a GPU, or the batch does not divide among the processes.
+        UsageError: There is no such device, the optimizer needs a GPU, or the batch does not divide
+            among the processes.
     """
-    from loram_cli.modeling.narrow import default_device
+    from loram_cli.modeling.narrow import default_device, usable_device
     from loram_cli.training.distributed import join_processes
     from loram_cli.training.options import resolve_precision
 
@@ -51,7 +52,7 @@ def fit_device(spec: "AlignSpec | TrainSpec", reporter: Reporter) -> str:
             f"on {processes} processes",
             f"pass a multiple of {spec.micro_batch * processes} as --batch",
         )
-    device = local_device(spec.device or default_device())
+    device = usable_device(local_device(spec.device or default_device()))
     if spec.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
         raise UsageError(
             f"--optimizer paged_adamw_8bit needs a GPU, and this runs on '{device}'",

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from loram_cli.cli.app import run_command
 from loram_cli.errors import UsageError
@@ -87,6 +88,46 @@ def test_paged_optimizer_is_refused_on_a_cpu(tmp_path):
     )
     with pytest.raises(UsageError, match="needs a GPU"):
         fit_device(spec, NullReporter())
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [("cuda", "no such GPU; torch finds 0"), ("cuda:1", "no such GPU"), ("abacus", "unknown")],
+)
+def test_a_device_that_is_not_there_is_refused(monkeypatch, tmp_path, device, reason):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    spec = TrainSpec(source=tmp_path, out=tmp_path / "out", data="x", device=device)
+    with pytest.raises(UsageError, match=reason):
+        fit_device(spec, NullReporter())
+
+
+def test_more_processes_than_gpus_are_refused(launched, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    launched(2, count=4)
+    spec = TrainSpec(source=tmp_path, out=tmp_path / "out", data="x", device="cuda")
+    with pytest.raises(UsageError, match="cuda:2: no such GPU; torch finds 2") as caught:
+        fit_device(spec, NullReporter())
+    assert "one process for each GPU" in caught.value.hint
+
+
+def test_another_way_to_train_is_refused(launched, monkeypatch, tmp_path):
+    launched(0)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    spec = TrainSpec(source=tmp_path, out=tmp_path / "out", data="x", device="cpu")
+    with pytest.raises(UsageError, match="asks for DeepSpeed"):
+        as_launched(spec)
+
+
+def test_the_reason_of_a_failure_is_left_for_the_launcher(launched, monkeypatch, tmp_path, capsys):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    launched(0)
+    assert run_command(["prune", "--ratio", "0.5"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    told = ChildFailedError("loram_cli", {0: failure}).format_msg()
+    assert "'loram prune' runs as one process" in told
+    assert "error: 'loram prune' runs" in capsys.readouterr().err
 
 
 def test_other_commands_refuse_a_launcher(launched, capsys):
