@@ -49,6 +49,8 @@ def command(
         raise UsageError(f"bench {what}: only 'train' can be measured")
     if preset is None and (ratio is not None or quantize is not None):
         raise UsageError("--ratio and --quantize are for --preset", "pass --preset NAME, or --row")
+    if quantize not in (None, "nf4"):
+        raise UsageError(f"--quantize {quantize}: only nf4 is known")
     rows = [*(row or ()), *(bench.PAPER_ROWS if paper else ())]
     if preset is not None:
         rows.append(f"{preset}:{ratio or 0}" + (f":{quantize}" if quantize else ""))

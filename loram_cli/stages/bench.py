@@ -25,6 +25,9 @@ TINY_CONFIG = {
 }  # fmt: skip
 _KEEP_FIRST, _KEEP_LAST = 4, 2
 
+# The measuring process ends so where it says in plain words what is wrong.
+REFUSED = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSpec:
@@ -60,10 +63,12 @@ class BenchSpec:
 
     def __post_init__(self) -> None:
         if not self.rows:
-            raise UsageError("bench needs a model", "pass --preset NAME, --row, or --paper")
+            raise UsageError("bench needs a model", "pass --row llama2-13b:0.65, or --paper")
         for name in ("micro_batch", "length", "steps", "rank"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout {self.dropout} is outside [0, 1)")
         for row in self.rows:
             BenchModel.parse(row)
 
@@ -86,14 +91,16 @@ class BenchModel:
         from loram_cli.memory.presets import load_preset
 
         preset, *rest = row.split(":")
+        if preset != TINY_NAME:
+            load_preset(preset, f"--row {row}")
         try:
             ratio = float(rest[0]) if rest and rest[0] else 0.0
         except ValueError:
-            ratio = -1.0
-        if len(rest) > 2 or not 0 <= ratio < 1 or rest[1:] not in ([], ["nf4"]):
+            ratio = None
+        if ratio is None or rest[1:] not in ([], ["nf4"]):
             raise UsageError(f"--row {row}: PRESET, PRESET:RATIO or PRESET:RATIO:nf4 is wanted")
-        if preset != TINY_NAME:
-            load_preset(preset)
+        if not 0 <= ratio < 1:
+            raise UsageError(f"--row {row}: the ratio {ratio:g} is outside [0, 1)")
         return cls(preset, ratio, "nf4" if rest[1:] else None)
 
     @property
@@ -165,11 +172,17 @@ def run(spec: BenchSpec, reporter: Reporter) -> BenchResult:
     """Measure every row in a process of its own.
 
     Raises:
-        LoramError: A library or the device is absent.
+        LoramError: A library is absent.
+        UsageError: There is no such device, or the optimizer needs a GPU.
     """
-    from loram_cli.modeling.narrow import default_device
+    from loram_cli.modeling.narrow import usable_device
 
-    device = spec.device or default_device()
+    device = usable_device(spec.device)
+    if spec.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
+        raise UsageError(
+            f"--optimizer paged_adamw_8bit needs a GPU, and this runs on '{device}'",
+            "pass --optimizer adamw",
+        )
     notes = []
     if device == "cpu":
         tiny = [replace(BenchModel.parse(row), preset=TINY_NAME) for row in spec.rows]
@@ -196,5 +209,8 @@ def _in_a_process(spec: BenchSpec) -> BenchRow:
     if done.returncode == 0:
         return BenchRow(**json.loads(done.stdout.splitlines()[-1]))
     label = BenchModel.parse(spec.rows[0]).label
+    if done.returncode == REFUSED:
+        reason, _, hint = done.stderr.strip().partition("\n")
+        raise LoramError(f"{label}: {reason}", hint or None)
     said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
     raise LoramError(f"{label}: the measuring process failed: {said}")

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from loram_cli.memory.setup import TrainingSetup
-from loram_cli.stages.bench import BenchModel, BenchRow, BenchSpec
+from loram_cli.stages.bench import REFUSED, BenchModel, BenchRow, BenchSpec
 
 # Steps before the clock starts: kernels are chosen and memory pools grow.
 _WARM_STEPS = 2
@@ -24,7 +24,8 @@ def main() -> None:
     try:
         row = measure(spec)
     except LoramError as error:
-        sys.exit(str(error))
+        sys.stderr.write(f"{error}\n")
+        sys.exit(REFUSED)
     sys.stdout.write("\n" + json.dumps(asdict(row)) + "\n")
 
 

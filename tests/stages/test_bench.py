@@ -1,6 +1,7 @@
 """The bench on the CPU, its rows, and the random models behind it."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from loram_cli.cli.app import run_command
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_params
 from loram_cli.modeling.random_model import random_causal_lm
-from loram_cli.stages.bench import PAPER_ROWS, TINY_CONFIG, BenchModel, BenchSpec
+from loram_cli.stages.bench import PAPER_ROWS, REFUSED, TINY_CONFIG, BenchModel, BenchSpec
 
 
 def test_rows_are_a_preset_a_ratio_and_a_precision():
@@ -28,11 +29,39 @@ def test_rows_are_a_preset_a_ratio_and_a_precision():
 
 
 @pytest.mark.parametrize(
-    "row", ["llama2-13b:2", "llama2-13b:x", "llama2-13b:0.5:int8", "llama2-1b"]
+    ("row", "reason"),
+    [
+        ("llama2-13b:2", "the ratio 2 is outside"),
+        ("llama2-13b:x", "PRESET:RATIO"),
+        ("llama2-13b:0.5:int8", "PRESET:RATIO:nf4"),
+        ("llama2-1b", "unknown preset"),
+    ],
 )
-def test_rows_that_cannot_be(row):
-    with pytest.raises(UsageError, match=r"--row|unknown preset"):
+def test_rows_that_cannot_be(row, reason):
+    with pytest.raises(UsageError, match=f"--row {row}: .*{reason}"):
         BenchSpec(rows=(row,))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "reason"),
+    [
+        (["--dropout", "3"], 2, "--dropout 3.0 is outside"),
+        (["--device", "abacus"], 2, "device abacus: unknown"),
+        (["--device", "cpu", "--optimizer", "paged_adamw_8bit"], 2, "needs a GPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(words, code, reason, capsys):
+    assert run_command(["bench", "train", "--row", "llama2-7b", *words]) == code
+    assert reason in capsys.readouterr().err
+
+
+def test_what_the_measuring_process_refuses_is_told_in_full(monkeypatch, capsys):
+    def refused(*args, **kwargs):
+        return subprocess.CompletedProcess(args, REFUSED, "", "flash is absent\npip install it\n")
+
+    monkeypatch.setattr("loram_cli.stages.bench.subprocess.run", refused)
+    assert run_command(["bench", "train", "--row", "llama2-7b", "--device", "cpu"]) == 1
+    assert "error: tiny LoRA: flash is absent\npip install it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("nf4", [False, True])

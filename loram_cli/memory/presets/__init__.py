@@ -28,16 +28,17 @@ def preset_names() -> tuple[str, ...]:
     return tuple(sorted(names, key=order))
 
 
-def load_preset(name: str) -> dict[str, Any]:
+def load_preset(name: str, where: str = "--preset") -> dict[str, Any]:
     """The config of a published model.
 
     Args:
         name: One of :func:`preset_names`.
+        where: Who asks, for the error.
 
     Raises:
         UsageError: There is no such preset; the nearest name is told.
     """
     if name not in preset_names():
-        raise unknown_name("preset", name, preset_names(), "--preset")
+        raise unknown_name("preset", name, preset_names(), where)
     file = resources.files(__name__) / f"{name}{_SUFFIX}"
     return json.loads(file.read_text("utf-8"))
