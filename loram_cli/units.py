@@ -16,6 +16,11 @@ _BYTES_PER_UNIT = {
     "mib": MIB,
     "gib": GIB,
     "tib": 2**40,
+    # As ls and free write them.
+    "k": KIB,
+    "m": MIB,
+    "g": GIB,
+    "t": 2**40,
     "kb": 10**3,
     "mb": 10**6,
     "gb": 10**9,
@@ -66,12 +71,15 @@ def parse_params(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from ``24GiB``, ``500 MB`` or a bare number.
+    """Bytes from ``24GiB``, ``24G``, ``500 MB`` or a bare number.
 
     Raises:
-        UsageError: The text is not an amount of memory.
+        UsageError: The text is not an amount of memory, or so few bytes that a unit was forgotten.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _BYTES_PER_UNIT:
         raise UsageError(f"'{text}' is not an amount of memory", "write it as 24GiB or 500MiB")
-    return int(float(match[1]) * _BYTES_PER_UNIT[match[2].lower()])
+    count_bytes = int(float(match[1]) * _BYTES_PER_UNIT[match[2].lower()])
+    if not match[2] and 0 < count_bytes < MIB:
+        raise UsageError(f"'{text}' is {count_bytes} bytes", f"write the unit, as in {text}GiB")
+    return count_bytes

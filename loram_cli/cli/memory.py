@@ -13,7 +13,15 @@ EPILOG = "Example: loram memory-report --preset llama2-70b --ratio 0.85 --fit 24
 
 def command(
     run: options.Run = None,
-    model: options.Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            envvar="LORAM_MODEL",
+            help="Base model: a directory, a config.json or a hub id (its config alone is "
+            "fetched). Else the run's, or the demo base.",
+        ),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(help="llama2-7b, llama2-13b, llama2-70b, llama3.1-8b or llama3.1-70b."),
@@ -34,7 +42,7 @@ def command(
     dropout: options.Dropout = None,
     gradient_checkpointing: options.GradientCheckpointing = None,
     cross_entropy: options.CrossEntropy = None,
-    attention: options.StepAttention = None,
+    attention: options.Attention = None,
     optimizer: options.Optimizer = None,
     processes: Annotated[
         int | None,

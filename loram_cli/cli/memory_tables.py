@@ -1,4 +1,4 @@
-"""The memory report on a terminal: two tables, bars, and what fits."""
+"""The memory report on a terminal: three tables, bars, and what fits."""
 
 import sys
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ def show_report(result: MemoryReport) -> None:
     """Print the report."""
     console = stdout_console()
     console.print(weights_table(result))
+    console.print(state_table(result))
     console.print(training_table(result))
     for line in bar_lines(result, _glyphs(sys.stdout.encoding)):
         console.print(line)
@@ -52,13 +53,33 @@ def weights_table(result: MemoryReport) -> Table:
     return table
 
 
+def state_table(result: MemoryReport) -> Table:
+    """LoRA factors, gradients and moments: a row per model, of whatever precision."""
+    rows = [row for row in result.rows if row.precision == "bf16"]
+    unit, unit_bytes = _unit(max(row.training_bytes for row in rows))
+    table = _table(
+        f"training state in {unit}: LoRA of rank {result.rank}, {result.setup.optimizer}",
+        ("model", "LoRA", "adapter", "gradients", "optimizer", "state"),
+    )
+    for row in rows:
+        parts = (
+            row.adapter_bytes, row.gradient_bytes, row.optimizer_bytes, row.training_state_bytes,
+        )  # fmt: skip
+        table.add_row(
+            row.name,
+            format_params(row.lora_params),
+            *(f"{part / unit_bytes:.2f}" for part in parts),
+        )
+    return table
+
+
 def training_table(result: MemoryReport) -> Table:
     """Training memory by part, and the smallest card that holds it."""
     unit, unit_bytes = _unit(max(row.training_bytes for row in result.rows))
-    columns = ["model", "LoRA", "weights", "state", "activations", "loss", "CUDA", unit, "card"]
+    columns = ["model", "weights", "state", "activations", "loss", "CUDA", unit, "card"]
     if result.fit_bytes is not None:
-        columns.append("fits")
-    table = _table(f"training memory in {unit}: {result.settings}", columns)
+        columns.append("batch")
+    table = _table(f"training memory in {unit}\n{result.settings}", columns)
     for row in result.rows:
         parts = (
             row.weight_bytes, row.training_state_bytes, row.activation_bytes, row.logits_bytes,
@@ -67,7 +88,6 @@ def training_table(result: MemoryReport) -> Table:
         card = row.smallest_card_gib
         cells = [
             f"{row.name} {row.method}",
-            format_params(row.lora_params),
             *(f"{part / unit_bytes:.2f}" for part in parts),
             "none" if card is None else f"{card} GB",
         ]
@@ -105,7 +125,7 @@ def fit_lines(result: MemoryReport) -> Iterator[str]:
     for fit in result.fits:
         base, pruned = ("QLoRA", "QLoRAM") if fit.precision == "nf4" else ("LoRA", "LoRAM")
         if fit.ratio is None:
-            yield f"{memory}: {pruned} fits at no ratio with {result.settings}"
+            yield f"{memory}: {pruned} fits at no ratio with these settings"
         elif fit.ratio == 0:
             yield f"{memory}: {base} on the base itself fits ({format_bytes(fit.training_bytes)})"
         else:
@@ -114,7 +134,19 @@ def fit_lines(result: MemoryReport) -> Iterator[str]:
                 f"{format_params(fit.remaining_params)} parameters, "
                 f"{format_bytes(fit.training_bytes)}"
             )
-    yield f"fits: the largest micro-batch in {memory}, a twentieth of it left free"
+    if any(fit.ratio is None for fit in result.fits):
+        yield from _what_makes_it_smaller(result)
+    yield f"batch: the largest micro-batch in {memory}, a twentieth of it left free"
+
+
+def _what_makes_it_smaller(result: MemoryReport) -> Iterator[str]:
+    """The flags that take less memory and are not given."""
+    setup = result.setup
+    flags = [] if setup.gradient_checkpointing else ["--gradient-checkpointing"]
+    flags += ["--micro-batch 1"] if setup.micro_batch > 1 else []
+    flags += ["--cross-entropy chunked"] if setup.cross_entropy == "full" else []
+    if flags:
+        yield f"less memory: {', '.join(flags)}"
 
 
 def _table(title: str, columns: tuple[str, ...] | list[str]) -> Table:
@@ -125,7 +157,7 @@ def _table(title: str, columns: tuple[str, ...] | list[str]) -> Table:
 
 
 def _unit(most_bytes: int) -> tuple[str, int]:
-    return ("GiB", GIB) if most_bytes >= GIB / 2 else ("MiB", MIB)
+    return ("GiB", GIB) if most_bytes >= 2 * GIB else ("MiB", MIB)
 
 
 def _glyphs(encoding: str | None) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from loram_cli.memory.presets import load_preset
 _ALWAYS = (
     "training memory is the predicted peak on a GPU: weights, state (LoRA factors and gradients in "
     "fp32, the optimizer's moments), activations, head and loss, and the CUDA context of 636 MiB",
+    "activations and loss are of one moment, the peak: loss is 0 where a layer's backward pass "
+    "needs more than the cross-entropy",
     "a card is told that holds it with a twentieth left free, for the allocator's fragments",
     "NF4 weight memory is what bitsandbytes holds: decoder linears at 4 bits with their block "
     "maxima, all else in bf16; the paper counts a quarter of all parameters at 2 bytes",

@@ -39,13 +39,14 @@ def draw_bars(bars: Sequence[Bar], path: Path, title: str) -> None:
         title: Headline.
 
     Raises:
-        LoramError: The file cannot be written, or its name ends in no known format.
+        LoramError: The file cannot be written, or its name ends in no known format; without an
+            ending it is a PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     most = max(bar.total_bytes for bar in bars)
-    unit, unit_bytes = ("GiB", GIB) if most >= GIB / 2 else ("MiB", MIB)
+    unit, unit_bytes = ("GiB", GIB) if most >= 2 * GIB else ("MiB", MIB)
     figure = Figure(figsize=(9.0, 1.7 + 0.36 * len(bars)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -57,7 +58,8 @@ def draw_bars(bars: Sequence[Bar], path: Path, title: str) -> None:
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     for place, end in zip(places, starts, strict=True):
         axes.annotate(f"{end:.1f}", (end, place), xytext=(4, 0), textcoords="offset points",
-                      va="center", fontsize=8, color=_INK)  # fmt: skip
+                      va="center", fontsize=8, color=_INK,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
     if unit == "GiB":
         for card in CARDS_GIB:
             if card * USABLE_SHARE <= most / GIB * 1.08:
@@ -73,7 +75,12 @@ def draw_bars(bars: Sequence[Bar], path: Path, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=_INK, pad=16)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
+    # Named, because the library adds an ending of its own to a name without one.
+    ending = path.suffix.removeprefix(".").lower() or "png"
     try:
-        figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
-    except (OSError, ValueError) as error:
-        raise LoramError(f"--plot {path}: cannot be written ({error})", "name it x.png") from error
+        metadata = {"Software": None} if ending == "png" else None
+        figure.savefig(path, format=ending, metadata=metadata)
+    except OSError as error:
+        raise LoramError(f"--plot {path}: cannot be written ({error.strerror})") from error
+    except ValueError as error:
+        raise LoramError(f"--plot {path}: '{ending}' is no format", "name it x.png") from error

@@ -52,7 +52,8 @@ class MemoryReportSpec:
         micro_batch: Sequences per forward pass.
         length: Tokens per sequence.
         gradient_checkpointing: Keep layers' inputs alone.
-        attention: The kernel; ``eager`` alone holds all attention weights.
+        attention: The kernel; ``eager`` alone holds all attention weights, and ``auto`` is what
+            the model trains with unless told.
         cross_entropy: ``chunked``, or ``full`` with all logits at once.
         optimizer: ``adamw`` or ``paged_adamw_8bit``.
         processes: That share the model out (``train --fsdp``); the figures are of each of them.
@@ -72,7 +73,7 @@ class MemoryReportSpec:
     micro_batch: int = 4
     length: int = 512
     gradient_checkpointing: bool = False
-    attention: Literal["sdpa", "flash", "eager"] = "sdpa"
+    attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
     cross_entropy: Literal["full", "chunked"] = "chunked"
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     processes: int = 1
@@ -98,6 +99,8 @@ class MemoryReportSpec:
         for name in ("rank", "micro_batch", "length", "processes"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too low")
+        if self.fit_bytes is not None and self.fit_bytes < 1:
+            raise UsageError("--fit must be above 0")
         if self.processes > 1 and self.optimizer != "adamw":
             raise UsageError(
                 f"--optimizer {self.optimizer} cannot work on the slices that --fsdp makes",
@@ -145,10 +148,7 @@ class MemoryReport:
         """The setup in words."""
         setup = self.setup
         words = [f"micro-batch {setup.micro_batch}", f"{setup.length} tokens"]
-        if setup.attention != "sdpa":
-            words.append(f"{setup.attention} attention")
-        if setup.cross_entropy == "full":
-            words.append("full cross-entropy")
+        words += [f"{setup.attention} attention", f"{setup.cross_entropy} cross-entropy"]
         if setup.gradient_checkpointing:
             words.append("gradient checkpointing")
         if setup.optimizer != "adamw":
@@ -188,7 +188,7 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
     config = _base_config(spec)
     family = _checked_family(config, source)
     base = Model(BASE_NAME, config)
-    setup = _setup(spec)
+    setup = _setup(spec, config)
     ratios = spec.effective_ratios
     if config.get("per_layer_config"):
         if spec.ratios:
@@ -228,11 +228,14 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
     )
 
 
-def _setup(spec: MemoryReportSpec) -> "TrainingSetup":
-    from loram_cli.memory.setup import TrainingSetup
+def _setup(spec: MemoryReportSpec, config: dict[str, Any]) -> "TrainingSetup":
+    from loram_cli.memory.setup import TrainingSetup, usual_attention
 
     names = {field.name for field in fields(TrainingSetup)} & {field.name for field in fields(spec)}
-    return TrainingSetup(**{name: getattr(spec, name) for name in names})
+    values = {name: getattr(spec, name) for name in names}
+    if spec.attention == "auto":
+        values["attention"] = usual_attention(config)
+    return TrainingSetup(**values)
 
 
 def _fits(

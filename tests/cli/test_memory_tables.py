@@ -28,12 +28,37 @@ def test_fit_names_the_smallest_ratio_and_the_largest_micro_batch(capsys):
     text = shown(capsys, "--fit", "24GiB", "--gradient-checkpointing", "--ratio", "0.85")
     assert "24.00 GiB: LoRAM (rand, stru) fits" in text
     assert "24.00 GiB: QLoRAM (rand, stru) fits from ratio 0." in text
-    assert "fits: the largest micro-batch" in text
+    assert "batch: the largest micro-batch in 24.00 GiB" in text
+    assert "less memory" not in text
 
 
 def test_a_memory_that_nothing_fits_is_said(capsys):
     text = shown(capsys, "--fit", "4GiB")
     assert "4.00 GiB: LoRAM fits at no ratio" in text
+    assert "less memory: --gradient-checkpointing, --micro-batch 1\n" in text
+
+
+def test_every_part_of_the_training_state_is_told(capsys):
+    lines = shown(capsys, "--ratio", "0.85", "--rank", "16").splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("training state in"))
+    assert lines[at] == "training state in GiB: LoRA of rank 16, adamw"
+    # 16 * (out + in) over all linears and the head; in fp32, twice, and two moments of it.
+    assert lines[at + 4].split() == ["base", "207.74M", "0.77", "0.77", "1.55", "3.10"]
+
+
+@pytest.mark.parametrize("amount", ["24", "0", "24 bananas"])
+def test_a_forgotten_unit_is_not_taken_for_bytes(capsys, amount):
+    assert run_command(["memory-report", "--preset", "llama2-7b", "--fit", amount]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_attention_is_what_the_model_trains_with(capsys, tmp_path):
+    assert "512 tokens, sdpa attention, chunked cross-entropy" in shown(capsys)
+    capped = {**load_preset("llama2-7b"), "attn_logit_softcapping": 50.0}
+    (tmp_path / "config.json").write_text(json.dumps(capped))
+    words = ["memory-report", "--model", str(tmp_path / "config.json"), "--ratio", "0.5"]
+    assert run_command(words) == 0
+    assert "512 tokens, eager attention" in capsys.readouterr().out
 
 
 def test_ratio_that_is_named_fits_and_one_hundredth_less_does_not():
@@ -82,3 +107,7 @@ def test_picture_is_written_and_another_ending_refused(tmp_path, capsys):
     words = ["memory-report", "--preset", "llama2-7b", "--plot", str(tmp_path / "bars.xyz")]
     assert run_command(words) == 1
     assert "name it x.png" in capsys.readouterr().err
+    assert "GiB" in shown(capsys, "--plot", str(tmp_path / "bars"))
+    assert (tmp_path / "bars").read_bytes().startswith(b"\x89PNG")
+    assert run_command([*words[:-1], str(tmp_path)]) == 1
+    assert "cannot be written (Is a directory)" in capsys.readouterr().err
