@@ -146,7 +146,10 @@ def _score(options: argparse.Namespace, model_dir: Path, *adapters: Path) -> dic
         model = load_adapter(model, adapter)
     tokenizer = load_tokenizer(model_dir)
     examples = load_instructions(options.eval_data, tokenizer=tokenizer)[: options.eval_examples]
-    score = {"loss": _loss(model, tokenizer, examples, options.train["max_length"]), "exact": None}
+    score = {
+        "loss": answer_loss(model, tokenizer, examples, options.train["max_length"]),
+        "exact": None,
+    }
     marked = [e for e in examples if _MARKED.search(e.completion)]
     if marked and not options.no_exact:
         score["exact"] = _exact(model, tokenizer, marked, options.max_new_tokens)
@@ -154,7 +157,7 @@ def _score(options: argparse.Namespace, model_dir: Path, *adapters: Path) -> dic
 
 
 @torch.no_grad()
-def _loss(model: Any, tokenizer: Any, examples: list[Example], length: int) -> float:
+def answer_loss(model: Any, tokenizer: Any, examples: list[Example], length: int) -> float:
     rows = tokenize_examples(examples, tokenizer, length, SILENT)
     rows.sort(key=lambda row: len(row.input_ids))
     collate = PadCollator(tokenizer.pad_token_id or 0)
