@@ -30,6 +30,15 @@ _BYTES_PER_UNIT = {
 _PARAMS_PER_UNIT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
+def common_unit(most_bytes: float) -> tuple[str, int]:
+    """The unit, and its bytes, that one table or picture is told in.
+
+    Args:
+        most_bytes: Its largest amount.
+    """
+    return ("GiB", GIB) if most_bytes >= 2 * GIB else ("MiB", MIB)
+
+
 def format_bytes(count_bytes: float) -> str:
     """Bytes in the largest binary unit that leaves at least one whole, e.g. ``11.19 GiB``."""
     for unit_bytes, name in ((2**40, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):

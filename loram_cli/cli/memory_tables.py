@@ -8,7 +8,7 @@ from rich.table import Table
 
 from loram_cli.cli.render import stdout_console
 from loram_cli.stages.report import MemoryReport
-from loram_cli.units import GIB, MIB, format_bytes, format_params
+from loram_cli.units import common_unit, format_bytes, format_params
 
 # A glyph per part of a bar, in the order of ``Bar.parts``: one that terminals have, and plain ones.
 _GLYPHS = ("█", "▓", "▒", "░", "·")
@@ -34,7 +34,7 @@ def show_report(result: MemoryReport) -> None:
 def weights_table(result: MemoryReport) -> Table:
     """Parameters and weights: a row per model and precision."""
     # One unit for the whole table, so that its rows compare; a tiny model would be 0.00 GiB.
-    unit, unit_bytes = _unit(max(row.weight_bytes for row in result.rows))
+    unit, unit_bytes = common_unit(max(row.weight_bytes for row in result.rows))
     table = _table(
         f"{result.source}: parameters and weight memory",
         ("model", "parameters", "removed", "paper count", "reduction", f"paper {unit}",
@@ -56,7 +56,7 @@ def weights_table(result: MemoryReport) -> Table:
 def state_table(result: MemoryReport) -> Table:
     """LoRA factors, gradients and moments: a row per model, of whatever precision."""
     rows = [row for row in result.rows if row.precision == "bf16"]
-    unit, unit_bytes = _unit(max(row.training_bytes for row in rows))
+    unit, unit_bytes = common_unit(max(row.training_bytes for row in rows))
     table = _table(
         f"training state in {unit}: LoRA of rank {result.rank}, {result.setup.optimizer}",
         ("model", "LoRA", "adapter", "gradients", "optimizer", "state"),
@@ -75,7 +75,7 @@ def state_table(result: MemoryReport) -> Table:
 
 def training_table(result: MemoryReport) -> Table:
     """Training memory by part, and the smallest card that holds it."""
-    unit, unit_bytes = _unit(max(row.training_bytes for row in result.rows))
+    unit, unit_bytes = common_unit(max(row.training_bytes for row in result.rows))
     columns = ["model", "weights", "state", "activations", "loss", "CUDA", unit, "card"]
     if result.fit_bytes is not None:
         columns.append("batch")
@@ -154,10 +154,6 @@ def _table(title: str, columns: tuple[str, ...] | list[str]) -> Table:
     for name in columns:
         table.add_column(name, justify="left" if name == "model" else "right")
     return table
-
-
-def _unit(most_bytes: int) -> tuple[str, int]:
-    return ("GiB", GIB) if most_bytes >= 2 * GIB else ("MiB", MIB)
 
 
 def _glyphs(encoding: str | None) -> tuple[str, ...]:

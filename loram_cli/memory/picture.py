@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loram_cli.errors import LoramError
 from loram_cli.memory.training import CARDS_GIB, USABLE_SHARE
-from loram_cli.units import GIB, MIB
+from loram_cli.units import GIB, common_unit
 
 _COLOURS = ("#4878a8", "#8fb0d0", "#c8553d", "#e3a18f", "#9a9a9a")
 _INK = "#333333"
@@ -46,7 +46,7 @@ def draw_bars(bars: Sequence[Bar], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     most = max(bar.total_bytes for bar in bars)
-    unit, unit_bytes = ("GiB", GIB) if most >= 2 * GIB else ("MiB", MIB)
+    unit, unit_bytes = common_unit(most)
     figure = Figure(figsize=(9.0, 1.7 + 0.36 * len(bars)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -1,11 +1,27 @@
 """A causal LM without weights, whose tensors are put in later, one by one."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from loram_cli.arch.spec import Family
 from loram_cli.modeling.narrow import narrow_class
+
+
+def native_config(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The transformers config of a ``config.json``, whose layers may differ in width.
+
+    Args:
+        config: A ``config.json``, with or without ``per_layer_config``.
+        dtype: Of the model that is built from it.
+    """
+    import transformers
+
+    settings = {name: value for name, value in config.items() if name != "model_type"}
+    settings["allow_global_per_layer_attribute_access"] = True
+    settings["dtype"] = dtype
+    return transformers.AutoConfig.for_model(config["model_type"], **settings)
 
 
 def meta_causal_lm(family: Family, config: Any, device: str, **settings: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from loram_cli.arch.registry import family_for
-from loram_cli.modeling.empty import meta_causal_lm
+from loram_cli.modeling.empty import meta_causal_lm, native_config
 from loram_cli.modeling.narrow import attention_kernel
 from loram_cli.modeling.quantize import nf4_linear, nf4_weight, require_bitsandbytes
 from loram_cli.modeling.quiet import quiet_libraries
@@ -44,16 +44,11 @@ def random_causal_lm(
     Raises:
         LoramError: A library that is asked for is not installed.
     """
-    import transformers
-
     family = family_for(config, "the config")
     if nf4:
         require_bitsandbytes()
     with quiet_libraries():
-        settings = {name: value for name, value in config.items() if name != "model_type"}
-        settings["allow_global_per_layer_attribute_access"] = True
-        settings["dtype"] = dtype
-        native = transformers.AutoConfig.for_model(config["model_type"], **settings)
+        native = native_config(config, dtype)
         model = meta_causal_lm(
             family, native, device, attn_implementation=attention_kernel(attention), dtype=dtype
         )

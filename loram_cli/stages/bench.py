@@ -176,13 +176,10 @@ def run(spec: BenchSpec, reporter: Reporter) -> BenchResult:
         UsageError: There is no such device, or the optimizer needs a GPU.
     """
     from loram_cli.modeling.narrow import usable_device
+    from loram_cli.stages.fitting import check_optimizer
 
     device = usable_device(spec.device)
-    if spec.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
-        raise UsageError(
-            f"--optimizer paged_adamw_8bit needs a GPU, and this runs on '{device}'",
-            "pass --optimizer adamw",
-        )
+    check_optimizer(spec.optimizer, device)
     notes = []
     if device == "cpu":
         tiny = [replace(BenchModel.parse(row), preset=TINY_NAME) for row in spec.rows]

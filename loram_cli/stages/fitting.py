@@ -30,6 +30,19 @@ def check_fit(spec: "AlignSpec | TrainSpec") -> None:
         raise UsageError(f"--batch {spec.batch} is no multiple of --micro-batch {spec.micro_batch}")
 
 
+def check_optimizer(optimizer: str, device: str) -> None:
+    """Refuse an optimizer that the device cannot run.
+
+    Raises:
+        UsageError: It needs a GPU.
+    """
+    if optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
+        raise UsageError(
+            f"--optimizer {optimizer} needs a GPU, and this runs on '{device}'",
+            "pass --optimizer adamw",
+        )
+
+
 def fit_device(spec: "AlignSpec | TrainSpec", reporter: Reporter) -> str:
     """Where this process computes; with several processes it joins the others.
 
@@ -53,11 +66,7 @@ def fit_device(spec: "AlignSpec | TrainSpec", reporter: Reporter) -> str:
             f"pass a multiple of {spec.micro_batch * processes} as --batch",
         )
     device = usable_device(local_device(spec.device or default_device()))
-    if spec.optimizer == "paged_adamw_8bit" and not device.startswith("cuda"):
-        raise UsageError(
-            f"--optimizer paged_adamw_8bit needs a GPU, and this runs on '{device}'",
-            "pass --optimizer adamw",
-        )
+    check_optimizer(spec.optimizer, device)
     tell_launcher(spec, resolve_precision(spec.precision, device), reporter)
     forget_launcher()
     join_processes(device)

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from quality import answer_loss
+from quality import Cell, answer_loss, parse_methods
 
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Geometry
@@ -61,9 +61,9 @@ def main() -> None:
     print("| aligned by | seed | " + " | ".join(f"{share:g}" for share in _SHARES) + " |")
     for method in options.methods:
         for seed in options.seeds:
-            place = f"{options.place}-{seed}"
-            small = options.work / (f"aligned-{place}-{method}" if method else f"pruned-{place}")
-            recovered = options.work / f"recovered-{place}-{method}-None"
+            cell = Cell(seed, options.strategy, options.ratio, method)
+            small = options.work / cell.source
+            recovered = options.work / f"recovered-{cell.name}"
             losses = []
             for share in _SHARES:
                 model = part_back(options.base, small, share)
@@ -71,7 +71,9 @@ def main() -> None:
                 model = load_adapter(model, recovered)
                 after = answer_loss(model, tokenizer, examples, options.max_length)
                 losses.append(f"{before:.2f} -> {after:.2f}")
-            print(f"| {method or 'nothing'} | {seed} | {' | '.join(losses)} |", flush=True)
+            print(
+                f"| {'+'.join(method) or 'nothing'} | {seed} | {' | '.join(losses)} |", flush=True
+            )
 
 
 def _options() -> argparse.Namespace:
@@ -82,13 +84,11 @@ def _options() -> argparse.Namespace:
     add("--eval-data", required=True)
     add("--eval-examples", type=int, default=64)
     add("--max-length", type=int, default=192)
-    add("--place", default="stru-0.65", help="strategy and ratio")
-    add("--methods", default="none,reconstruct")
-    add("--seeds", default="1,2")
-    options = parser.parse_args()
-    options.methods = ["" if word == "none" else word for word in options.methods.split(",")]
-    options.seeds = options.seeds.split(",")
-    return options
+    add("--strategy", default="stru")
+    add("--ratio", type=float, default=0.65)
+    add("--methods", type=parse_methods, default="none,reconstruct")
+    add("--seeds", type=int, nargs="+", default=[1, 2])
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -52,6 +52,23 @@ class Cell:
         """Name of the pruned model's directory."""
         return f"{self.strategy}-{self.ratio:g}-{self.seed}"
 
+    @property
+    def source(self) -> str:
+        """Name of the directory with the small model that is trained on."""
+        if not self.method:
+            return f"pruned-{self.place}"
+        return f"aligned-{self.place}-{'+'.join(self.method)}"
+
+    @property
+    def name(self) -> str:
+        """Names the directories of its adapters, behind ``adapter-`` and ``recovered-``."""
+        return f"{self.place}-{'+'.join(self.method)}-{self.quantize}"
+
+
+def parse_methods(text: str) -> list[tuple[str, ...]]:
+    """Such as ``none,reconstruct+pretrain``."""
+    return [() if word == "none" else tuple(word.split("+")) for word in text.split(",")]
+
 
 def cells(options: argparse.Namespace) -> list[Cell]:
     found = []
@@ -90,15 +107,14 @@ def measure(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
             SILENT,
         )  # fmt: skip
     if cell.method:
-        out = work / f"aligned-{cell.place}-{'+'.join(cell.method)}"
+        out = work / cell.source
         spec = align.AlignSpec(
             source=source, out=out, method=cell.method, model=base, seed=cell.seed,
             data=options.text, **options.align,
         )  # fmt: skip
         aligned = align.run(spec, SILENT).manifest
         source = out
-    name = f"{cell.place}-{'+'.join(cell.method)}-{cell.quantize}"
-    adapter = work / f"adapter-{name}"
+    adapter = work / f"adapter-{cell.name}"
     spec = train.TrainSpec(
         source=source, out=adapter, data=options.train_data, seed=cell.seed,
         quantize=cell.quantize, **options.train,
@@ -119,9 +135,9 @@ def measure(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
             {**row, "row": "base", **_score(options, base)},
             {**row, "row": "full", **_score(options, base, adapter)},
         ]
-    recovered = work / f"recovered-{name}"
+    recovered = work / f"recovered-{cell.name}"
     recover.run(recover.RecoverSpec(adapter=adapter, model=base, out=recovered), SILENT)
-    full = work / f"adapter-{Cell(cell.seed).place}--None"
+    full = work / f"adapter-{Cell(cell.seed).name}"
     row["update_cosines"] = update_cosines(recovered, full)
     row["gradient_cosines"] = gradient_cosines(
         base, source, trained.keep, options.train_data, options.train["max_length"]
@@ -259,9 +275,7 @@ def _options() -> argparse.Namespace:
     options.seeds = [int(word) for word in options.seeds.split(",")]
     options.ratios = [float(word) for word in options.ratios.split(",")]
     options.strategies = options.strategies.split(",")
-    options.methods = [
-        () if word == "none" else tuple(word.split("+")) for word in options.methods.split(",")
-    ]
+    options.methods = parse_methods(options.methods)
     # Fewer steps than the recipe's, so that the ways are still apart.
     small = {"batch": 16, "micro_batch": 16, "steps": 30, "eval_steps": 30}
     section = {**recipe.section("align"), **small, **json.loads(options.align)}

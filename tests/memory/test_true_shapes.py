@@ -6,14 +6,13 @@ and backward pass runs on any machine, and what would be held is counted as it i
 
 import pytest
 import torch
-import transformers
 from memory.live import LiveStorage
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loram_cli.arch.registry import family_for
 from loram_cli.memory.setup import TrainingSetup
 from loram_cli.memory.training import training_memory
-from loram_cli.modeling.empty import meta_causal_lm
+from loram_cli.modeling.empty import meta_causal_lm, native_config
 from loram_cli.stages.bench import BenchModel
 from loram_cli.training.adapters import attach_lora, lora_config
 
@@ -21,9 +20,7 @@ from loram_cli.training.adapters import attach_lora, lora_config
 def without_data(config, setup):
     """The model as it is trained, on the meta device."""
     family = family_for(config, "test")
-    settings = {name: value for name, value in config.items() if name != "model_type"}
-    settings |= {"allow_global_per_layer_attribute_access": True, "dtype": torch.bfloat16}
-    native = transformers.AutoConfig.for_model(config["model_type"], **settings)
+    native = native_config(config, torch.bfloat16)
     model = meta_causal_lm(
         family, native, "meta", attn_implementation=setup.attention, dtype=torch.bfloat16
     )
