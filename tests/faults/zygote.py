@@ -16,6 +16,7 @@ import os
 import pkgutil
 import signal
 import sys
+import threading
 import time
 
 COUNTED = {
@@ -36,9 +37,17 @@ def child(request: dict, counter: str) -> None:
     seen = 0
     filling = False
 
+    # Several threads come here: a count that two of them take at once would pass the fault by. The
+    # filling itself opens a file.
+    lock = threading.RLock()
+
     def hook(event: str, args: tuple) -> None:
         nonlocal seen, filling
-        if event in COUNTED and request["watch"] in str(args[0]) and not filling:
+        if event not in COUNTED or request["watch"] not in str(args[0]):
+            return
+        with lock:
+            if filling:
+                return
             seen += 1
             os.pwrite(count, str(seen).encode(), 0)
             here = fault.get("at_path")
