@@ -19,9 +19,12 @@ def command(
         float | None, typer.Option(help="Pruning ratio of --preset. (default: 0, the base)")
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="nf4: weights in 4 bits.")] = None,
+    multiple_of: options.MultipleOf = None,
     row: Annotated[
         list[str] | None,
-        typer.Option("--row", help="PRESET[:RATIO[:nf4]]; may be repeated, a process for each."),
+        typer.Option(
+            "--row", help="PRESET[:RATIO[:nf4][:xN]], xN: --multiple-of; may be repeated."
+        ),
     ] = None,
     paper: Annotated[
         bool, typer.Option("--paper", help="The rows of the paper's Table 8, and 70B QLoRAM.")
@@ -47,13 +50,17 @@ def command(
 
     if what != "train":
         raise UsageError(f"bench {what}: only 'train' can be measured")
-    if preset is None and (ratio is not None or quantize is not None):
-        raise UsageError("--ratio and --quantize are for --preset", "pass --preset NAME, or --row")
+    if preset is None and (ratio, quantize, multiple_of) != (None, None, None):
+        raise UsageError(
+            "--ratio, --quantize and --multiple-of are for --preset", "pass --preset NAME, or --row"
+        )
     if quantize not in (None, "nf4"):
         raise UsageError(f"--quantize {quantize}: only nf4 is known")
+    if multiple_of is not None and multiple_of < 1:
+        raise UsageError("--multiple-of must be above 0")
     rows = [*(row or ()), *(bench.PAPER_ROWS if paper else ())]
     if preset is not None:
-        rows.append(f"{preset}:{ratio or 0}" + (f":{quantize}" if quantize else ""))
+        rows.append(str(bench.BenchModel(preset, ratio or 0.0, quantize, multiple_of or 1)))
     values = {
         "rows": tuple(rows),
         "micro_batch": micro_batch,
@@ -93,7 +100,7 @@ def bench_table(result: object) -> object:
         title=f"training on {cards}", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1)
     )
     for name in ("model", "parameters", "predicted", "measured", "off by", "reserved", "s/step",
-                 "samples/s"):  # fmt: skip
+                 "samples/s", "of LoRA"):  # fmt: skip
         table.add_column(name, justify="left" if name == "model" else "right")
     for row in result.rows:
         cells = [row.label, format_params(row.params), format_bytes(row.predicted_bytes)]
@@ -107,5 +114,6 @@ def bench_table(result: object) -> object:
             format_bytes(row.reserved_bytes) if row.reserved_bytes else "-",
             f"{row.seconds_per_step:.3f}",
             f"{row.samples_per_second:.2f}",
+            "-" if row.speedup is None else f"{row.speedup:.2f}x",
         )
     return table

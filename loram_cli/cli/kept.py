@@ -8,6 +8,10 @@ from rich.table import Table
 
 from loram_cli.units import format_bytes, format_params
 
+# Numbers of 2 bytes in 16, to which cuBLAS wants rows aligned.
+_TENSOR_CORE_WIDTH = 8
+_WIDE = 1024
+
 
 def widths_table(results: dict[str, Any]) -> Table:
     """What stays of each layer; layers in a row that keep alike share a line.
@@ -36,6 +40,26 @@ def widths_table(results: dict[str, Any]) -> Table:
     return table
 
 
+def width_advice(results: dict[str, Any]) -> list[str]:
+    """A line where pruning left MLPs of a width that GPUs multiply slowly.
+
+    Args:
+        results: Of the plan or of the stage.
+    """
+    slow = [
+        kept[2]
+        for i, kept in results["widths"].items()
+        if kept[2] % _TENSOR_CORE_WIDTH and not results["base_widths"][i][2] % _TENSOR_CORE_WIDTH
+    ]
+    # Of small matrices a GPU's time is not the multiplication.
+    if max(slow, default=0) < _WIDE:
+        return []
+    return [
+        f"{slow[0]} MLP channels are no multiple of {_TENSOR_CORE_WIDTH}, which keeps a GPU from "
+        "its fastest kernels; --multiple-of 64 rounds up"
+    ]
+
+
 def widths_remarks(results: dict[str, Any]) -> list[str]:
     """Lines under the table: where the widths come from, and what they do not tell."""
     remarks = []
@@ -51,4 +75,4 @@ def widths_remarks(results: dict[str, Any]) -> list[str]:
             f"LoRA training wants a card of {format_bytes(results['card_bytes'])}, with its usual "
             "reserve"
         )
-    return remarks
+    return remarks + width_advice(results)

@@ -36,6 +36,7 @@ def command(
     keep_last: Annotated[
         int | None, typer.Option(help="Last layers kept whole. (default: 2)")
     ] = None,
+    multiple_of: options.MultipleOf = None,
     rank: options.Rank = None,
     micro_batch: options.StepMicroBatch = None,
     length: options.StepLength = None,
@@ -70,6 +71,7 @@ def command(
         strategy=strategy,
         keep_first=keep_first,
         keep_last=keep_last,
+        multiple_of=multiple_of,
         rank=rank,
         micro_batch=micro_batch,
         length=length,

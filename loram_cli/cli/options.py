@@ -42,6 +42,10 @@ Fsdp = Annotated[
     bool | None,
     typer.Option("--fsdp/--no-fsdp", help="Under torchrun: share the model out (FSDP)."),
 ]
+MultipleOf = Annotated[
+    int | None,
+    typer.Option(help="Round kept MLP channels up to a multiple: 64 is fast on GPUs. (default: 1)"),
+]
 GradientCheckpointing = Annotated[
     bool | None,
     typer.Option(

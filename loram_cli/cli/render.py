@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from loram_cli.cli.kept import width_advice
 from loram_cli.reporting import Progress as ProgressProtocol
 from loram_cli.runs.processes import is_main_process
 from loram_cli.stages.common import StageResult
@@ -163,7 +164,7 @@ def stage_lines(result: StageResult) -> list[str]:
     """The figures worth showing of a stage's result."""
     r = result.manifest.results
     if result.stage == "prune":
-        return [f"{format_params(r['base_params'])} -> {prune_line(r)}"]
+        return [f"{format_params(r['base_params'])} -> {prune_line(r)}", *width_advice(r)]
     if result.stage in ("align", "train"):
         lines = []
         if result.stage == "train":

@@ -18,6 +18,7 @@ def smallest_ratio(
     keep_first: int,
     keep_last: int,
     fits: Callable[[tuple[LayerGeometry, ...]], bool],
+    multiple_of: int = 1,
 ) -> float | None:
     """The smallest ratio whose widths fit, or None where not even the largest does.
 
@@ -26,10 +27,11 @@ def smallest_ratio(
         keep_first: Layers at the input side that stay whole.
         keep_last: Layers at the output side that stay whole.
         fits: Whether a model of these widths fits; where it does, narrower ones must too.
+        multiple_of: See :func:`~loram_cli.pruning.plan.narrowed`.
     """
 
     def tried(step: int) -> bool:
-        return fits(layer_widths(geometry, step / _STEPS, keep_first, keep_last))
+        return fits(layer_widths(geometry, step / _STEPS, keep_first, keep_last, multiple_of))
 
     high = round(largest_ratio(geometry) * _STEPS)
     if not tried(high):

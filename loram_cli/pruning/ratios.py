@@ -79,7 +79,7 @@ class RatioPlan:
         return cls(named, default, where, keys)
 
     def widths(
-        self, geometry: Geometry, keep_first: int, keep_last: int
+        self, geometry: Geometry, keep_first: int, keep_last: int, multiple_of: int = 1
     ) -> tuple[LayerGeometry, ...]:
         """Widths of every layer of a model.
 
@@ -87,6 +87,7 @@ class RatioPlan:
             geometry: The base's widths.
             keep_first: Layers at the input side that ``default`` does not touch.
             keep_last: Layers at the output side that ``default`` does not touch.
+            multiple_of: See :func:`~loram_cli.pruning.plan.narrowed`.
 
         Raises:
             UsageError: A layer that the model does not have, or nothing left of one.
@@ -107,7 +108,7 @@ class RatioPlan:
             after.append(
                 layer
                 if ratio is None
-                else narrowed(layer, ratio.heads, ratio.mlp, f"{self.where}: {what}")
+                else narrowed(layer, ratio.heads, ratio.mlp, f"{self.where}: {what}", multiple_of)
             )
         return tuple(after)
 

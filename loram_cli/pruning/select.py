@@ -1,7 +1,5 @@
 """Which groups stay, once it is known how many and how they score."""
 
-import bisect
-import itertools
 from collections.abc import Mapping
 
 import torch
@@ -46,6 +44,7 @@ def keep_global(
     scores: Mapping[int, LayerScores],
     params_per_group: Mapping[int, Mapping[str, int]],
     remove_params: int,
+    multiple_of: int = 1,
 ) -> dict[int, LayerKeep]:
     """Rank the groups of all layers together, and drop the least important until enough is gone.
 
@@ -60,32 +59,40 @@ def keep_global(
         params_per_group: Per layer and axis, the parameters that dropping one group frees.
         remove_params: How many must go; at least as many do, unless every layer is down to one
             head and one channel before. Ties go to the lower layer, heads first, lower index.
+        multiple_of: Channels of a layer go so many at a time, ranked by their mean, so that what
+            stays is a multiple of it.
 
     Returns:
-        What stays of each layer: at least one key/value head and one channel.
+        What stays of each layer: at least one key/value head, and ``multiple_of`` channels.
     """
-    # Of equal groups the last go first, as in a ranking within a layer: hence the flips.
     places = [(i, kind) for i in sorted(scores) for kind in ("key_value", "intermediate")]
-    values = [(scores[i][kind] / params_per_group[i][kind]).flip(0) for i, kind in places]
-    starts = [0, *itertools.accumulate(len(value) for value in values)]
-    order = torch.sort(torch.cat(values), stable=True).indices
-    kept = [torch.ones(len(value), dtype=torch.bool) for value in values]
-    left = [len(value) for value in values]
+    ascending, blocks, means = {}, {}, []
+    for place in places:
+        i, kind = place
+        block = multiple_of if kind == "intermediate" else 1
+        # Of equal groups the last go first, as in a ranking within a layer: hence the flips.
+        values, order = torch.sort(scores[i][kind].flip(0), stable=True)
+        ascending[place] = len(values) - 1 - order
+        odd = len(values) % block
+        blocks[place] = [odd] * (odd > 0) + [block] * (len(values) // block)
+        if odd:
+            means.append(values[:odd].mean()[None] / params_per_group[i][kind])
+        means.append(values[odd:].view(-1, block).mean(1) / params_per_group[i][kind])
+    owners = [place for place in places for _ in blocks[place]]
+    dropped = dict.fromkeys(places, 0)
     removed = 0
-    for position in order.tolist():
+    for position in torch.sort(torch.cat(means), stable=True).indices.tolist():
         if removed >= remove_params:
             break
-        place = bisect.bisect_right(starts, position) - 1
-        if left[place] > 1:
-            kept[place][position - starts[place]] = False
-            left[place] -= 1
-            i, kind = places[place]
-            removed += params_per_group[i][kind]
-    indices = {
-        place: tuple(keep.flip(0).nonzero().flatten().tolist())
-        for place, keep in zip(places, kept, strict=True)
+        i, kind = place = owners[position]
+        if dropped[place] < len(blocks[place]) - 1:
+            removed += blocks[place][dropped[place]] * params_per_group[i][kind]
+            dropped[place] += 1
+    kept = {
+        place: tuple(sorted(ascending[place][sum(blocks[place][: dropped[place]]) :].tolist()))
+        for place in places
     }
-    return {i: LayerKeep(indices[i, "key_value"], indices[i, "intermediate"]) for i in scores}
+    return {i: LayerKeep(kept[i, "key_value"], kept[i, "intermediate"]) for i in scores}
 
 
 def _highest(scores: torch.Tensor, count: int) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
 """Bench: real training steps on random weights of a model's true shapes, beside the prediction."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -10,9 +12,10 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.specs import spec_to_mapping
 
-# Table 8 of the paper, and its two 70B models in NF4.
+# Table 8 of the paper, the last of it also in widths that suit a GPU, and its 70B models in NF4.
 PAPER_ROWS = (
-    "llama2-7b", "llama2-13b", "llama2-13b:0.65", "llama2-70b:0.85:nf4", "llama2-70b:0.95:nf4",
+    "llama2-7b", "llama2-13b", "llama2-13b:0.65", "llama2-13b:0.65:x64",
+    "llama2-70b:0.85:nf4", "llama2-70b:0.95:nf4",
 )  # fmt: skip
 
 # Without a GPU a preset would take hours; this one takes seconds, and says nothing about a preset.
@@ -24,6 +27,7 @@ TINY_CONFIG = {
     "hidden_act": "silu", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _KEEP_FIRST, _KEEP_LAST = 4, 2
+_HOW = re.compile(r"(?P<ratio>\d+\.?\d*|\.\d+)?(:(?P<nf4>nf4))?(:x(?P<multiple_of>[1-9][0-9]*))?")
 
 # The measuring process ends so where it says in plain words what is wrong.
 REFUSED = 3
@@ -34,7 +38,8 @@ class BenchSpec:
     """What to measure.
 
     Attributes:
-        rows: Models: ``PRESET``, ``PRESET:RATIO`` or ``PRESET:RATIO:nf4``; ratio 0 is the base.
+        rows: Models: ``PRESET[:RATIO[:nf4][:xN]]``; ratio 0 is the base, N what the kept channels
+            are a multiple of.
         micro_batch: Sequences per pass, and per optimizer step.
         length: Tokens per sequence; every one of them carries loss.
         steps: Optimizer steps that are timed.
@@ -75,40 +80,46 @@ class BenchSpec:
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A model to measure: a preset, its pruning ratio, and the precision of its weights."""
+    """A model to measure: a preset, how it is pruned, and the precision of its weights."""
 
     preset: str
-    ratio: float
-    quantize: Literal["nf4"] | None
+    ratio: float = 0.0
+    quantize: Literal["nf4"] | None = None
+    multiple_of: int = 1
 
     @classmethod
     def parse(cls, row: str) -> "BenchModel":
-        """Read ``PRESET[:RATIO[:nf4]]``.
+        """Read ``PRESET[:RATIO[:nf4][:xN]]``.
 
         Raises:
             UsageError: It is not of that form, or there is no such preset.
         """
         from loram_cli.memory.presets import load_preset
 
-        preset, *rest = row.split(":")
+        preset, _, rest = row.partition(":")
         if preset != TINY_NAME:
             load_preset(preset, f"--row {row}")
-        try:
-            ratio = float(rest[0]) if rest and rest[0] else 0.0
-        except ValueError:
-            ratio = None
-        if ratio is None or rest[1:] not in ([], ["nf4"]):
-            raise UsageError(f"--row {row}: PRESET, PRESET:RATIO or PRESET:RATIO:nf4 is wanted")
+        match = _HOW.fullmatch(rest)
+        if match is None:
+            raise UsageError(
+                f"--row {row}: PRESET[:RATIO[:nf4][:xN]] is wanted", "such as llama2-13b:0.65:x64"
+            )
+        ratio = float(match["ratio"] or 0)
         if not 0 <= ratio < 1:
             raise UsageError(f"--row {row}: the ratio {ratio:g} is outside [0, 1)")
-        return cls(preset, ratio, "nf4" if rest[1:] else None)
+        return cls(preset, ratio, "nf4" if match["nf4"] else None, int(match["multiple_of"] or 1))
+
+    def __str__(self) -> str:
+        multiple = f":x{self.multiple_of}" if self.multiple_of > 1 else ""
+        return f"{self.preset}:{self.ratio}" + (":nf4" if self.quantize else "") + multiple
 
     @property
     def label(self) -> str:
-        """Such as ``llama2-70b QLoRAM 0.85``."""
+        """Such as ``llama2-70b QLoRAM 0.85 x64``."""
         quantized = "Q" if self.quantize else ""
         ratio = f" {self.ratio:g}" if self.ratio else ""
-        return f"{self.preset} {quantized}LoRA{'M' if self.ratio else ''}{ratio}"
+        multiple = f" x{self.multiple_of}" if self.multiple_of > 1 else ""
+        return f"{self.preset} {quantized}LoRA{'M' if self.ratio else ''}{ratio}{multiple}"
 
     def config(self) -> dict[str, Any]:
         """Its ``config.json``."""
@@ -120,7 +131,7 @@ class BenchModel:
         if not self.ratio:
             return dict(config)
         geometry = family_for(config, self.preset).geometry(config)
-        widths = layer_widths(geometry, self.ratio, _KEEP_FIRST, _KEEP_LAST)
+        widths = layer_widths(geometry, self.ratio, _KEEP_FIRST, _KEEP_LAST, self.multiple_of)
         return pruned_config(config, geometry, widths)
 
 
@@ -140,6 +151,8 @@ class BenchRow:
         deviation: Measured over predicted, less 1; None on a CPU, where the two do not compare.
         seconds_per_step: Median over the timed steps.
         samples_per_second: Micro-batch over that.
+        speedup: Samples per second over those of LoRA on the same preset in bf16; None where the
+            run had no such row.
         failure: Why there is no figure, or None.
     """
 
@@ -153,6 +166,7 @@ class BenchRow:
     deviation: float | None = None
     seconds_per_step: float | None = None
     samples_per_second: float | None = None
+    speedup: float | None = None
     failure: str | None = None
 
 
@@ -183,8 +197,7 @@ def run(spec: BenchSpec, reporter: Reporter) -> BenchResult:
     notes = []
     if device == "cpu":
         tiny = [replace(BenchModel.parse(row), preset=TINY_NAME) for row in spec.rows]
-        names = [f"{m.preset}:{m.ratio}" + (":nf4" if m.quantize else "") for m in tiny]
-        spec = replace(spec, rows=tuple(dict.fromkeys(names)))
+        spec = replace(spec, rows=tuple(dict.fromkeys(str(model) for model in tiny)))
         notes.append(
             "no GPU here: these figures are of a tiny model on the CPU, where resident memory "
             "holds libraries and threads too; they say nothing about the presets"
@@ -195,7 +208,27 @@ def run(spec: BenchSpec, reporter: Reporter) -> BenchResult:
             progress.detail(BenchModel.parse(row).label)
             rows.append(_in_a_process(replace(spec, rows=(row,), device=device)))
             progress.advance()
-    return BenchResult(rows=tuple(rows), notes=tuple(notes))
+    return BenchResult(rows=with_speedups(rows), notes=tuple(notes))
+
+
+def with_speedups(rows: Sequence[BenchRow]) -> tuple[BenchRow, ...]:
+    """The rows, each compared with LoRA on the whole base of the same preset.
+
+    Args:
+        rows: As measured.
+    """
+    models = [BenchModel.parse(row.row) for row in rows]
+    base = {
+        model.preset: row.samples_per_second
+        for model, row in zip(models, rows, strict=True)
+        if not model.ratio and not model.quantize and row.samples_per_second
+    }
+    return tuple(
+        replace(row, speedup=row.samples_per_second / base[model.preset])
+        if row.samples_per_second and model.preset in base
+        else row
+        for model, row in zip(models, rows, strict=True)
+    )
 
 
 def _in_a_process(spec: BenchSpec) -> BenchRow:

@@ -82,9 +82,13 @@ def ratio_of_budget(
             "train on it as it is, or pass --ratio",
         )
     keeps = (spec.keep_first, spec.keep_last)
-    ratio = smallest_ratio(geometry, *keeps, lambda widths: over_budget(widths) <= 0)
+    ratio = smallest_ratio(
+        geometry, *keeps, lambda widths: over_budget(widths) <= 0, spec.multiple_of
+    )
     if ratio is None:
-        least = budget + over_budget(layer_widths(geometry, largest_ratio(geometry), *keeps))
+        least = budget + over_budget(
+            layer_widths(geometry, largest_ratio(geometry), *keeps, spec.multiple_of)
+        )
         smaller = ""
         if spec.fit_memory:
             flags = ("--quantize nf4", "--gradient-checkpointing", "--micro-batch 1")

@@ -185,6 +185,7 @@ def fit_answers(
     config: dict[str, Any],
     setup: "TrainingSetup",
     keeps: tuple[int, int],
+    multiple_of: int,
     fit_bytes: int,
 ) -> Iterator[FitAnswer]:
     """The smallest ratio that fits, in bf16 and in NF4.
@@ -194,6 +195,7 @@ def fit_answers(
         config: The base's ``config.json``.
         setup: How it is trained.
         keeps: First and last layers that stay whole.
+        multiple_of: Of which the channels that stay are a multiple.
         fit_bytes: The memory.
     """
     from loram_cli.memory import account, training
@@ -205,7 +207,7 @@ def fit_answers(
         answer = FitAnswer(precision=precision, ratio=None)
         for hundredths in range(100):
             try:
-                widths = layer_widths(geometry, hundredths / 100, *keeps)
+                widths = layer_widths(geometry, hundredths / 100, *keeps, multiple_of)
             except UsageError:
                 break  # nothing would be left of a layer
             tried = pruned_config(config, geometry, widths) if hundredths else config

@@ -54,6 +54,8 @@ class PruneSpec:
         gradient_checkpointing: With ``fit_memory``: training trades time for memory.
         scope: ``layer``: every layer loses its own share; ``global``: the groups of all layers
             are ranked together.
+        multiple_of: The MLP channels that stay are a multiple of so many, rounded up; 64 lets a GPU
+            multiply them at full speed, 1 is the paper.
         keep_first: Layers at the input side that stay whole (``rand`` and ``stru`` alone).
         keep_last: Layers at the output side that stay whole (``rand`` and ``stru`` alone).
         importance: ``stru`` ranks by first-order ``taylor``, ``unst`` and ``semi`` choose by
@@ -84,6 +86,7 @@ class PruneSpec:
     max_length: int = 512
     gradient_checkpointing: bool = False
     scope: Literal["layer", "global"] = "layer"
+    multiple_of: int = 1
     keep_first: int = 4
     keep_last: int = 2
     importance: Literal["taylor", "l2", "sparsegpt"] | None = None
@@ -101,6 +104,8 @@ class PruneSpec:
     def __post_init__(self) -> None:
         settle_amounts(self)
         check_amount(self)
+        if self.multiple_of < 1:
+            raise UsageError("--multiple-of must be above 0")
         for name in ("keep_first", "keep_last"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} cannot be negative")
@@ -253,7 +258,7 @@ def _keep_indices(
         }
     scores = group_scores(spec, planned, layers, work, reporter)
     if spec.scope == "global":
-        return rank_globally(planned, scores)
+        return rank_globally(planned, scores, spec.multiple_of)
     return {i: keep_highest(scores[i], planned.after[i]) for i in layers}
 
 

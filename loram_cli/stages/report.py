@@ -46,6 +46,7 @@ class MemoryReportSpec:
         strategy: ``rand`` and ``stru`` narrow the layers, ``semi`` and ``unst`` zero weights.
         keep_first: Layers at the input side that stay whole (``rand`` and ``stru`` alone).
         keep_last: Layers at the output side that stay whole (``rand`` and ``stru`` alone).
+        multiple_of: The channels that stay are a multiple of so many.
         rank: LoRA rank.
         targets: LoRA target modules; empty for every decoder linear and an untied head.
         dropout: LoRA dropout.
@@ -67,6 +68,7 @@ class MemoryReportSpec:
     strategy: Strategy = "stru"
     keep_first: int = 4
     keep_last: int = 2
+    multiple_of: int = 1
     rank: int = 8
     targets: tuple[str, ...] = ()
     dropout: float = 0.05
@@ -96,7 +98,7 @@ class MemoryReportSpec:
         for name in ("keep_first", "keep_last"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} cannot be negative")
-        for name in ("rank", "micro_batch", "length", "processes"):
+        for name in ("multiple_of", "rank", "micro_batch", "length", "processes"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is too low")
         if self.fit_bytes is not None and self.fit_bytes < 1:
@@ -247,7 +249,7 @@ def _fits(
     if config.get("per_layer_config"):
         return ()
     keeps = (spec.keep_first, spec.keep_last)
-    return tuple(fit_answers(family, config, setup, keeps, spec.fit_bytes))
+    return tuple(fit_answers(family, config, setup, keeps, spec.multiple_of, spec.fit_bytes))
 
 
 def _base_config(spec: MemoryReportSpec) -> dict[str, Any]:
@@ -295,7 +297,9 @@ def _narrowed_or_sparse(
         if spec.strategy in ("semi", "unst"):
             yield Model(name, config, ratio, sparsity=ratio)
         else:
-            widths = layer_widths(geometry, ratio, spec.keep_first, spec.keep_last)
+            widths = layer_widths(
+                geometry, ratio, spec.keep_first, spec.keep_last, spec.multiple_of
+            )
             yield Model(name, pruned_config(config, geometry, widths), ratio)
 
 

@@ -51,8 +51,9 @@ def check_amount(spec: "PruneSpec") -> None:
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is too low")
     if spec.zeroes_weights:
-        for name, flag in (*zip(AMOUNTS[1:], FLAGS, strict=True), ("scope", "--scope global")):
-            if getattr(spec, name) not in (None, "layer"):
+        others = (("scope", "--scope global"), ("multiple_of", "--multiple-of"))
+        for name, flag in (*zip(AMOUNTS[1:], FLAGS, strict=True), *others):
+            if getattr(spec, name) not in (None, "layer", 1):
                 raise UsageError(
                     f"{flag} does not go with --strategy {spec.strategy}: shapes and memory stay",
                     "pass --ratio, or --strategy stru",
@@ -177,13 +178,13 @@ def choose_widths(spec: "PruneSpec", family: "Family", config: dict[str, Any]) -
     if spec.plan is not None:
         ratio = None
         plan = RatioPlan.from_mapping(read_plan(spec.plan), f"plan {spec.plan.name}")
-        after = plan.widths(geometry, *keeps)
+        after = plan.widths(geometry, *keeps, spec.multiple_of)
         if after == geometry.layers:
             raise UsageError(f"plan {spec.plan.name}: drops nothing from this model")
     else:
         if over_budget is not None:
             ratio = ratio_of_budget(spec, geometry, over_budget)
-        after = layer_widths(geometry, ratio, *keeps)
+        after = layer_widths(geometry, ratio, *keeps, spec.multiple_of)
     base, pruned = (
         count_params(family, c).total for c in (config, pruned_config(config, geometry, after))
     )
@@ -221,12 +222,15 @@ def plan_input(spec: "PruneSpec") -> dict[str, dict[str, str]]:
     return {"plan": {"path": str(spec.plan), "ratios": digest_of(read_plan(spec.plan))}}
 
 
-def rank_globally(planned: "PrunePlan", scores: "dict[int, LayerScores]") -> "dict[int, LayerKeep]":
+def rank_globally(
+    planned: "PrunePlan", scores: "dict[int, LayerScores]", multiple_of: int
+) -> "dict[int, LayerKeep]":
     """Choose among the groups of all layers together, until the budget is met.
 
     Args:
         planned: The base, and how much must go.
         scores: Group scores of every layer that is pruned.
+        multiple_of: Of which the channels that stay are to be a multiple.
 
     Raises:
         LoramError: One head and one channel in each layer are too much still.
@@ -238,14 +242,14 @@ def rank_globally(planned: "PrunePlan", scores: "dict[int, LayerScores]") -> "di
     freed = {i: params_per_group(planned.family, planned.config, before[i]) for i in scores}
     remove_params = planned.chosen.remove_params
     while True:
-        keep = keep_global(scores, freed, remove_params)
+        keep = keep_global(scores, freed, remove_params, multiple_of)
         after = tuple(
             keep[i].widths(layer) if i in keep else layer for i, layer in enumerate(before)
         )
         over = planned.chosen.over_budget(after)
         if over <= 0:
             return keep
-        if _is_least(keep):
+        if _is_least(keep, multiple_of):
             raise LoramError(
                 "the budget cannot be met by ranking all layers together", "pass --scope layer"
             )
@@ -253,5 +257,7 @@ def rank_globally(planned: "PrunePlan", scores: "dict[int, LayerScores]") -> "di
         remove_params += max(1, over // 2)
 
 
-def _is_least(keep: "dict[int, LayerKeep]") -> bool:
-    return all(len(k.key_value_heads) == len(k.intermediate) == 1 for k in keep.values())
+def _is_least(keep: "dict[int, LayerKeep]", multiple_of: int) -> bool:
+    return all(
+        len(k.key_value_heads) == 1 and len(k.intermediate) <= multiple_of for k in keep.values()
+    )

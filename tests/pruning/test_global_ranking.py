@@ -32,6 +32,19 @@ def test_every_layer_keeps_a_head_and_a_channel():
     assert keep_global(scores, FREED, 0)[2] == LayerKeep((0, 1), (0, 1, 2, 3))
 
 
+def test_channels_go_in_blocks_and_what_stays_is_a_multiple():
+    # Blocks of a layer, least first: the two beyond a multiple of four, then fours.
+    channels = [9.0, 0.2, 0.1, 5.0, 5.0, 5.0, 9.0, 9.0, 9.0, 5.0]
+    scores = scores_of([[1000.0]], [channels])
+    for remove, kept in (
+        (0, range(10)), (1, (0, 3, 4, 5, 6, 7, 8, 9)), (4, (0, 3, 4, 5, 6, 7, 8, 9)),
+        (5, (0, 6, 7, 8)), (1000, (0, 6, 7, 8)),
+    ):  # fmt: skip
+        assert keep_global(scores, FREED, remove, 4)[0].intermediate == tuple(kept)
+    # A layer with fewer channels stays whole.
+    assert keep_global(scores, FREED, 1000, 16)[0].intermediate == tuple(range(10))
+
+
 def test_it_removes_enough_and_no_more_than_a_group_beyond_and_the_least_worth():
     generator = torch.Generator().manual_seed(0)
     scores = {

@@ -63,6 +63,20 @@ def test_kept_counts_are_the_papers_formula(layer, ratio):
     assert after.head_dim == layer.head_dim
 
 
+@given(layers(), RATIOS, st.integers(1, 200))
+def test_channels_are_rounded_up_to_a_multiple_and_to_no_more_than_there_are(layer, ratio, n):
+    try:
+        exact = narrowed(layer, ratio)
+    except UsageError:
+        assume(False)
+    after = narrowed(layer, ratio, multiple_of=n)
+    assert replace(after, intermediate_size=exact.intermediate_size) == exact
+    assert exact.intermediate_size <= after.intermediate_size < exact.intermediate_size + n
+    if after.intermediate_size < layer.intermediate_size:
+        assert after.intermediate_size % n == 0
+    assert after.intermediate_size <= layer.intermediate_size
+
+
 @given(layers(), RATIOS, RATIOS)
 def test_a_higher_ratio_never_keeps_more_and_something_is_always_left(layer, one, other):
     low, high = sorted((one, other))
@@ -218,7 +232,8 @@ def test_a_global_ranking_removes_what_is_asked_for_and_no_group_more(data):
         }
     total = sum(freed[i][k] * len(v) for i, s in scores.items() for k, v in s.items())
     remove = data.draw(st.integers(0, total + 10))
-    keep = keep_global(scores, freed, remove)
+    multiple_of = data.draw(st.sampled_from([1, 1, 2, 3, 5]))
+    keep = keep_global(scores, freed, remove, multiple_of)
 
     def left(kept):
         return sum(
@@ -229,13 +244,18 @@ def test_a_global_ranking_removes_what_is_asked_for_and_no_group_more(data):
 
     assert all(k.key_value_heads and k.intermediate for k in keep.values())
     removed = total - left(keep)
-    least = sum(sum(f.values()) for f in freed.values())
+    whole = {i: len(layer["intermediate"]) for i, layer in scores.items()}
+    for i, k in keep.items():
+        assert len(k.intermediate) == whole[i] or len(k.intermediate) % multiple_of == 0
+    least = sum(
+        f["key_value"] + min(multiple_of, whole[i]) * f["intermediate"] for i, f in freed.items()
+    )
     if remove > total - least:
         assert removed == total - least
     else:
-        largest = max(n for f in freed.values() for n in f.values())
+        largest = max(max(f["key_value"], f["intermediate"] * multiple_of) for f in freed.values())
         assert remove <= removed < remove + largest
-    more = keep_global(scores, freed, remove + 1)
+    more = keep_global(scores, freed, remove + 1, multiple_of)
     for i in keep:
         assert set(more[i].key_value_heads) <= set(keep[i].key_value_heads)
         assert set(more[i].intermediate) <= set(keep[i].intermediate)
@@ -269,23 +289,24 @@ def test_a_budget_is_never_exceeded_and_the_next_wider_model_would_exceed_it(
         quantize = None if unit == "bf16" else unit
         return card_bytes(family, pruned, TrainingSetup(rank=2, quantize=quantize, length=8))
 
-    least = layer_widths(geometry, largest_ratio(geometry), 0, 0)
-    assert {layer.intermediate_size for layer in least} == {1}
+    n = data.draw(st.sampled_from([1, 1, 3, 8]))
+    least = layer_widths(geometry, largest_ratio(geometry), 0, 0, n)
+    assert {layer.intermediate_size for layer in least} == {min(n, config["intermediate_size"])}
     lowest, highest = cost(least), cost(geometry.layers)
     assume(lowest < highest)
     budget = data.draw(st.integers(lowest - 5, highest - 1))
-    ratio = smallest_ratio(geometry, 0, 0, lambda widths: cost(widths) <= budget)
+    ratio = smallest_ratio(geometry, 0, 0, lambda widths: cost(widths) <= budget, n)
     if budget < lowest:
         assert ratio is None
         return
-    found = cost(layer_widths(geometry, ratio, 0, 0))
+    found = cost(layer_widths(geometry, ratio, 0, 0, n))
     assert found <= budget
     # Every ratio below it in steps of 1e-5 is too much: the nearest, and any other one.
     below = [round(ratio - 1e-5, 5), *(data.draw(st.floats(0, ratio)) for _ in range(2))]
     for other in below:
         other = math.floor(other * 100_000 - 1e-6) / 100_000
         if 0 <= other < ratio:
-            assert cost(layer_widths(geometry, other, 0, 0)) > budget
+            assert cost(layer_widths(geometry, other, 0, 0, n)) > budget
 
 
 @given(st.data(), st.sampled_from(FAMILIES))

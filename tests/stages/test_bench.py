@@ -11,29 +11,41 @@ from loram_cli.cli.app import run_command
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_params
 from loram_cli.modeling.random_model import random_causal_lm
-from loram_cli.stages.bench import PAPER_ROWS, REFUSED, TINY_CONFIG, BenchModel, BenchSpec
+from loram_cli.stages.bench import (
+    PAPER_ROWS,
+    REFUSED,
+    TINY_CONFIG,
+    BenchModel,
+    BenchRow,
+    BenchSpec,
+    with_speedups,
+)
 
 
 def test_rows_are_a_preset_a_ratio_and_a_precision():
     models = [BenchModel.parse(row) for row in PAPER_ROWS]
     assert [model.label for model in models] == [
-        "llama2-7b LoRA", "llama2-13b LoRA", "llama2-13b LoRAM 0.65", "llama2-70b QLoRAM 0.85",
-        "llama2-70b QLoRAM 0.95",
+        "llama2-7b LoRA", "llama2-13b LoRA", "llama2-13b LoRAM 0.65", "llama2-13b LoRAM 0.65 x64",
+        "llama2-70b QLoRAM 0.85", "llama2-70b QLoRAM 0.95",
     ]  # fmt: skip
     counts = [
         count_params(family_for(config, "row"), config).total
         for config in (model.config() for model in models)
     ]
-    # Tables 5 and 8 of the paper.
-    assert counts == [6738415616, 13015864320, 6005662720, 16272924672, 9662226432]
+    # Tables 5 and 8 of the paper; x64 has 26 channels more in each of 34 layers.
+    wider = 6005662720 + 34 * 26 * 3 * 5120
+    assert counts == [6738415616, 13015864320, 6005662720, wider, 16272924672, 9662226432]
+    assert [BenchModel.parse(str(model)) for model in models] == models
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
         ("llama2-13b:2", "the ratio 2 is outside"),
-        ("llama2-13b:x", "PRESET:RATIO"),
-        ("llama2-13b:0.5:int8", "PRESET:RATIO:nf4"),
+        ("llama2-13b:x", "PRESET.:RATIO"),
+        ("llama2-13b:0.5:int8", "PRESET.:RATIO"),
+        ("llama2-13b:0.5:x0", "PRESET.:RATIO"),
+        ("llama2-13b:-1", "PRESET.:RATIO"),
         ("llama2-1b", "unknown preset"),
     ],
 )
@@ -53,6 +65,20 @@ def test_rows_that_cannot_be(row, reason):
 def test_what_cannot_be_measured_is_refused(words, code, reason, capsys):
     assert run_command(["bench", "train", "--row", "llama2-7b", *words]) == code
     assert reason in capsys.readouterr().err
+
+
+def test_rows_are_compared_with_lora_on_the_whole_of_the_same_preset():
+    speeds = {
+        "llama2-7b": 9.0, "tiny:0:nf4": 5.0, "tiny:0.5": 6.0, "tiny": 4.0, "tiny:0.5:nf4:x8": None,
+    }  # fmt: skip
+    rows = [
+        BenchRow(
+            row=row, label=row, device="cpu", params=1, predicted_bytes=1, samples_per_second=speed
+        )
+        for row, speed in speeds.items()
+    ]
+    assert [row.speedup for row in with_speedups(rows)] == [1.0, 1.25, 1.5, 1.0, None]
+    assert with_speedups(rows[1:3]) == tuple(rows[1:3])
 
 
 def test_what_the_measuring_process_refuses_is_told_in_full(monkeypatch, capsys):
@@ -112,6 +138,8 @@ def test_on_a_cpu_a_tiny_model_is_measured_and_it_says_so(capsys):
         (["bench", "eval"], "only 'train'"),
         (["bench", "train"], "bench needs a model"),
         (["bench", "train", "--ratio", "0.5"], "are for --preset"),
+        (["bench", "train", "--multiple-of", "64"], "are for --preset"),
+        (["bench", "train", "--preset", "tiny", "--multiple-of", "0"], "must be above 0"),
     ],
 )
 def test_requests_that_cannot_be(words, says, capsys):

@@ -11,6 +11,7 @@ from whole_way import SILENT, check_training_and_recovery, keep_of
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.cli.app import run_command
+from loram_cli.cli.kept import width_advice
 from loram_cli.errors import UsageError
 from loram_cli.memory import account
 from loram_cli.memory.presets import load_preset
@@ -70,6 +71,46 @@ def test_a_global_ranking_is_trained_recovered_and_merged(
     assert even - one_head < results["pruned_params"] <= even
     assert CheckpointIndex.open(tmp_path / "pruned").num_params == results["pruned_params"]
     check_training_and_recovery(tmp_path, uneven, instructions)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_channels_that_are_a_multiple_are_trained_recovered_and_merged(
+    base: Path, instructions: Path, tmp_path: Path, scope
+):
+    spec = spec_of(base, tmp_path / "pruned", ratio=0.5, scope=scope, multiple_of=8)
+    prune.run(spec, SILENT)
+    results = Manifest.read(tmp_path / "pruned").results
+    channels = [widths[2] for widths in results["widths"].values()]
+    # 20 of 40 are no multiple; a global ranking may share 48 out otherwise.
+    assert all(count % 8 == 0 for count in channels)
+    assert sum(channels[1:3]) == 48 if scope == "layer" else sum(channels[1:3]) < 80
+    assert CheckpointIndex.open(tmp_path / "pruned").num_params == results["pruned_params"]
+    check_training_and_recovery(tmp_path, base, instructions)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_budget_is_met_in_multiples(base, tmp_path, scope):
+    spec = spec_of(base, tmp_path / "pruned", scope=scope, target_params="40K", multiple_of=8)
+    results = prune.run(spec, SILENT).manifest.results
+    assert results["pruned_params"] <= 40_000
+    assert all(widths[2] % 8 == 0 for widths in results["widths"].values())
+
+
+def test_a_plan_is_rounded_too(base, plan_file, tmp_path):
+    widths = prune.plan(spec_of(base, tmp_path / "out", plan=plan_file, multiple_of=16)).after
+    assert [layer.intermediate_size for layer in widths] == [32, 32, 16, 40]
+
+
+@pytest.mark.parametrize(
+    ("channels", "base_channels", "said"),
+    [(4838, 13824, True), (4840, 13824, False), (179, 512, False), (4838, 13827, False)],
+)
+def test_widths_that_a_gpu_multiplies_slowly_are_told(channels, base_channels, said):
+    results = {"widths": {"0": [8, 8, 4864], "1": [8, 8, channels]}}
+    results["base_widths"] = {"0": [8, 8, 4864], "1": [8, 8, base_channels]}
+    advice = width_advice(results)
+    assert bool(advice) == said
+    assert all("4838 MLP channels" in line and "--multiple-of 64" in line for line in advice)
 
 
 def setup_of(budget):
@@ -152,6 +193,8 @@ def test_70b_in_24_gib_on_nf4_takes_the_smallest_ratio_that_fits():
         ({"fit_memory": 10**9, "max_length": 0}, "--max-length 0 is too low"),
         ({"scope": "global", "strategy": "rand", "importance": None}, "draws them"),
         ({"scope": "global", "plan": Path("x")}, "says what each loses"),
+        ({"multiple_of": 0}, "--multiple-of must be above 0"),
+        ({"multiple_of": 8, "strategy": "unst"}, "--multiple-of does not go with --strategy unst"),
     ],
 )
 def test_what_excludes_each_other_is_refused(base, tmp_path, changes, said):
