@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 # Launchers look every tenth of a second for a process that has failed, and then end the others.
@@ -14,6 +16,7 @@ LAUNCHER_SECONDS = 5.0
 # A launcher whose processes are to stop gives them so long, and then kills them.
 _GRACE_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
+_STORE_SECONDS = 2.0
 _DISTRIBUTED_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
@@ -47,18 +50,38 @@ def may_speak(code: int) -> bool:
     """Whether this process is to say why a command failed; one of them says it.
 
     The first one says it at once. The others wait: where it failed as well, the launcher ends them
-    before they would say the same; where it did not, nobody else would say it.
+    before they would say the same; where it did not, nobody else would say it. Where the launcher
+    is slow to end them, its store tells who spoke already.
 
     Args:
         code: The exit code; 130, Ctrl-C, reaches everyone and is told by the first one.
     """
-    if is_main_process():
+    if process_count() == 1 or code == 130:
+        return is_main_process()
+    if not is_main_process():
+        try:
+            time.sleep(LAUNCHER_SECONDS)
+        except KeyboardInterrupt:
+            return False
+    return _speaks_first()
+
+
+def _speaks_first() -> bool:
+    """Whether no other process of this launch has asked this; true where none can be asked."""
+    # Set by torchrun and by what builds on it: its agent's store lies at the master's address.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
+    from torch.distributed import DistError, TCPStore
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        time.sleep(LAUNCHER_SECONDS)
-    except KeyboardInterrupt:
-        return False
-    return code != 130
+        # TCPStore would log pages about a launcher that is gone.
+        socket.create_connection((host, port), _STORE_SECONDS).close()
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
+        return store.add(f"loram/failure-told/{attempt}", 1) == 1
+    except (OSError, DistError):
+        return True
 
 
 def leave_word(text: str) -> None:

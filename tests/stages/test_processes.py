@@ -1,9 +1,11 @@
 """One training on several processes: what the launcher's environment decides."""
 
 import json
+import socket
 from dataclasses import replace
 
 import pytest
+from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from loram_cli.cli.app import run_command
@@ -147,6 +149,26 @@ def test_a_later_process_speaks_only_if_the_launcher_lets_it_live(launched, monk
     assert not may_speak(130)
     launched(0)
     assert may_speak(130)
+
+
+def test_one_of_them_speaks_however_slow_the_launcher_is(launched, monkeypatch):
+    monkeypatch.setattr("loram_cli.runs.processes.time.sleep", lambda seconds: None)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        spoke = []
+        for rank in (1, 0, 1):
+            launched(rank)
+            spoke.append(may_speak(1))
+        assert spoke == [True, False, False]
+    # A launcher that is gone cannot be asked.
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(unused.getsockname()[1]))
+        assert may_speak(1)
 
 
 def test_ctrl_c_is_told_by_the_first_process_alone(launched, monkeypatch, capsys, tmp_path):
