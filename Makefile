@@ -30,7 +30,7 @@ test: $(VENV)/installed lint
 	$(PYTEST)
 
 test-slow: $(VENV)/installed
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,12 +1,18 @@
 """Models and data that many tests share."""
 
 import json
+import random
 import shutil
+import time
 from pathlib import Path
 
 import hypothesis
 import pytest
 from tiny import make_base
+
+STARTED = pytest.StashKey[float]()
+# A test that is begun at the last moment may take so long.
+LONGEST_SECONDS = 1200
 
 # A test's time says how busy the machine is, not whether the code is right; and every run tries
 # the same examples.
@@ -14,6 +20,48 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow-minutes", type=float, help="Start no slow test after so many minutes.")
+    parser.addoption("--slow-order", type=int, help="Seed of the order in which files come then.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Another order every day, so that in time every test is among those that time allows. Workers
+    # are given these options as they are after this.
+    if config.option.slow_order is None:
+        config.option.slow_order = int(time.time() // 86400)
+    config.stash[STARTED] = time.monotonic()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if config.option.slow_minutes is not None:
+        terminalreporter.write_line(
+            f"slow tests begun in {config.option.slow_minutes:g} minutes, "
+            f"--slow-order {config.option.slow_order}"
+        )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.slow_minutes is None:
+        return
+    files = sorted({item.path for item in items})
+    random.Random(config.option.slow_order).shuffle(files)
+    items.sort(key=lambda item: files.index(item.path))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.option.slow_minutes
+    if minutes is None or item.get_closest_marker("slow") is None:
+        return
+    own = item.get_closest_marker("timeout")
+    if own is not None and own.args[0] > LONGEST_SECONDS:
+        pytest.skip("may take longer than there is time for slow tests (--slow-minutes)")
+    if time.monotonic() - item.config.stash[STARTED] > minutes * 60:
+        pytest.skip("the time for slow tests is up (--slow-minutes)")
 
 
 @pytest.fixture(scope="session")

@@ -23,14 +23,19 @@ PYTHONS = ("3.11", "3.12", "3.13")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def run(*words: object, **options) -> str:
-    # Commands read variables with our prefix as settings.
+def start(*words: object, **options) -> subprocess.CompletedProcess:
+    # Commands read variables with our prefix as settings, and pip takes what lies on the path for
+    # installed.
     environment = {
         k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("LORAM_")
     }
-    done = subprocess.run(
+    return subprocess.run(
         [str(word) for word in words], capture_output=True, text=True, env=environment, **options
     )
+
+
+def run(*words: object, **options) -> str:
+    done = start(*words, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -144,7 +149,7 @@ def test_it_installs_from_an_index_and_works_on_every_supported_python(
     try:
         # By itself first: it decides which of the others' builds fit.
         for what in ("torch", wheel):
-            done = subprocess.run([str(w) for w in (*pip, what)], capture_output=True, text=True)
+            done = start(*pip, what)
             if any(text in done.stderr for text in ("ConnectionError", "Connection refused",
                                                     "Name or service not known")):  # fmt: skip
                 pytest.skip("no package index can be reached")
