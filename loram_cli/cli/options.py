@@ -44,7 +44,7 @@ Fsdp = Annotated[
 ]
 MultipleOf = Annotated[
     int | None,
-    typer.Option(help="Round kept MLP channels up to a multiple: 64 is fast on GPUs. (default: 1)"),
+    typer.Option(help="Round kept MLP channels up to a multiple: 64 suits GPUs. (default: 1)"),
 ]
 GradientCheckpointing = Annotated[
     bool | None,
