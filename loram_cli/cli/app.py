@@ -112,6 +112,13 @@ def run_command(arguments: list[str] | None) -> int:
             return _fail("another process of this command has ended; it says why above", 1)
         if os.environ.get("LORAM_DEBUG"):
             raise
+        if _is_out_of_memory(error):
+            return _fail(
+                f"out of memory: {str(error).strip().partition(chr(10))[0]}\nwhat makes it fit: "
+                "--quantize nf4; for training --gradient-checkpointing and --micro-batch 1 "
+                "('loram memory-report' counts), for calibration fewer or shorter windows",
+                1,
+            )
         if "No space left on device" in str(error):
             return _fail("no space left on the disk\nfree some and run the same command", 1)
         return _fail(
@@ -119,6 +126,16 @@ def run_command(arguments: list[str] | None) -> int:
             "this is a bug in loram; LORAM_DEBUG=1 shows the traceback to report",
             1,
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name: torch need not be loaded to tell. Its own allocator for the processor, the system's
+    # calls and the starting of threads each say it in their way.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    told = str(error).lower()
+    signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "new thread")
+    return any(sign in told for sign in signs)
 
 
 def _usage(error: Any) -> int:

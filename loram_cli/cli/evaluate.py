@@ -59,6 +59,16 @@ def command(
     backend: Annotated[
         str | None, typer.Option(help="hf, or vllm (needs the vllm extra and a GPU). (default: hf)")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="nf4: hold weights in 4 bits.", autocompletion=options.choices("eval", "quantize")
+        ),
+    ] = None,
+    weights_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for weights, such as 20GiB; more is read anew each pass."),
+    ] = None,
     export: Annotated[
         Path | None, typer.Option(help="Also write the table here: .md, .csv, .json or .png.")
     ] = None,
@@ -81,6 +91,7 @@ def command(
     from loram_cli.cli.plans import show_plans
     from loram_cli.cli.render import print_json, show_result
     from loram_cli.stages import evaluate, resolve
+    from loram_cli.units import parse_bytes
 
     chosen = options.comma_separated(rows)
     if show:
@@ -102,6 +113,8 @@ def command(
         temperatures=parse_temperatures(temperatures) if temperatures is not None else None,
         allow_code_execution=allow_code_execution,
         backend=backend,
+        quantize=quantize,
+        weights_memory_bytes=parse_bytes(weights_memory) if weights_memory else None,
         device=device,
         seed=seed,
         force=force,

@@ -1,29 +1,27 @@
 """Batches that grow while memory allows and halve when it does not."""
 
-import contextlib
 import gc
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from loram_cli.errors import LoramError
-from loram_cli.units import KIB
+from loram_cli.modeling.free_memory import free_memory_bytes
 
 T = TypeVar("T")
 _FIRST_ROWS = 8
 _MOST_ROWS = {"cpu": 128, "cuda": 1024}
 _SUCCESSES_BEFORE_REGROWTH = 4
+_SPARE_SHARE = {"cpu": 0.5, "cuda": 0.85}
 
 
 class GrowingBatch:
     """Chooses how many rows go into one pass.
 
-    With a number given that is the most; without, the batch starts at 8 rows and doubles while
-    the estimate of the next one fits into half of the free memory (85% on a GPU). Either way an
-    out-of-memory error halves it, and the rows are tried again.
+    With a number given that is the most; without, the batch starts at 8 rows, or as many as fit,
+    and doubles while the estimate of the next one fits into half of the free memory (85% on a
+    GPU). Either way an out-of-memory error halves it, and the rows are tried again.
 
     Args:
         rows: Rows per pass at most; None chooses by memory.
@@ -56,6 +54,9 @@ class GrowingBatch:
         Raises:
             LoramError: One item alone does not fit.
         """
+        if items and self._adapts:
+            row_bytes = tokens(items[0]) * self._bytes_per_token
+            self.rows = max(1, min(self.rows, _spare_bytes(self._device) // row_bytes))
         position = 0
         while position < len(items):
             batch = items[position : position + self.rows]
@@ -67,7 +68,8 @@ class GrowingBatch:
                 if len(batch) == 1:
                     raise LoramError(
                         f"out of memory on one row of {tokens(batch[0])} tokens",
-                        "shorten it (--num-fewshot, --max-new-tokens) or use another --device",
+                        "shorten it (--num-fewshot, --max-new-tokens), leave less to the weights "
+                        "(--weights-memory), or use another --device",
                     ) from error
                 self.rows = self._ceiling = len(batch) // 2
                 self._successes = 0
@@ -119,17 +121,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _spare_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(0.85 * (free_bytes + kept))
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * KIB // 2
-    with contextlib.suppress(ValueError, OSError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    return 2**30
+    return int(_SPARE_SHARE.get(device.type, _SPARE_SHARE["cpu"]) * free_memory_bytes(device))
 
 
 def _release(device: torch.device) -> None:

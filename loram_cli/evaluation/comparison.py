@@ -30,8 +30,9 @@ class Column:
 
 
 def title(results: Results) -> str:
-    """What the table shows, with a warning when its documents are no benchmark."""
-    return "held-out results" + (f" ({SAMPLE_NOTE})" if results["bundled"] else "")
+    """What the table shows: in which precision, and whether its documents are no benchmark."""
+    precision = ", weights in NF4" if results.get("quantize") == "nf4" else ""
+    return "held-out results" + precision + (f" ({SAMPLE_NOTE})" if results["bundled"] else "")
 
 
 def score_columns(results: Results) -> list[Column]:

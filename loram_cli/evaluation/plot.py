@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loram_cli.evaluation.comparison import SAMPLE_NOTE, is_share
+from loram_cli.evaluation.comparison import is_share, title
 
 _INK, _POINT, _BEST = "#333333", "#4878a8", "#c8553d"
 _MOST_PANELS = 12
@@ -41,10 +41,8 @@ def draw_comparison(results: Mapping[str, Any], path: Path) -> bool:
         _draw_panel(axes, panel, labels)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    note = f" ({SAMPLE_NOTE})" if results["bundled"] else ""
-    figure.suptitle(
-        f"Held-out results{note}\nbars: 95% confidence", x=0.01, ha="left", fontsize=9, color=_INK
-    )
+    heading = f"{title(results)}\nbars: 95% confidence"
+    figure.suptitle(heading[0].upper() + heading[1:], x=0.01, ha="left", fontsize=9, color=_INK)
     # Without the library's version in the file, the same results give the same bytes.
     figure.savefig(path, metadata={"Software": None})
     return True

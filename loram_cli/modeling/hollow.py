@@ -71,6 +71,8 @@ class HollowModel:
     Attributes:
         model: The causal LM, frozen.
         index: The checkpoint's tensors.
+        dtype: As asked for.
+        device: As asked for.
         slots: By tensor name, what is to be filled.
 
     Raises:
@@ -91,7 +93,7 @@ class HollowModel:
 
         self._family = family_for(read_config(model_dir), str(model_dir))
         self.index = CheckpointIndex.open(model_dir)
-        self._dtype, self._device, self._nf4_storage = dtype, device, nf4_storage
+        self.dtype, self.device, self._nf4_storage = dtype, device, nf4_storage
         if nf4:
             require_bitsandbytes()
         settings: dict[str, Any] = {"dtype": dtype}
@@ -134,7 +136,7 @@ class HollowModel:
                 f"{self.index.directory}: tensor {slot.tensor} is {found}, "
                 f"the model wants {list(slot.shape)}"
             )
-        tensor = reader.read(slot.tensor).to(self._device, self._dtype)
+        tensor = reader.read(slot.tensor).to(self.device, self.dtype)
         if not slot.quantized:
             return Weight(tensor)
         packed = nf4_weight(tensor, self._nf4_storage)
@@ -171,9 +173,9 @@ class HollowModel:
                 stand_in = self._nf4_stand_in()
                 num_bytes = nf4_tensor_bytes(shape.numel())
             else:
-                nothing = torch.zeros((), dtype=self._dtype, device=self._device)
+                nothing = torch.zeros((), dtype=self.dtype, device=self.device)
                 stand_in = torch.nn.Parameter(nothing.expand(shape), requires_grad=False)
-                num_bytes = shape.numel() * self._dtype.itemsize
+                num_bytes = shape.numel() * self.dtype.itemsize
             slot = Slot(name, tuple(places[name]), shape, name in quantized, stand_in, num_bytes)
             for module, kind in slot.places:
                 module._parameters[kind] = stand_in
@@ -183,14 +185,14 @@ class HollowModel:
     def _make_quantized(self, module_name: str) -> None:
         owner, _, attribute = module_name.rpartition(".")
         parent = self.model.get_submodule(owner)
-        linear = nf4_linear(getattr(parent, attribute), self._dtype, self._nf4_storage)
+        linear = nf4_linear(getattr(parent, attribute), self.dtype, self._nf4_storage)
         setattr(parent, attribute, linear.requires_grad_(False))
 
     def _nf4_stand_in(self) -> Any:
         import bitsandbytes
 
         return bitsandbytes.nn.Params4bit(
-            torch.zeros((1, 1), dtype=self._nf4_storage, device=self._device),
+            torch.zeros((1, 1), dtype=self._nf4_storage, device=self.device),
             requires_grad=False,
             compress_statistics=True,
             quant_type="nf4",

@@ -72,7 +72,7 @@ class SharedModel(HollowModel):
         """
         from torch.distributed.device_mesh import init_device_mesh
 
-        kind = torch.device(self._device).type
+        kind = torch.device(self.device).type
         mesh = init_device_mesh(kind, (process_count(),))
         parts = list(self.layers())
         embedding = self.untied_embedding()

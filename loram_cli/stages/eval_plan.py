@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 from loram_cli.errors import LoramError
 from loram_cli.runs.staging import look_up
 from loram_cli.stages.common import free_disk
+from loram_cli.stages.eval_models import model_bytes
 from loram_cli.stages.planning import StagePlan, check_model
 
 if TYPE_CHECKING:
     from loram_cli.stages.evaluate import EvalSpec
 
-_FP32_BYTES = 4
-
 
 def plan_eval(spec: "EvalSpec") -> StagePlan:
     """Check every row's model and adapter and every file of data.
 
-    The memory is that of the largest row's weights; rows are scored one after another.
+    The memory is that of the largest row's weights; rows are scored one after another. Of a model
+    that takes more than there is, layers are read anew at every pass.
 
     Raises:
         LoramError: A model is not whole, an adapter is not one, or a file of data is empty.
@@ -25,19 +25,16 @@ def plan_eval(spec: "EvalSpec") -> StagePlan:
     """
     from loram_cli.checkpoint.adapter import read_shapes
     from loram_cli.checkpoint.sources import require_tokenizer
-    from loram_cli.modeling.narrow import default_device
 
     look_up(spec.out, "eval", "", force=True)
     require_tokenizer(spec.model)
-    on_gpu = (spec.device or default_device()).startswith("cuda")
     memory_bytes, params = 0, {}
     for label, parts in spec.rows.items():
         _, _, index = check_model(parts[0], tokenizer=False)
         for adapter in parts[1:]:
             read_shapes(adapter)
         params[label] = index.num_params
-        row_bytes = index.num_bytes if on_gpu else index.num_params * _FP32_BYTES
-        memory_bytes = max(memory_bytes, row_bytes)
+        memory_bytes = max(memory_bytes, model_bytes(spec, parts[0], index))
     for name, file in spec.task_data.items():
         _check_readable(f"--task-data {name}", file)
     return StagePlan(

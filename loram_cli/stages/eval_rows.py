@@ -9,6 +9,7 @@ from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.specs import digest_of
+from loram_cli.stages.eval_models import open_model, precision
 
 if TYPE_CHECKING:
     from loram_cli.evaluation.engine import Engine
@@ -92,11 +93,13 @@ def score_row(
 
     parts = spec.rows[label]
     known = {k: v for k, v in inputs[f"row {label}"].items() if k != "path"}
-    precision = _precision(spec.device)
-    digest = digest_of([known, spec.backend, precision]).removeprefix("sha256:")[:16]
+    how = [known, spec.backend, precision(spec.device)]
+    if spec.quantize is not None:
+        how.append(spec.quantize)
+    digest = digest_of(how).removeprefix("sha256:")[:16]
     cache = ResponseCache(answers / f"{digest}.jsonl")
     try:
-        engine = _open_engine(spec, label, cache, precision, reporter)
+        engine = _open_engine(spec, label, cache, reporter)
         scores = evaluate_model(
             engine,
             requests,
@@ -113,9 +116,7 @@ def score_row(
     return {"scores": [asdict(score) for score in scores], "training": _training_record(parts)}
 
 
-def _open_engine(
-    spec: "EvalSpec", label: str, cache: Any, precision: str, reporter: Reporter
-) -> "Engine":
+def _open_engine(spec: "EvalSpec", label: str, cache: Any, reporter: Reporter) -> "Engine":
     from loram_cli.checkpoint.index import read_config
     from loram_cli.evaluation.engine import Engine
     from loram_cli.modeling.narrow import load_tokenizer
@@ -134,12 +135,8 @@ def _open_engine(
 
             return VllmBackend.open(parts, context_tokens, spec.seed)
         from loram_cli.evaluation.hugging_face import HuggingFaceBackend
-        from loram_cli.modeling.narrow import load_causal_lm
-        from loram_cli.training.adapters import load_adapter
 
-        model = load_causal_lm(parts[0], dtype=precision, device=spec.device)
-        for adapter in parts[1:]:
-            model = load_adapter(model, adapter)
+        model = open_model(spec, label, reporter)
         rows = spec.batch_size if isinstance(spec.batch_size, int) else None
         return HuggingFaceBackend(model, tokenizer, rows)
 
@@ -154,12 +151,6 @@ def _code_settings(spec: "EvalSpec", requests: "list[TaskRequest]") -> "CodeSett
     samples = spec.code_samples or (1 if bundled else CODE_SAMPLES)
     default = TEMPERATURES if samples > 1 else (0.0,)
     return CodeSettings(samples, spec.temperatures or default)
-
-
-def _precision(device: str | None) -> str:
-    from loram_cli.modeling.narrow import default_device
-
-    return "auto" if (device or default_device()).startswith("cuda") else "float32"
 
 
 def _training_record(parts: tuple[Path, ...]) -> dict[str, Any] | None:

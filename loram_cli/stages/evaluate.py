@@ -46,6 +46,9 @@ class EvalSpec:
             else 0.
         allow_code_execution: Run generated code, in the sandbox.
         backend: ``hf``, or ``vllm`` where it is installed.
+        quantize: ``nf4`` holds the decoder linears in 4 bits, which changes answers a little.
+        weights_memory_bytes: Memory for weights on the device; layers beyond it are read anew at
+            every pass. None takes most of what is free.
         seed: Decides few-shot draws and sampled texts.
         device: Where to run; a GPU when there is one.
         replace: Replace results of other settings or inputs that lie in ``out``.
@@ -66,6 +69,8 @@ class EvalSpec:
     temperatures: tuple[float, ...] | None = None
     allow_code_execution: bool = False
     backend: Literal["hf", "vllm"] = "hf"
+    quantize: Literal["nf4"] | None = None
+    weights_memory_bytes: int | None = None
     seed: int = 1234
     device: str | None = None
     replace: bool = False
@@ -76,6 +81,14 @@ class EvalSpec:
             not isinstance(self.batch_size, int) or self.batch_size < 1
         ):
             raise UsageError(f"--batch-size {self.batch_size}: a number above 0 or auto is wanted")
+        for name in ("quantize", "weights_memory_bytes"):
+            if self.backend != "hf" and getattr(self, name) is not None:
+                raise UsageError(
+                    f"--{name.removesuffix('_bytes').replace('_', '-')} is for --backend hf",
+                    "vLLM has settings of its own",
+                )
+        if self.weights_memory_bytes is not None and self.weights_memory_bytes < 1:
+            raise UsageError("--weights-memory must be above 0")
         for name in ("limit", "max_new_tokens", "code_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -122,7 +135,7 @@ def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
             for label in spec.rows
         }
         bundled = any(s["bundled"] for row in rows.values() for s in row["scores"])
-        results = {"bundled": bundled, "rows": rows}
+        results = {"bundled": bundled, "quantize": spec.quantize, "rows": rows}
         _write_results(results, opened.path)
         return opened.commit(results, base={}, keep={})
 

@@ -129,6 +129,8 @@ def _scores(run: Path, manifests: Mapping[str, Manifest]) -> Iterator[str]:
     yield '<p class="note">±: 95% confidence; shares in percent.</p>'
     if evaluation is not None and evaluation.results.get("bundled"):
         yield '<p class="note">Bundled sample, not the published benchmark.</p>'
+    if evaluation is not None and evaluation.results.get("quantize"):
+        yield '<p class="note">Every row was run with its weights in NF4.</p>'
 
 
 def _best(column: list[Mapping[str, Any] | None]) -> float | None:

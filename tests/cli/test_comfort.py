@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from loram_cli.cli.app import run_command
 
@@ -16,6 +17,29 @@ def test_version_is_one_name_and_version_a_line(capsys):
     versions = dict(lines)
     assert {"loram", "python", "torch", "transformers", "peft"} <= set(versions)
     assert versions["python"].startswith("3.")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total"
+        ),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError("Unable to allocate 2 GiB"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_too_little_memory_is_no_bug(error, monkeypatch, capsys):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("loram_cli.stages.report.run", fails)
+    assert run_command(["memory-report", "--preset", "llama2-7b"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"error: out of memory: {str(error).partition(chr(10))[0]}"
+    assert "--micro-batch 1" in lines[1]
+    assert len(lines) == 2
 
 
 def test_version_imports_no_torch():

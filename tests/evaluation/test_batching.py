@@ -35,6 +35,12 @@ def test_growth_stops_where_memory_ends(monkeypatch):
     assert sizes(GrowingBatch(None, CPU, 100), 50, 10**9) == [8, 16, 16, 10]
 
 
+def test_the_first_batch_is_no_larger_than_memory(monkeypatch):
+    for spare_bytes, first in ((0, 1), (3_500, 3), (10**6, 8)):
+        monkeypatch.setattr(batching, "_spare_bytes", lambda _, spare=spare_bytes: spare)
+        assert sizes(GrowingBatch(None, CPU, 100), 20, 10**9)[0] == first
+
+
 def test_a_given_number_is_the_most(monkeypatch):
     monkeypatch.setattr(batching, "_spare_bytes", lambda _: 0)
     assert sizes(GrowingBatch(7, CPU, 1), 20, 10**9) == [7, 7, 6]

@@ -69,6 +69,12 @@ def test_samples_are_never_titled_as_the_benchmark():
     assert "not the published" not in title(results({"base": []}))
 
 
+def test_weights_in_4_bits_are_in_the_title():
+    quantized = {**results({"base": []}, bundled=True), "quantize": "nf4"}
+    assert title(quantized).startswith("held-out results, weights in NF4 (bundled")
+    assert "NF4" not in title({**quantized, "quantize": None})
+
+
 def test_what_did_not_run_is_told_once():
     skipped = score("humaneval", None, "pass@1", skipped="needs a flag")
     lines = remarks(results({"base": [skipped, skipped], "pruned": [skipped]}))

@@ -10,13 +10,21 @@ import pytest
 from tiny import make_base
 
 from loram_cli.cli.app import run_command
-from loram_cli.errors import UsageError
+from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation.samples import load_documents
 from loram_cli.reporting import NullReporter
 from loram_cli.stages import eval_rows, evaluate
 from loram_cli.stages.evaluate import EvalSpec
 
 SILENT = NullReporter()
+
+
+class ListReporter(NullReporter):
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, line):
+        self.warnings.append(line)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +104,40 @@ def test_same_inputs_are_done_already_and_changed_ones_are_not(
     assert forced.manifest.results == first.manifest.results
 
 
+def test_a_model_that_does_not_fit_is_read_layer_by_layer_and_answers_the_same(
+    spec_of, loads, monkeypatch
+):
+    reporter = ListReporter()
+    whole = evaluate.run(spec_of(), SILENT)
+    assert len(loads) == 2
+    small = spec_of(weights_memory_bytes=160_000, force=True)
+    assert evaluate.run(small, reporter).manifest.results == whole.manifest.results
+    assert len(loads) == 2
+    assert len(reporter.warnings) == 2
+    assert "base: its weights take 205.88 KiB, and there are 156.25 KiB" in reporter.warnings[0]
+    assert "4 of 4 layers are read anew at every pass" in reporter.warnings[0]
+    # Unless told, what is free decides, less what the passes want.
+    monkeypatch.setattr("loram_cli.modeling.free_memory.free_memory_bytes", lambda _: 10**9)
+    evaluate.run(spec_of(force=True), SILENT)
+    assert len(loads) == 4
+    monkeypatch.setattr("loram_cli.modeling.free_memory.free_memory_bytes", lambda _: 768 * 2**20)
+    with pytest.raises(LoramError, match=r"two decoder layers take .* and there are 0 B") as told:
+        evaluate.run(spec_of(force=True), SILENT)
+    assert "--quantize nf4" in told.value.hint
+
+
+def test_answers_in_4_bits_are_other_answers(spec_of):
+    whole = evaluate.run(spec_of(), SILENT).manifest.results["rows"]
+    spec = spec_of(quantize="nf4")
+    assert evaluate.plan(spec, SILENT).memory_bytes < evaluate.plan(spec_of(), SILENT).memory_bytes
+    quantized = evaluate.run(spec, SILENT).manifest.results["rows"]
+    assert quantized["base"]["scores"] != whole["base"]["scores"]
+    # Neither is taken for the other's.
+    assert evaluate.run(spec_of(), SILENT).manifest.results["rows"] == whole
+    again = spec_of(quantize="nf4", weights_memory_bytes=150_000, force=True)
+    assert evaluate.run(again, SILENT).manifest.results["rows"] == quantized
+
+
 def test_without_replace_other_results_are_kept(spec_of):
     evaluate.run(spec_of(replace=False), SILENT)
     with pytest.raises(UsageError, match="--force"):
@@ -158,6 +200,9 @@ def test_results_are_exported_and_outputs_shown(spec_of, tmp_path, capsys):
         ({"rows": {"../x": ()}}, "row '../x'"),
         ({"rows": {}}, "no row"),
         ({"backend": "vllm"}, "vLLM is not installed"),
+        ({"backend": "vllm", "quantize": "nf4"}, "--quantize is for --backend hf"),
+        ({"backend": "vllm", "weights_memory_bytes": 9}, "--weights-memory is for --backend hf"),
+        ({"weights_memory_bytes": 0}, "--weights-memory must be above 0"),
     ],
 )
 def test_senseless_settings_are_refused(spec_of, changes, message, monkeypatch):

@@ -1,0 +1,157 @@
+"""A causal LM that exceeds the memory: some decoder layers have weights only while they run.
+
+The first layers stay, as many as fit. Each of the others is brought when its turn comes, the next
+one read meanwhile by a thread, and its weights go when it has run: every forward pass reads them
+anew, from the machine's memory where they fit in there, else from the checkpoint. What is computed
+is the same to the bit. PEFT's own way to load an adapter onto a model that accelerate offloaded
+leaves the factors unset and writes into the checkpoint's directory, hence this one.
+"""
+
+import copy
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from loram_cli.checkpoint.reader import TensorReader
+from loram_cli.errors import LoramError
+from loram_cli.modeling.hollow import HollowModel, Slot, Weight, drain, fill
+from loram_cli.reporting import Reporter
+from loram_cli.units import format_bytes
+
+# One layer runs, the next one is on its way.
+_IN_FLIGHT = 2
+
+
+def weight_bytes(hollow: HollowModel) -> int:
+    """What all weights of a model take, and one more that is being turned into its form."""
+    return sum(slot.num_bytes for slot in hollow.slots.values()) + _turned_bytes(hollow)
+
+
+def resident_layers(hollow: HollowModel, budget_bytes: int) -> int:
+    """How many decoder layers, from the first one on, can stay.
+
+    Args:
+        hollow: Not filled yet.
+        budget_bytes: Memory for weights on the device.
+
+    Raises:
+        LoramError: Not even what is neither layer nor can be read anew fits, and two layers.
+    """
+    layers = [sum(slot.num_bytes for slot in slots) for _, slots in hollow.layers()]
+    if weight_bytes(hollow) <= budget_bytes:
+        return len(layers)
+    # What is left of the weights beside the layers, and what is turned into its form.
+    other = weight_bytes(hollow) - sum(layers)
+    for count in range(len(layers) - 1, -1, -1):
+        passing = sorted(layers[count:])[-_IN_FLIGHT:]
+        least = other + sum(layers[:count]) + sum(passing)
+        if least <= budget_bytes:
+            return count
+    raise LoramError(
+        f"{hollow.index.directory}: embedding, head and two decoder layers take "
+        f"{format_bytes(least)}, and there are {format_bytes(budget_bytes)} for weights"
+    )
+
+
+def load_within(hollow: HollowModel, stay: int, reporter: Reporter, *, host_bytes: int = 0) -> None:
+    """Fill a model, all but the last layers; those are brought as they run, from now on.
+
+    Args:
+        hollow: Its model, with any adapters attached.
+        stay: Layers that stay, from :func:`resident_layers`.
+        reporter: Told of progress.
+        host_bytes: Memory of the machine for weights of the others; 0 reads them from the
+            checkpoint each time, as where they are run by the processor.
+
+    Raises:
+        LoramError: A tensor is absent or of another shape.
+    """
+    layers = list(hollow.layers())
+    passing = [slots for _, slots in layers[stay:]]
+    later = {slot.tensor for slots in passing for slot in slots}
+    now = [slot for name, slot in hollow.slots.items() if name not in later]
+    reader = TensorReader(hollow.index)
+    with reporter.progress("load", sum(s.num_bytes for s in now) / 2**20, "MiB") as progress:
+        for slot in now:
+            fill(slot, hollow.read(slot, reader))
+            progress.advance(slot.num_bytes / 2**20)
+    if not passing:
+        reader.__exit__(None, None, None)
+        return
+    thread = ThreadPoolExecutor(1, "layers")
+    stream = _Stream(hollow, passing, reader, thread, host_bytes)
+    for position, (layer, _) in enumerate(layers[stay:]):
+        layer.register_forward_pre_hook(partial(stream.bring, position))
+        layer.register_forward_hook(partial(stream.take_away, position), always_call=True)
+    weakref.finalize(hollow.model, _close, reader, thread)
+
+
+class _Stream:
+    """Brings the weights of layers, each before it runs."""
+
+    def __init__(
+        self,
+        hollow: HollowModel,
+        layers: Sequence[list[Slot]],
+        reader: TensorReader,
+        thread: ThreadPoolExecutor,
+        host_bytes: int,
+    ) -> None:
+        self._hollow, self._layers = hollow, layers
+        self._reader, self._thread = reader, thread
+        self._host_bytes = host_bytes
+        self._host: dict[int, list[Weight]] = {}
+        self._asked: dict[int, Future[list[Weight]]] = {}
+
+    def bring(self, position: int, *_: Any) -> None:
+        """Before a layer runs: fill it, and have the next one read."""
+        self._ask(position)
+        weights = self._asked.pop(position).result()
+        for slot, weight in zip(self._layers[position], weights, strict=True):
+            fill(slot, weight)
+        if len(self._layers) > 1:
+            # After the last one comes the first one again, with the next token or batch.
+            self._ask((position + 1) % len(self._layers))
+
+    def take_away(self, position: int, *_: Any) -> None:
+        """After a layer has run, or has failed to."""
+        for slot in self._layers[position]:
+            drain(slot)
+
+    def _ask(self, position: int) -> None:
+        if position not in self._asked:
+            self._asked[position] = self._thread.submit(self._weights, position)
+
+    def _weights(self, position: int) -> list[Weight]:
+        device = self._hollow.device
+        if position in self._host:
+            return [_moved(weight, device) for weight in self._host[position]]
+        slots = self._layers[position]
+        weights = [self._hollow.read(slot, self._reader) for slot in slots]
+        layer_bytes = sum(slot.num_bytes for slot in slots)
+        if layer_bytes <= self._host_bytes:
+            self._host_bytes -= layer_bytes
+            self._host[position] = [_moved(weight, "cpu") for weight in weights]
+        return weights
+
+
+def _turned_bytes(hollow: HollowModel) -> int:
+    """The largest weight before it is quantized, or raised to another type."""
+    return max(slot.shape.numel() for slot in hollow.slots.values()) * hollow.dtype.itemsize
+
+
+def _moved(weight: Weight, device: str) -> Weight:
+    state = weight.quant_state
+    if state is not None:
+        # Its own way to another device changes it.
+        state = copy.copy(state)
+        state.state2 = copy.copy(state.state2)
+        state.to(device)
+    return Weight(weight.data.to(device), state)
+
+
+def _close(reader: TensorReader, thread: ThreadPoolExecutor) -> None:
+    thread.shutdown(cancel_futures=True)
+    reader.__exit__(None, None, None)

@@ -1,0 +1,136 @@
+"""The models of a comparison, loaded whole, in 4 bits, or layer by layer where they do not fit."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loram_cli.errors import LoramError
+from loram_cli.reporting import Reporter
+from loram_cli.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from loram_cli.checkpoint.index import CheckpointIndex
+    from loram_cli.stages.evaluate import EvalSpec
+
+# What is left of the free memory for keys, values and activations.
+_LEFT_SHARE = 0.1
+_LEFT_BYTES = 768 * MIB
+# Of the machine's free memory, for weights that are brought to a GPU from there.
+_HOST_SHARE = 0.5
+_FP32_BYTES = 4
+
+
+def model_bytes(spec: "EvalSpec", model_dir: Path, index: "CheckpointIndex") -> int:
+    """What the weights of a row's model take, were all of them in memory.
+
+    Args:
+        spec: Of the evaluation.
+        model_dir: The model.
+        index: Its tensors.
+    """
+    from loram_cli.arch.registry import family_for
+    from loram_cli.checkpoint.index import read_config
+    from loram_cli.memory.account import BF16_BYTES, nf4_weight_bytes
+
+    on_gpu = _device(spec).startswith("cuda")
+    if spec.quantize is not None:
+        config = read_config(model_dir)
+        family = family_for(config, str(model_dir))
+        return nf4_weight_bytes(family, config, BF16_BYTES if on_gpu else _FP32_BYTES)
+    return index.num_bytes if on_gpu else index.num_params * _FP32_BYTES
+
+
+def open_model(spec: "EvalSpec", label: str, reporter: Reporter) -> Any:
+    """A row's model with its adapters, in evaluation mode.
+
+    Args:
+        spec: Of the evaluation.
+        label: The row.
+        reporter: Told where not all of it is in memory.
+
+    Raises:
+        LoramError: It cannot be loaded, or does not fit even layer by layer.
+    """
+    from loram_cli.checkpoint.index import CheckpointIndex
+    from loram_cli.modeling.free_memory import free_memory_bytes
+    from loram_cli.modeling.narrow import load_causal_lm
+    from loram_cli.training.adapters import load_adapter
+
+    model_dir, *adapters = spec.rows[label]
+    device = _device(spec)
+    index = CheckpointIndex.open(model_dir)
+    budget_bytes = spec.weights_memory_bytes
+    if budget_bytes is None:
+        free_bytes = free_memory_bytes(device)
+        budget_bytes = max(0, free_bytes - max(_LEFT_BYTES, int(_LEFT_SHARE * free_bytes)))
+    if spec.quantize is None and model_bytes(spec, model_dir, index) <= budget_bytes:
+        model = load_causal_lm(model_dir, dtype=precision(spec.device), device=spec.device)
+        for adapter in adapters:
+            model = load_adapter(model, adapter)
+        return model
+    return _in_parts(spec, label, device, budget_bytes, reporter)
+
+
+def precision(device: str | None) -> str:
+    """The type that models are run in: the checkpoint's own on a GPU, else ``float32``."""
+    return "auto" if _device_or_default(device).startswith("cuda") else "float32"
+
+
+def _in_parts(
+    spec: "EvalSpec", label: str, device: str, budget_bytes: int, reporter: Reporter
+) -> Any:
+    from loram_cli.modeling.free_memory import free_memory_bytes
+    from loram_cli.modeling.hollow import HollowModel
+    from loram_cli.modeling.offload import load_within, resident_layers, weight_bytes
+    from loram_cli.training.adapters import load_adapter
+
+    model_dir, *adapters = spec.rows[label]
+    hollow = HollowModel(
+        model_dir, dtype=_dtype(spec, model_dir), device=device, nf4=spec.quantize is not None
+    )
+    model = hollow.model
+    for adapter in adapters:
+        model = load_adapter(model, adapter)
+    try:
+        stay = resident_layers(hollow, budget_bytes)
+    except LoramError as error:
+        ways = "pass --device cpu" if device.startswith("cuda") else "free some memory"
+        if spec.quantize is None:
+            ways += ", or --quantize nf4"
+        raise LoramError(f"row {label}: {error.message}", error.hint or ways) from error
+    layers = len(list(hollow.layers()))
+    if stay < layers:
+        smaller = "" if spec.quantize else "; --quantize nf4 makes it about a quarter"
+        reporter.warn(
+            f"{label}: its weights take {format_bytes(weight_bytes(hollow))}, and there are "
+            f"{format_bytes(budget_bytes)} for them on {device}: {layers - stay} of {layers} "
+            f"layers are read anew at every pass, which is slow{smaller}"
+        )
+    host_bytes = 0
+    if device.startswith("cuda"):
+        host_bytes = int(_HOST_SHARE * free_memory_bytes("cpu"))
+    load_within(hollow, stay, reporter, host_bytes=host_bytes)
+    return model
+
+
+def _dtype(spec: "EvalSpec", model_dir: Path) -> "torch.dtype":
+    import torch
+
+    from loram_cli.arch.registry import family_for
+    from loram_cli.checkpoint.index import CheckpointIndex, read_config
+
+    if precision(spec.device) == "float32":
+        return torch.float32
+    family = family_for(read_config(model_dir), str(model_dir))
+    return CheckpointIndex.open(model_dir).tensors[f"{family.embedding}.weight"].dtype
+
+
+def _device(spec: "EvalSpec") -> str:
+    return _device_or_default(spec.device)
+
+
+def _device_or_default(device: str | None) -> str:
+    from loram_cli.modeling.narrow import usable_device
+
+    return usable_device(device)

@@ -1,0 +1,150 @@
+"""Models of which some layers have weights only while they run, beside the same ones whole."""
+
+import gc
+import os
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from variants import VARIANTS
+
+from loram_cli.arch.registry import family_for
+from loram_cli.checkpoint.index import read_config
+from loram_cli.errors import LoramError
+from loram_cli.modeling.hollow import HollowModel
+from loram_cli.modeling.narrow import load_causal_lm
+from loram_cli.modeling.offload import load_within, resident_layers, weight_bytes
+from loram_cli.modeling.quantize import keep_standard_layout, nf4_config
+from loram_cli.reporting import NullReporter
+from loram_cli.training.adapters import load_adapter
+
+HOW = {"dtype": torch.float32, "device": "cpu"}
+SILENT = NullReporter()
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+def hollow_of(directory: Path, **how) -> HollowModel:
+    return HollowModel(directory, **{**HOW, **how})
+
+
+def logits_of(model, ids=IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(input_ids=ids).logits
+
+
+def whole_logits(directory: Path, adapter: Path | None, nf4: bool) -> torch.Tensor:
+    config = None
+    if nf4:
+        family = family_for(read_config(directory), "")
+        config = nf4_config(torch.float32, skip_modules=(family.lm_head,))
+    model = load_causal_lm(directory, quantization_config=config, **HOW)
+    keep_standard_layout(model)
+    return logits_of(load_adapter(model, adapter) if adapter else model)
+
+
+def held_bytes(model) -> int:
+    """All weights that are no stand-ins, which are one number over and over."""
+    return sum(p.nbytes for p in model.parameters() if any(p.stride()))
+
+
+def open_files() -> set[str]:
+    return {file.name for file in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("part", ["base", "pruned", "recovered"])
+def test_the_same_to_the_bit_however_many_layers_stay(base, finished_run, part, nf4):
+    directory = finished_run / "pruned" if part == "pruned" else base
+    adapter = {"pruned": "adapter", "recovered": "recovered"}.get(part)
+    adapter = finished_run / adapter if adapter else None
+    expected = whole_logits(directory, adapter, nf4)
+    for stay in (0, 1, 3, 4):
+        # Nothing, some, and all of the others in the machine's memory.
+        for host_bytes in (0, 20_000, 10**9):
+            hollow = hollow_of(directory, nf4=nf4)
+            model = load_adapter(hollow.model, adapter) if adapter else hollow.model
+            load_within(hollow, stay, SILENT, host_bytes=host_bytes)
+            for _ in range(2):
+                assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_every_family_runs_layer_by_layer(variant, tmp_path):
+    directory = variant.save(tmp_path)
+    hollow = hollow_of(directory)
+    load_within(hollow, 1, SILENT)
+    assert torch.equal(logits_of(hollow.model), whole_logits(directory, None, nf4=False))
+
+
+def test_no_more_is_held_than_the_budget(base):
+    total = weight_bytes(hollow_of(base))
+    seen = set()
+    for budget in range(0, total + 1000, 1000):
+        hollow = hollow_of(base)
+        try:
+            stay = resident_layers(hollow, budget)
+        except LoramError as error:
+            assert "embedding, head and two decoder layers take" in str(error)
+            assert not seen
+            continue
+        assert stay >= max(seen, default=0)
+        if stay in seen:
+            continue
+        seen.add(stay)
+        load_within(hollow, stay, SILENT)
+        highest = []
+        for layer, _ in hollow.layers():
+            layer.register_forward_pre_hook(
+                lambda *_, held=highest, model=hollow.model: held.append(held_bytes(model))
+            )
+        logits_of(hollow.model)
+        logits_of(hollow.model)
+        # Another layer is on its way meanwhile.
+        layer_bytes = max(sum(s.num_bytes for s in slots) for _, slots in hollow.layers())
+        assert max(highest) + layer_bytes * (stay < 4) <= budget
+    assert seen == {0, 1, 4}
+
+
+def test_weights_go_after_a_pass_and_after_a_failure(base):
+    hollow = hollow_of(base)
+    load_within(hollow, 0, SILENT)
+    empty = held_bytes(hollow.model)
+    logits_of(hollow.model)
+    assert held_bytes(hollow.model) == empty
+    broken = next(layer for layer, _ in list(hollow.layers())[2:])
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = broken.mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        logits_of(hollow.model)
+    assert held_bytes(hollow.model) == empty
+    handle.remove()
+    assert torch.equal(logits_of(hollow.model), whole_logits(base, None, nf4=False))
+
+
+def test_a_model_that_is_given_up_gives_up_its_files(base):
+    gc.collect()
+    before = open_files()
+    hollow = hollow_of(base)
+    load_within(hollow, 1, SILENT)
+    logits_of(hollow.model)
+    assert open_files() - before
+    gone = weakref.ref(hollow.model)
+    del hollow
+    gc.collect()
+    assert gone() is None
+    assert not open_files() - before
+
+
+def test_a_shard_that_ends_early_is_told_when_its_layer_comes(tmp_path, base):
+    directory = Path(shutil.copytree(base, tmp_path / "cut"))
+    hollow = hollow_of(directory)
+    load_within(hollow, 0, SILENT)
+    shard = directory / "model.safetensors"
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(LoramError, match=r"model\.safetensors"):
+        logits_of(hollow.model)
