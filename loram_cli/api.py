@@ -23,6 +23,7 @@ from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.rundir import RunDirectory
 from loram_cli.stages import align as _align
 from loram_cli.stages import evaluate as _evaluate
+from loram_cli.stages import generate as _generate
 from loram_cli.stages import merge as _merge
 from loram_cli.stages import prune as _prune
 from loram_cli.stages import recover as _recover
@@ -32,6 +33,7 @@ from loram_cli.stages import verify as _verify
 from loram_cli.stages.align import AlignSpec
 from loram_cli.stages.common import StageResult
 from loram_cli.stages.evaluate import EvalSpec
+from loram_cli.stages.generate import Answer, GenerateSpec
 from loram_cli.stages.inspection import Inspection, inspect
 from loram_cli.stages.merge import MergeSpec
 from loram_cli.stages.prune import PruneSpec
@@ -43,7 +45,9 @@ from loram_cli.stages.verify import VerifyReport, VerifySpec
 
 __all__ = [
     "AlignSpec",
+    "Answer",
     "EvalSpec",
+    "GenerateSpec",
     "Inspection",
     "LoramError",
     "Manifest",
@@ -61,6 +65,7 @@ __all__ = [
     "VerifySpec",
     "align",
     "evaluate",
+    "generate",
     "inspect",
     "load_model",
     "load_recipe",
@@ -102,6 +107,11 @@ def merge(spec: MergeSpec, reporter: Reporter | None = None) -> StageResult:
 def evaluate(spec: EvalSpec, reporter: Reporter | None = None) -> StageResult:
     """Score models on the same tasks, as ``loram eval``."""
     return _evaluate.run(spec, reporter or NullReporter())
+
+
+def generate(spec: GenerateSpec, reporter: Reporter | None = None) -> list[Answer]:
+    """Ask models, as ``loram generate``; what does not fit the device is read as it runs."""
+    return _generate.run(spec, reporter or NullReporter())
 
 
 def memory_report(spec: MemoryReportSpec, reporter: Reporter | None = None) -> Mapping[str, Any]:

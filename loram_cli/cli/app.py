@@ -14,6 +14,7 @@ from loram_cli.cli import (
     align,
     bench,
     evaluate,
+    generate,
     inspect,
     memory,
     prune,
@@ -42,7 +43,9 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-MODULES = (prune, align, train, recover, evaluate, memory, bench, run, report, verify, inspect)
+MODULES = (
+    prune, align, train, recover, evaluate, generate, memory, bench, run, report, verify, inspect,
+)  # fmt: skip
 _ON_SEVERAL_PROCESSES = (train.NAME, align.NAME)
 for module in MODULES:
     app.command(module.NAME, epilog=module.EPILOG)(module.command)

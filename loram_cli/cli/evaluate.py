@@ -59,16 +59,8 @@ def command(
     backend: Annotated[
         str | None, typer.Option(help="hf, or vllm (needs the vllm extra and a GPU). (default: hf)")
     ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="nf4: hold weights in 4 bits.", autocompletion=options.choices("eval", "quantize")
-        ),
-    ] = None,
-    weights_memory: Annotated[
-        str | None,
-        typer.Option(help="Memory for weights, such as 20GiB; more is read anew each pass."),
-    ] = None,
+    quantize: options.EvalQuantize = None,
+    weights_memory: options.WeightsMemory = None,
     export: Annotated[
         Path | None, typer.Option(help="Also write the table here: .md, .csv, .json or .png.")
     ] = None,

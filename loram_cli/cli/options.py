@@ -42,6 +42,18 @@ Fsdp = Annotated[
     bool | None,
     typer.Option("--fsdp/--no-fsdp", help="Under torchrun: share the model out (FSDP)."),
 ]
+EvalQuantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        help="nf4: hold weights in 4 bits.",
+        autocompletion=lambda incomplete: choices("eval", "quantize")(incomplete),
+    ),
+]
+WeightsMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory for weights, such as 20GiB; more is read anew each pass."),
+]
 MultipleOf = Annotated[
     int | None,
     typer.Option(help="Round kept MLP channels up to a multiple: 64 suits GPUs. (default: 1)"),

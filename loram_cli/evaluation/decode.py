@@ -7,7 +7,7 @@ does not depend on which rows it shares a batch with.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,12 +77,18 @@ class Decoder:
         self._pad = pad if pad is not None else next(iter(self._ends), 0)
         self._pieces: dict[int, str] = {}
 
-    def generate(self, prompts: Sequence[list[int]], jobs: Sequence[Generation]) -> list[str]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        jobs: Sequence[Generation],
+        on_token: Callable[[], None] = lambda: None,
+    ) -> list[str]:
         """The texts, cut before their first stop.
 
         Args:
             prompts: Token ids of each job's prompt, within the context less what is generated.
             jobs: As many.
+            on_token: Called after each pass, which gives every row a token.
         """
         from transformers import DynamicCache
 
@@ -108,6 +114,7 @@ class Decoder:
                     use_cache=True,
                     logits_to_keep=1,
                 ).logits[:, -1]
+                on_token()
                 # An ended row that has not left yet goes along; what it says is not read.
                 chosen = self._choose(logits, rows)
                 for row, token in zip(rows, chosen.tolist(), strict=True):

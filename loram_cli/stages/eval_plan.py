@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from loram_cli.errors import LoramError
 from loram_cli.runs.staging import look_up
 from loram_cli.stages.common import free_disk
-from loram_cli.stages.eval_models import model_bytes
 from loram_cli.stages.planning import StagePlan, check_model
+from loram_cli.stages.row_models import model_bytes
 
 if TYPE_CHECKING:
     from loram_cli.stages.evaluate import EvalSpec

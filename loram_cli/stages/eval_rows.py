@@ -9,7 +9,7 @@ from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.specs import digest_of
-from loram_cli.stages.eval_models import open_model, precision
+from loram_cli.stages.row_models import open_model, precision
 
 if TYPE_CHECKING:
     from loram_cli.evaluation.engine import Engine
@@ -168,6 +168,7 @@ def training_record(manifest: Manifest) -> dict[str, Any]:
     return {
         "trained_on_params": manifest.results.get("trained_on_params"),
         "lora_params": manifest.results.get("lora_params"),
+        "layout": manifest.results.get("layout"),
         "peak_memory_bytes": manifest.peak_memory_bytes,
         "peak_memory_increase_bytes": manifest.peak_memory_increase_bytes,
         "wall_seconds": manifest.wall_seconds,

@@ -11,6 +11,7 @@ from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
 from loram_cli.specs import spec_from_mapping, unknown_name
 from loram_cli.stages.align import AlignSpec
 from loram_cli.stages.evaluate import EvalSpec
+from loram_cli.stages.generate import GenerateSpec
 from loram_cli.stages.merge import MergeSpec
 from loram_cli.stages.objectives import BEYOND_SFT
 from loram_cli.stages.prune import PruneSpec
@@ -181,12 +182,7 @@ def eval_spec(
         UsageError: A chosen row does not exist.
     """
     base = model_dir(model)
-    rows = {**eval_rows(run, base), **(more or {})}
-    for name in choose or ():
-        if name not in rows:
-            raise unknown_name("row", name, rows, "--rows")
-    if choose is not None:
-        rows = {name: rows[name] for name in [*choose, *(more or {})]}
+    rows = _chosen({**eval_rows(run, base), **(more or {})}, choose, more)
     filled = {
         **stage_defaults(model, "eval", values),
         "out": run.output("eval"),
@@ -196,6 +192,47 @@ def eval_spec(
         **values,
     }
     return spec_from_mapping(EvalSpec, {"model": base, **filled}, "eval")
+
+
+def generate_spec(
+    run: RunDirectory,
+    model: str,
+    values: Values,
+    *,
+    choose: Sequence[str] | None = None,
+    more: Mapping[str, tuple[Path, ...]] | None = None,
+) -> GenerateSpec:
+    """The spec of ``generate``: the recovered model unless told, or the base before there is one.
+
+    Args:
+        run: The run directory.
+        model: The base model.
+        values: Fields of the spec.
+        choose: Names of the rows to ask.
+        more: Rows of the user's own, which are asked alone unless others are named.
+
+    Raises:
+        UsageError: A chosen row does not exist.
+    """
+    base = model_dir(model)
+    rows = eval_rows(run, base)
+    if choose is None:
+        choose = () if more else ("recovered" if "recovered" in rows else "base",)
+    rows = _chosen({**rows, **(more or {})}, choose, more)
+    return spec_from_mapping(GenerateSpec, {"model": base, "rows": rows, **values}, "generate")
+
+
+def _chosen(
+    rows: dict[str, tuple[Path, ...]],
+    choose: Sequence[str] | None,
+    more: Mapping[str, tuple[Path, ...]] | None,
+) -> dict[str, tuple[Path, ...]]:
+    for name in choose or ():
+        if name not in rows:
+            raise unknown_name("row", name, rows, "--rows")
+    if choose is None:
+        return rows
+    return {name: rows[name] for name in dict.fromkeys([*choose, *(more or {})])}
 
 
 def eval_rows(run: RunDirectory, base: Path) -> dict[str, tuple[Path, ...]]:

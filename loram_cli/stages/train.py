@@ -219,6 +219,7 @@ def _train(
     from loram_cli.checkpoint.index import CheckpointIndex, read_config
     from loram_cli.modeling.narrow import load_tokenizer
     from loram_cli.training.adapters import lora_targets, save_adapter
+    from loram_cli.training.data import source_layout
 
     config = read_config(spec.source)
     family = family_for(config, str(spec.source))
@@ -248,6 +249,7 @@ def _train(
     losses = finish_fit(fitted, path, _TITLES[spec.objective])
     return {
         "objective": spec.objective,
+        "layout": source_layout(spec.data),
         "steps": spec.steps,
         "examples": prepared.examples,
         "targets": list(targets),

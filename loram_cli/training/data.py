@@ -8,7 +8,15 @@ from typing import Any, TypeVar
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter, Reporter
-from loram_cli.training.layouts import LAYOUTS, Chat, Example, examples_of, text_field
+from loram_cli.training.layouts import (
+    LAYOUTS,
+    Chat,
+    Example,
+    Layout,
+    examples_of,
+    layout_of,
+    text_field,
+)
 from loram_cli.training.records import (
     DEMO_PREFIX,
     Record,
@@ -98,6 +106,19 @@ def load_instructions(
     if not examples:
         raise LoramError(f"{source}: no examples in it", f"layouts: {LAYOUTS}")
     return examples
+
+
+def source_layout(source: str) -> Layout | None:
+    """The layout of the first record: in which a model that learnt from it is to be asked.
+
+    Args:
+        source: As for :func:`load_instructions`.
+
+    Returns:
+        None where it is none of the instruction layouts, such as preferences.
+    """
+    first = next(iter(read_records(source, limit=1)), None)
+    return None if first is None else layout_of(first.fields)
 
 
 def split_eval(items: Sequence[T], fraction_or_count: float, seed: int) -> tuple[list[T], list[T]]:

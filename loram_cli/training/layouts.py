@@ -1,8 +1,8 @@
 """Layouts of instruction records: what each one teaches, as prompt and completion."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
@@ -21,6 +21,7 @@ _ALPACA = (
 LAYOUTS = (
     "prompt/completion, instruction(+input)/output, question/answer, messages or conversations"
 )
+Layout = Literal["messages", "prompt", "instruction", "question"]
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
@@ -48,15 +49,16 @@ def examples_of(record: Record, chat: "Chat") -> list[Example]:
         LoramError: No known layout; names file and line.
     """
     fields = record.fields
-    if "messages" in fields or "conversations" in fields:
-        key = "messages" if "messages" in fields else "conversations"
-        return chat.render(_messages(record, key, fields[key]), record.where)
-    if "prompt" in fields and "completion" in fields:
-        if isinstance(fields["prompt"], list):
+    layout = layout_of(fields)
+    if layout == "messages":
+        if "prompt" in fields and not {"messages", "conversations"} & set(fields):
             turns = [*fields["prompt"], *_as_list(fields["completion"])]
             return chat.render(_messages(record, "prompt", turns), record.where)[-1:]
+        key = "messages" if "messages" in fields else "conversations"
+        return chat.render(_messages(record, key, fields[key]), record.where)
+    if layout == "prompt":
         return [Example(text_field(record, "prompt"), text_field(record, "completion"))]
-    if "instruction" in fields and ("output" in fields or "response" in fields):
+    if layout == "instruction":
         instruction = text_field(record, "instruction")
         context = text_field(record, "input") if fields.get("input") is not None else ""
         template = _ALPACA_WITH_INPUT if context.strip() else _ALPACA
@@ -64,13 +66,49 @@ def examples_of(record: Record, chat: "Chat") -> list[Example]:
         return [
             Example(template.format_map({"instruction": instruction, "input": context}), answer)
         ]
-    if "question" in fields and "answer" in fields:
+    if layout == "question":
         question, answer = text_field(record, "question"), text_field(record, "answer")
         return [Example(f"Question: {question}\nAnswer:", f" {answer}")]
     raise LoramError(
         f"{record.where}: no known layout (fields: {', '.join(map(str, fields)) or 'none'})",
         f"layouts: {LAYOUTS}",
     )
+
+
+def layout_of(fields: Mapping[str, Any]) -> Layout | None:
+    """Which layout a record's fields are of; None where it is none."""
+    if "messages" in fields or "conversations" in fields:
+        return "messages"
+    if "prompt" in fields and "completion" in fields:
+        return "messages" if isinstance(fields["prompt"], list) else "prompt"
+    if "instruction" in fields and ("output" in fields or "response" in fields):
+        return "instruction"
+    if "question" in fields and "answer" in fields:
+        return "question"
+    return None
+
+
+def asked(text: str, layout: Layout, chat: "Chat") -> Example:
+    """A user's text as the prompt of an example of a layout, its completion yet to be written.
+
+    Args:
+        text: The question, instruction, message, or prompt as it is.
+        layout: As of the data that was trained on.
+        chat: Renders messages.
+    """
+    fields: dict[Layout, dict[str, Any]] = {
+        "messages": {
+            "messages": [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "."},
+            ]
+        },
+        "prompt": {"prompt": text, "completion": "."},
+        "instruction": {"instruction": text, "output": "."},
+        "question": {"question": text, "answer": "."},
+    }
+    [example] = examples_of(Record(fields[layout], "the prompt"), chat)
+    return replace(example, completion="")
 
 
 def text_field(record: Record, key: str) -> str:

@@ -1,7 +1,7 @@
-"""The models of a comparison, loaded whole, in 4 bits, or layer by layer where they do not fit."""
+"""Models with their adapters, loaded whole, in 4 bits, or layer by layer where they do not fit."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import torch
 
     from loram_cli.checkpoint.index import CheckpointIndex
-    from loram_cli.stages.evaluate import EvalSpec
 
 # What is left of the free memory for keys, values and activations.
 _LEFT_SHARE = 0.1
@@ -21,7 +20,23 @@ _HOST_SHARE = 0.5
 _FP32_BYTES = 4
 
 
-def model_bytes(spec: "EvalSpec", model_dir: Path, index: "CheckpointIndex") -> int:
+class RowsSpec(Protocol):
+    """What a spec says of the models that it runs.
+
+    Attributes:
+        rows: Per row its model's directory and, if any, the adapter's.
+        device: Where to run; None takes a GPU when there is one.
+        quantize: ``nf4`` holds the decoder linears in 4 bits.
+        weights_memory_bytes: Memory for weights on the device; None takes most of what is free.
+    """
+
+    rows: dict[str, tuple[Path, ...]]
+    device: str | None
+    quantize: Literal["nf4"] | None
+    weights_memory_bytes: int | None
+
+
+def model_bytes(spec: RowsSpec, model_dir: Path, index: "CheckpointIndex") -> int:
     """What the weights of a row's model take, were all of them in memory.
 
     Args:
@@ -41,7 +56,7 @@ def model_bytes(spec: "EvalSpec", model_dir: Path, index: "CheckpointIndex") -> 
     return index.num_bytes if on_gpu else index.num_params * _FP32_BYTES
 
 
-def open_model(spec: "EvalSpec", label: str, reporter: Reporter) -> Any:
+def open_model(spec: RowsSpec, label: str, reporter: Reporter) -> Any:
     """A row's model with its adapters, in evaluation mode.
 
     Args:
@@ -78,7 +93,7 @@ def precision(device: str | None) -> str:
 
 
 def _in_parts(
-    spec: "EvalSpec", label: str, device: str, budget_bytes: int, reporter: Reporter
+    spec: RowsSpec, label: str, device: str, budget_bytes: int, reporter: Reporter
 ) -> Any:
     from loram_cli.modeling.free_memory import free_memory_bytes
     from loram_cli.modeling.hollow import HollowModel
@@ -114,7 +129,7 @@ def _in_parts(
     return model
 
 
-def _dtype(spec: "EvalSpec", model_dir: Path) -> "torch.dtype":
+def _dtype(spec: RowsSpec, model_dir: Path) -> "torch.dtype":
     import torch
 
     from loram_cli.arch.registry import family_for
@@ -126,7 +141,7 @@ def _dtype(spec: "EvalSpec", model_dir: Path) -> "torch.dtype":
     return CheckpointIndex.open(model_dir).tensors[f"{family.embedding}.weight"].dtype
 
 
-def _device(spec: "EvalSpec") -> str:
+def _device(spec: RowsSpec) -> str:
     return _device_or_default(spec.device)
 
 
