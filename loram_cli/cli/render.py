@@ -23,7 +23,7 @@ _NEXT = {
     "prune": "loram align (or loram train, to skip alignment)",
     "align": "loram train",
     "train": "loram recover",
-    "recover": "loram eval (or loram generate \"a prompt\")",
+    "recover": 'loram eval (or loram generate "a prompt")',
     "merge": "loram eval",
 }
 

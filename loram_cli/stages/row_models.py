@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from loram_cli.checkpoint.index import CheckpointIndex
 
-# What is left of the free memory for keys, values and activations.
+# What is left of the free memory for keys, values and activations, up to half of it.
 _LEFT_SHARE = 0.1
 _LEFT_BYTES = 768 * MIB
 # Of the machine's free memory, for weights that are brought to a GPU from there.
@@ -78,7 +78,8 @@ def open_model(spec: RowsSpec, label: str, reporter: Reporter) -> Any:
     budget_bytes = spec.weights_memory_bytes
     if budget_bytes is None:
         free_bytes = free_memory_bytes(device)
-        budget_bytes = max(0, free_bytes - max(_LEFT_BYTES, int(_LEFT_SHARE * free_bytes)))
+        left_bytes = max(_LEFT_BYTES, int(_LEFT_SHARE * free_bytes))
+        budget_bytes = free_bytes - min(free_bytes // 2, left_bytes)
     if spec.quantize is None and model_bytes(spec, model_dir, index) <= budget_bytes:
         model = load_causal_lm(model_dir, dtype=precision(spec.device), device=spec.device)
         for adapter in adapters:

@@ -120,8 +120,10 @@ def test_a_model_that_does_not_fit_is_read_layer_by_layer_and_answers_the_same(
     monkeypatch.setattr("loram_cli.modeling.free_memory.free_memory_bytes", lambda _: 10**9)
     evaluate.run(spec_of(force=True), SILENT)
     assert len(loads) == 4
-    monkeypatch.setattr("loram_cli.modeling.free_memory.free_memory_bytes", lambda _: 768 * 2**20)
-    with pytest.raises(LoramError, match=r"two decoder layers take .* and there are 0 B") as told:
+    monkeypatch.setattr("loram_cli.modeling.free_memory.free_memory_bytes", lambda _: 200 * 2**10)
+    with pytest.raises(
+        LoramError, match=r"two decoder layers take .* there are 100\.00 KiB"
+    ) as told:
         evaluate.run(spec_of(force=True), SILENT)
     assert "--quantize nf4" in told.value.hint
 
