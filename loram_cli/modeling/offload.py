@@ -11,6 +11,7 @@ import copy
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -72,20 +73,21 @@ def load_within(hollow: HollowModel, stay: int, reporter: Reporter, *, host_byte
     passing = [slots for _, slots in layers[stay:]]
     later = {slot.tensor for slots in passing for slot in slots}
     now = [slot for name, slot in hollow.slots.items() if name not in later]
-    reader = TensorReader(hollow.index)
-    with reporter.progress("load", sum(s.num_bytes for s in now) / 2**20, "MiB") as progress:
-        for slot in now:
-            fill(slot, hollow.read(slot, reader))
-            progress.advance(slot.num_bytes / 2**20)
-    if not passing:
-        reader.__exit__(None, None, None)
-        return
-    thread = ThreadPoolExecutor(1, "layers")
-    stream = _Stream(hollow, passing, reader, thread, host_bytes)
-    for position, (layer, _) in enumerate(layers[stay:]):
-        layer.register_forward_pre_hook(partial(stream.bring, position))
-        layer.register_forward_hook(partial(stream.take_away, position), always_call=True)
-    weakref.finalize(hollow.model, _close, reader, thread)
+    with ExitStack() as stack:
+        reader = stack.enter_context(TensorReader(hollow.index))
+        with reporter.progress("load", sum(s.num_bytes for s in now) / 2**20, "MiB") as progress:
+            for slot in now:
+                fill(slot, hollow.read(slot, reader))
+                progress.advance(slot.num_bytes / 2**20)
+        if not passing:
+            return
+        thread = stack.enter_context(ThreadPoolExecutor(1, "layers"))
+        stream = _Stream(hollow, passing, reader, thread, host_bytes)
+        for position, (layer, _) in enumerate(layers[stay:]):
+            layer.register_forward_pre_hook(partial(stream.bring, position))
+            layer.register_forward_hook(partial(stream.take_away, position), always_call=True)
+        # The thread ends before the files are closed, and both with the model.
+        weakref.finalize(hollow.model, stack.pop_all().close)
 
 
 class _Stream:
@@ -150,8 +152,3 @@ def _moved(weight: Weight, device: str) -> Weight:
         state.state2 = copy.copy(state.state2)
         state.to(device)
     return Weight(weight.data.to(device), state)
-
-
-def _close(reader: TensorReader, thread: ThreadPoolExecutor) -> None:
-    thread.shutdown(cancel_futures=True)
-    reader.__exit__(None, None, None)

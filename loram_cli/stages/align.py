@@ -24,6 +24,7 @@ from loram_cli.stages.fitting import (
     fit_device,
     plan_together,
     prepare_tracking,
+    warn_of_memory,
 )
 from loram_cli.stages.launchers import as_launched
 from loram_cli.stages.planning import StagePlan, check_model, count_documents, make_plan
@@ -193,6 +194,7 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
     with stage_run("align", spec, planned.inputs, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
+        warn_of_memory(planned, spec, device, reporter)
         results = _align(spec, planned, device, stage.path, stage.restart_meter, reporter)
         return stage.commit(results, **planned.carried)
 

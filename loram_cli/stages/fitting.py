@@ -9,6 +9,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, local_device, process_count
 from loram_cli.stages.common import check_positive
 from loram_cli.stages.launchers import forget_launcher, tell_launcher
+from loram_cli.units import format_bytes
 
 if TYPE_CHECKING:
     from loram_cli.memory.setup import TrainingSetup
@@ -103,6 +104,40 @@ def plan_together(
     planned = plan(spec, reporter)
     wait_for_all()
     return planned
+
+
+def warn_of_memory(
+    planned: "StagePlan", spec: "AlignSpec | TrainSpec", device: str, reporter: Reporter
+) -> None:
+    """Say before the first tensor is read that the device will not hold the training.
+
+    It is no refusal: the prediction is an upper bound in places, and memory may become free.
+
+    Args:
+        planned: With the memory by arithmetic.
+        spec: How to fit.
+        device: Of this process.
+        reporter: Told.
+    """
+    from loram_cli.memory.training import CUDA_CONTEXT_BYTES
+    from loram_cli.modeling.free_memory import free_memory_bytes
+
+    # The context is there already when a GPU is asked what it has left.
+    there_bytes = CUDA_CONTEXT_BYTES if device.startswith("cuda") else 0
+    free_bytes = free_memory_bytes(device)
+    if planned.memory_bytes - there_bytes <= free_bytes:
+        return
+    ways = {
+        "--gradient-checkpointing": spec.gradient_checkpointing,
+        "--quantize nf4": getattr(spec, "quantize", "nf4") is not None,
+        "--micro-batch 1": spec.micro_batch == 1,
+    }
+    left = [flag for flag, used in ways.items() if not used]
+    smaller = f"; {', '.join(left)} would make it less" if left else ""
+    reporter.warn(
+        f"by arithmetic this takes {format_bytes(planned.memory_bytes)}, and {device} has "
+        f"{format_bytes(free_bytes)} free{smaller} ('loram memory-report' counts)"
+    )
 
 
 def training_setup(

@@ -15,6 +15,7 @@ from loram_cli.stages.fitting import (
     plan_together,
     prepare_tracking,
     training_setup,
+    warn_of_memory,
 )
 from loram_cli.stages.launchers import as_launched
 from loram_cli.stages.objectives import loader, own_settings, prepare, total_bytes
@@ -203,6 +204,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         _tell_start(spec, reporter)
+        warn_of_memory(planned, spec, device, reporter)
         results = _train(spec, device, stage.path, stage.restart_meter, reporter)
         return stage.commit(
             results, base=planned.base, keep=planned.keep, sparsity=planned.sparsity

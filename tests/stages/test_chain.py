@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from listening import Listening
 from safetensors.torch import load_file
 from stopping import Stop, Stopping
 from tiny import make_base
@@ -242,3 +243,27 @@ def test_diverging_training_says_so(chain: Path, instructions: Path, tmp_path: P
     with pytest.raises(LoramError, match="lower the learning rate"):
         train.run(spec, SILENT)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_training_that_memory_will_not_hold_is_told_at_its_start(
+    chain: Path, instructions: Path, text_file: Path, tmp_path: Path, monkeypatch
+):
+    reporter = Listening()
+    free = "loram_cli.modeling.free_memory.free_memory_bytes"
+    monkeypatch.setattr(free, lambda _: 10**6)
+    spec = train_spec(chain / "pruned", tmp_path / "adapter", instructions, quantize="nf4")
+    train.run(spec, reporter)
+    [line] = reporter.warnings
+    assert "by arithmetic this takes" in line and "cpu has 976.56 KiB free" in line
+    assert "--gradient-checkpointing, --micro-batch 1 would make it less" in line
+    assert "--quantize" not in line
+    aligning = {"data": str(text_file), "steps": 1, "batch": 2, "micro_batch": 1}
+    spec = align.AlignSpec(source=chain / "pruned", out=tmp_path / "aligned", **aligning)
+    monkeypatch.setattr(free, lambda _: 1000)
+    align.run(spec, reporter)
+    assert "; --gradient-checkpointing would make it less" in reporter.warnings[1]
+    told = len(reporter.warnings)
+    # What is done already takes nothing.
+    monkeypatch.setattr(free, lambda _: 0)
+    align.run(spec, reporter)
+    assert len(reporter.warnings) == told

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from listening import Listening
 from tiny import make_base
 
 from loram_cli.cli.app import run_command
@@ -17,14 +18,6 @@ from loram_cli.stages import eval_rows, evaluate
 from loram_cli.stages.evaluate import EvalSpec
 
 SILENT = NullReporter()
-
-
-class ListReporter(NullReporter):
-    def __init__(self):
-        self.warnings = []
-
-    def warn(self, line):
-        self.warnings.append(line)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +100,7 @@ def test_same_inputs_are_done_already_and_changed_ones_are_not(
 def test_a_model_that_does_not_fit_is_read_layer_by_layer_and_answers_the_same(
     spec_of, loads, monkeypatch
 ):
-    reporter = ListReporter()
+    reporter = Listening()
     whole = evaluate.run(spec_of(), SILENT)
     assert len(loads) == 2
     small = spec_of(weights_memory_bytes=160_000, force=True)
