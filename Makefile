@@ -12,7 +12,7 @@ help:
 	@echo "make test       install, then lint and the default tests"
 	@echo "make test-slow  the slow tests"
 	@echo "make docs       the pages of the commands, from their help"
-	@echo "make bench      streaming against cp, Taylor, SparseGPT: memory and time (9 GB of disk)"
+	@echo "make bench      streaming against cp, Taylor, SparseGPT, running layer by layer: memory and time (9 GB of disk)"
 	@echo "make bench-huge the same on a checkpoint larger than its memory limit (23 GB of disk)"
 	@echo "make bench-objectives  DPO and GRPO after SFT on the demo base, beside full LoRA"
 	@echo "make bench-quality  how much of full LoRA's gain is kept (hours; ARGS=--quick: minutes)"
@@ -45,6 +45,7 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/bench/sparsity.py
 	$(BIN)/python tests/bench/decode.py
 	$(BIN)/python tests/bench/quantized_load.py
+	$(BIN)/python tests/bench/offload.py
 
 bench-huge: $(VENV)/installed
 	$(BIN)/python tests/bench/huge.py
