@@ -3,8 +3,9 @@
 The first layers stay, as many as fit. Each of the others is brought when its turn comes, the next
 one read meanwhile by a thread, and its weights go when it has run: every forward pass reads them
 anew, from the machine's memory where they fit in there, else from the checkpoint. What is computed
-is the same to the bit. PEFT's own way to load an adapter onto a model that accelerate offloaded
-leaves the factors unset and writes into the checkpoint's directory, hence this one.
+is the same to the bit. accelerate can offload as well, but PEFT (0.21) loads an adapter onto such a
+model by writing the checkpoint anew with the factors in it: over the original where its path is
+relative, else below the working directory. Hence this way.
 """
 
 import copy
