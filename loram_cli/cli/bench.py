@@ -1,10 +1,16 @@
 """``loram bench``."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loram_cli.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from loram_cli.stages.bench import BenchResult, BenchRow
 
 NAME = "bench"
 EPILOG = "Example: loram bench train --row llama2-13b --row llama2-13b:0.65"
@@ -88,7 +94,7 @@ def command(
         console.print(note)
 
 
-def bench_table(result: object) -> object:
+def bench_table(result: "BenchResult") -> "Table":
     """A row per model: predicted and measured peak, and throughput."""
     from rich import box
     from rich.table import Table
@@ -99,21 +105,26 @@ def bench_table(result: object) -> object:
     table = Table(
         title=f"training on {cards}", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1)
     )
-    for name in ("model", "parameters", "predicted", "measured", "off by", "reserved", "s/step",
-                 "samples/s", "of LoRA"):  # fmt: skip
+    columns: dict[str, Callable[[BenchRow], str | None]] = {
+        "model": lambda row: row.label,
+        "parameters": lambda row: format_params(row.params),
+        "predicted": lambda row: format_bytes(row.predicted_bytes),
+        "measured": lambda row: row.failure or format_bytes(row.measured_bytes),
+        "off by": lambda row: _told(row.deviation, "{:+.1%}"),
+        "reserved": lambda row: format_bytes(row.reserved_bytes) if row.reserved_bytes else None,
+        "s/step": lambda row: _told(row.seconds_per_step, "{:.3f}"),
+        "samples/s": lambda row: _told(row.samples_per_second, "{:.2f}"),
+        "of LoRA": lambda row: _told(row.speedup, "{:.2f}x"),
+    }
+    cells = {name: [cell(row) for row in result.rows] for name, cell in columns.items()}
+    # What no row has, as the deviation on a CPU, takes no column.
+    shown = {name: found for name, found in cells.items() if any(found)}
+    for name in shown:
         table.add_column(name, justify="left" if name == "model" else "right")
-    for row in result.rows:
-        cells = [row.label, format_params(row.params), format_bytes(row.predicted_bytes)]
-        if row.failure is not None:
-            table.add_row(*cells, row.failure)
-            continue
-        table.add_row(
-            *cells,
-            format_bytes(row.measured_bytes),
-            "-" if row.deviation is None else f"{row.deviation:+.1%}",
-            format_bytes(row.reserved_bytes) if row.reserved_bytes else "-",
-            f"{row.seconds_per_step:.3f}",
-            f"{row.samples_per_second:.2f}",
-            "-" if row.speedup is None else f"{row.speedup:.2f}x",
-        )
+    for place in range(len(result.rows)):
+        table.add_row(*(found[place] or "-" for found in shown.values()))
     return table
+
+
+def _told(value: float | None, form: str) -> str | None:
+    return None if value is None else form.format(value)

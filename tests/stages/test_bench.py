@@ -8,6 +8,7 @@ import torch
 
 from loram_cli.arch.registry import family_for
 from loram_cli.cli.app import run_command
+from loram_cli.cli.bench import bench_table
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_params
 from loram_cli.modeling.random_model import random_causal_lm
@@ -16,6 +17,7 @@ from loram_cli.stages.bench import (
     REFUSED,
     TINY_CONFIG,
     BenchModel,
+    BenchResult,
     BenchRow,
     BenchSpec,
     with_speedups,
@@ -79,6 +81,24 @@ def test_rows_are_compared_with_lora_on_the_whole_of_the_same_preset():
     ]
     assert [row.speedup for row in with_speedups(rows)] == [1.0, 1.25, 1.5, 1.0, None]
     assert with_speedups(rows[1:3]) == tuple(rows[1:3])
+
+
+def test_a_column_that_no_row_fills_is_left_out():
+    def row(**known):
+        return BenchRow(row="tiny", label="tiny", device="H", params=1, predicted_bytes=1, **known)
+
+    def headers(*rows):
+        return [column.header for column in bench_table(BenchResult(rows=rows, notes=())).columns]
+
+    measured = {"measured_bytes": 2, "seconds_per_step": 0.5, "samples_per_second": 8.0}
+    assert headers(row(**measured)) == [
+        "model", "parameters", "predicted", "measured", "s/step", "samples/s",
+    ]  # fmt: skip
+    on_gpu = row(**measured, reserved_bytes=3, deviation=-0.02, speedup=1.4)
+    table = bench_table(BenchResult(rows=(on_gpu, row(failure="out of memory")), notes=()))
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["off by"] == ["-2.0%", "-"] and cells["of LoRA"] == ["1.40x", "-"]
+    assert cells["measured"] == ["2 B", "out of memory"]
 
 
 def test_what_the_measuring_process_refuses_is_told_in_full(monkeypatch, capsys):
