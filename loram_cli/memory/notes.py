@@ -15,6 +15,8 @@ _ALWAYS = (
     "a card is told that holds it with a twentieth left free, for the allocator's fragments",
     "NF4 weight memory is what bitsandbytes holds: decoder linears at 4 bits with their block "
     "maxima, all else in bf16; the paper counts a quarter of all parameters at 2 bytes",
+    "the adapter is used on the base, whose weights are in the base's rows: 'generate' and 'eval' "
+    "read layer by layer what the card does not hold",
 )
 
 
