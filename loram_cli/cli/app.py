@@ -119,7 +119,8 @@ def run_command(arguments: list[str] | None) -> int:
             return _fail(
                 f"out of memory: {str(error).strip().partition(chr(10))[0]}\nwhat makes it fit: "
                 "--quantize nf4; for training --gradient-checkpointing and --micro-batch 1 "
-                "('loram memory-report' counts), for calibration fewer or shorter windows",
+                "('loram memory-report' counts); for eval and generate a lower --weights-memory; "
+                "for calibration fewer or shorter windows",
                 1,
             )
         if "No space left on device" in str(error):

@@ -83,7 +83,6 @@ def command(
     from loram_cli.cli.plans import show_plans
     from loram_cli.cli.render import print_json, show_result
     from loram_cli.stages import evaluate, resolve
-    from loram_cli.units import parse_bytes
 
     chosen = options.comma_separated(rows)
     if show:
@@ -106,7 +105,7 @@ def command(
         allow_code_execution=allow_code_execution,
         backend=backend,
         quantize=quantize,
-        weights_memory_bytes=parse_bytes(weights_memory) if weights_memory else None,
+        weights_memory=weights_memory,
         device=device,
         seed=seed,
         force=force,

@@ -55,12 +55,12 @@ def command(
     from loram_cli.cli.evaluate import parse_rows
     from loram_cli.cli.render import print_json, stdout_console
     from loram_cli.stages import generate, resolve
-    from loram_cli.units import parse_bytes
 
     prompts = tuple(prompt or ())
     if not prompts and sys.stdin is not None and not sys.stdin.isatty():
         prompts = (sys.stdin.read().rstrip("\n"),)
-    values = options.given(
+    values = options.layered(
+        NAME,
         prompts=prompts,
         layout=layout,
         max_new_tokens=max_new_tokens,
@@ -68,7 +68,7 @@ def command(
         top_p=top_p,
         stop=tuple(stop) if stop else None,
         quantize=quantize,
-        weights_memory_bytes=parse_bytes(weights_memory) if weights_memory else None,
+        weights_memory=weights_memory,
         device=device,
         seed=seed,
     )

@@ -223,7 +223,7 @@ def prune_line(results: dict[str, Any]) -> str:
 def stdout_console() -> Console:
     """Stdout, wide enough for tables when it is not a terminal."""
     width = None if sys.stdout.isatty() else max(130, shutil.get_terminal_size().columns)
-    return Console(highlight=False, soft_wrap=True, markup=False, width=width)
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
 
 
 def print_json(value: Any) -> None:

@@ -27,6 +27,8 @@ from loram_cli.modeling.quantize import (
 )
 from loram_cli.modeling.quiet import quiet_libraries
 
+_GENERATION_CONFIG = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -104,6 +106,10 @@ class HollowModel:
             # Global widths stay readable, as in load_causal_lm.
             config.allow_global_per_layer_attribute_access = True
             self.model = meta_causal_lm(self._family, config, device, **settings)
+            if (model_dir / _GENERATION_CONFIG).is_file():
+                # Published models name some of the tokens that end an answer there alone.
+                generation = transformers.GenerationConfig.from_pretrained(model_dir)
+                self.model.generation_config = generation
         self._untie_other_head()
         self.slots = self._take_places(nf4)
         if nf4:

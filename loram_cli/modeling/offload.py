@@ -9,10 +9,9 @@ relative, else below the working directory. Hence this way.
 """
 
 import copy
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,8 +56,13 @@ def resident_layers(hollow: HollowModel, budget_bytes: int) -> int:
     )
 
 
-def load_within(hollow: HollowModel, stay: int, reporter: Reporter, *, host_bytes: int = 0) -> None:
-    """Fill a model, all but the last layers; those are brought as they run, from now on.
+@contextmanager
+def loaded_within(
+    hollow: HollowModel, stay: int, reporter: Reporter, *, host_bytes: int = 0
+) -> Iterator[None]:
+    """Fill a model, all but the last layers; those are brought as they run, within the block.
+
+    After it the model cannot be run any more, and nothing here keeps it.
 
     Args:
         hollow: Its model, with any adapters attached.
@@ -81,14 +85,20 @@ def load_within(hollow: HollowModel, stay: int, reporter: Reporter, *, host_byte
                 fill(slot, hollow.read(slot, reader))
                 progress.advance(slot.num_bytes / 2**20)
         if not passing:
+            yield
             return
         thread = stack.enter_context(ThreadPoolExecutor(1, "layers"))
         stream = _Stream(hollow, passing, reader, thread, host_bytes)
+        # What is under way ends before the thread does, and that before files are closed.
+        stack.callback(stream.forget)
         for position, (layer, _) in enumerate(layers[stay:]):
-            layer.register_forward_pre_hook(partial(stream.bring, position))
-            layer.register_forward_hook(partial(stream.take_away, position), always_call=True)
-        # The thread ends before the files are closed, and both with the model.
-        weakref.finalize(hollow.model, stack.pop_all().close)
+            before = layer.register_forward_pre_hook(partial(stream.bring, position))
+            stack.callback(before.remove)
+            after = layer.register_forward_hook(
+                partial(stream.take_away, position), always_call=True
+            )
+            stack.callback(after.remove)
+        yield
 
 
 class _Stream:
@@ -110,22 +120,29 @@ class _Stream:
 
     def bring(self, position: int, *_: Any) -> None:
         """Before a layer runs: fill it, and have the next one read."""
-        self._ask(position)
-        weights = self._asked.pop(position).result()
-        for slot, weight in zip(self._layers[position], weights, strict=True):
+        ahead = self._asked.pop(position, None)
+        # What was read ahead of a pass that failed is of no use to this one, nor is its failure.
+        self.forget()
+        if ahead is None or ahead.exception() is not None:
+            ahead = self._thread.submit(self._weights, position)
+        for slot, weight in zip(self._layers[position], ahead.result(), strict=True):
             fill(slot, weight)
         if len(self._layers) > 1:
             # After the last one comes the first one again, with the next token or batch.
-            self._ask((position + 1) % len(self._layers))
+            following = (position + 1) % len(self._layers)
+            self._asked[following] = self._thread.submit(self._weights, following)
 
     def take_away(self, position: int, *_: Any) -> None:
         """After a layer has run, or has failed to."""
         for slot in self._layers[position]:
             drain(slot)
 
-    def _ask(self, position: int) -> None:
-        if position not in self._asked:
-            self._asked[position] = self._thread.submit(self._weights, position)
+    def forget(self) -> None:
+        """Give up what is on its way."""
+        for ahead in self._asked.values():
+            if not ahead.cancel():
+                ahead.exception()  # waits for its end
+        self._asked.clear()
 
     def _weights(self, position: int) -> list[Weight]:
         device = self._hollow.device

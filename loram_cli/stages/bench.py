@@ -107,11 +107,14 @@ class BenchModel:
         ratio = float(match["ratio"] or 0)
         if not 0 <= ratio < 1:
             raise UsageError(f"--row {row}: the ratio {ratio:g} is outside [0, 1)")
-        return cls(preset, ratio, "nf4" if match["nf4"] else None, int(match["multiple_of"] or 1))
+        multiple_of = int(match["multiple_of"] or 1)
+        if multiple_of > 1 and not ratio:
+            raise UsageError(f"--row {row}: x{multiple_of} is for a ratio above 0")
+        return cls(preset, ratio, "nf4" if match["nf4"] else None, multiple_of)
 
     def __str__(self) -> str:
         multiple = f":x{self.multiple_of}" if self.multiple_of > 1 else ""
-        return f"{self.preset}:{self.ratio}" + (":nf4" if self.quantize else "") + multiple
+        return f"{self.preset}:{self.ratio:f}" + (":nf4" if self.quantize else "") + multiple
 
     @property
     def label(self) -> str:

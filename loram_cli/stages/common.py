@@ -19,7 +19,7 @@ _NOT_IN_KEY = (
     "model", "source", "adapter", "out", "force", "device", "fsdp", "calibration_memory_bytes",
     "plan", "report_to", "from_adapter",
     # Of eval: the inputs hold the digests of rows and data.
-    "rows", "task_data", "batch_size", "weights_memory_bytes", "replace",
+    "rows", "task_data", "batch_size", "weights_memory", "replace",
 )  # fmt: skip
 
 

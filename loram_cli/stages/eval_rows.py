@@ -1,6 +1,7 @@
 """The rows of a comparison: what identifies them, how they are opened and scored."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.specs import digest_of
-from loram_cli.stages.row_models import open_model, precision
+from loram_cli.stages.row_models import opened_model, precision
 
 if TYPE_CHECKING:
     from loram_cli.evaluation.engine import Engine
@@ -49,6 +50,10 @@ def _row_input(parts: tuple[Path, ...], identity: dict[str, str]) -> dict[str, A
     from loram_cli.runs.digests import file_digest
 
     record = {"path": " + ".join(map(str, parts)), **identity}
+    generation = parts[0] / "generation_config.json"
+    if generation.is_file():
+        # It names the tokens that end an answer.
+        record["generation_config"] = file_digest(generation)
     for adapter in parts[1:]:
         record["adapter"] = file_digest(adapter / WEIGHTS_NAME)
         config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
@@ -98,8 +103,9 @@ def score_row(
         how.append(spec.quantize)
     digest = digest_of(how).removeprefix("sha256:")[:16]
     cache = ResponseCache(answers / f"{digest}.jsonl")
-    try:
-        engine = _open_engine(spec, label, cache, reporter)
+    with ExitStack() as stack:
+        stack.callback(cache.close)
+        engine = _open_engine(spec, label, cache, reporter, stack)
         scores = evaluate_model(
             engine,
             requests,
@@ -111,12 +117,12 @@ def score_row(
             reporter=reporter,
             samples_path=path / samples_name(label),
         )
-    finally:
-        cache.close()
     return {"scores": [asdict(score) for score in scores], "training": _training_record(parts)}
 
 
-def _open_engine(spec: "EvalSpec", label: str, cache: Any, reporter: Reporter) -> "Engine":
+def _open_engine(
+    spec: "EvalSpec", label: str, cache: Any, reporter: Reporter, stack: ExitStack
+) -> "Engine":
     from loram_cli.checkpoint.index import read_config
     from loram_cli.evaluation.engine import Engine
     from loram_cli.modeling.narrow import load_tokenizer
@@ -136,7 +142,7 @@ def _open_engine(spec: "EvalSpec", label: str, cache: Any, reporter: Reporter) -
             return VllmBackend.open(parts, context_tokens, spec.seed)
         from loram_cli.evaluation.hugging_face import HuggingFaceBackend
 
-        model = open_model(spec, label, reporter)
+        model = stack.enter_context(opened_model(spec, label, reporter))
         rows = spec.batch_size if isinstance(spec.batch_size, int) else None
         return HuggingFaceBackend(model, tokenizer, rows)
 

@@ -13,6 +13,7 @@ from loram_cli.stages.common import StageResult, stage_run
 from loram_cli.stages.eval_plan import plan_eval
 from loram_cli.stages.eval_rows import eval_inputs, score_row, warn_of_tokenizers
 from loram_cli.stages.planning import StagePlan
+from loram_cli.stages.row_models import parse_weights_memory
 
 if TYPE_CHECKING:
     from loram_cli.evaluation.requests import TaskRequest
@@ -47,8 +48,8 @@ class EvalSpec:
         allow_code_execution: Run generated code, in the sandbox.
         backend: ``hf``, or ``vllm`` where it is installed.
         quantize: ``nf4`` holds the decoder linears in 4 bits, which changes answers a little.
-        weights_memory_bytes: Memory for weights on the device; layers beyond it are read anew at
-            every pass. None takes most of what is free.
+        weights_memory: Memory for weights on the device, in bytes or as text such as ``20GiB``;
+            layers beyond it are read anew at every pass. None takes most of what is free.
         seed: Decides few-shot draws and sampled texts.
         device: Where to run; a GPU when there is one.
         replace: Replace results of other settings or inputs that lie in ``out``.
@@ -70,7 +71,7 @@ class EvalSpec:
     allow_code_execution: bool = False
     backend: Literal["hf", "vllm"] = "hf"
     quantize: Literal["nf4"] | None = None
-    weights_memory_bytes: int | None = None
+    weights_memory: int | str | None = None
     seed: int = 1234
     device: str | None = None
     replace: bool = False
@@ -81,14 +82,13 @@ class EvalSpec:
             not isinstance(self.batch_size, int) or self.batch_size < 1
         ):
             raise UsageError(f"--batch-size {self.batch_size}: a number above 0 or auto is wanted")
-        for name in ("quantize", "weights_memory_bytes"):
+        parse_weights_memory(self)
+        for name in ("quantize", "weights_memory"):
             if self.backend != "hf" and getattr(self, name) is not None:
                 raise UsageError(
-                    f"--{name.removesuffix('_bytes').replace('_', '-')} is for --backend hf",
+                    f"--{name.replace('_', '-')} is for --backend hf",
                     "vLLM has settings of its own",
                 )
-        if self.weights_memory_bytes is not None and self.weights_memory_bytes < 1:
-            raise UsageError("--weights-memory must be above 0")
         for name in ("limit", "max_new_tokens", "code_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

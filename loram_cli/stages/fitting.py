@@ -107,7 +107,7 @@ def plan_together(
 
 
 def warn_of_memory(
-    planned: "StagePlan", spec: "AlignSpec | TrainSpec", device: str, reporter: Reporter
+    planned: "StagePlan", smaller: Mapping[str, bool], device: str, reporter: Reporter
 ) -> None:
     """Say before the first tensor is read that the device will not hold the training.
 
@@ -115,7 +115,7 @@ def warn_of_memory(
 
     Args:
         planned: With the memory by arithmetic.
-        spec: How to fit.
+        smaller: Flags that would make it less, and whether they are in use.
         device: Of this process.
         reporter: Told.
     """
@@ -127,16 +127,11 @@ def warn_of_memory(
     free_bytes = free_memory_bytes(device)
     if planned.memory_bytes - there_bytes <= free_bytes:
         return
-    ways = {
-        "--gradient-checkpointing": spec.gradient_checkpointing,
-        "--quantize nf4": getattr(spec, "quantize", "nf4") is not None,
-        "--micro-batch 1": spec.micro_batch == 1,
-    }
-    left = [flag for flag, used in ways.items() if not used]
-    smaller = f"; {', '.join(left)} would make it less" if left else ""
+    left = [flag for flag, used in smaller.items() if not used]
+    ways = f"; {', '.join(left)} would make it less" if left else ""
     reporter.warn(
         f"by arithmetic this takes {format_bytes(planned.memory_bytes)}, and {device} has "
-        f"{format_bytes(free_bytes)} free{smaller} ('loram memory-report' counts)"
+        f"{format_bytes(free_bytes)} free{ways}"
     )
 
 

@@ -1,5 +1,6 @@
 """Generate: what the models of a run answer to a prompt."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,13 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
-from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-from loram_cli.stages.row_models import open_model
+from loram_cli.stages.row_models import opened_model, parse_weights_memory
+from loram_cli.stages.starting import trained_layout
 
 if TYPE_CHECKING:
     from loram_cli.training.layouts import Layout
-
-_LAYOUTS = ("messages", "prompt", "instruction", "question")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,8 @@ class GenerateSpec:
         top_p: Smallest share of probability to draw from.
         stop: Texts that end an answer, besides the end-of-sequence token.
         quantize: ``nf4`` holds the decoder linears in 4 bits.
-        weights_memory_bytes: Memory for weights on the device; layers beyond it are read anew for
-            every token. None takes most of what is free.
+        weights_memory: Memory for weights on the device, in bytes or as text such as ``20GiB``;
+            layers beyond it are read anew for every token. None takes most of what is free.
         seed: Of drawn tokens.
         device: Where to run; a GPU when there is one.
     """
@@ -48,7 +47,7 @@ class GenerateSpec:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     quantize: Literal["nf4"] | None = None
-    weights_memory_bytes: int | None = None
+    weights_memory: int | str | None = None
     seed: int = 1234
     device: str | None = None
 
@@ -59,12 +58,17 @@ class GenerateSpec:
             raise UsageError("the prompt is empty", "write it behind the command, or pipe it in")
         if self.max_new_tokens < 1:
             raise UsageError("--max-new-tokens must be above 0")
-        if self.temperature < 0:
-            raise UsageError(f"--temperature {self.temperature:g} is below 0")
+        try:
+            "".join(self.prompts).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("the prompt is not UTF-8", "convert it to UTF-8") from error
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"--temperature {self.temperature:g} is no number from 0 on")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p:g} is outside (0, 1]")
-        if self.weights_memory_bytes is not None and self.weights_memory_bytes < 1:
-            raise UsageError("--weights-memory must be above 0")
+        if self.top_p < 1 and not self.temperature:
+            raise UsageError("--top-p is for drawn tokens", "pass --temperature as well")
+        parse_weights_memory(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,24 +105,9 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
         check_model(parts[0], tokenizer=False)
         for adapter in parts[1:]:
             read_shapes(adapter)
-    layout = spec.layout or next(filter(None, map(trained_layout, spec.rows.values())), None)
+    known = (trained_layout(parts[-1]) for parts in spec.rows.values())
+    layout = spec.layout or next(filter(None, known), None)
     return [answer for label in spec.rows for answer in _ask(spec, label, layout, reporter)]
-
-
-def trained_layout(parts: Sequence[Path]) -> "Layout | None":
-    """The layout of the data that a row's adapter was trained on, as its manifest tells.
-
-    Args:
-        parts: The model's directory and, if any, the adapter's.
-    """
-    if len(parts) < 2 or not (parts[-1] / MANIFEST_NAME).is_file():
-        return None
-    manifest = Manifest.read(parts[-1])
-    results = manifest.results
-    if manifest.stage == "recover":
-        results = results.get("training") or {}
-    layout = results.get("layout")
-    return layout if layout in _LAYOUTS else None
 
 
 def _ask(
@@ -144,28 +133,30 @@ def _ask(
         for example in examples
     ]
     reporter.note(f"asking {label} ({' + '.join(map(str, parts))}), layout {layout}")
-    model = open_model(spec, label, reporter)
-    room = context_length(model) - max(map(len, ids))
-    if room < 1:
-        raise LoramError(
-            f"a prompt of {max(map(len, ids))} tokens leaves no room in {label}'s context of "
-            f"{context_length(model)}",
-            "shorten it",
-        )
-    new_tokens = min(spec.max_new_tokens, room)
-    jobs = [
-        Generation(
-            prompt=example.prompt,
-            stops=spec.stop,
-            max_new_tokens=new_tokens,
-            temperature=spec.temperature,
-            top_p=spec.top_p,
-            seed=stream_seed(spec.seed, example.prompt, place),
-        )
-        for place, example in enumerate(examples)
-    ]
-    with reporter.progress(label, new_tokens, "token") as progress:
-        texts = Decoder(model, tokenizer).generate(ids, jobs, progress.advance)
+    with opened_model(spec, label, reporter) as model:
+        context = context_length(model)
+        longest = max(map(len, ids))
+        if longest >= context:
+            raise LoramError(
+                f"a prompt of {longest} tokens leaves no room in {label}'s context of {context}",
+                "shorten it",
+            )
+        jobs = [
+            Generation(
+                prompt=example.prompt,
+                stops=spec.stop,
+                max_new_tokens=min(spec.max_new_tokens, context - len(mine)),
+                temperature=spec.temperature,
+                top_p=spec.top_p,
+                seed=stream_seed(spec.seed, example.prompt, place),
+            )
+            for place, (example, mine) in enumerate(zip(examples, ids, strict=True))
+        ]
+        most = max(job.max_new_tokens for job in jobs)
+        if most < spec.max_new_tokens:
+            reporter.note(f"{most} tokens at most: {label}'s context is {context}")
+        with reporter.progress(label, most, "token") as progress:
+            texts = Decoder(model, tokenizer).generate(ids, jobs, progress.advance)
     return [
         Answer(row=label, prompt=prompt, rendered=example.prompt, text=text.strip())
         for prompt, example, text in zip(spec.prompts, examples, texts, strict=True)

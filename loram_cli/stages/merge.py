@@ -9,6 +9,7 @@ from loram_cli.stages import recover
 from loram_cli.stages.common import StageResult, check_free_disk, check_out_of_tree, stage_run
 from loram_cli.stages.planning import StagePlan, check_model, make_plan
 from loram_cli.stages.recover import RecoverSpec, open_inputs
+from loram_cli.stages.starting import trained_layout
 
 if TYPE_CHECKING:
     from loram_cli.arch.spec import Family
@@ -107,7 +108,11 @@ def run(spec: MergeSpec, reporter: Reporter) -> StageResult:
         config, digests = merge_weights(spec, adapter, index, stage.path, reporter)
         (stage.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(spec.model, stage.path)
-        results = {"modules": len(adapter.pairs), "weight_bytes": index.num_bytes}
+        results = {
+            "modules": len(adapter.pairs),
+            "weight_bytes": index.num_bytes,
+            "layout": trained_layout(spec.adapter),
+        }
         return stage.commit(results, base=planned.base, keep={}, digests=digests)
 
 

@@ -11,12 +11,15 @@ from loram_cli.errors import UsageError
 from loram_cli.specs import spec_from_mapping, unknown_name
 from loram_cli.stages.align import AlignSpec
 from loram_cli.stages.evaluate import EvalSpec
+from loram_cli.stages.generate import GenerateSpec
 from loram_cli.stages.prune import PruneSpec
 from loram_cli.stages.recover import RecoverSpec
 from loram_cli.stages.train import TrainSpec
 
 # What the run directory fills in, and a recipe therefore may not set.
-_PLACES = frozenset({"model", "source", "adapter", "out", "rows", "demo_data", "replace", "force"})
+_PLACES = frozenset(
+    {"model", "source", "adapter", "out", "rows", "prompts", "demo_data", "replace", "force"}
+)
 SPECS: dict[str, type] = {
     "prune": PruneSpec,
     "align": AlignSpec,
@@ -24,6 +27,8 @@ SPECS: dict[str, type] = {
     "recover": RecoverSpec,
     "eval": EvalSpec,
 }
+# What settings of one's own may hold; a recipe asks nobody.
+SETTABLE: dict[str, type] = {**SPECS, "generate": GenerateSpec}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,7 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
 
 def setting_types(stage: str) -> dict[str, Any]:
     """Type by name of everything that a recipe or a settings file may set for a stage."""
-    hints = typing.get_type_hints(SPECS[stage])
+    hints = typing.get_type_hints(SETTABLE[stage])
     merge = {"merge": bool} if stage == "recover" else {}
     return {name: hint for name, hint in hints.items() if name not in _PLACES} | merge
 

@@ -95,6 +95,8 @@ class MemoryReportSpec:
                     f"--strategy semi with --ratio {ratio}: 2:4 zeroes two of every four weights",
                     "pass --ratio 0.5, or none",
                 )
+        if self.multiple_of > 1 and self.strategy in ("semi", "unst"):
+            raise UsageError(f"--multiple-of does not go with --strategy {self.strategy}")
         for name in ("keep_first", "keep_last"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} cannot be negative")

@@ -1,11 +1,13 @@
 """Models with their adapters, loaded whole, in 4 bits, or layer by layer where they do not fit."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
-from loram_cli.units import MIB, format_bytes
+from loram_cli.units import MIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +29,14 @@ class RowsSpec(Protocol):
         rows: Per row its model's directory and, if any, the adapter's.
         device: Where to run; None takes a GPU when there is one.
         quantize: ``nf4`` holds the decoder linears in 4 bits.
-        weights_memory_bytes: Memory for weights on the device; None takes most of what is free.
+        weights_memory: Memory for weights on the device: bytes, or text such as ``20GiB``; None
+            takes most of what is free.
     """
 
     rows: dict[str, tuple[Path, ...]]
     device: str | None
     quantize: Literal["nf4"] | None
-    weights_memory_bytes: int | None
+    weights_memory: int | str | None
 
 
 def model_bytes(spec: RowsSpec, model_dir: Path, index: "CheckpointIndex") -> int:
@@ -56,8 +59,9 @@ def model_bytes(spec: RowsSpec, model_dir: Path, index: "CheckpointIndex") -> in
     return index.num_bytes if on_gpu else index.num_params * _FP32_BYTES
 
 
-def open_model(spec: RowsSpec, label: str, reporter: Reporter) -> Any:
-    """A row's model with its adapters, in evaluation mode.
+@contextmanager
+def opened_model(spec: RowsSpec, label: str, reporter: Reporter) -> Iterator[Any]:
+    """A row's model with its adapters, in evaluation mode, for the length of the block.
 
     Args:
         spec: Of the evaluation.
@@ -70,22 +74,55 @@ def open_model(spec: RowsSpec, label: str, reporter: Reporter) -> Any:
     from loram_cli.checkpoint.index import CheckpointIndex
     from loram_cli.modeling.free_memory import free_memory_bytes
     from loram_cli.modeling.narrow import load_causal_lm
-    from loram_cli.training.adapters import load_adapter
 
     model_dir, *adapters = spec.rows[label]
     device = _device(spec)
     index = CheckpointIndex.open(model_dir)
-    budget_bytes = spec.weights_memory_bytes
+    budget_bytes = spec.weights_memory
     if budget_bytes is None:
         free_bytes = free_memory_bytes(device)
         left_bytes = max(_LEFT_BYTES, int(_LEFT_SHARE * free_bytes))
         budget_bytes = free_bytes - min(free_bytes // 2, left_bytes)
     if spec.quantize is None and model_bytes(spec, model_dir, index) <= budget_bytes:
         model = load_causal_lm(model_dir, dtype=precision(spec.device), device=spec.device)
-        for adapter in adapters:
+        yield _with_adapters(model, model_dir, adapters)
+        return
+    with _in_parts(spec, label, device, budget_bytes, reporter) as model:
+        yield model
+
+
+def parse_weights_memory(spec: RowsSpec) -> None:
+    """Turn an amount that is written with a unit into bytes.
+
+    Args:
+        spec: Just built; changed in place.
+
+    Raises:
+        UsageError: It is no amount, or nothing.
+    """
+    if isinstance(spec.weights_memory, str):
+        try:
+            object.__setattr__(spec, "weights_memory", parse_bytes(spec.weights_memory))
+        except UsageError as error:
+            raise UsageError(f"--weights-memory: {error.message}", error.hint) from error
+    if spec.weights_memory is not None and spec.weights_memory < 1:
+        raise UsageError("--weights-memory must be above 0")
+
+
+def _with_adapters(model: Any, model_dir: Path, adapters: Sequence[Path]) -> Any:
+    from loram_cli.training.adapters import load_adapter
+
+    for adapter in adapters:
+        try:
             model = load_adapter(model, adapter)
-        return model
-    return _in_parts(spec, label, device, budget_bytes, reporter)
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            raise LoramError(
+                f"{adapter}: its factors have other shapes than {model_dir} has modules",
+                "pass the adapter that was made for this model",
+            ) from error
+    return model
 
 
 def precision(device: str | None) -> str:
@@ -93,25 +130,25 @@ def precision(device: str | None) -> str:
     return "auto" if _device_or_default(device).startswith("cuda") else "float32"
 
 
+@contextmanager
 def _in_parts(
     spec: RowsSpec, label: str, device: str, budget_bytes: int, reporter: Reporter
-) -> Any:
+) -> Iterator[Any]:
     from loram_cli.modeling.free_memory import free_memory_bytes
     from loram_cli.modeling.hollow import HollowModel
-    from loram_cli.modeling.offload import load_within, resident_layers, weight_bytes
-    from loram_cli.training.adapters import load_adapter
+    from loram_cli.modeling.offload import loaded_within, resident_layers, weight_bytes
 
     model_dir, *adapters = spec.rows[label]
     hollow = HollowModel(
         model_dir, dtype=_dtype(spec, model_dir), device=device, nf4=spec.quantize is not None
     )
-    model = hollow.model
-    for adapter in adapters:
-        model = load_adapter(model, adapter)
+    model = _with_adapters(hollow.model, model_dir, adapters)
     try:
         stay = resident_layers(hollow, budget_bytes)
     except LoramError as error:
         ways = "pass --device cpu" if device.startswith("cuda") else "free some memory"
+        if spec.weights_memory is not None:
+            ways = "pass a larger --weights-memory"
         if spec.quantize is None:
             ways += ", or --quantize nf4"
         raise LoramError(f"row {label}: {error.message}", error.hint or ways) from error
@@ -126,8 +163,8 @@ def _in_parts(
     host_bytes = 0
     if device.startswith("cuda"):
         host_bytes = int(_HOST_SHARE * free_memory_bytes("cpu"))
-    load_within(hollow, stay, reporter, host_bytes=host_bytes)
-    return model
+    with loaded_within(hollow, stay, reporter, host_bytes=host_bytes):
+        yield model
 
 
 def _dtype(spec: RowsSpec, model_dir: Path) -> "torch.dtype":

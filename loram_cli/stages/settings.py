@@ -13,7 +13,7 @@ from typing import Any
 
 from loram_cli.errors import UsageError
 from loram_cli.specs import convert, unknown_name
-from loram_cli.stages.recipe import SPECS, Recipe, read_yaml, setting_types
+from loram_cli.stages.recipe import SETTABLE, SPECS, Recipe, read_yaml, setting_types
 
 FILE_NAME = "loram.yaml"
 _PREFIX = "LORAM_"
@@ -75,10 +75,10 @@ def load_settings(folder: Path, environ: Mapping[str, str]) -> Settings:
     where, data = _file_data(folder, environ.get("LORAM_CONFIG"))
     sections: dict[str, dict[str, Any]] = {}
     for key, value in data.items():
-        if key in SPECS:
+        if key in SETTABLE:
             sections[key] = _section(value, key, f"{where}, {key}")
         elif key not in ("run", "model"):
-            raise unknown_name("key", str(key), ["run", "model", *SPECS], where)
+            raise unknown_name("key", str(key), ["run", "model", *SETTABLE], where)
     run = convert(Path | None, data.get("run"), f"{where}: run")
     model = convert(str | None, data.get("model"), f"{where}: model")
     sources = ((where,) if data else ()) + variables
@@ -121,9 +121,9 @@ def _file_data(folder: Path, named: str | None) -> tuple[str, Mapping[str, Any]]
 def _from_environment(environ: Mapping[str, str]) -> tuple[Sections, tuple[str, ...]]:
     known: dict[str, list[tuple[str, str]]] = {}
     for name in _SHARED:
-        stages = [stage for stage in SPECS if name in setting_types(stage)]
+        stages = [stage for stage in SETTABLE if name in setting_types(stage)]
         known[_PREFIX + name.upper()] = [(stage, name) for stage in stages]
-    for stage in SPECS:
+    for stage in SETTABLE:
         for name in setting_types(stage):
             known[f"{_PREFIX}{stage.upper()}_{name.upper()}"] = [(stage, name)]
     sections: dict[str, dict[str, Any]] = {}

@@ -10,6 +10,7 @@ from loram_cli.stages.recover import adapter_input
 
 if TYPE_CHECKING:
     from loram_cli.stages.train import TrainSpec
+    from loram_cli.training.layouts import Layout
 
 _PARTS = {
     "tensors": "tensor names or shapes",
@@ -112,3 +113,16 @@ def check_start(
             "an adapter keeps its modules: leave --targets out",
         )
     return adapter_input(adapter, manifest)
+
+
+def trained_layout(directory: Path | None) -> "Layout | None":
+    """The layout of the data that an adapter or a merged model learnt from, by its manifest.
+
+    Args:
+        directory: Written by ``train``, ``recover`` or ``merge``; None knows nothing.
+    """
+    if directory is None or not (directory / MANIFEST_NAME).is_file():
+        return None
+    results = Manifest.read(directory).results
+    layout = results.get("layout") or (results.get("training") or {}).get("layout")
+    return layout if layout in ("messages", "prompt", "instruction", "question") else None

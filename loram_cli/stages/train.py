@@ -20,7 +20,12 @@ from loram_cli.stages.fitting import (
 from loram_cli.stages.launchers import as_launched
 from loram_cli.stages.objectives import loader, own_settings, prepare, total_bytes
 from loram_cli.stages.planning import StagePlan, check_model, count_examples, make_plan
-from loram_cli.stages.starting import adapter_targets, check_start, describe_source
+from loram_cli.stages.starting import (
+    adapter_targets,
+    check_start,
+    describe_source,
+    trained_layout,
+)
 from loram_cli.stages.templates import warn_of_other_template
 
 # Headlines of the loss curves.
@@ -204,7 +209,12 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         _tell_start(spec, reporter)
-        warn_of_memory(planned, spec, device, reporter)
+        smaller = {
+            "--gradient-checkpointing": spec.gradient_checkpointing,
+            "--quantize nf4": spec.quantize is not None,
+            "--micro-batch 1": spec.micro_batch == 1,
+        }
+        warn_of_memory(planned, smaller, device, reporter)
         results = _train(spec, device, stage.path, stage.restart_meter, reporter)
         return stage.commit(
             results, base=planned.base, keep=planned.keep, sparsity=planned.sparsity
@@ -235,6 +245,8 @@ def _train(
         targets=targets or None,
     )
     prepared = prepare(spec, load_tokenizer(spec.source), reporter)
+    # Now, and not at the end: the file may be gone by then.
+    layout = trained_layout(spec.from_adapter) or source_layout(spec.data)
     if spec.objective != "sft":
         import loram_cli.training.policy_trainers  # noqa: F401 - as peft
     transformers.set_seed(spec.seed)
@@ -251,7 +263,7 @@ def _train(
     losses = finish_fit(fitted, path, _TITLES[spec.objective])
     return {
         "objective": spec.objective,
-        "layout": source_layout(spec.data),
+        "layout": layout,
         "steps": spec.steps,
         "examples": prepared.examples,
         "targets": list(targets),

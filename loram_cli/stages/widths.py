@@ -185,6 +185,11 @@ def choose_widths(spec: "PruneSpec", family: "Family", config: dict[str, Any]) -
         if over_budget is not None:
             ratio = ratio_of_budget(spec, geometry, over_budget)
         after = layer_widths(geometry, ratio, *keeps, spec.multiple_of)
+        if after == geometry.layers and spec.multiple_of > 1:
+            raise UsageError(
+                f"--multiple-of {spec.multiple_of} keeps everything at this ratio",
+                "pass a smaller one, or a higher --ratio",
+            )
     base, pruned = (
         count_params(family, c).total for c in (config, pruned_config(config, geometry, after))
     )

@@ -115,10 +115,16 @@ def source_layout(source: str) -> Layout | None:
         source: As for :func:`load_instructions`.
 
     Returns:
-        None where it is none of the instruction layouts, such as preferences.
+        None where it is neither an instruction layout nor a pair of preferences.
     """
     first = next(iter(read_records(source, limit=1)), None)
-    return None if first is None else layout_of(first.fields)
+    if first is None:
+        return None
+    fields = first.fields
+    if "chosen" in fields:
+        # A conversation may leave its prompt to both answers.
+        return "messages" if isinstance(fields["chosen"], list) else "prompt"
+    return layout_of(fields)
 
 
 def split_eval(items: Sequence[T], fraction_or_count: float, seed: int) -> tuple[list[T], list[T]]:

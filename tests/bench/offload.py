@@ -27,12 +27,12 @@ BUDGET_BYTES = GIB
 PASSES = 2
 
 CHILD = """
-import json, re, sys, tempfile, threading, time
+import contextlib, json, re, sys, tempfile, threading, time
 from pathlib import Path
 import accelerate, torch, transformers
 from loram_cli.modeling.hollow import HollowModel
 from loram_cli.modeling.narrow import load_causal_lm
-from loram_cli.modeling.offload import load_within, resident_layers
+from loram_cli.modeling.offload import loaded_within, resident_layers
 from loram_cli.reporting import NullReporter
 
 way, model_dir, budget, passes = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
@@ -50,13 +50,13 @@ def sample():
 
 thread = threading.Thread(target=sample)
 thread.start()
-begun = time.monotonic()
+begun, stack = time.monotonic(), contextlib.ExitStack()
 folder = tempfile.TemporaryDirectory(dir=model_dir.parent)
 if way == "whole":
     model = load_causal_lm(model_dir, dtype=torch.float32, device="cpu")
 elif way == "loram":
     hollow = HollowModel(model_dir, dtype=torch.float32, device="cpu")
-    load_within(hollow, resident_layers(hollow, budget), NullReporter())
+    stack.enter_context(loaded_within(hollow, resident_layers(hollow, budget), NullReporter()))
     model = hollow.model
 else:
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -75,6 +75,7 @@ with torch.inference_mode():
             last.append(logits.double().sum().item())
 done.set()
 thread.join()
+stack.close()
 on_disk = sum(f.stat().st_size for f in Path(folder.name).rglob("*") if f.is_file())
 folder.cleanup()
 told = {"peak": peak - start, "load": loaded, "pass": sorted(seconds)[len(seconds) // 2]}

@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import time
 import weakref
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from loram_cli.checkpoint.index import read_config
 from loram_cli.errors import LoramError
 from loram_cli.modeling.hollow import HollowModel
 from loram_cli.modeling.narrow import load_causal_lm
-from loram_cli.modeling.offload import load_within, resident_layers, weight_bytes
+from loram_cli.modeling.offload import loaded_within, resident_layers, weight_bytes
 from loram_cli.modeling.quantize import keep_standard_layout, nf4_config
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import load_adapter
@@ -65,17 +66,17 @@ def test_the_same_to_the_bit_however_many_layers_stay(base, finished_run, part, 
         for host_bytes in (0, 20_000, 10**9):
             hollow = hollow_of(directory, nf4=nf4)
             model = load_adapter(hollow.model, adapter) if adapter else hollow.model
-            load_within(hollow, stay, SILENT, host_bytes=host_bytes)
-            for _ in range(2):
-                assert torch.equal(logits_of(model), expected)
+            with loaded_within(hollow, stay, SILENT, host_bytes=host_bytes):
+                for _ in range(2):
+                    assert torch.equal(logits_of(model), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_every_family_runs_layer_by_layer(variant, tmp_path):
     directory = variant.save(tmp_path)
     hollow = hollow_of(directory)
-    load_within(hollow, 1, SILENT)
-    assert torch.equal(logits_of(hollow.model), whole_logits(directory, None, nf4=False))
+    with loaded_within(hollow, 1, SILENT):
+        assert torch.equal(logits_of(hollow.model), whole_logits(directory, None, nf4=False))
 
 
 def test_no_more_is_held_than_the_budget(base):
@@ -93,14 +94,14 @@ def test_no_more_is_held_than_the_budget(base):
         if stay in seen:
             continue
         seen.add(stay)
-        load_within(hollow, stay, SILENT)
         highest = []
-        for layer, _ in hollow.layers():
-            layer.register_forward_pre_hook(
-                lambda *_, held=highest, model=hollow.model: held.append(held_bytes(model))
-            )
-        logits_of(hollow.model)
-        logits_of(hollow.model)
+        with loaded_within(hollow, stay, SILENT):
+            for layer, _ in hollow.layers():
+                layer.register_forward_pre_hook(
+                    lambda *_, held=highest, model=hollow.model: held.append(held_bytes(model))
+                )
+            logits_of(hollow.model)
+            logits_of(hollow.model)
         # Another layer is on its way meanwhile.
         layer_bytes = max(sum(s.num_bytes for s in slots) for _, slots in hollow.layers())
         assert max(highest) + layer_bytes * (stay < 4) <= budget
@@ -109,42 +110,107 @@ def test_no_more_is_held_than_the_budget(base):
 
 def test_weights_go_after_a_pass_and_after_a_failure(base):
     hollow = hollow_of(base)
-    load_within(hollow, 0, SILENT)
-    empty = held_bytes(hollow.model)
-    logits_of(hollow.model)
-    assert held_bytes(hollow.model) == empty
-    broken = next(layer for layer, _ in list(hollow.layers())[2:])
-
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    handle = broken.mlp.register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with loaded_within(hollow, 0, SILENT):
+        empty = held_bytes(hollow.model)
         logits_of(hollow.model)
-    assert held_bytes(hollow.model) == empty
-    handle.remove()
-    assert torch.equal(logits_of(hollow.model), whole_logits(base, None, nf4=False))
+        assert held_bytes(hollow.model) == empty
+        broken = next(layer for layer, _ in list(hollow.layers())[2:])
+        handle = broken.mlp.register_forward_hook(raising("out of memory"))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            logits_of(hollow.model)
+        assert held_bytes(hollow.model) == empty
+        handle.remove()
+        assert torch.equal(logits_of(hollow.model), whole_logits(base, None, nf4=False))
 
 
-def test_a_model_that_is_given_up_gives_up_its_files(base):
+def raising(text: str):
+    def fail(*_):
+        raise RuntimeError(text)
+
+    return fail
+
+
+class Weights:
+    """The weights that are read, and those of them that are still there."""
+
+    def __init__(self, hollow, monkeypatch):
+        self._there = []
+        self.failing = set()
+        read = hollow.read
+
+        def watched(slot, reader):
+            if any(slot.tensor.startswith(prefix) for prefix in self.failing):
+                raise RuntimeError("CUDA out of memory, ahead of time")
+            weight = read(slot, reader)
+            self._there.append(weakref.ref(weight.data))
+            return weight
+
+        monkeypatch.setattr(hollow, "read", watched)
+
+    def there(self) -> int:
+        gc.collect()
+        return sum(tensor() is not None for tensor in self._there)
+
+
+def test_passes_that_fail_leave_no_more_than_one_layer_on_its_way(base, monkeypatch):
+    hollow = hollow_of(base)
+    weights = Weights(hollow, monkeypatch)
+    layers = [layer for layer, _ in hollow.layers()]
+    per_layer = len(list(layers[0].parameters()))
+    with loaded_within(hollow, 0, SILENT):
+        others = weights.there()
+        logits_of(hollow.model)
+        for failing in (2, 1, 0, 1, 2):
+            handle = layers[failing].mlp.register_forward_hook(raising("out of memory"))
+            with pytest.raises(RuntimeError, match="out of memory"):
+                logits_of(hollow.model)
+            handle.remove()
+            time.sleep(0.05)
+            assert weights.there() - others <= per_layer
+        assert torch.equal(logits_of(hollow.model), whole_logits(base, None, nf4=False))
+    assert weights.there() == others
+
+
+def test_what_failed_ahead_of_a_pass_that_failed_is_tried_again(base, monkeypatch):
+    hollow = hollow_of(base)
+    weights = Weights(hollow, monkeypatch)
+    layers = [layer for layer, _ in hollow.layers()]
+    with loaded_within(hollow, 0, SILENT):
+        handle = layers[1].mlp.register_forward_hook(raising("out of memory"))
+        weights.failing = {"model.layers.2."}
+        with pytest.raises(RuntimeError, match="out of memory"):
+            logits_of(hollow.model)
+        handle.remove()
+        weights.failing = set()
+        assert torch.equal(logits_of(hollow.model), whole_logits(base, None, nf4=False))
+        # What fails again when its turn has come is told.
+        weights.failing = {"model.layers.2."}
+        with pytest.raises(RuntimeError, match="ahead of time"):
+            logits_of(hollow.model)
+
+
+def test_a_model_that_is_given_up_gives_up_its_files_and_itself(base):
     gc.collect()
     before = open_files()
     hollow = hollow_of(base)
-    load_within(hollow, 1, SILENT)
-    logits_of(hollow.model)
-    assert open_files() - before
-    gone = weakref.ref(hollow.model)
-    del hollow
-    gc.collect()
-    assert gone() is None
-    assert not open_files() - before
+    gc.disable()
+    try:
+        with loaded_within(hollow, 1, SILENT):
+            logits_of(hollow.model)
+            assert open_files() - before
+        assert not open_files() - before
+        gone = weakref.ref(hollow.model)
+        del hollow
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_shard_that_ends_early_is_told_when_its_layer_comes(tmp_path, base):
     directory = Path(shutil.copytree(base, tmp_path / "cut"))
     hollow = hollow_of(directory)
-    load_within(hollow, 0, SILENT)
-    shard = directory / "model.safetensors"
-    os.truncate(shard, shard.stat().st_size // 2)
-    with pytest.raises(LoramError, match=r"model\.safetensors"):
-        logits_of(hollow.model)
+    with loaded_within(hollow, 0, SILENT):
+        shard = directory / "model.safetensors"
+        os.truncate(shard, shard.stat().st_size // 2)
+        with pytest.raises(LoramError, match=r"model\.safetensors"):
+            logits_of(hollow.model)

@@ -37,6 +37,7 @@ def test_rows_are_a_preset_a_ratio_and_a_precision():
     # Tables 5 and 8 of the paper; x64 has 26 channels more in each of 34 layers.
     wider = 6005662720 + 34 * 26 * 3 * 5120
     assert counts == [6738415616, 13015864320, 6005662720, wider, 16272924672, 9662226432]
+    models.append(BenchModel("llama2-7b", 0.00001))
     assert [BenchModel.parse(str(model)) for model in models] == models
 
 
@@ -48,6 +49,7 @@ def test_rows_are_a_preset_a_ratio_and_a_precision():
         ("llama2-13b:0.5:int8", "PRESET.:RATIO"),
         ("llama2-13b:0.5:x0", "PRESET.:RATIO"),
         ("llama2-13b:-1", "PRESET.:RATIO"),
+        ("llama2-13b:0:x8", "x8 is for a ratio above 0"),
         ("llama2-1b", "unknown preset"),
     ],
 )
@@ -159,6 +161,7 @@ def test_on_a_cpu_a_tiny_model_is_measured_and_it_says_so(capsys):
         (["bench", "train"], "bench needs a model"),
         (["bench", "train", "--ratio", "0.5"], "are for --preset"),
         (["bench", "train", "--multiple-of", "64"], "are for --preset"),
+        (["bench", "train", "--preset", "tiny", "--multiple-of", "8"], "for a ratio above 0"),
         (["bench", "train", "--preset", "tiny", "--multiple-of", "0"], "must be above 0"),
     ],
 )

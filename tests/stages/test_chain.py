@@ -261,7 +261,7 @@ def test_a_training_that_memory_will_not_hold_is_told_at_its_start(
     spec = align.AlignSpec(source=chain / "pruned", out=tmp_path / "aligned", **aligning)
     monkeypatch.setattr(free, lambda _: 1000)
     align.run(spec, reporter)
-    assert "; --gradient-checkpointing would make it less" in reporter.warnings[1]
+    assert "; --method reconstruct would make it less" in reporter.warnings[1]
     told = len(reporter.warnings)
     # What is done already takes nothing.
     monkeypatch.setattr(free, lambda _: 0)

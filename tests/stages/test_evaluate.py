@@ -103,7 +103,7 @@ def test_a_model_that_does_not_fit_is_read_layer_by_layer_and_answers_the_same(
     reporter = Listening()
     whole = evaluate.run(spec_of(), SILENT)
     assert len(loads) == 2
-    small = spec_of(weights_memory_bytes=160_000, force=True)
+    small = spec_of(weights_memory=160_000, force=True)
     assert evaluate.run(small, reporter).manifest.results == whole.manifest.results
     assert len(loads) == 2
     assert len(reporter.warnings) == 2
@@ -129,7 +129,7 @@ def test_answers_in_4_bits_are_other_answers(spec_of):
     assert quantized["base"]["scores"] != whole["base"]["scores"]
     # Neither is taken for the other's.
     assert evaluate.run(spec_of(), SILENT).manifest.results["rows"] == whole
-    again = spec_of(quantize="nf4", weights_memory_bytes=150_000, force=True)
+    again = spec_of(quantize="nf4", weights_memory=150_000, force=True)
     assert evaluate.run(again, SILENT).manifest.results["rows"] == quantized
 
 
@@ -196,8 +196,8 @@ def test_results_are_exported_and_outputs_shown(spec_of, tmp_path, capsys):
         ({"rows": {}}, "no row"),
         ({"backend": "vllm"}, "vLLM is not installed"),
         ({"backend": "vllm", "quantize": "nf4"}, "--quantize is for --backend hf"),
-        ({"backend": "vllm", "weights_memory_bytes": 9}, "--weights-memory is for --backend hf"),
-        ({"weights_memory_bytes": 0}, "--weights-memory must be above 0"),
+        ({"backend": "vllm", "weights_memory": 9}, "--weights-memory is for --backend hf"),
+        ({"weights_memory": 0}, "--weights-memory must be above 0"),
     ],
 )
 def test_senseless_settings_are_refused(spec_of, changes, message, monkeypatch):

@@ -1,6 +1,7 @@
 """Answers of a run's models, as text and as the commands give them."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,11 +9,15 @@ import torch
 from loram_cli import api
 from loram_cli.cli.app import run_command
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.evaluation.decode import Decoder, Generation
+from loram_cli.evaluation.decode import Decoder, Generation, end_tokens
 from loram_cli.modeling.narrow import load_causal_lm, load_tokenizer
+from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
-from loram_cli.stages.generate import GenerateSpec, trained_layout
+from loram_cli.stages.generate import GenerateSpec
+from loram_cli.stages.row_models import opened_model
+from loram_cli.stages.starting import trained_layout
 from loram_cli.training.adapters import load_adapter
+from loram_cli.training.data import source_layout
 
 PROMPT = "What is 2 plus 1?"
 
@@ -29,9 +34,85 @@ def spec_of(base, finished_run):
 
 def test_an_adapter_remembers_how_to_ask_it(base, finished_run):
     assert Manifest.read(finished_run / "adapter").results["layout"] == "question"
-    assert trained_layout((base, finished_run / "recovered")) == "question"
-    assert trained_layout((finished_run / "pruned", finished_run / "adapter")) == "question"
-    assert trained_layout((base,)) is None
+    for name in ("adapter", "recovered", "merged"):
+        assert trained_layout(finished_run / name) == "question"
+    assert trained_layout(base) is None
+    assert trained_layout(finished_run / "pruned") is None
+
+
+@pytest.mark.parametrize(
+    ("record", "layout"),
+    [
+        ({"question": "a", "answer": "b"}, "question"),
+        ({"instruction": "a", "output": "b"}, "instruction"),
+        ({"prompt": "a", "completion": "b"}, "prompt"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "messages"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, "messages"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "prompt"),
+        ({"chosen": [{"role": "user", "content": "a"}], "rejected": []}, "messages"),
+        ({"text": "a"}, None),
+    ],
+)
+def test_data_tells_how_its_pupils_are_asked(record, layout, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    assert source_layout(str(file)) == layout
+
+
+def test_data_may_be_gone_when_training_ends(finished_run, instructions, tmp_path, monkeypatch):
+    import shutil
+
+    from loram_cli.stages import train
+
+    data = tmp_path / "data.jsonl"
+    shutil.copyfile(instructions, data)
+    finish = train.finish_fit
+
+    def finish_without_data(*words):
+        data.unlink()
+        return finish(*words)
+
+    monkeypatch.setattr(train, "finish_fit", finish_without_data)
+    spec = api.TrainSpec(
+        source=finished_run / "pruned", out=tmp_path / "adapter", data=str(data), steps=1,
+        batch=2, micro_batch=2, max_length=64, warmup_steps=0,
+    )  # fmt: skip
+    assert api.train(spec).manifest.results["layout"] == "question"
+
+
+@pytest.mark.parametrize("way", [{}, {"weights_memory": 160_000}, {"quantize": "nf4"}])
+def test_every_end_token_of_the_generation_config_ends_an_answer(base, spec_of, tmp_path, way):
+    """Published chat models name some of them there alone."""
+    import shutil
+
+    chatty = shutil.copytree(base, tmp_path / "chatty")
+    (chatty / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 77]}))
+    with opened_model(spec_of(rows={"base": (chatty,)}, **way), "base", NullReporter()) as model:
+        assert end_tokens(model, load_tokenizer(base)) == {0, 77}
+
+
+def test_a_row_is_gone_when_the_next_one_is_opened(base, finished_run, spec_of, monkeypatch):
+    import weakref
+
+    from loram_cli.stages import generate
+
+    opened, alive = [], []
+    real = generate.opened_model
+
+    @contextmanager
+    def watched(spec, label, reporter):
+        alive.append([model() is not None for model in opened])
+        with real(spec, label, reporter) as model:
+            opened.append(weakref.ref(model))
+            yield model
+
+    monkeypatch.setattr(generate, "opened_model", watched)
+    rows = {"base": (base,), "recovered": (base, finished_run / "recovered"), "more": (base,)}
+    for memory in (None, 160_000):
+        opened.clear()
+        alive.clear()
+        api.generate(spec_of(rows=rows, weights_memory=memory))
+        assert alive == [[], [False], [False, False]]
 
 
 def test_the_answer_is_that_of_base_and_adapter(base, finished_run, spec_of):
@@ -54,10 +135,10 @@ def test_memory_changes_no_answer_and_every_row_is_asked_alike(base, finished_ru
     ]
     # The base's own manifest tells of no layout; the adapter's does.
     assert all(a.rendered == f"Question: {a.prompt}\nAnswer:" for a in whole)
-    small = spec_of(rows=rows, prompts=prompts, weights_memory_bytes=160_000)
+    small = spec_of(rows=rows, prompts=prompts, weights_memory=160_000)
     assert api.generate(small) == whole
     quantized = {"rows": rows, "quantize": "nf4"}
-    in_parts = api.generate(spec_of(**quantized, weights_memory_bytes=130_000))
+    in_parts = api.generate(spec_of(**quantized, weights_memory=130_000))
     assert api.generate(spec_of(**quantized)) == in_parts
 
 
@@ -95,8 +176,12 @@ def test_drawn_answers_follow_the_seed_and_differ_by_prompt(spec_of):
         ({"prompts": ("a", " ")}, "prompt is empty"),
         ({"max_new_tokens": 0}, "--max-new-tokens"),
         ({"temperature": -1.0}, "--temperature -1"),
+        ({"temperature": float("nan")}, "--temperature nan"),
         ({"top_p": 0.0}, "--top-p 0"),
-        ({"weights_memory_bytes": 0}, "--weights-memory"),
+        ({"top_p": 0.5}, "--top-p is for drawn tokens"),
+        ({"prompts": ("\udcff",)}, "not UTF-8"),
+        ({"weights_memory": "many"}, "--weights-memory: 'many'"),
+        ({"weights_memory": 0}, "--weights-memory"),
     ],
 )
 def test_what_cannot_be_asked(spec_of, changes, said):
@@ -141,3 +226,29 @@ def test_what_is_piped_in_is_the_prompt(finished_run, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert run_command(words) == 2
     assert "prompt is empty" in capsys.readouterr().err
+
+
+def test_settings_reach_it_and_answers_are_printed_as_they_are(
+    finished_run, capsys, monkeypatch, tmp_path
+):
+    from loram_cli.stages import generate
+
+    asked = []
+
+    def answering(spec, reporter):
+        asked.append(spec)
+        return [generate.Answer(row="a", prompt="b", rendered="c", text="':smile:' # :apple: [b]")]
+
+    monkeypatch.setattr(generate, "run", answering)
+    for name, value in {"SEED": "7", "DEVICE": "cpu", "GENERATE_WEIGHTS_MEMORY": "3MiB"}.items():
+        monkeypatch.setenv(f"LORAM_{name}", value)
+    assert run_command(["generate", "--run", str(finished_run), "b"]) == 0
+    assert capsys.readouterr().out == "':smile:' # :apple: [b]\n"
+    assert (asked[0].seed, asked[0].device, asked[0].weights_memory) == (7, "cpu", 3 * 2**20)
+
+
+def test_an_adapter_of_another_model_is_refused_in_a_line(finished_run, capsys):
+    row = f"mixed={finished_run / 'pruned'}+{finished_run / 'recovered'}"
+    for more in ([], ["--quantize", "nf4"]):
+        assert run_command(["generate", "--row", row, "--device", "cpu", *more, "b"]) == 1
+        assert "its factors have other shapes than" in capsys.readouterr().err

@@ -184,6 +184,8 @@ def test_result_is_plain_json():
         ({"preset": "llama2-7b", "ratios": (0.5, 1.0)}, r"--ratio 1.0 is outside \(0, 1\)"),
         ({"preset": "llama2-7b", "ratios": (float("nan"),)}, "outside"),
         ({"preset": "llama2-7b", "strategy": "semi", "ratios": (0.6,)}, "two of every four"),
+        ({"preset": "llama2-7b", "strategy": "unst", "multiple_of": 8}, "--multiple-of does not"),
+        ({"preset": "llama2-7b", "multiple_of": 0}, "--multiple-of 0 is too low"),
         ({"preset": "llama2-7b", "keep_first": -1}, "--keep-first cannot be negative"),
         ({"preset": "llama2-7b", "rank": 0}, "--rank 0"),
         ({"preset": "llama2-7b", "keep_first": 30}, "lower --keep-first and --keep-last"),

@@ -96,6 +96,12 @@ def test_a_budget_is_met_in_multiples(base, tmp_path, scope):
     assert all(widths[2] % 8 == 0 for widths in results["widths"].values())
 
 
+def test_a_multiple_that_keeps_everything_is_refused(base, tmp_path):
+    spec = spec_of(base, tmp_path / "out", ratio=0.1, multiple_of=64)
+    with pytest.raises(UsageError, match="--multiple-of 64 keeps everything"):
+        prune.plan(spec)
+
+
 def test_a_plan_is_rounded_too(base, plan_file, tmp_path):
     widths = prune.plan(spec_of(base, tmp_path / "out", plan=plan_file, multiple_of=16)).after
     assert [layer.intermediate_size for layer in widths] == [32, 32, 16, 40]
