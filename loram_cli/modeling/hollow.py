@@ -68,7 +68,6 @@ class HollowModel:
         device: Where the weights will be.
         attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
         nf4: Quantize the decoder linears, with double quantization.
-        nf4_storage: The type that packed weights are held as; the bits are the same in any.
 
     Attributes:
         model: The causal LM, frozen.
@@ -76,10 +75,13 @@ class HollowModel:
         dtype: As asked for.
         device: As asked for.
         slots: By tensor name, what is to be filled.
+        nf4_storage: The type that packed weights are held as; the bits are the same in any.
 
     Raises:
         LoramError: Unknown family, or a library that is asked for is not installed.
     """
+
+    nf4_storage: torch.dtype = torch.uint8
 
     def __init__(
         self,
@@ -89,13 +91,12 @@ class HollowModel:
         device: str,
         attention: str | None = None,
         nf4: bool = False,
-        nf4_storage: torch.dtype = torch.uint8,
     ) -> None:
         import transformers
 
         self._family = family_for(read_config(model_dir), str(model_dir))
         self.index = CheckpointIndex.open(model_dir)
-        self.dtype, self.device, self._nf4_storage = dtype, device, nf4_storage
+        self.dtype, self.device = dtype, device
         if nf4:
             require_bitsandbytes()
         settings: dict[str, Any] = {"dtype": dtype}
@@ -145,7 +146,7 @@ class HollowModel:
         tensor = reader.read(slot.tensor).to(self.device, self.dtype)
         if not slot.quantized:
             return Weight(tensor)
-        packed = nf4_weight(tensor, self._nf4_storage)
+        packed = nf4_weight(tensor, self.nf4_storage)
         return Weight(packed.data.as_subclass(torch.Tensor), packed.quant_state)
 
     def _slots_under(self, prefix: str) -> list[Slot]:
@@ -191,18 +192,18 @@ class HollowModel:
     def _make_quantized(self, module_name: str) -> None:
         owner, _, attribute = module_name.rpartition(".")
         parent = self.model.get_submodule(owner)
-        linear = nf4_linear(getattr(parent, attribute), self.dtype, self._nf4_storage)
+        linear = nf4_linear(getattr(parent, attribute), self.dtype, self.nf4_storage)
         setattr(parent, attribute, linear.requires_grad_(False))
 
     def _nf4_stand_in(self) -> Any:
         import bitsandbytes
 
         return bitsandbytes.nn.Params4bit(
-            torch.zeros((1, 1), dtype=self._nf4_storage, device=self.device),
+            torch.zeros((1, 1), dtype=self.nf4_storage, device=self.device),
             requires_grad=False,
             compress_statistics=True,
             quant_type="nf4",
-            quant_storage=self._nf4_storage,
+            quant_storage=self.nf4_storage,
             bnb_quantized=True,
         )
 

@@ -22,41 +22,12 @@ from loram_cli.modeling.hollow import HollowModel, fill
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, process_count
 
-# FSDP makes parameters of its slices, which torch allows for floating point types alone.
-_NF4_STORAGE = torch.bfloat16
-
 
 class SharedModel(HollowModel):
-    """A model in two steps: first its modules, for LoRA to be attached to, then its weights.
+    """A model in two steps: first its modules, for LoRA to be attached to, then its weights."""
 
-    Args:
-        model_dir: Directory with ``config.json`` and safetensors; widths may differ per layer.
-        dtype: Of all weights that are not quantized, and of products with those that are.
-        device: Of this process.
-        attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
-        nf4: Quantize the decoder linears, with double quantization.
-
-    Raises:
-        LoramError: Unknown family, or a library that is asked for is not installed.
-    """
-
-    def __init__(
-        self,
-        model_dir: Path,
-        *,
-        dtype: torch.dtype,
-        device: str,
-        attention: str | None = None,
-        nf4: bool = False,
-    ) -> None:
-        super().__init__(
-            model_dir,
-            dtype=dtype,
-            device=device,
-            attention=attention,
-            nf4=nf4,
-            nf4_storage=_NF4_STORAGE,
-        )
+    # FSDP makes parameters of its slices, which torch allows for floating point types alone.
+    nf4_storage = torch.bfloat16
 
     def load(self, root: Any, reporter: Reporter) -> None:
         """Read the weights part by part, and keep this process's slices of them.

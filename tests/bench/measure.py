@@ -4,7 +4,9 @@ Imports nothing heavy: a child's ``ru_maxrss`` begins at its parent's peak, so t
 measures must be small.
 """
 
+import json
 import os
+import re
 import resource
 import shutil
 import statistics
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MIB = 2**20
 GIB = 2**30
@@ -150,3 +153,57 @@ def _sample(directories: Sequence[Path], samples: list[int], done: threading.Eve
         words = ["fincore", "--bytes", "--raw", "--noheadings", "--output", "RES", *files]
         told = subprocess.run(words, capture_output=True, text=True, check=False).stdout
         samples.append(sum(int(line) for line in told.split()))
+
+
+class AnonymousPeak:
+    """Samples the process's anonymous memory every few milliseconds while a block runs.
+
+    Pages of mapped files are the kernel's to take back, and do not count.
+
+    Attributes:
+        peak_bytes: The most that was held, above what was at the start.
+    """
+
+    def __init__(self) -> None:
+        self._start, self._done, self.peak_bytes = anonymous_bytes(), threading.Event(), 0
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> "AnonymousPeak":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def above_start_bytes(self) -> int:
+        """What is held now, above what was at the start."""
+        return anonymous_bytes() - self._start
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak_bytes = max(self.peak_bytes, self.above_start_bytes())
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def told_by(code: str, *words: object) -> dict[str, Any]:
+    """What a program prints last, as JSON; it runs in a process of its own and can import this.
+
+    Args:
+        code: The program.
+        words: Its arguments.
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])

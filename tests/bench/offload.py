@@ -9,12 +9,11 @@ process of its own; memory is anonymous memory above the start, sampled every fe
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import GIB, MIB, folder_bytes, generate
+from measure import GIB, MIB, folder_bytes, generate, told_by
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8000,
@@ -27,58 +26,41 @@ BUDGET_BYTES = GIB
 PASSES = 2
 
 CHILD = """
-import contextlib, json, re, sys, tempfile, threading, time
+import contextlib, json, sys, tempfile, time
 from pathlib import Path
 import accelerate, torch, transformers
+from measure import AnonymousPeak
 from loram_cli.modeling.hollow import HollowModel
 from loram_cli.modeling.narrow import load_causal_lm
 from loram_cli.modeling.offload import loaded_within, resident_layers
 from loram_cli.reporting import NullReporter
 
 way, model_dir, budget, passes = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-
-def anonymous():
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\\s+(\\d+) kB", text)[1]) * 1024
-
-start, peak, done = anonymous(), 0, threading.Event()
-
-def sample():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, anonymous())
-
-thread = threading.Thread(target=sample)
-thread.start()
-begun, stack = time.monotonic(), contextlib.ExitStack()
-folder = tempfile.TemporaryDirectory(dir=model_dir.parent)
-if way == "whole":
-    model = load_causal_lm(model_dir, dtype=torch.float32, device="cpu")
-elif way == "loram":
-    hollow = HollowModel(model_dir, dtype=torch.float32, device="cpu")
-    stack.enter_context(loaded_within(hollow, resident_layers(hollow, budget), NullReporter()))
-    model = hollow.model
-else:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, device_map="auto", max_memory={"cpu": budget},
-        offload_folder=folder.name,
-    ).eval()
-loaded = time.monotonic() - begun
 ids = torch.randint(3, 8000, (8, 128), generator=torch.Generator().manual_seed(0))
 seconds, last = [], []
-with torch.inference_mode():
+with AnonymousPeak() as memory, contextlib.ExitStack() as stack, torch.inference_mode():
+    begun = time.monotonic()
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=model_dir.parent)))
+    if way == "whole":
+        model = load_causal_lm(model_dir, dtype=torch.float32, device="cpu")
+    elif way == "loram":
+        hollow = HollowModel(model_dir, dtype=torch.float32, device="cpu")
+        stack.enter_context(loaded_within(hollow, resident_layers(hollow, budget), NullReporter()))
+        model = hollow.model
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float32, device_map="auto", max_memory={"cpu": budget},
+            offload_folder=folder,
+        ).eval()
+    loaded = time.monotonic() - begun
     for _ in range(passes):
         for batch in ids.split(4):
             begun = time.monotonic()
             logits = model(input_ids=batch).logits[:, -1]
             seconds.append(time.monotonic() - begun)
             last.append(logits.double().sum().item())
-done.set()
-thread.join()
-stack.close()
-on_disk = sum(f.stat().st_size for f in Path(folder.name).rglob("*") if f.is_file())
-folder.cleanup()
-told = {"peak": peak - start, "load": loaded, "pass": sorted(seconds)[len(seconds) // 2]}
+    on_disk = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+told = {"peak": memory.peak_bytes, "load": loaded, "pass": sorted(seconds)[len(seconds) // 2]}
 print("\\n" + json.dumps(told | {"logits": last, "disk": on_disk}))
 """
 
@@ -93,10 +75,7 @@ def main() -> None:
         print(f"checkpoint: {folder_bytes(model) / GIB:.2f} GiB in bf16, run in fp32")
         told = {}
         for way in ("whole", "loram", "accelerate"):
-            words = [sys.executable, "-W", "ignore", "-c", CHILD, way, str(model)]
-            words += [str(BUDGET_BYTES), str(PASSES)]
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            told[way] = mine = json.loads(done.stdout.splitlines()[-1])
+            told[way] = mine = told_by(CHILD, way, model, BUDGET_BYTES, PASSES)
             print(
                 f"{way:>10}: at most {mine['peak'] / GIB:.2f} GiB above the start, loaded in "
                 f"{mine['load']:.1f} s, {mine['pass']:.2f} s a pass "

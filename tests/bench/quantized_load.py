@@ -8,12 +8,11 @@ thread samples every few milliseconds.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import GIB, MIB, folder_bytes, generate
+from measure import GIB, MIB, folder_bytes, generate, told_by
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
@@ -24,32 +23,20 @@ CONFIG = {
 }  # fmt: skip
 
 CHILD = """
-import json, re, sys, threading
+import json, sys
 from pathlib import Path
 import torch, transformers, bitsandbytes
+from measure import AnonymousPeak
 from loram_cli.modeling.narrow import load_causal_lm
 from loram_cli.modeling.quantize import nf4_config
 
-def anonymous():
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\\s+(\\d+) kB", text)[1]) * 1024
-
 model_dir, nf4 = Path(sys.argv[1]), sys.argv[2] == "nf4"
 more = {"quantization_config": nf4_config(torch.bfloat16)} if nf4 else {}
-start, peak, done = anonymous(), 0, threading.Event()
-
-def sample():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, anonymous())
-
-thread = threading.Thread(target=sample)
-thread.start()
-model = load_causal_lm(model_dir, dtype=torch.bfloat16, device="cpu", **more)
-done.set()
-thread.join()
+with AnonymousPeak() as memory:
+    model = load_causal_lm(model_dir, dtype=torch.bfloat16, device="cpu", **more)
 held = sum(p.nbytes for p in model.parameters())
-print("\\n" + json.dumps({"peak": peak - start, "after": anonymous() - start, "packed": held}))
+told = {"peak": memory.peak_bytes, "after": memory.above_start_bytes(), "packed": held}
+print("\\n" + json.dumps(told))
 """
 
 
@@ -64,9 +51,7 @@ def main() -> None:
         print(f"checkpoint: {bf16_bytes / GIB:.2f} GiB in bf16")
         peaks = {}
         for kind in ("bf16", "nf4"):
-            words = [sys.executable, "-c", CHILD, str(model), kind]
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            told = json.loads(done.stdout.splitlines()[-1])
+            told = told_by(CHILD, model, kind)
             peaks[kind] = told["peak"]
             print(
                 f"{kind:>5}: anonymous memory at most {told['peak'] / GIB:.2f} GiB above the start, "
