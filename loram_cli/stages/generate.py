@@ -106,12 +106,12 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
         for adapter in parts[1:]:
             read_shapes(adapter)
     known = (trained_layout(parts[-1]) for parts in spec.rows.values())
-    layout = spec.layout or next(filter(None, known), None)
-    return [answer for label in spec.rows for answer in _ask(spec, label, layout, reporter)]
+    learnt = next(filter(None, known), None)
+    return [answer for label in spec.rows for answer in _ask(spec, label, learnt, reporter)]
 
 
 def _ask(
-    spec: GenerateSpec, label: str, layout: "Layout | None", reporter: Reporter
+    spec: GenerateSpec, label: str, learnt: "Layout | None", reporter: Reporter
 ) -> list[Answer]:
     from loram_cli.evaluation.decode import Decoder, Generation, stream_seed
     from loram_cli.evaluation.perplexity import context_length
@@ -123,10 +123,11 @@ def _ask(
         tokenizer = load_tokenizer(parts[0])
     except LoramError:
         tokenizer = load_tokenizer(spec.model)
+    layout = spec.layout or learnt
     if layout is None:
         layout = "messages" if getattr(tokenizer, "chat_template", None) else "prompt"
     chat = Chat(tokenizer)
-    examples = [asked(prompt, layout, chat) for prompt in spec.prompts]
+    examples = [asked(prompt, layout, chat, learnt=layout == learnt) for prompt in spec.prompts]
     chat.warn_of_fallback(reporter)
     ids = [
         tokenizer(example.prompt, add_special_tokens=example.special_tokens)["input_ids"]

@@ -88,14 +88,18 @@ def layout_of(fields: Mapping[str, Any]) -> Layout | None:
     return None
 
 
-def asked(text: str, layout: Layout, chat: "Chat") -> Example:
+def asked(text: str, layout: Layout, chat: "Chat", *, learnt: bool = True) -> Example:
     """A user's text as the prompt of an example of a layout, its completion yet to be written.
 
     Args:
         text: The question, instruction, message, or prompt as it is.
         layout: As of the data that was trained on.
         chat: Renders messages.
+        learnt: Whether the model learnt from examples as they are made here; else a chat template
+            opens the answer's turn as it does for the model that it belongs to.
     """
+    if layout == "messages" and not learnt and chat.has_template:
+        return chat.opened(text)
     fields: dict[Layout, dict[str, Any]] = {
         "messages": {
             "messages": [
@@ -150,16 +154,21 @@ class Chat:
 
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
-        self._has_template = getattr(tokenizer, "chat_template", None) is not None
+        self.has_template = getattr(tokenizer, "chat_template", None) is not None
         self._used_fallback = False
 
     def render(self, messages: list[dict[str, str]], where: str) -> list[Example]:
         """One example for each turn of the assistant."""
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if self._has_template:
+        if self.has_template:
             return [self._by_template(messages[: i + 1], where) for i in turns]
         self._used_fallback = True
         return [_plain_turn(messages[: i + 1]) for i in turns]
+
+    def opened(self, text: str) -> Example:
+        """A message of the user, and the turn of the assistant begun by the template."""
+        message = {"role": "user", "content": text}
+        return Example(self._applied([message], "the prompt", begun=True), "", special_tokens=False)
 
     def warn_of_fallback(self, reporter: Reporter) -> None:
         """Tell of conversations that were rendered without a template."""
@@ -170,19 +179,22 @@ class Chat:
             )
 
     def _by_template(self, messages: list[dict[str, str]], where: str) -> Example:
-        import jinja2
-
-        apply = self._tokenizer.apply_chat_template
-        try:
-            prompt = apply(messages[:-1], tokenize=False, add_generation_prompt=True)
-            whole = apply(messages, tokenize=False)
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise LoramError(f"{where}: the chat template refuses it ({error})") from error
+        prompt = self._applied(messages[:-1], where, begun=True)
+        whole = self._applied(messages, where, begun=False)
         # Some templates write a turn that is asked for differently from one that is there.
         shared = 0
         while shared < min(len(prompt), len(whole)) and prompt[shared] == whole[shared]:
             shared += 1
         return Example(whole[:shared], whole[shared:], special_tokens=False)
+
+    def _applied(self, messages: list[dict[str, str]], where: str, *, begun: bool) -> str:
+        import jinja2
+
+        apply = self._tokenizer.apply_chat_template
+        try:
+            return apply(messages, tokenize=False, add_generation_prompt=begun)
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise LoramError(f"{where}: the chat template refuses it ({error})") from error
 
 
 def _plain_turn(messages: list[dict[str, str]]) -> Example:

@@ -7,6 +7,7 @@ import pytest
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.training import records
 from loram_cli.training.data import Example, load_instructions, load_text, split_eval
+from loram_cli.training.layouts import Chat, asked
 
 
 @pytest.fixture
@@ -147,6 +148,24 @@ def test_messages_go_through_the_chat_template(write, tokenizer, reporter):
     examples = load_instructions(source, tokenizer=chatty, reporter=reporter)
     assert examples == [Example("<s>[user]Hi</s>[assistant]", "Hello</s>", special_tokens=False)]
     assert not reporter.warnings
+
+
+def test_a_prompt_opens_the_answers_turn_as_it_was_learnt_or_as_the_template_does(tokenizer):
+    import copy
+
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
+    )
+    chat = Chat(thinking)
+    # A finished turn has no thought in it, and is what an adapter learnt from.
+    assert asked("Hi", "messages", chat) == Example("[user]Hi[assistant]", "", False)
+    own = asked("Hi", "messages", chat, learnt=False)
+    assert own == Example("[user]Hi[assistant]<think>", "", False)
+    assert asked("Hi", "question", chat, learnt=False).prompt == "Question: Hi\nAnswer:"
+    plain = asked("Hi", "messages", Chat(tokenizer), learnt=False)
+    assert plain.prompt == "User: Hi\nAssistant:"
 
 
 def test_a_template_that_refuses_is_one_clear_line(write, tokenizer):
