@@ -143,7 +143,10 @@ class HollowModel:
                 f"{self.index.directory}: tensor {slot.tensor} is {found}, "
                 f"the model wants {list(slot.shape)}"
             )
-        tensor = reader.read(slot.tensor).to(self.device, self.dtype)
+        tensor = torch.empty(slot.shape, dtype=self.dtype, device=self.device)
+        # Piece by piece: what is stored is never whole beside what is held.
+        for done, rows in reader.read_chunks(slot.tensor):
+            tensor[done : done + len(rows)] = rows
         if not slot.quantized:
             return Weight(tensor)
         packed = nf4_weight(tensor, self.nf4_storage)
