@@ -31,3 +31,12 @@ class UsageError(LoramError):
     """The request itself is wrong (a flag, a recipe key, a missing argument)."""
 
     exit_code = 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something failed for want of memory, on a GPU or on the processor."""
+    # By name: torch need not be loaded to tell.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text

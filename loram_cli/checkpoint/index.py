@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,24 @@ class CheckpointIndex:
     def num_params(self) -> int:
         """Elements of all tensors together."""
         return sum(math.prod(entry.shape) for entry in self.tensors.values())
+
+    def entry_of(self, name: str, shape: Sequence[int]) -> TensorEntry:
+        """The entry of a tensor that a model wants.
+
+        Args:
+            name: Tensor name.
+            shape: Of the model's parameter.
+
+        Raises:
+            LoramError: It is absent, or of another shape.
+        """
+        entry = self.tensors.get(name)
+        if entry is None or entry.shape != tuple(shape):
+            found = "absent" if entry is None else f"of shape {list(entry.shape)}"
+            raise LoramError(
+                f"{self.directory}: tensor {name} is {found}, the model wants {list(shape)}"
+            )
+        return entry
 
     def check_shapes(self, expected: Mapping[str, tuple[int, ...]], ignored: Any) -> None:
         """Compare with the shapes that the config promises.

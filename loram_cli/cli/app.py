@@ -24,7 +24,7 @@ from loram_cli.cli import (
     train,
     verify,
 )
-from loram_cli.errors import LoramError, UsageError
+from loram_cli.errors import LoramError, UsageError, is_out_of_memory
 from loram_cli.runs.processes import (
     LAUNCHER_SECONDS,
     end_with_launcher,
@@ -115,7 +115,7 @@ def run_command(arguments: list[str] | None) -> int:
             return _fail("another process of this command has ended; it says why above", 1)
         if os.environ.get("LORAM_DEBUG"):
             raise
-        if _is_out_of_memory(error):
+        if _lacks_memory(error):
             return _fail(
                 f"out of memory: {str(error).strip().partition(chr(10))[0]}\nwhat makes it fit: "
                 "--quantize nf4; for training --gradient-checkpointing and --micro-batch 1 "
@@ -132,14 +132,10 @@ def run_command(arguments: list[str] | None) -> int:
         )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # By name: torch need not be loaded to tell. Its own allocator for the processor, the system's
-    # calls and the starting of threads each say it in their way.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
+def _lacks_memory(error: Exception) -> bool:
+    # The system's calls and the starting of threads say it in their own way.
     told = str(error).lower()
-    signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "new thread")
-    return any(sign in told for sign in signs)
+    return is_out_of_memory(error) or "cannot allocate memory" in told or "new thread" in told
 
 
 def _usage(error: Any) -> int:

@@ -27,9 +27,7 @@ def command(
         str | None,
         typer.Option(help="Comma-separated: base, pruned, recovered, merged, full-lora. All."),
     ] = None,
-    row: Annotated[
-        list[str] | None, typer.Option(help="NAME=DIR[+ADAPTER], a model of your own.")
-    ] = None,
+    row: options.ModelRow = None,
     task_data: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FILE, local data of a task; NAME:train=FILE, its examples."),

@@ -22,9 +22,7 @@ def command(
             help="Comma-separated: base, pruned, recovered, merged, full-lora. (default: recovered)"
         ),
     ] = None,
-    row: Annotated[
-        list[str] | None, typer.Option(help="NAME=DIR[+ADAPTER], a model of your own.")
-    ] = None,
+    row: options.ModelRow = None,
     layout: Annotated[
         str | None,
         typer.Option(
@@ -79,11 +77,11 @@ def command(
     )
     answers = generate.run(spec, reporter)
     if json_output:
-        print_json(generate.to_mapping(answers))
+        print_json({"answers": [answer.to_mapping() for answer in answers]})
         return
     console = stdout_console()
     for answer in answers:
         if len(answers) > 1:
             heading = answer.row if len(spec.prompts) == 1 else f"{answer.row}: {answer.prompt}"
             console.rule(heading, align="left", style="dim")
-        console.print(answer.text, markup=False, highlight=False)
+        console.print(answer.text)

@@ -42,6 +42,9 @@ Fsdp = Annotated[
     bool | None,
     typer.Option("--fsdp/--no-fsdp", help="Under torchrun: share the model out (FSDP)."),
 ]
+ModelRow = Annotated[
+    list[str] | None, typer.Option(help="NAME=DIR[+ADAPTER], a model of your own.")
+]
 EvalQuantize = Annotated[
     str | None,
     typer.Option(

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, is_out_of_memory
 from loram_cli.modeling.free_memory import free_memory_bytes
 
 T = TypeVar("T")
@@ -110,14 +110,6 @@ def bytes_per_token(model: Any, *, scoring: bool) -> int:
     if scoring:
         return values * element_bytes + config.vocab_size * (element_bytes + 8)
     return values * element_bytes
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a pass failed for want of memory, on a GPU or on the processor."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
 
 
 def _spare_bytes(device: torch.device) -> int:

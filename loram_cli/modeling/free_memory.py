@@ -1,12 +1,12 @@
 """How much memory a device has left."""
 
 import contextlib
-import os
 from pathlib import Path
 
 import torch
 
 from loram_cli.checkpoint.unbuffered import usable_memory_bytes
+from loram_cli.runs.meter import status_bytes
 from loram_cli.units import KIB
 
 
@@ -31,6 +31,6 @@ def free_memory_bytes(device: torch.device | str) -> int:
 
 
 def _resident_bytes() -> int:
-    with contextlib.suppress(OSError, ValueError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):
+        return status_bytes("VmRSS")
     return 0

@@ -15,7 +15,6 @@ import torch
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.checkpoint.reader import TensorReader
-from loram_cli.errors import LoramError
 from loram_cli.memory.account import nf4_tensor_bytes
 from loram_cli.modeling.empty import meta_causal_lm
 from loram_cli.modeling.narrow import attention_kernel
@@ -136,13 +135,7 @@ class HollowModel:
         Raises:
             LoramError: The tensor is absent or of another shape.
         """
-        entry = self.index.tensors.get(slot.tensor)
-        if entry is None or entry.shape != tuple(slot.shape):
-            found = "absent" if entry is None else f"of shape {list(entry.shape)}"
-            raise LoramError(
-                f"{self.index.directory}: tensor {slot.tensor} is {found}, "
-                f"the model wants {list(slot.shape)}"
-            )
+        self.index.entry_of(slot.tensor, slot.shape)
         tensor = torch.empty(slot.shape, dtype=self.dtype, device=self.device)
         # Piece by piece: what is stored is never whole beside what is held.
         for done, rows in reader.read_chunks(slot.tensor):

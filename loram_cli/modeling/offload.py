@@ -84,9 +84,6 @@ def loaded_within(
             for slot in now:
                 fill(slot, hollow.read(slot, reader))
                 progress.advance(slot.num_bytes / 2**20)
-        if not passing:
-            yield
-            return
         thread = stack.enter_context(ThreadPoolExecutor(1, "layers"))
         stream = _Stream(hollow, passing, reader, thread, host_bytes)
         # What is under way ends before the thread does, and that before files are closed.

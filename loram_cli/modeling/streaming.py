@@ -180,12 +180,7 @@ class LayerStream:
         _set_parameters(self._model, small)
 
     def _read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        entry = self._index.tensors.get(name)
-        if entry is None or entry.shape != tuple(shape):
-            found = "absent" if entry is None else f"of shape {list(entry.shape)}"
-            raise LoramError(
-                f"{self._index.directory}: tensor {name} is {found}, the model wants {list(shape)}"
-            )
+        self._index.entry_of(name, shape)
         return self._checked(name, self._reader.read(name))
 
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ class Meter:
         gc.collect()
         _release_free_memory()
         self._reset = _reset_high_water_mark()
-        self._start_bytes = _status_bytes("VmRSS") if self._reset else _max_rss_bytes()
+        self._start_bytes = status_bytes("VmRSS") if self._reset else _max_rss_bytes()
         if self._on_gpu():
             self._torch.cuda.reset_peak_memory_stats()
             self._start_bytes = self._torch.cuda.memory_allocated()
@@ -33,7 +33,7 @@ class Meter:
 
     def stop(self) -> dict[str, float | int]:
         """``wall_seconds``, ``peak_memory_bytes``, ``peak_memory_increase_bytes``."""
-        peak_bytes = _status_bytes("VmHWM") if self._reset else _max_rss_bytes()
+        peak_bytes = status_bytes("VmHWM") if self._reset else _max_rss_bytes()
         if self._on_gpu():
             peak_bytes = self._torch.cuda.max_memory_allocated()
         return {
@@ -54,7 +54,8 @@ def _reset_high_water_mark() -> bool:
     return True
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A field of this process's status, such as ``VmRSS``; 0 where there is none."""
     match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
 

@@ -195,7 +195,7 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         # Activations are not in the count, and what makes them less would not help.
-        smaller = {"--method reconstruct": spec.method == ("reconstruct",)}
+        smaller = [] if spec.method == ("reconstruct",) else ["--method reconstruct"]
         warn_of_memory(planned, smaller, device, reporter)
         results = _align(spec, planned, device, stage.path, stage.restart_meter, reporter)
         return stage.commit(results, **planned.carried)

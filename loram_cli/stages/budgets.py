@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from loram_cli.arch.spec import Family, Geometry, LayerGeometry
     from loram_cli.memory.setup import TrainingSetup
     from loram_cli.stages.prune import PruneSpec
+    from loram_cli.stages.train import TrainSpec
 
 
 def budget_excess(
@@ -91,9 +92,7 @@ def ratio_of_budget(
         )
         smaller = ""
         if spec.fit_memory:
-            flags = ("--quantize nf4", "--gradient-checkpointing", "--micro-batch 1")
-            used = (spec.quantize, spec.gradient_checkpointing, spec.micro_batch == 1)
-            left = [flag for flag, value in zip(flags, used, strict=True) if not value]
+            left = smaller_trainings(spec)
             smaller = f", or add {' '.join(left)}" if left else ""
         raise UsageError(
             f"{flag} {said(budget)}: even at one head and hardly a channel a layer it takes "
@@ -101,3 +100,14 @@ def ratio_of_budget(
             f"pass a larger budget, lower --keep-first and --keep-last{smaller}",
         )
     return ratio
+
+
+def smaller_trainings(spec: "PruneSpec | TrainSpec") -> list[str]:
+    """Flags that make a training take less memory, and that are not in use.
+
+    Args:
+        spec: What says how training goes, or will go.
+    """
+    flags = ("--quantize nf4", "--gradient-checkpointing", "--micro-batch 1")
+    used = (spec.quantize, spec.gradient_checkpointing, spec.micro_batch == 1)
+    return [flag for flag, value in zip(flags, used, strict=True) if not value]

@@ -1,6 +1,6 @@
 """What every stage does around its work: key, staged directory, meter, manifest."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,6 +241,26 @@ def free_disk(out: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def settle_amount(spec: Any, name: str, parse: Callable[[str], int]) -> None:
+    """Turn an amount that is written with a unit into a number.
+
+    Args:
+        spec: Just built; changed in place.
+        name: The field, whose flag is of the same name.
+        parse: Reads the text.
+
+    Raises:
+        UsageError: The text is no amount.
+    """
+    value = getattr(spec, name)
+    if isinstance(value, str):
+        try:
+            object.__setattr__(spec, name, parse(value))
+        except UsageError as error:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag}: {error.message}", error.hint) from error
 
 
 def check_positive(spec: Any, *names: str) -> None:

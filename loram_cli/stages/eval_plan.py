@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from loram_cli.errors import LoramError
 from loram_cli.runs.staging import look_up
 from loram_cli.stages.common import free_disk
-from loram_cli.stages.planning import StagePlan, check_model
-from loram_cli.stages.row_models import model_bytes
+from loram_cli.stages.planning import StagePlan
+from loram_cli.stages.row_models import check_row, model_bytes
 
 if TYPE_CHECKING:
     from loram_cli.stages.evaluate import EvalSpec
@@ -23,16 +23,13 @@ def plan_eval(spec: "EvalSpec") -> StagePlan:
         LoramError: A model is not whole, an adapter is not one, or a file of data is empty.
         UsageError: The output is something else's.
     """
-    from loram_cli.checkpoint.adapter import read_shapes
     from loram_cli.checkpoint.sources import require_tokenizer
 
     look_up(spec.out, "eval", "", force=True)
     require_tokenizer(spec.model)
     memory_bytes, params = 0, {}
     for label, parts in spec.rows.items():
-        _, _, index = check_model(parts[0], tokenizer=False)
-        for adapter in parts[1:]:
-            read_shapes(adapter)
+        index = check_row(parts)
         params[label] = index.num_params
         memory_bytes = max(memory_bytes, model_bytes(spec, parts[0], index))
     for name, file in spec.task_data.items():

@@ -6,11 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.specs import digest_of
-from loram_cli.stages.row_models import opened_model, precision
+from loram_cli.stages.row_models import opened_model, precision, row_tokenizer
 
 if TYPE_CHECKING:
     from loram_cli.evaluation.engine import Engine
@@ -125,13 +124,9 @@ def _open_engine(
 ) -> "Engine":
     from loram_cli.checkpoint.index import read_config
     from loram_cli.evaluation.engine import Engine
-    from loram_cli.modeling.narrow import load_tokenizer
 
     parts = spec.rows[label]
-    try:
-        tokenizer = load_tokenizer(parts[0])
-    except LoramError:
-        tokenizer = load_tokenizer(spec.model)
+    tokenizer = row_tokenizer(spec, label)
     context_tokens = int(read_config(parts[0]).get("max_position_embeddings") or 2048)
 
     def open_backend() -> Any:

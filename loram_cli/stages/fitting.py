@@ -1,6 +1,6 @@
 """What alignment and LoRA training do alike: options of the fit, and what is left of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,7 +107,7 @@ def plan_together(
 
 
 def warn_of_memory(
-    planned: "StagePlan", smaller: Mapping[str, bool], device: str, reporter: Reporter
+    planned: "StagePlan", smaller: Sequence[str], device: str, reporter: Reporter
 ) -> None:
     """Say before the first tensor is read that the device will not hold the training.
 
@@ -115,7 +115,7 @@ def warn_of_memory(
 
     Args:
         planned: With the memory by arithmetic.
-        smaller: Flags that would make it less, and whether they are in use.
+        smaller: Flags that would make it less.
         device: Of this process.
         reporter: Told.
     """
@@ -127,8 +127,7 @@ def warn_of_memory(
     free_bytes = free_memory_bytes(device)
     if planned.memory_bytes - there_bytes <= free_bytes:
         return
-    left = [flag for flag, used in smaller.items() if not used]
-    ways = f"; {', '.join(left)} would make it less" if left else ""
+    ways = f"; {', '.join(smaller)} would make it less" if smaller else ""
     reporter.warn(
         f"by arithmetic this takes {format_bytes(planned.memory_bytes)}, and {device} has "
         f"{format_bytes(free_bytes)} free{ways}"

@@ -1,18 +1,20 @@
 """Generate: what the models of a run answer to a prompt."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
-from loram_cli.stages.row_models import opened_model, parse_weights_memory
+from loram_cli.stages.row_models import (
+    check_row,
+    opened_model,
+    parse_weights_memory,
+    row_tokenizer,
+)
 from loram_cli.stages.starting import trained_layout
-
-if TYPE_CHECKING:
-    from loram_cli.training.layouts import Layout
+from loram_cli.training.layouts import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class GenerateSpec:
     model: Path
     rows: dict[str, tuple[Path, ...]]
     prompts: tuple[str, ...]
-    layout: Literal["messages", "prompt", "instruction", "question"] | None = None
+    layout: Layout | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
@@ -98,31 +100,20 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
     Raises:
         LoramError: A model or an adapter is not whole or does not fit, or a prompt is too long.
     """
-    from loram_cli.checkpoint.adapter import read_shapes
-    from loram_cli.stages.planning import check_model
-
     for parts in spec.rows.values():
-        check_model(parts[0], tokenizer=False)
-        for adapter in parts[1:]:
-            read_shapes(adapter)
+        check_row(parts)
     known = (trained_layout(parts[-1]) for parts in spec.rows.values())
     learnt = next(filter(None, known), None)
     return [answer for label in spec.rows for answer in _ask(spec, label, learnt, reporter)]
 
 
-def _ask(
-    spec: GenerateSpec, label: str, learnt: "Layout | None", reporter: Reporter
-) -> list[Answer]:
+def _ask(spec: GenerateSpec, label: str, learnt: Layout | None, reporter: Reporter) -> list[Answer]:
     from loram_cli.evaluation.decode import Decoder, Generation, stream_seed
     from loram_cli.evaluation.perplexity import context_length
-    from loram_cli.modeling.narrow import load_tokenizer
     from loram_cli.training.layouts import Chat, asked
 
     parts = spec.rows[label]
-    try:
-        tokenizer = load_tokenizer(parts[0])
-    except LoramError:
-        tokenizer = load_tokenizer(spec.model)
+    tokenizer = row_tokenizer(spec, label)
     layout = spec.layout or learnt
     if layout is None:
         layout = "messages" if getattr(tokenizer, "chat_template", None) else "prompt"
@@ -162,8 +153,3 @@ def _ask(
         Answer(row=label, prompt=prompt, rendered=example.prompt, text=text.strip())
         for prompt, example, text in zip(spec.prompts, examples, texts, strict=True)
     ]
-
-
-def to_mapping(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Plain form for ``--json``."""
-    return {"answers": [answer.to_mapping() for answer in answers]}

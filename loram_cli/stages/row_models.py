@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from loram_cli.errors import LoramError, UsageError
+from loram_cli.errors import LoramError
 from loram_cli.reporting import Reporter
+from loram_cli.stages.common import check_positive, settle_amount
 from loram_cli.units import MIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class RowsSpec(Protocol):
     """What a spec says of the models that it runs.
 
     Attributes:
+        model: The original base.
         rows: Per row its model's directory and, if any, the adapter's.
         device: Where to run; None takes a GPU when there is one.
         quantize: ``nf4`` holds the decoder linears in 4 bits.
@@ -33,6 +35,7 @@ class RowsSpec(Protocol):
             takes most of what is free.
     """
 
+    model: Path
     rows: dict[str, tuple[Path, ...]]
     device: str | None
     quantize: Literal["nf4"] | None
@@ -51,7 +54,7 @@ def model_bytes(spec: RowsSpec, model_dir: Path, index: "CheckpointIndex") -> in
     from loram_cli.checkpoint.index import read_config
     from loram_cli.memory.account import BF16_BYTES, nf4_weight_bytes
 
-    on_gpu = _device(spec).startswith("cuda")
+    on_gpu = _device(spec.device).startswith("cuda")
     if spec.quantize is not None:
         config = read_config(model_dir)
         family = family_for(config, str(model_dir))
@@ -76,7 +79,7 @@ def opened_model(spec: RowsSpec, label: str, reporter: Reporter) -> Iterator[Any
     from loram_cli.modeling.narrow import load_causal_lm
 
     model_dir, *adapters = spec.rows[label]
-    device = _device(spec)
+    device = _device(spec.device)
     index = CheckpointIndex.open(model_dir)
     budget_bytes = spec.weights_memory
     if budget_bytes is None:
@@ -87,8 +90,48 @@ def opened_model(spec: RowsSpec, label: str, reporter: Reporter) -> Iterator[Any
         model = load_causal_lm(model_dir, dtype=precision(spec.device), device=spec.device)
         yield _with_adapters(model, model_dir, adapters)
         return
-    with _in_parts(spec, label, device, budget_bytes, reporter) as model:
+    dtype = _dtype(spec, model_dir, index)
+    with _in_parts(spec, label, device, dtype, budget_bytes, reporter) as model:
         yield model
+
+
+def check_row(parts: Sequence[Path]) -> "CheckpointIndex":
+    """Check that a row's model and adapters are whole.
+
+    Args:
+        parts: The model's directory and, if any, the adapter's.
+
+    Returns:
+        The model's tensors.
+
+    Raises:
+        LoramError: One is not.
+    """
+    from loram_cli.checkpoint.adapter import read_shapes
+    from loram_cli.stages.planning import check_model
+
+    _, _, index = check_model(parts[0], tokenizer=False)
+    for adapter in parts[1:]:
+        read_shapes(adapter)
+    return index
+
+
+def row_tokenizer(spec: RowsSpec, label: str) -> Any:
+    """The tokenizer of a row's model, or the base's where it has none.
+
+    Args:
+        spec: Of the evaluation.
+        label: The row.
+
+    Raises:
+        LoramError: The base has none either.
+    """
+    from loram_cli.modeling.narrow import load_tokenizer
+
+    try:
+        return load_tokenizer(spec.rows[label][0])
+    except LoramError:
+        return load_tokenizer(spec.model)
 
 
 def parse_weights_memory(spec: RowsSpec) -> None:
@@ -100,13 +143,9 @@ def parse_weights_memory(spec: RowsSpec) -> None:
     Raises:
         UsageError: It is no amount, or nothing.
     """
-    if isinstance(spec.weights_memory, str):
-        try:
-            object.__setattr__(spec, "weights_memory", parse_bytes(spec.weights_memory))
-        except UsageError as error:
-            raise UsageError(f"--weights-memory: {error.message}", error.hint) from error
-    if spec.weights_memory is not None and spec.weights_memory < 1:
-        raise UsageError("--weights-memory must be above 0")
+    settle_amount(spec, "weights_memory", parse_bytes)
+    if spec.weights_memory is not None:
+        check_positive(spec, "weights_memory")
 
 
 def _with_adapters(model: Any, model_dir: Path, adapters: Sequence[Path]) -> Any:
@@ -127,21 +166,24 @@ def _with_adapters(model: Any, model_dir: Path, adapters: Sequence[Path]) -> Any
 
 def precision(device: str | None) -> str:
     """The type that models are run in: the checkpoint's own on a GPU, else ``float32``."""
-    return "auto" if _device_or_default(device).startswith("cuda") else "float32"
+    return "auto" if _device(device).startswith("cuda") else "float32"
 
 
 @contextmanager
 def _in_parts(
-    spec: RowsSpec, label: str, device: str, budget_bytes: int, reporter: Reporter
+    spec: RowsSpec,
+    label: str,
+    device: str,
+    dtype: "torch.dtype",
+    budget_bytes: int,
+    reporter: Reporter,
 ) -> Iterator[Any]:
     from loram_cli.modeling.free_memory import free_memory_bytes
     from loram_cli.modeling.hollow import HollowModel
     from loram_cli.modeling.offload import loaded_within, resident_layers, weight_bytes
 
     model_dir, *adapters = spec.rows[label]
-    hollow = HollowModel(
-        model_dir, dtype=_dtype(spec, model_dir), device=device, nf4=spec.quantize is not None
-    )
+    hollow = HollowModel(model_dir, dtype=dtype, device=device, nf4=spec.quantize is not None)
     model = _with_adapters(hollow.model, model_dir, adapters)
     try:
         stay = resident_layers(hollow, budget_bytes)
@@ -167,23 +209,19 @@ def _in_parts(
         yield model
 
 
-def _dtype(spec: RowsSpec, model_dir: Path) -> "torch.dtype":
+def _dtype(spec: RowsSpec, model_dir: Path, index: "CheckpointIndex") -> "torch.dtype":
     import torch
 
     from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import CheckpointIndex, read_config
+    from loram_cli.checkpoint.index import read_config
 
     if precision(spec.device) == "float32":
         return torch.float32
     family = family_for(read_config(model_dir), str(model_dir))
-    return CheckpointIndex.open(model_dir).tensors[f"{family.embedding}.weight"].dtype
+    return index.tensors[f"{family.embedding}.weight"].dtype
 
 
-def _device(spec: RowsSpec) -> str:
-    return _device_or_default(spec.device)
-
-
-def _device_or_default(device: str | None) -> str:
+def _device(device: str | None) -> str:
     from loram_cli.modeling.narrow import usable_device
 
     return usable_device(device)

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.stages.recover import adapter_input
+from loram_cli.training.layouts import Layout
 
 if TYPE_CHECKING:
     from loram_cli.stages.train import TrainSpec
-    from loram_cli.training.layouts import Layout
 
 _PARTS = {
     "tensors": "tensor names or shapes",
@@ -115,7 +115,7 @@ def check_start(
     return adapter_input(adapter, manifest)
 
 
-def trained_layout(directory: Path | None) -> "Layout | None":
+def trained_layout(directory: Path | None) -> Layout | None:
     """The layout of the data that an adapter or a merged model learnt from, by its manifest.
 
     Args:
@@ -125,4 +125,4 @@ def trained_layout(directory: Path | None) -> "Layout | None":
         return None
     results = Manifest.read(directory).results
     layout = results.get("layout") or (results.get("training") or {}).get("layout")
-    return layout if layout in ("messages", "prompt", "instruction", "question") else None
+    return layout if layout in get_args(Layout) else None

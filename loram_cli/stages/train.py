@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.runs.processes import is_main_process, process_count
+from loram_cli.stages.budgets import smaller_trainings
 from loram_cli.stages.common import StageResult, check_out_of_tree, check_positive, stage_run
 from loram_cli.stages.fitting import (
     check_fit,
@@ -209,12 +210,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         _tell_start(spec, reporter)
-        smaller = {
-            "--gradient-checkpointing": spec.gradient_checkpointing,
-            "--quantize nf4": spec.quantize is not None,
-            "--micro-batch 1": spec.micro_batch == 1,
-        }
-        warn_of_memory(planned, smaller, device, reporter)
+        warn_of_memory(planned, smaller_trainings(spec), device, reporter)
         results = _train(spec, device, stage.path, stage.restart_meter, reporter)
         return stage.commit(
             results, base=planned.base, keep=planned.keep, sparsity=planned.sparsity

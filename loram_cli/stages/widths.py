@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.specs import digest_of
+from loram_cli.stages.common import settle_amount
 from loram_cli.units import parse_bytes, parse_params
 
 if TYPE_CHECKING:
@@ -81,14 +82,8 @@ def settle_amounts(spec: "PruneSpec") -> None:
     """
     if all(getattr(spec, name) is None for name in AMOUNTS):
         object.__setattr__(spec, "ratio", DEFAULT_RATIO)
-    for name, parse in (("target_params", parse_params), ("fit_memory", parse_bytes)):
-        value = getattr(spec, name)
-        if isinstance(value, str):
-            try:
-                object.__setattr__(spec, name, parse(value))
-            except UsageError as error:
-                flag = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{flag}: {error.message}", error.hint) from error
+    settle_amount(spec, "target_params", parse_params)
+    settle_amount(spec, "fit_memory", parse_bytes)
 
 
 def read_plan(file: Path) -> Any:
