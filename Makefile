@@ -37,24 +37,24 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 docs: $(VENV)/installed
-	$(BIN)/python -m loram_cli.cli.pages
+	$(BIN)/python -m loram_cli.cli.command_pages
 
 bench: $(VENV)/installed
-	$(BIN)/python tests/bench/stream.py
-	$(BIN)/python tests/bench/taylor.py
-	$(BIN)/python tests/bench/sparsity.py
-	$(BIN)/python tests/bench/decode.py
-	$(BIN)/python tests/bench/quantized_load.py
-	$(BIN)/python tests/bench/offload.py
+	$(BIN)/python tests/benchmarks/stream.py
+	$(BIN)/python tests/benchmarks/taylor.py
+	$(BIN)/python tests/benchmarks/sparsity.py
+	$(BIN)/python tests/benchmarks/decode.py
+	$(BIN)/python tests/benchmarks/quantized_load.py
+	$(BIN)/python tests/benchmarks/offload.py
 
 bench-huge: $(VENV)/installed
-	$(BIN)/python tests/bench/huge.py
+	$(BIN)/python tests/benchmarks/huge.py
 
 bench-quality: $(VENV)/installed
-	$(BIN)/python tests/bench/quality.py $(ARGS)
+	$(BIN)/python tests/benchmarks/quality.py $(ARGS)
 
 bench-objectives: $(VENV)/installed
-	$(BIN)/python tests/bench/objectives.py loram-objectives $(ARGS)
+	$(BIN)/python tests/benchmarks/objectives.py loram-objectives $(ARGS)
 
 clean:
 	rm -rf $(VENV) loram-run build dist *.egg-info

@@ -17,31 +17,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loram_cli.config.recipe import Recipe, load_recipe
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.rundir import RunDirectory
-from loram_cli.stages import align as _align
-from loram_cli.stages import evaluate as _evaluate
-from loram_cli.stages import generate as _generate
-from loram_cli.stages import merge as _merge
-from loram_cli.stages import prune as _prune
-from loram_cli.stages import recover as _recover
-from loram_cli.stages import report as _report
-from loram_cli.stages import train as _train
-from loram_cli.stages import verify as _verify
-from loram_cli.stages.align import AlignSpec
-from loram_cli.stages.common import StageResult
-from loram_cli.stages.evaluate import EvalSpec
-from loram_cli.stages.generate import Answer, GenerateSpec
-from loram_cli.stages.inspection import Inspection, inspect
-from loram_cli.stages.merge import MergeSpec
-from loram_cli.stages.prune import PruneSpec
-from loram_cli.stages.recipe import Recipe, load_recipe
-from loram_cli.stages.recover import RecoverSpec
-from loram_cli.stages.report import MemoryReportSpec
-from loram_cli.stages.train import TrainSpec
-from loram_cli.stages.verify import VerifyReport, VerifySpec
+from loram_cli.stages.align import stage as _align
+from loram_cli.stages.align.stage import AlignSpec
+from loram_cli.stages.core.lifecycle import StageResult
+from loram_cli.stages.evaluate import generate as _generate
+from loram_cli.stages.evaluate import stage as _evaluate
+from loram_cli.stages.evaluate.generate import Answer, GenerateSpec
+from loram_cli.stages.evaluate.stage import EvalSpec
+from loram_cli.stages.prune import stage as _prune
+from loram_cli.stages.prune.stage import PruneSpec
+from loram_cli.stages.recover import merge as _merge
+from loram_cli.stages.recover import stage as _recover
+from loram_cli.stages.recover.merge import MergeSpec
+from loram_cli.stages.recover.stage import RecoverSpec
+from loram_cli.stages.train import stage as _train
+from loram_cli.stages.train.stage import TrainSpec
+from loram_cli.tools import memory_report as _report
+from loram_cli.tools import verify as _verify
+from loram_cli.tools.inspect import Inspection, inspect
+from loram_cli.tools.memory_report import MemoryReportSpec
+from loram_cli.tools.verify import VerifyReport, VerifySpec
 
 __all__ = [
     "AlignSpec",
@@ -128,7 +128,7 @@ def run_recipe(
     recipe: Recipe, run: Path, *, force: bool = False, reporter: Reporter | None = None
 ) -> list[StageResult]:
     """Run every stage of a recipe into a run directory, as ``loram run``."""
-    from loram_cli.stages import pipeline
+    from loram_cli import pipeline
 
     return pipeline.run(
         recipe,
@@ -144,8 +144,8 @@ def load_model(directory: Path, **options: Any) -> Any:
 
     Args:
         directory: With ``config.json`` and safetensors.
-        options: See :func:`loram_cli.modeling.narrow.load_causal_lm`.
+        options: See :func:`loram_cli.modeling.load.load_causal_lm`.
     """
-    from loram_cli.modeling.narrow import load_causal_lm
+    from loram_cli.modeling.load import load_causal_lm
 
     return load_causal_lm(directory, **options)

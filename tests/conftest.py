@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from tiny import make_base
+from helpers.tiny import make_base
 
 STARTED = pytest.StashKey[float]()
 # A test that is begun at the last moment may take so long.

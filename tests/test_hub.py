@@ -10,7 +10,7 @@ import pytest
 from loram_cli import hub
 from loram_cli.checkpoint.sources import resolve_model
 from loram_cli.errors import LoramError
-from loram_cli.training.data import load_instructions
+from loram_cli.training.data.documents import load_instructions
 
 RECORDS = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(5)]
 

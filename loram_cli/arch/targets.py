@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from loram_cli.arch.spec import Family
 from loram_cli.errors import UsageError
-from loram_cli.specs import unknown_name
+from loram_cli.schema import unknown_name
 
 
 def lora_targets(

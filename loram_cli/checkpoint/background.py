@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from loram_cli.checkpoint.unbuffered import (
+from loram_cli.checkpoint.direct_io import (
     BLOCK_BYTES,
     LEAST_BYTES,
     block_buffer,

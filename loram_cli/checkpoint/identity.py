@@ -8,7 +8,7 @@ from pathlib import Path
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
-from loram_cli.specs import digest_of
+from loram_cli.schema import digest_of
 
 # What tools rewrite without changing the model.
 _VOLATILE_CONFIG_KEYS = (

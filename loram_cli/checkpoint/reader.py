@@ -12,9 +12,7 @@ from types import TracebackType
 
 import torch
 
-from loram_cli.checkpoint.header import TensorEntry
-from loram_cli.checkpoint.index import CheckpointIndex
-from loram_cli.checkpoint.unbuffered import (
+from loram_cli.checkpoint.direct_io import (
     BLOCK_BYTES,
     LEAST_BYTES,
     BufferPool,
@@ -25,6 +23,8 @@ from loram_cli.checkpoint.unbuffered import (
     is_cached,
     stop_buffering,
 )
+from loram_cli.checkpoint.header import TensorEntry
+from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.errors import LoramError
 from loram_cli.units import KIB, MIB
 

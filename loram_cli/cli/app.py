@@ -10,13 +10,12 @@ from typing import Any
 
 import typer
 
-from loram_cli.cli import (
+from loram_cli.cli.commands import (
     align,
     bench,
     evaluate,
     generate,
     inspect,
-    memory,
     prune,
     recover,
     report,
@@ -24,6 +23,7 @@ from loram_cli.cli import (
     train,
     verify,
 )
+from loram_cli.cli.commands import memory_report as memory
 from loram_cli.errors import LoramError, UsageError, is_out_of_memory
 from loram_cli.runs.processes import (
     LAUNCHER_SECONDS,

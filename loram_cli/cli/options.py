@@ -99,8 +99,8 @@ Push = Annotated[
 ]
 
 if TYPE_CHECKING:
-    from loram_cli.stages.common import StageResult
-    from loram_cli.stages.settings import Settings
+    from loram_cli.config.settings import Settings
+    from loram_cli.stages.core.lifecycle import StageResult
 
 DEFAULT_RUN = Path("loram-run")
 
@@ -127,7 +127,7 @@ def comma_separated(text: str | None) -> tuple[str, ...] | None:
 
 def settings() -> "Settings":
     """What the working directory's settings file and the environment set."""
-    from loram_cli.stages.settings import load_settings
+    from loram_cli.config.settings import load_settings
 
     return load_settings(Path.cwd(), os.environ)
 
@@ -136,7 +136,7 @@ def choices(stage: str, name: str) -> Callable[[str], list[str]]:
     """Completion of an option by the values that its spec allows."""
 
     def complete(incomplete: str) -> list[str]:
-        from loram_cli.stages.recipe import setting_types
+        from loram_cli.config.recipe import setting_types
 
         return [
             word for word in _literals(setting_types(stage)[name]) if word.startswith(incomplete)
@@ -170,7 +170,7 @@ def settle(
 def before_push(repository: str | None) -> None:
     """Refuse a push that cannot succeed, before the work that it would come after."""
     if repository is not None:
-        from loram_cli.stages.push import check_push
+        from loram_cli.tools.push import check_push
 
         check_push(repository)
 
@@ -178,14 +178,14 @@ def before_push(repository: str | None) -> None:
 def after_push(repository: str | None, result: "StageResult", reporter: Reporter) -> None:
     """Upload what a stage wrote."""
     if repository is not None:
-        from loram_cli.stages.push import push
+        from loram_cli.tools.push import push
 
         push(result.wrote, repository, reporter)
 
 
 def tell_defaults(model: str, stage: str, values: dict[str, Any], reporter: Reporter) -> None:
     """Print the settings that come from the demo base's own recipe."""
-    from loram_cli.stages.resolve import stage_defaults
+    from loram_cli.config.defaults import stage_defaults
 
     defaults = {k: v for k, v in stage_defaults(model, stage, values).items() if k not in values}
     if defaults:
@@ -204,6 +204,6 @@ def reporter_for(json_output: bool) -> Reporter:
     """
     if not is_main_process():
         return NullReporter()
-    from loram_cli.cli.render import ConsoleReporter
+    from loram_cli.cli.draw.console import ConsoleReporter
 
     return ConsoleReporter(quiet_notes=json_output)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError
-from loram_cli.training.data import Example, load_instructions, load_text
-from loram_cli.training.records import Record, is_text_file, read_records, read_text_file
+from loram_cli.training.data.documents import Example, load_instructions, load_text
+from loram_cli.training.data.records import Record, is_text_file, read_records, read_text_file
 
 # Fields that the task's prompts and scoring need; checked before the first forward pass.
 _REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {

@@ -22,7 +22,7 @@ from loram_cli.evaluation.documents import task_documents
 from loram_cli.evaluation.humaneval import TASK_CONFIG as HUMANEVAL_CONFIG
 from loram_cli.evaluation.requests import TaskRequest
 from loram_cli.hub import hub_reachable, offline_libraries
-from loram_cli.specs import unknown_name
+from loram_cli.schema import unknown_name
 
 _TASKS_DIR = Path(lm_eval.__file__).parent / "tasks"
 _DEFAULT_GENERATED_TOKENS = 256

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.scoring import SpanScore, TokenSpan
 from loram_cli.reporting import NullReporter
-from loram_cli.training.data import Example
-from loram_cli.training.tokens import tokenize_examples
+from loram_cli.training.data.documents import Example
+from loram_cli.training.data.tokens import tokenize_examples
 
 
 class Scorer(Protocol):

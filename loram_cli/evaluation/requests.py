@@ -8,8 +8,8 @@ from pathlib import Path
 from loram_cli.errors import UsageError
 from loram_cli.evaluation.catalog import CATALOG, OWN_PREFIX, named_task
 from loram_cli.hub import hub_reachable
-from loram_cli.specs import unknown_name
-from loram_cli.training.data import Example
+from loram_cli.schema import unknown_name
+from loram_cli.training.data.documents import Example
 
 _TRAIN_SUFFIX = ":train"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from loram_cli.checkpoint.unbuffered import usable_memory_bytes
+from loram_cli.checkpoint.direct_io import usable_memory_bytes
 from loram_cli.runs.meter import status_bytes
 from loram_cli.units import KIB
 

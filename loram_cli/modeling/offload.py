@@ -17,7 +17,7 @@ from typing import Any
 
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
-from loram_cli.modeling.hollow import HollowModel, Slot, Weight, drain, fill
+from loram_cli.modeling.skeleton import HollowModel, Slot, Weight, drain, fill
 from loram_cli.reporting import Reporter
 from loram_cli.units import format_bytes
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from loram_cli.arch.registry import family_for
-from loram_cli.modeling.empty import meta_causal_lm, native_config
-from loram_cli.modeling.narrow import attention_kernel
+from loram_cli.modeling.load import attention_kernel
+from loram_cli.modeling.meta_model import meta_causal_lm, native_config
 from loram_cli.modeling.quantize import nf4_linear, nf4_weight, require_bitsandbytes
-from loram_cli.modeling.quiet import quiet_libraries
+from loram_cli.quiet import quiet_libraries
 
 _INITIAL_STD = 0.02
 

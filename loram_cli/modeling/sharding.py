@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
-from loram_cli.modeling.hollow import HollowModel, fill
+from loram_cli.modeling.skeleton import HollowModel, fill
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, process_count
 

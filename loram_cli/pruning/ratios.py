@@ -8,7 +8,7 @@ from typing import Any
 from loram_cli.arch.spec import Geometry, LayerGeometry
 from loram_cli.errors import UsageError
 from loram_cli.pruning.plan import narrowed, pruned_layers
-from loram_cli.specs import spec_from_mapping
+from loram_cli.schema import spec_from_mapping
 
 _LAYERS = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 

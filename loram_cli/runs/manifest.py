@@ -12,7 +12,7 @@ from typing import Any
 
 from loram_cli import __version__
 from loram_cli.errors import LoramError
-from loram_cli.specs import digest_of
+from loram_cli.schema import digest_of
 
 MANIFEST_NAME = "loram.json"
 SCHEMA_VERSION = 1

@@ -10,7 +10,7 @@ import torch
 from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets as chosen_targets
 from loram_cli.errors import UsageError
-from loram_cli.modeling.quiet import quiet_libraries
+from loram_cli.quiet import quiet_libraries
 from loram_cli.reporting import Reporter
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError
-from loram_cli.training.options import LossRow
+from loram_cli.training.loop.options import LossRow
 
 _TRAIN_COLOUR, _EVAL_COLOUR, _INK = "#4878a8", "#c8553d", "#333333"
 _COLUMNS = ("step", "split", "loss", "learning_rate")

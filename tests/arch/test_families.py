@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from variants import VARIANTS, Variant
+from helpers.variants import VARIANTS, Variant
 
 from loram_cli.arch.registry import families, family_for
 from loram_cli.arch.spec import Family

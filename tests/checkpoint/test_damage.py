@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loram_cli.checkpoint.adapter import LoraAdapter, LoraPair, read_shapes
 from loram_cli.checkpoint.index import INDEX_NAME, CheckpointIndex
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
+from loram_cli.lora.adapter import LoraAdapter, LoraPair, read_shapes
 from loram_cli.reporting import NullReporter
-from loram_cli.stages import prune
+from loram_cli.stages.prune import stage as prune
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

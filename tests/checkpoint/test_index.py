@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny import make_base
 from safetensors.torch import load_file, save_file
-from tiny import make_base
 
 from loram_cli.checkpoint.identity import identify
 from loram_cli.checkpoint.index import INDEX_NAME, CheckpointIndex, read_config

@@ -34,7 +34,7 @@ def test_too_little_memory_is_no_bug(error, monkeypatch, capsys):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr("loram_cli.stages.report.run", fails)
+    monkeypatch.setattr("loram_cli.tools.memory_report.run", fails)
     assert run_command(["memory-report", "--preset", "llama2-7b"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"error: out of memory: {str(error).partition(chr(10))[0]}"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from loram_cli import pipeline
 from loram_cli.cli.app import run_command
-from loram_cli.stages import pipeline
-from loram_cli.stages.recipe import load_recipe
+from loram_cli.config.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 FLAGS = ["--keep-first", "1", "--keep-last", "1", "--ratio", "0.5"]

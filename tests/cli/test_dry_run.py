@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny import make_adapter
 from safetensors.torch import load_file, save_file
-from tiny import make_adapter
 
 from loram_cli.cli.app import run_command
 from loram_cli.runs.lock import exclusive_lock

@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from loram_cli.cli.comparison import WIDTH, score_tables
+from loram_cli.cli.draw.scores import WIDTH, score_tables
 from loram_cli.evaluation.comparison import (
     gain_retention,
     remarks,

@@ -11,8 +11,8 @@ from loram_cli.evaluation.engine import Engine
 from loram_cli.evaluation.harness import evaluate_model
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 from loram_cli.reporting import NullReporter
-from loram_cli.training.data import Example, load_instructions
-from loram_cli.training.records import read_records
+from loram_cli.training.data.documents import Example, load_instructions
+from loram_cli.training.data.records import read_records
 
 
 @pytest.fixture(autouse=True)

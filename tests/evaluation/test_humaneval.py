@@ -4,7 +4,7 @@ import pytest
 
 from loram_cli.evaluation.humaneval import check_completions, pass_at_k
 from loram_cli.evaluation.requests import resolve_tasks
-from loram_cli.training.records import read_records
+from loram_cli.training.data.records import read_records
 
 BROKEN = "    return 'wrong on purpose'\n"
 

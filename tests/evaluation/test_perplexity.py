@@ -5,7 +5,7 @@ import torch
 
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.perplexity import answer_perplexity, text_perplexity
-from loram_cli.training.data import Example
+from loram_cli.training.data.documents import Example
 
 EXAMPLES = [
     Example("Question: How many?\nAnswer:", " 12"),
@@ -52,7 +52,7 @@ def test_answers_equal_a_plain_computation(model, tokenizer, engine_of, batch_si
 
 def test_tokens_are_those_of_training(model, tokenizer, engine_of):
     from loram_cli.reporting import NullReporter
-    from loram_cli.training.tokens import tokenize_examples
+    from loram_cli.training.data.tokens import tokenize_examples
 
     rows = tokenize_examples(EXAMPLES, tokenizer, CONTEXT, NullReporter())
     expected = [

@@ -1,7 +1,7 @@
 """One workshop for all tests of faults."""
 
 import pytest
-from workshop import Workshop, Zygote, make_workshop
+from helpers.workshop import Workshop, Zygote, make_workshop
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from workshop import STAGES, make_workshop
+from helpers.workshop import STAGES, make_workshop
 
 DISK_BYTES = 8 * 2**20
 

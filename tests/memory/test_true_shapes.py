@@ -6,14 +6,14 @@ and backward pass runs on any machine, and what would be held is counted as it i
 
 import pytest
 import torch
-from memory.live import LiveStorage
+from helpers.live import LiveStorage
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loram_cli.arch.registry import family_for
 from loram_cli.memory.setup import TrainingSetup
 from loram_cli.memory.training import training_memory
-from loram_cli.modeling.empty import meta_causal_lm, native_config
-from loram_cli.stages.bench import BenchModel
+from loram_cli.modeling.meta_model import meta_causal_lm, native_config
+from loram_cli.tools.bench import BenchModel
 from loram_cli.training.adapters import attach_lora, lora_config
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import make_base
-from variants import VARIANTS, Variant
+from helpers.tiny import make_base
+from helpers.variants import VARIANTS, Variant
 
 from loram_cli.modeling.chunked_loss import (
     chunked_cross_entropy,
@@ -11,7 +11,7 @@ from loram_cli.modeling.chunked_loss import (
     install_token_scores,
     restore_forward,
 )
-from loram_cli.modeling.narrow import load_causal_lm
+from loram_cli.modeling.load import load_causal_lm
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.training.adapters import attach_lora, lora_config
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import VARIANTS
+from helpers.variants import VARIANTS
 
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import read_config
 from loram_cli.errors import LoramError
-from loram_cli.modeling.hollow import HollowModel
-from loram_cli.modeling.narrow import load_causal_lm
+from loram_cli.modeling.load import load_causal_lm
 from loram_cli.modeling.offload import loaded_within, resident_layers, weight_bytes
 from loram_cli.modeling.quantize import keep_standard_layout, nf4_config
+from loram_cli.modeling.skeleton import HollowModel
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import load_adapter
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from variants import VARIANTS
+from helpers.variants import VARIANTS
 
 SCRIPT = Path(__file__).with_name("compare_shared.py")
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

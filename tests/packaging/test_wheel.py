@@ -128,7 +128,7 @@ def test_every_supported_python_compiles_and_starts_it(wheel: Path, version: str
     python = python_of(version)
     zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
     run(python, "-W", "error", "-m", "compileall", "-q", tmp_path / "unpacked")
-    light = "loram_cli.errors, loram_cli.specs, loram_cli.units, loram_cli.runs.manifest"
+    light = "loram_cli.errors, loram_cli.schema, loram_cli.units, loram_cli.runs.manifest"
     light += ", loram_cli.runs.staging, loram_cli.arch.registry, loram_cli.pruning.plan"
     run(python, "-W", "error", "-c", f"import {light}", cwd=tmp_path / "unpacked")
 

@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import pytest
 import torch
+from helpers.variants import TINY
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from variants import TINY
 
 from loram_cli.arch.registry import families, family_for
 from loram_cli.arch.spec import Geometry, LayerGeometry

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from variants import VARIANTS
+from helpers.variants import VARIANTS
 
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Geometry, LayerGeometry
@@ -83,7 +83,7 @@ def test_a_budget_below_the_least_model_has_no_ratio():
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 def test_a_group_frees_what_its_tensors_lose(variant):
-    from variants import TINY
+    from helpers.variants import TINY
 
     config = {"model_type": variant.model_type, **TINY, **variant.changes}
     family = family_for(config, "test")

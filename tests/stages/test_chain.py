@@ -6,17 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from listening import Listening
+from helpers.listening import Listening
+from helpers.stopping import Stop, Stopping
+from helpers.tiny import make_base
 from safetensors.torch import load_file
-from stopping import Stop, Stopping
-from tiny import make_base
 
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.modeling.narrow import load_causal_lm
+from loram_cli.modeling.load import load_causal_lm
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
-from loram_cli.stages import align, merge, prune, recover, train
+from loram_cli.stages.align import stage as align
+from loram_cli.stages.prune import stage as prune
+from loram_cli.stages.recover import merge
+from loram_cli.stages.recover import stage as recover
+from loram_cli.stages.train import stage as train
 
 SILENT = NullReporter()
 IDS = torch.arange(2, 34).reshape(2, 16)

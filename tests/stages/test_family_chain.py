@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import VARIANTS, Variant
-from whole_way import (
+from helpers.variants import VARIANTS, Variant
+from helpers.whole_way import (
     IDS,
     SILENT,
     check_training_and_recovery,
@@ -16,8 +16,10 @@ from whole_way import (
     recovered_and_merged,
 )
 
-from loram_cli.modeling.narrow import load_causal_lm
-from loram_cli.stages import align, prune, train
+from loram_cli.modeling.load import load_causal_lm
+from loram_cli.stages.align import stage as align
+from loram_cli.stages.prune import stage as prune
+from loram_cli.stages.train import stage as train
 
 STRATEGIES = ("rand", "l2", "taylor")
 EVERY = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)

@@ -12,12 +12,14 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from tiny import make_adapter, make_base
+from helpers.tiny import make_adapter, make_base
 
 from loram_cli.cli.app import run_command
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import MANIFEST_NAME
-from loram_cli.stages import merge, prune, recover
+from loram_cli.stages.prune import stage as prune
+from loram_cli.stages.recover import merge
+from loram_cli.stages.recover import stage as recover
 
 COUNTED = ("write", "fsync", "fdatasync", "rename", "unlink", "mkdir", "rmdir")
 SILENT = NullReporter()

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from loram_cli.reporting import NullReporter
-from loram_cli.stages import evaluate, prune, recover, train
-from loram_cli.stages.common import StageResult
+from loram_cli.stages.core.lifecycle import StageResult
+from loram_cli.stages.evaluate import stage as evaluate
+from loram_cli.stages.prune import stage as prune
+from loram_cli.stages.recover import stage as recover
+from loram_cli.stages.train import stage as train
 
 SILENT = NullReporter()
 

@@ -4,7 +4,7 @@ import json
 from contextlib import contextmanager
 
 import pytest
-from tiny import llama_like_tokenizer
+from helpers.tiny import llama_like_tokenizer
 
 NARROW_LAYER = {
     "num_attention_heads": 2,
@@ -64,7 +64,7 @@ def make_model_dir(tokenizer, tmp_path_factory):
         import transformers
 
         from loram_cli.arch.registry import family_for
-        from loram_cli.modeling.narrow import narrow_class
+        from loram_cli.modeling.load import narrow_class
 
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
@@ -109,7 +109,7 @@ def load(narrow_dir):
     """The narrow model in fp32 on the CPU, fresh from disk."""
     import torch
 
-    from loram_cli.modeling.narrow import load_causal_lm
+    from loram_cli.modeling.load import load_causal_lm
 
     def load(path=narrow_dir, **kwargs):
         return load_causal_lm(path, **{"dtype": torch.float32, "device": "cpu", **kwargs})
@@ -139,8 +139,8 @@ def with_lora(load):
 def rows(tokenizer):
     """Sixteen short sums as token rows of different lengths."""
     from loram_cli.reporting import NullReporter
-    from loram_cli.training.data import Example
-    from loram_cli.training.tokens import tokenize_examples
+    from loram_cli.training.data.documents import Example
+    from loram_cli.training.data.tokens import tokenize_examples
 
     sums = [Example(f"{a}+{a * b} is", f" {a + a * b}") for a in range(4) for b in range(2, 6)]
     return tokenize_examples(sums, tokenizer, 64, NullReporter())

@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from loram_cli.training.curves import draw_curve, write_curve_csv
-from loram_cli.training.options import LossRow
+from loram_cli.training.loop.options import LossRow
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 from loram_cli.errors import LoramError
 from loram_cli.modeling.quantize import keep_standard_layout, nf4_config, prepare_for_training
 from loram_cli.reporting import NullReporter
-from loram_cli.training.loop import fit_lora
-from loram_cli.training.options import FitOptions
+from loram_cli.training.loop.loop import fit_lora
+from loram_cli.training.loop.options import FitOptions
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"

@@ -8,7 +8,7 @@ import json
 from importlib import resources
 from typing import Any
 
-from loram_cli.specs import unknown_name
+from loram_cli.schema import unknown_name
 
 _SUFFIX = ".json"
 

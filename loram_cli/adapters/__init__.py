@@ -1,1 +1,0 @@
-"""LoRA factors to full shapes, on tensors alone."""

@@ -1,0 +1,89 @@
+"""The pages of ``loram_cli/docs/commands``, written from the commands themselves.
+
+``python -m loram_cli.cli.command_pages`` (``make docs``) writes them; a test compares.
+"""
+
+import inspect
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import typer
+
+from loram_cli.cli.app import MODULES, app
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "commands"
+
+
+def command_page(module: ModuleType) -> str:
+    """A command's page: what it does, its options, an example."""
+    command = _commands()[module.NAME]
+    text = inspect.cleandoc(module.command.__doc__ or "")
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    switches = [p for p in command.params if p.param_type_name == "option"]
+    words = " ".join([f"loram {module.NAME}", *(p.name.upper() for p in arguments), "[OPTIONS]"])
+    lines = [f"# loram {module.NAME}", "", text, "", f"    {words}", ""]
+    if arguments:
+        lines += ["| argument | |", "| --- | --- |"]
+        lines += [f"| `{p.name.upper()}` | {_cell(p.help)} |" for p in arguments]
+        lines.append("")
+    lines += ["| option | |", "| --- | --- |"]
+    lines += [f"| {_names(p)} | {_cell(p.help)}{_variable(p)} |" for p in switches]
+    example = module.EPILOG.removeprefix("Example: ")
+    lines += ["| `--help`, `-h` | Show this and stop. |", "", "Example:", "", f"    {example}", ""]
+    return "\n".join(lines)
+
+
+def index_page() -> str:
+    """The list of all commands."""
+    lines = ["# Commands", "", "| command | |", "| --- | --- |"]
+    for module in MODULES:
+        text = inspect.cleandoc(module.command.__doc__ or "").splitlines()[0]
+        lines.append(f"| [{module.NAME}]({module.NAME}.md) | {_cell(text)} |")
+    return "\n".join([*lines, ""])
+
+
+def pages() -> dict[str, str]:
+    """Every page by its file name."""
+    return {
+        "README.md": index_page(),
+        **{f"{module.NAME}.md": command_page(module) for module in MODULES},
+    }
+
+
+def write(folder: Path) -> None:
+    """Write all pages, and remove those of commands that are gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = pages()
+    for file in folder.glob("*.md"):
+        if file.name not in wanted:
+            file.unlink()
+    for name, text in wanted.items():
+        (folder / name).write_text(text, "utf-8")
+
+
+def _commands() -> dict[str, Any]:
+    return typer.main.get_command(app).commands
+
+
+def _names(parameter: Any) -> str:
+    names = [*parameter.opts, *parameter.secondary_opts]
+    value = "" if parameter.is_flag else f" {_value_name(parameter)}"
+    return ", ".join(f"`{name}{value}`" for name in names)
+
+
+def _value_name(parameter: Any) -> str:
+    kind = parameter.type_descriptor.annotation
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+
+
+def _variable(parameter: Any) -> str:
+    return f" Also by `{parameter.envvar}`." if parameter.envvar else ""
+
+
+def _cell(text: str | None) -> str:
+    return (text or "").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    write(FOLDER)

@@ -1,0 +1,1 @@
+"""One module per command: its help line, its example, and the stage that it calls."""

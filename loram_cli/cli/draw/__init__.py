@@ -1,0 +1,1 @@
+"""Draws plans, results and progress on a terminal."""

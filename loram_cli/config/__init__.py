@@ -1,0 +1,1 @@
+"""Flags, environment, settings file, recipe and run directory, made into one spec."""

@@ -1,0 +1,1 @@
+"""LoRA factors at full shapes, and the adapter directory."""

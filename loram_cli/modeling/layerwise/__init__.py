@@ -1,0 +1,1 @@
+"""A model of which one decoder layer at a time is in memory."""

@@ -1,0 +1,168 @@
+"""Gradients of the language-model loss for Taylor importance, one decoder layer in memory.
+
+Forward layer by layer, keeping the hidden states at layer boundaries; then backward layer by
+layer, each one run again from its boundary. The result is that of a backward pass through the
+whole model, at the price of one more forward pass and of reading the weights twice.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from loram_cli.errors import LoramError
+from loram_cli.modeling.layerwise.states import Boundary, BoundaryPool
+from loram_cli.modeling.layerwise.stream import DecoderLayer, LayerStream
+from loram_cli.reporting import Progress, Reporter
+
+# Tokens in one forward pass of a layer: enough to keep the arithmetic busy.
+BATCH_TOKENS = 2048
+# Logits that exist at a time; in fp32 with their gradient this is a quarter of a GiB.
+_CHUNK_LOGITS = 2**24
+
+
+def windows_per_batch(length: int) -> int:
+    """Calibration windows of ``length`` tokens that go through a layer together."""
+    return max(1, BATCH_TOKENS // length)
+
+
+def boundaries_kept(num_layers: int, first: int) -> int:
+    """How many layer boundaries :func:`layer_gradients` keeps, from the first wanted layer on."""
+    return num_layers - first + 1
+
+
+def layer_gradients(
+    stream: LayerStream,
+    windows: torch.Tensor,
+    layers: range,
+    modules: Sequence[str],
+    pool: BoundaryPool,
+    reporter: Reporter,
+) -> Iterator[tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]]:
+    """Gradients of the mean next-token loss over all windows, layer by layer.
+
+    Args:
+        stream: The base.
+        windows: Token ids, shape (samples, length).
+        layers: The layers whose gradients are wanted.
+        modules: Names of linear modules inside a layer, such as those of the family.
+        pool: Keeps the hidden states; of shape (samples, length, hidden).
+        reporter: Told of progress.
+
+    Yields:
+        From the last wanted layer to the first: its index, and weight and gradient by module
+        name, both of the weight's shape; the gradient is summed in fp32. The mapping is emptied
+        when the next one is asked for.
+
+    Raises:
+        LoramError: The loss is not finite.
+    """
+    batch = windows_per_batch(windows.shape[1])
+    starts = range(0, len(windows), batch)
+    backward_layers = range(stream.num_layers - 1, layers.start - 1, -1)
+    total = stream.num_layers + 1 + len(backward_layers)
+    with reporter.progress("calibrate", total, "layer") as progress:
+        kept, last = _forward(stream, windows, batch, layers, pool, progress)
+        # From here on ``last`` holds the loss's gradient at the boundary under way.
+        loss = _head_backward(stream, windows, last, starts, batch)
+        progress.detail(f"loss {loss:.3f}")
+        progress.advance()
+        for i in backward_layers:
+            with stream.layer(i) as layer:
+                wanted = modules if i in layers else ()
+                sums = _gradient_sums(layer, wanted)
+                for start in starts:
+                    hidden = kept[i].read(start, start + batch).to(stream.device)
+                    hidden.requires_grad_(i > layers.start)
+                    gradient = last.read(start, start + batch).to(stream.device)
+                    torch.autograd.backward(layer(hidden), gradient)
+                    if hidden.grad is not None:
+                        last.write(start, hidden.grad)
+                    progress.advance(len(hidden) / len(windows))
+                pool.release(kept.pop(i))
+                if wanted:
+                    found = {n: (_weight(layer, n).detach(), sums.pop(n)) for n in wanted}
+                    yield i, found
+                    # The caller may still hold the mapping while the next layer is read.
+                    found.clear()
+        pool.release(last)
+
+
+@torch.no_grad()
+def _forward(
+    stream: LayerStream,
+    windows: torch.Tensor,
+    batch: int,
+    layers: range,
+    pool: BoundaryPool,
+    progress: Progress,
+) -> tuple[dict[int, Boundary], Boundary]:
+    """Hidden states before every layer from the first wanted one on, and after the last one."""
+    current = pool.new()
+    for start, hidden in stream.embed(windows, batch):
+        current.write(start, hidden)
+    kept: dict[int, Boundary] = {}
+    for i in range(stream.num_layers):
+        following = current
+        if i >= layers.start:
+            kept[i], following = current, pool.new()
+        with stream.layer(i) as layer:
+            for start in range(0, len(windows), batch):
+                hidden = current.read(start, start + batch).to(stream.device)
+                following.write(start, layer(hidden))
+                progress.advance(len(hidden) / len(windows))
+        current = following
+    return kept, current
+
+
+def _head_backward(
+    stream: LayerStream, windows: torch.Tensor, last: Boundary, starts: range, batch: int
+) -> float:
+    """Replace the last hidden states by the loss's gradient; the loss, in nats per token.
+
+    The vocabulary is wide: logits are made, and differentiated, for a chunk of tokens at a time.
+    """
+    chunk = max(1, _CHUNK_LOGITS // stream.vocab_size)
+    count = windows[:, 1:].numel()
+    total = 0.0
+    with stream.head() as logits_of:
+        for start in starts:
+            hidden = last.read(start, start + batch).to(stream.device)
+            targets = windows[start : start + batch, 1:].to(stream.device).reshape(-1)
+            # The last token of a window predicts nothing.
+            tokens = hidden[:, :-1].reshape(1, -1, hidden.shape[-1])
+            gradient = torch.zeros_like(tokens)
+            for begin in range(0, tokens.shape[1], chunk):
+                part = tokens[:, begin : begin + chunk].clone().requires_grad_(True)
+                logits = logits_of(part)[0].float()
+                loss = torch.nn.functional.cross_entropy(
+                    logits, targets[begin : begin + chunk], reduction="sum"
+                )
+                total += loss.item()
+                (loss / count).backward()
+                gradient[:, begin : begin + chunk] = part.grad
+            padded = torch.zeros_like(hidden)
+            padded[:, :-1] = gradient.reshape(hidden.shape[0], -1, hidden.shape[-1])
+            last.write(start, padded)
+    loss = total / count
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise LoramError("the base model's loss on the calibration text is not finite")
+    return loss
+
+
+def _gradient_sums(layer: DecoderLayer, modules: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Tensors to which each backward pass adds the weights' gradients, in fp32."""
+    sums = {}
+    for name in modules:
+        weight = _weight(layer, name).requires_grad_(True)
+        total = sums[name] = torch.zeros_like(weight, dtype=torch.float32)
+
+        def add(parameter: torch.Tensor, total: torch.Tensor = total) -> None:
+            total.add_(parameter.grad)
+            parameter.grad = None
+
+        weight.register_post_accumulate_grad_hook(add)
+    return sums
+
+
+def _weight(layer: DecoderLayer, module: str) -> torch.Tensor:
+    return layer.module.get_submodule(module).weight

@@ -1,0 +1,275 @@
+"""Fit each pruned layer to what the full layer gives, one layer of each in memory.
+
+Both models are followed layer by layer over calibration text, each on its own hidden states. In a
+pruned layer the modules whose inputs were cut (attention output, MLP output) are refitted in
+order by ridge least squares, each on what reaches it after the refits before it.
+
+What is fitted to: the full model's hidden states on *its own* trajectory. In a layer of the form
+``h + attention(h)``, then ``h + mlp(h)``, the wanted output of such a module is whatever takes
+the pruned model's residual stream to the full model's, so that it also makes up for what earlier
+layers got wrong. Layers of another form (a norm after the module, as in Gemma 2) are told by
+their sums not adding up; there the wanted output is the full model's own output of that module.
+Fitting to the full layer on the pruned model's inputs instead is ``targets="local"``.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from loram_cli.modeling.layerwise.block_steps import BlockSteps, take_block_steps
+from loram_cli.modeling.layerwise.gradients import windows_per_batch
+from loram_cli.modeling.layerwise.states import Boundary, BoundaryPool
+from loram_cli.modeling.layerwise.stream import DecoderLayer, LayerStream
+from loram_cli.pruning.least_squares import NormalEquations
+from loram_cli.reporting import Progress, Reporter
+
+# Of the layer's output; sums in bf16 miss by a few thousandths.
+_ADDS_UP = 0.05
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How to fit.
+
+    Attributes:
+        stored: Type of the pruned checkpoint's tensors.
+        ridge: See :meth:`NormalEquations.solve`; 0 needs more tokens than a module has inputs.
+        targets: What the full layer is run on: the full model's own hidden states, or the pruned
+            model's.
+        steps: Gradient steps on all parameters of each layer, after the closed form; or None.
+    """
+
+    stored: torch.dtype
+    ridge: float
+    targets: Literal["full", "local"] = "full"
+    steps: BlockSteps | None = None
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What was done to one pruned layer.
+
+    Attributes:
+        weights: Fitted tensors by full name, in the pruned checkpoint's own type, on the CPU.
+        error_before: ``|pruned - wanted|^2 / |wanted|^2`` of the layer's output as it was pruned,
+            on the inputs that the fitted layers before it give.
+        error_after: The same after the fit.
+    """
+
+    weights: Weights
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """One run of a layer: its output, and input and output of the modules to fit, in order."""
+
+    out: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+
+    def stream(self, hidden: torch.Tensor, module: int) -> torch.Tensor:
+        """The stream to which the module's output is added, in fp32."""
+        return hidden.float() + sum(out.float() for out in self.outputs[:module])
+
+    def adds_up(self, hidden: torch.Tensor) -> bool:
+        """Whether the layer only adds its modules' outputs to the stream."""
+        total = self.stream(hidden, len(self.outputs))
+        return bool((total - self.out).norm() <= _ADDS_UP * (self.out - hidden).float().norm())
+
+
+def reconstruct_layers(
+    full: LayerStream,
+    small: LayerStream,
+    windows: torch.Tensor,
+    pruned: Collection[int],
+    known: Callable[[int], LayerFit | None],
+    pools: tuple[BoundaryPool, BoundaryPool],
+    reporter: Reporter,
+    how: Reconstruction,
+) -> Iterator[tuple[int, LayerFit]]:
+    """Fit the pruned layers, first to last; the layers after the last one are not run.
+
+    Args:
+        full: The base.
+        small: The pruned model.
+        windows: Token ids, shape (samples, length).
+        pruned: The pruned layers' indices.
+        known: The fit of a layer that was fitted before, else None.
+        pools: Keep the hidden states of the base and of the pruned model.
+        reporter: Told of progress.
+        how: Ridge, targets and gradient steps.
+
+    Yields:
+        Each pruned layer's index and fit.
+
+    Raises:
+        LoramError: Activations are not finite, or too little text for the ridge.
+    """
+    last = max(pruned)
+    with reporter.progress("reconstruct", last + 1, "layer") as progress:
+        run = _Run(full, windows, how, progress)
+        pair = _Pair(pools[0].new(), pools[1].new())
+        for stream, boundary in ((full, pair.full), (small, pair.small)):
+            for start, hidden in stream.embed(windows, run.batch):
+                boundary.write(start, hidden)
+        for i in range(last + 1):
+            with full.layer(i) as whole, small.layer(i) as narrow:
+                if i not in pruned:
+                    run.advance(whole, narrow, pair, passes=1)
+                else:
+                    fit = run.fit(whole, narrow, pair, known(i), i)
+                    progress.detail(f"error {fit.error_before:.3f} -> {fit.error_after:.3f}")
+                    yield i, fit
+        pools[0].release(pair.full)
+        pools[1].release(pair.small)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Hidden states of both models at the layer boundary under way."""
+
+    full: Boundary
+    small: Boundary
+
+
+class _Run:
+    """What stays the same from layer to layer."""
+
+    def __init__(
+        self, full: LayerStream, windows: torch.Tensor, how: Reconstruction, progress: Progress
+    ) -> None:
+        self._modules = [module.name for module in full.family.modules if module.columns]
+        self.batch = windows_per_batch(windows.shape[1])
+        self._starts = range(0, len(windows), self.batch)
+        self._how = how
+        self._progress = progress
+        self._device = full.device
+
+    def fit(
+        self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, known: LayerFit | None,
+        index: int,
+    ) -> LayerFit:  # fmt: skip
+        """Fit one layer, and take both models' hidden states past it."""
+        if known is not None:
+            for name, weight in known.weights.items():
+                narrow.module.get_parameter(name.removeprefix(narrow.prefix)).data.copy_(weight)
+            self.advance(whole, narrow, pair, passes=1)
+            return known
+        steps = self._how.steps
+        # Over the text: one for each module, one for the gradient steps, one to go on.
+        passes = len(self._modules) + (steps is not None) + 1
+        errors = [
+            self._refit(whole, narrow, pair, position, passes)
+            for position in range(len(self._modules))
+        ]
+        if steps is not None:
+
+            def draw(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+                mine, theirs = self._inputs(pair, self._starts[batch])
+                self._progress.advance(1 / passes / steps.count)
+                with torch.no_grad():
+                    return mine, whole(theirs)
+
+            take_block_steps(narrow, draw, len(self._starts), steps, seed=index)
+        names = [f"{name}.weight" for name in self._modules]
+        if steps is not None:
+            names = [name for name, _ in narrow.module.named_parameters()]
+        stored = {}
+        for name in names:
+            parameter = narrow.module.get_parameter(name)
+            # Rounded as the checkpoint will be, so that later layers make up for the rounding.
+            stored[narrow.prefix + name] = parameter.data.to("cpu", self._how.stored, copy=True)
+            parameter.data.copy_(stored[narrow.prefix + name])
+        return LayerFit(stored, errors[0], self.advance(whole, narrow, pair, passes))
+
+    @torch.no_grad()
+    def advance(self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, passes: int) -> float:
+        """Replace hidden states by those after the layer; the relative squared error of them."""
+        error = _Error()
+        for start in self._starts:
+            mine, theirs = self._inputs(pair, start)
+            out = narrow(mine)
+            if self._how.targets == "local":
+                error.add(out, whole(theirs))
+                theirs = self._read(pair.full, start)
+            goal = whole(theirs)
+            if self._how.targets == "full":
+                error.add(out, goal)
+            pair.full.write(start, goal)
+            pair.small.write(start, out)
+            self._progress.advance(1 / passes / len(self._starts))
+        return error.value
+
+    @torch.no_grad()
+    def _refit(
+        self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, position: int, passes: int
+    ) -> float:
+        """Closed form for one module of the layer; the layer's error before it."""
+        module = narrow.module.get_submodule(self._modules[position])
+        equations = NormalEquations(module.weight)
+        error = _Error()
+        for start in self._starts:
+            mine, theirs = self._inputs(pair, start)
+            traced, goal = self._trace(narrow, mine), self._trace(whole, theirs)
+            error.add(traced.out, goal.out)
+            wanted = goal.outputs[position].float()
+            if goal.adds_up(theirs):
+                wanted = wanted + goal.stream(theirs, position) - traced.stream(mine, position)
+            if module.bias is not None:
+                wanted = wanted - module.bias.float()
+            equations.add(traced.inputs[position], wanted)
+            self._progress.advance(1 / passes / len(self._starts))
+        module.weight.data.copy_(equations.solve(self._how.ridge))
+        return error.value
+
+    def _inputs(self, pair: _Pair, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What goes into the pruned layer, and into the full layer that it is fitted to."""
+        mine = self._read(pair.small, start)
+        return mine, mine if self._how.targets == "local" else self._read(pair.full, start)
+
+    def _read(self, boundary: Boundary, start: int) -> torch.Tensor:
+        return boundary.read(start, start + self.batch).to(self._device)
+
+    def _trace(self, layer: DecoderLayer, hidden: torch.Tensor) -> _Trace:
+        with _recorded(layer.module, self._modules) as seen:
+            out = layer(hidden)
+        inputs, outputs = zip(*(seen[name] for name in self._modules), strict=True)
+        return _Trace(out, inputs, outputs)
+
+
+class _Error:
+    """Sums a relative squared error over batches."""
+
+    def __init__(self) -> None:
+        self._missed = self._total = 0.0
+
+    def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
+        self._missed += float((found.float() - wanted.float()).square().sum())
+        self._total += float(wanted.float().square().sum())
+
+    @property
+    def value(self) -> float:
+        return self._missed / self._total if self._total else 0.0
+
+
+@contextmanager
+def _recorded(layer: Any, modules: list[str]) -> Iterator[dict[str, Any]]:
+    """Input and output of some of a layer's modules while it is run in the block."""
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, args, out: seen.update({name: (args[0], out)})
+
+    handles = [layer.get_submodule(n).register_forward_hook(keep(n)) for n in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

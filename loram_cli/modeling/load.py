@@ -1,0 +1,174 @@
+"""A Hugging Face model whose decoder layers differ in width.
+
+transformers reads ``per_layer_config`` but its modelling classes still build every layer from the
+global widths. The subclass made here builds each layer from its own entry, and nothing else: the
+config keeps the family's ``model_type``, so that the directory loads without this door once the
+modelling half of transformers lands.
+"""
+
+import importlib
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loram_cli.arch.registry import family_for
+from loram_cli.arch.spec import Family
+from loram_cli.checkpoint.index import read_config
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.quiet import no_progress_bars, quiet_libraries
+
+
+@cache
+def narrow_class(family: Family) -> type:
+    """The family's causal LM class, with layer ``i`` built from ``config.per_layer_config[i]``."""
+    import transformers
+
+    parent = getattr(transformers, family.architecture)
+    module_name, _, layer_name = family.decoder_layer.rpartition(".")
+    layer_class = getattr(importlib.import_module(module_name), layer_name)
+    stack_path, _, stack_attribute = family.layers.rpartition(".")
+
+    def __init__(self: Any, config: Any) -> None:
+        parent.__init__(self, config)
+        if config.is_heterogeneous:
+            layers = [
+                layer_class(config.per_layer_config[i], i)
+                for i in range(len(config.per_layer_config))
+            ]
+            setattr(self.get_submodule(stack_path), stack_attribute, torch.nn.ModuleList(layers))
+            self.post_init()
+
+    return type(family.architecture, (parent,), {"__init__": __init__, "__module__": __name__})
+
+
+def load_causal_lm(
+    model_dir: Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | None = None,
+    attention: str | None = None,
+    quantization_config: Any | None = None,
+) -> Any:
+    """Load a base, pruned, aligned or merged directory as a Hugging Face causal LM.
+
+    Args:
+        model_dir: Directory with ``config.json`` and safetensors; widths may differ per layer.
+        dtype: Parameter type; ``auto`` takes the checkpoint's own.
+        device: ``cpu``, ``cuda``, ...; None takes a GPU when there is one.
+        attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
+        quantization_config: As ``from_pretrained`` takes it, see :mod:`.quantize`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        LoramError: Unknown family, or weights that do not fit the config.
+        UsageError: There is no such device.
+    """
+    import transformers
+
+    family = family_for(read_config(model_dir), str(model_dir))
+    try:
+        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:
+        # Each config class has its own way to refuse a value.
+        reason = next(iter(str(error).strip().splitlines()), repr(error))[:160]
+        raise LoramError(f"{model_dir / 'config.json'}: cannot be used ({reason})") from error
+    # Global widths stay readable: the base class's __init__ needs them before layers are replaced.
+    config.allow_global_per_layer_attribute_access = True
+    kwargs = {} if quantization_config is None else {"quantization_config": quantization_config}
+    if attention not in (None, "auto"):
+        kwargs["attn_implementation"] = attention_kernel(attention)
+    with quiet_libraries(), no_progress_bars():
+        model, report = narrow_class(family).from_pretrained(
+            model_dir,
+            config=config,
+            dtype=dtype,
+            device_map={"": usable_device(device)},
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    problems = [name for key in ("missing_keys", "mismatched_keys") for name in report[key]]
+    unexpected = [name for name in report["unexpected_keys"] if not family.is_ignored(name)]
+    if problems or unexpected:
+        first = (problems + unexpected)[0]
+        raise LoramError(
+            f"{model_dir}: tensor {first} does not fit config.json "
+            f"({len(problems)} missing or misshapen, {len(unexpected)} unexpected)"
+        )
+    return model.eval()
+
+
+def attention_kernel(name: str) -> str:
+    """Transformers' name of an attention kernel.
+
+    Args:
+        name: ``sdpa``, ``flash`` or ``eager``.
+
+    Raises:
+        LoramError: The kernel's package is absent.
+    """
+    if name != "flash":
+        return name
+    if importlib.util.find_spec("flash_attn") is None:
+        raise LoramError(
+            "--attention flash: the package flash-attn is not installed",
+            "pip install flash-attn, or pass --attention sdpa, which needs as little memory",
+        )
+    return "flash_attention_2"
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """Load the directory's tokenizer, with a pad token set (eos where there is none).
+
+    Raises:
+        LoramError: The directory has no tokenizer that transformers can read.
+    """
+    import transformers
+
+    try:
+        with quiet_libraries(), no_progress_bars():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoramError(
+            f"{model_dir}: no tokenizer that transformers can read",
+            "the directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json",
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def default_device() -> str:
+    """``cuda`` when a GPU is usable, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(device: str | None) -> str:
+    """The device asked for, or the default one.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU when there is one.
+
+    Raises:
+        UsageError: Torch knows no such device, or this machine has no such GPU.
+    """
+    if device is None:
+        return default_device()
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device}: unknown", "pass cpu, cuda or cuda:1") from error
+    if wanted.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (wanted.index or 0) >= found:
+            raise UsageError(
+                f"device {device}: no such GPU; torch finds {found} here",
+                "pass --device cpu" if found == 0 else "start one process for each GPU",
+            )
+    return device

@@ -1,0 +1,233 @@
+"""A causal LM whose modules stand before its weights do.
+
+Every weight is a stand-in at first: of its shape, type and device, and without storage. LoRA can
+be attached to it, and parts can then be filled one by one, or for a while only, so that nobody
+ever holds a model that exceeds the memory.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loram_cli.arch.registry import family_for
+from loram_cli.checkpoint.index import CheckpointIndex, read_config
+from loram_cli.checkpoint.reader import TensorReader
+from loram_cli.memory.account import nf4_tensor_bytes
+from loram_cli.modeling.load import attention_kernel
+from loram_cli.modeling.meta_model import meta_causal_lm
+from loram_cli.modeling.quantize import (
+    keep_standard_layout,
+    nf4_linear,
+    nf4_weight,
+    require_bitsandbytes,
+)
+from loram_cli.quiet import quiet_libraries
+
+_GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a checkpoint's tensor goes; a tied one goes to two places.
+
+    Attributes:
+        tensor: Its name in the checkpoint.
+        places: Modules and the parameter's name in each.
+        shape: Of the tensor.
+        quantized: Whether it is held in NF4.
+        stand_in: What is there while the weight is not.
+        num_bytes: What the weight takes.
+    """
+
+    tensor: str
+    places: tuple[tuple[Any, str], ...]
+    shape: torch.Size
+    quantized: bool
+    stand_in: torch.nn.Parameter
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor in the form that the model wants; ``quant_state`` is bitsandbytes' for NF4."""
+
+    data: torch.Tensor
+    quant_state: Any = None
+
+
+class HollowModel:
+    """The modules of a checkpoint's model, and the way of its weights into them.
+
+    Args:
+        model_dir: Directory with ``config.json`` and safetensors; widths may differ per layer.
+        dtype: Of all weights that are not quantized, and of products with those that are.
+        device: Where the weights will be.
+        attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
+        nf4: Quantize the decoder linears, with double quantization.
+
+    Attributes:
+        model: The causal LM, frozen.
+        index: The checkpoint's tensors.
+        dtype: As asked for.
+        device: As asked for.
+        slots: By tensor name, what is to be filled.
+        nf4_storage: The type that packed weights are held as; the bits are the same in any.
+
+    Raises:
+        LoramError: Unknown family, or a library that is asked for is not installed.
+    """
+
+    nf4_storage: torch.dtype = torch.uint8
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        attention: str | None = None,
+        nf4: bool = False,
+    ) -> None:
+        import transformers
+
+        self._family = family_for(read_config(model_dir), str(model_dir))
+        self.index = CheckpointIndex.open(model_dir)
+        self.dtype, self.device = dtype, device
+        if nf4:
+            require_bitsandbytes()
+        settings: dict[str, Any] = {"dtype": dtype}
+        if attention not in (None, "auto"):
+            settings["attn_implementation"] = attention_kernel(attention)
+        with quiet_libraries():
+            config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+            # Global widths stay readable, as in load_causal_lm.
+            config.allow_global_per_layer_attribute_access = True
+            self.model = meta_causal_lm(self._family, config, device, **settings)
+            if (model_dir / _GENERATION_CONFIG).is_file():
+                # Published models name some of the tokens that end an answer there alone.
+                generation = transformers.GenerationConfig.from_pretrained(model_dir)
+                self.model.generation_config = generation
+        self._untie_other_head()
+        self.slots = self._take_places(nf4)
+        if nf4:
+            keep_standard_layout(self.model)
+            # PEFT looks here before it chooses its 4-bit LoRA linear.
+            self.model.is_loaded_in_4bit = True
+
+    def layers(self) -> Iterator[tuple[Any, list[Slot]]]:
+        """Each decoder layer, and what it is filled with."""
+        for i, layer in enumerate(self.model.get_submodule(self._family.layers)):
+            yield layer, self._slots_under(self._family.layer_prefix(i))
+
+    def untied_embedding(self) -> tuple[Any, list[Slot]] | None:
+        """An embedding that is not the head as well, and what it is filled with."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if embedding.weight is head.weight:
+            return None
+        return embedding, self._slots_under(f"{self._family.embedding}.")
+
+    def read(self, slot: Slot, reader: TensorReader) -> Weight:
+        """A weight from the checkpoint, quantized where that is its form, on the device.
+
+        Raises:
+            LoramError: The tensor is absent or of another shape.
+        """
+        self.index.entry_of(slot.tensor, slot.shape)
+        tensor = torch.empty(slot.shape, dtype=self.dtype, device=self.device)
+        # Piece by piece: what is stored is never whole beside what is held.
+        for done, rows in reader.read_chunks(slot.tensor):
+            tensor[done : done + len(rows)] = rows
+        if not slot.quantized:
+            return Weight(tensor)
+        packed = nf4_weight(tensor, self.nf4_storage)
+        return Weight(packed.data.as_subclass(torch.Tensor), packed.quant_state)
+
+    def _slots_under(self, prefix: str) -> list[Slot]:
+        return [slot for name, slot in self.slots.items() if name.startswith(prefix)]
+
+    def _untie_other_head(self) -> None:
+        """A head that is stored with values of its own is not tied, as in ``from_pretrained``."""
+        names = [f"{part}.weight" for part in (self._family.embedding, self._family.lm_head)]
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if embedding.weight is not head.weight or names[1] not in self.index.tensors:
+            return
+        with TensorReader(self.index) as reader:
+            pairs = zip(*(reader.read_chunks(name) for name in names), strict=True)
+            if any(not torch.equal(mine, other) for (_, mine), (_, other) in pairs):
+                head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)
+
+    def _take_places(self, nf4: bool) -> dict[str, Slot]:
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        num_layers = len(self.model.get_submodule(self._family.layers))
+        quantized = set(self._family.linear_names(num_layers)) if nf4 else set()
+        for name in quantized:
+            self._make_quantized(name.removesuffix(".weight"))
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        places: dict[str, list[tuple[Any, str]]] = {}
+        for module in self.model.modules():
+            for kind, parameter in module.named_parameters(recurse=False):
+                places.setdefault(names[id(parameter)], []).append((module, kind))
+        slots = {}
+        for name, shape in shapes.items():
+            if name in quantized:
+                stand_in = self._nf4_stand_in()
+                num_bytes = nf4_tensor_bytes(shape.numel())
+            else:
+                nothing = torch.zeros((), dtype=self.dtype, device=self.device)
+                stand_in = torch.nn.Parameter(nothing.expand(shape), requires_grad=False)
+                num_bytes = shape.numel() * self.dtype.itemsize
+            slot = Slot(name, tuple(places[name]), shape, name in quantized, stand_in, num_bytes)
+            for module, kind in slot.places:
+                module._parameters[kind] = stand_in
+            slots[name] = slot
+        return slots
+
+    def _make_quantized(self, module_name: str) -> None:
+        owner, _, attribute = module_name.rpartition(".")
+        parent = self.model.get_submodule(owner)
+        linear = nf4_linear(getattr(parent, attribute), self.dtype, self.nf4_storage)
+        setattr(parent, attribute, linear.requires_grad_(False))
+
+    def _nf4_stand_in(self) -> Any:
+        import bitsandbytes
+
+        return bitsandbytes.nn.Params4bit(
+            torch.zeros((1, 1), dtype=self.nf4_storage, device=self.device),
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+            quant_storage=self.nf4_storage,
+            bnb_quantized=True,
+        )
+
+
+def fill(slot: Slot, weight: Weight) -> None:
+    """Put a weight where its stand-in is.
+
+    Args:
+        slot: Of the model.
+        weight: From :meth:`HollowModel.read`.
+    """
+    module, kind = slot.places[0]
+    if weight.quant_state is not None:
+        module.quant_state = weight.quant_state
+    parameter = torch.nn.Parameter(
+        weight.data, requires_grad=module._parameters[kind].requires_grad
+    )
+    for module, kind in slot.places:
+        module._parameters[kind] = parameter
+
+
+def drain(slot: Slot) -> None:
+    """Put the stand-in back; the weight's storage goes with its last user.
+
+    Args:
+        slot: Of the model.
+    """
+    for module, kind in slot.places:
+        module._parameters[kind] = slot.stand_in
+        if slot.quantized:
+            module.quant_state = None

@@ -1,0 +1,1 @@
+"""Align: bring the small model back towards the base."""

@@ -1,0 +1,1 @@
+"""What every stage shares: lifecycle, plan, lineage, card."""

@@ -1,0 +1,126 @@
+"""Model cards: the README.md of an output, with the hub's front matter."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loram_cli.checkpoint.sources import hub_id
+from loram_cli.units import format_params
+
+CARD_NAME = "README.md"
+
+_LOAD_ADAPTER = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{this}")
+```
+
+vLLM serves it with `vllm serve {base} --enable-lora --lora-modules name={this}`.
+"""
+_LOAD_NARROW = """\
+Its layers differ in width (`per_layer_config` in `config.json`):
+
+```python
+from pathlib import Path
+
+from loram_cli.modeling.load import load_causal_lm
+
+model = load_causal_lm(Path("{this}"))
+```
+"""
+_LOAD_SMALL_ADAPTER = """\
+It fits the pruned model that it was trained on, not the base: `loram recover` brings it to the
+base's shapes.
+"""
+_LOAD_MERGED = """\
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{this}")
+```
+"""
+# Per stage: what it is, the library that loads it, the hub's relation to the base, how to load.
+_KINDS: dict[str, tuple[str, str, str, str]] = {
+    "prune": ("pruned model", "transformers", "finetune", _LOAD_NARROW),
+    "align": ("pruned and aligned model", "transformers", "finetune", _LOAD_NARROW),
+    "train": ("LoRA adapter of the pruned model", "peft", "adapter", _LOAD_SMALL_ADAPTER),
+    "recover": ("LoRA adapter", "peft", "adapter", _LOAD_ADAPTER),
+    "merge": ("merged model", "transformers", "finetune", _LOAD_MERGED),
+}
+# Where things lie is the maker's own business; a card is meant to be published.
+_PRIVATE = (
+    "model", "source", "adapter", "from_adapter", "out", "force", "device", "report_to",
+    "max_shard_bytes",
+)  # fmt: skip
+
+
+def model_card(
+    stage: str, spec: Mapping[str, Any], base: Mapping[str, Any], results: Mapping[str, Any]
+) -> str | None:
+    """The card of a stage's output, without times or local paths; None for evaluations.
+
+    Args:
+        stage: Which stage made the output.
+        spec: Its plain spec.
+        base: The base's record in the manifest.
+        results: What the stage measured.
+    """
+    if stage not in _KINDS:
+        return None
+    kind, library, relation, usage = _KINDS[stage]
+    path = Path(str(base.get("path", "")))
+    published = hub_id(path)
+    name = published or path.name or "the base"
+    this = f"./{Path(str(spec.get('out', stage))).name}"
+    lines = [
+        _front_matter(library, published, relation),
+        f"# {kind[0].upper()}{kind[1:]} of {name}",
+        "",
+        "Made by `loram`, which implements LoRAM, "
+        "[Train Small, Infer Large](https://arxiv.org/abs/2502.13533).",
+        "",
+        usage.format(base=published or name, this=this).rstrip(),
+        "",
+        "## How it was made",
+        "",
+        *_table("setting", {k: v for k, v in spec.items() if k not in _PRIVATE}),
+        *_table("result", results),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _front_matter(library: str, published: str | None, relation: str) -> str:
+    from huggingface_hub import ModelCardData
+
+    known = {"base_model": published, "base_model_relation": relation} if published else {}
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["loram", "lora"] if library == "peft" else ["loram"],
+        **known,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _table(kind: str, values: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for key, value in values.items():
+        if value in (None, "", [], {}, ()) or isinstance(value, dict):
+            continue
+        rows.append(f"| {key} | {_cell(key, value)} |")
+    return [f"| {kind} | value |", "| --- | --- |", *rows, ""] if rows else []
+
+
+def _cell(key: str, value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if key.endswith("_params"):
+        return f"{value:,} ({format_params(value)})"
+    # Data by its file name: a local path says too much.
+    text = str(value)
+    is_path = isinstance(value, str) and re.match(r"[./~]", text)
+    return (Path(text).name if is_path else text).replace("|", "\\|")

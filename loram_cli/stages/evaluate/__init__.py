@@ -1,0 +1,1 @@
+"""Evaluate: score models, or ask them."""

@@ -1,0 +1,1 @@
+"""What align and train share."""

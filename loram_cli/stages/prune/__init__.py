@@ -1,0 +1,1 @@
+"""Prune: a small model of the base, made once."""

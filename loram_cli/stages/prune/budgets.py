@@ -1,0 +1,113 @@
+"""A budget in place of a ratio, as ``prune`` is given it: parameters, or a card's memory."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from loram_cli.errors import UsageError
+from loram_cli.units import format_bytes, format_params
+
+if TYPE_CHECKING:
+    from loram_cli.arch.spec import Family, Geometry, LayerGeometry
+    from loram_cli.memory.setup import TrainingSetup
+    from loram_cli.stages.prune.stage import PruneSpec
+    from loram_cli.stages.train.stage import TrainSpec
+
+
+def budget_excess(
+    spec: "PruneSpec", family: "Family", config: dict[str, Any]
+) -> Callable[["tuple[LayerGeometry, ...]"], int] | None:
+    """By how much a model of given widths exceeds the budget, in parameters or bytes.
+
+    Args:
+        spec: How to prune.
+        family: The base's family.
+        config: The base's ``config.json``.
+
+    Returns:
+        The function of the widths; None where the spec names no budget.
+    """
+    from loram_cli.memory.account import count_params
+    from loram_cli.pruning.budget import card_bytes
+    from loram_cli.pruning.plan import pruned_config
+
+    geometry = family.geometry(config)
+    if spec.target_params is not None:
+        target = spec.target_params
+        return lambda widths: (
+            count_params(family, pruned_config(config, geometry, widths)).total - target
+        )
+    if spec.fit_memory is not None:
+        target_bytes = spec.fit_memory
+        setup = _training_setup(spec, config)
+        return lambda widths: (
+            card_bytes(family, pruned_config(config, geometry, widths), setup) - target_bytes
+        )
+    return None
+
+
+def _training_setup(spec: "PruneSpec", config: dict[str, Any]) -> "TrainingSetup":
+    """The training that the pruned model is meant for, on a GPU."""
+    from loram_cli.memory.setup import TrainingSetup, usual_attention
+
+    return TrainingSetup(
+        rank=spec.rank,
+        quantize=spec.quantize,
+        micro_batch=spec.micro_batch,
+        length=spec.max_length,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        attention=usual_attention(config),
+    )
+
+
+def ratio_of_budget(
+    spec: "PruneSpec",
+    geometry: "Geometry",
+    over_budget: Callable[["tuple[LayerGeometry, ...]"], int],
+) -> float:
+    """The smallest ratio that meets the budget.
+
+    Raises:
+        UsageError: The whole base meets it, or nothing does.
+    """
+    from loram_cli.pruning.budget import largest_ratio, smallest_ratio
+    from loram_cli.pruning.plan import layer_widths
+
+    if spec.target_params is not None:
+        flag, said, budget = "--target-params", format_params, spec.target_params
+    else:
+        flag, said, budget = "--fit-memory", format_bytes, spec.fit_memory
+    over = over_budget(geometry.layers)
+    if over <= 0:
+        raise UsageError(
+            f"{flag} {said(budget)}: the whole base takes {said(budget + over)} and fits already",
+            "train on it as it is, or pass --ratio",
+        )
+    keeps = (spec.keep_first, spec.keep_last)
+    ratio = smallest_ratio(
+        geometry, *keeps, lambda widths: over_budget(widths) <= 0, spec.multiple_of
+    )
+    if ratio is None:
+        least = budget + over_budget(
+            layer_widths(geometry, largest_ratio(geometry), *keeps, spec.multiple_of)
+        )
+        smaller = ""
+        if spec.fit_memory:
+            left = smaller_trainings(spec)
+            smaller = f", or add {' '.join(left)}" if left else ""
+        raise UsageError(
+            f"{flag} {said(budget)}: even at one head and hardly a channel a layer it takes "
+            f"{said(least)}",
+            f"pass a larger budget, lower --keep-first and --keep-last{smaller}",
+        )
+    return ratio
+
+
+def smaller_trainings(spec: "PruneSpec | TrainSpec") -> list[str]:
+    """Flags that make a training take less memory, and that are not in use.
+
+    Args:
+        spec: What says how training goes, or will go.
+    """
+    flags = ("--quantize nf4", "--gradient-checkpointing", "--micro-batch 1")
+    used = (spec.quantize, spec.gradient_checkpointing, spec.micro_batch == 1)
+    return [flag for flag, value in zip(flags, used, strict=True) if not value]

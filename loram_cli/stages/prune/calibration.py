@@ -1,0 +1,152 @@
+"""What calibrated pruning reads and holds: windows of text, and hidden states between layers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loram_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from loram_cli.arch.spec import Family
+    from loram_cli.modeling.layerwise.states import BoundaryPool
+    from loram_cli.modeling.layerwise.stream import LayerStream
+    from loram_cli.stages.prune.stage import PruneSpec
+
+# Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults.
+_DEFAULT_WINDOWS = {"taylor": (10, 128), "sparsegpt": (128, 2048)}
+
+
+@dataclass(frozen=True)
+class CalibrationNeeds:
+    """What calibration will hold beside one decoder layer.
+
+    Attributes:
+        samples: Windows of text.
+        length: Tokens per window.
+        boundaries: Layer boundaries whose hidden states are kept at a time.
+        boundary_bytes: Hidden states of one boundary.
+        memory_bytes: How much of them stays in memory.
+        disk_bytes: How much of them goes to the output's disk meanwhile.
+        hessian_bytes: What SparseGPT's Hessians of one layer, and their inverses, take.
+    """
+
+    samples: int
+    length: int
+    boundaries: int
+    boundary_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    hessian_bytes: int = 0
+
+    def to_mapping(self) -> dict[str, int]:
+        """Plain form for a manifest."""
+        return {
+            "samples": self.samples,
+            "length": self.length,
+            "activation_memory_bytes": self.memory_bytes,
+            "activation_disk_bytes": self.disk_bytes,
+            "hessian_memory_bytes": self.hessian_bytes,
+        }
+
+
+def calibration_needs(
+    spec: "PruneSpec", family: "Family", config: dict[str, Any], stored: "torch.dtype"
+) -> CalibrationNeeds:
+    """Windows and activation storage, before any text or weight is read.
+
+    Args:
+        spec: How to prune.
+        family: The base's family.
+        config: The base's ``config.json``.
+        stored: Type of the base's weights.
+
+    Raises:
+        LoramError: The text is a local path with nothing usable there.
+        UsageError: A window is longer than the model's context.
+    """
+    from loram_cli.modeling.layerwise.gradients import boundaries_kept
+    from loram_cli.modeling.layerwise.states import computed_dtype
+    from loram_cli.training.data.records import DEMO_PREFIX, local_files
+
+    assert spec.calibration is not None and spec.method is not None
+    if not spec.calibration.startswith(DEMO_PREFIX):
+        local_files(spec.calibration)
+    samples, length = _DEFAULT_WINDOWS[spec.method]
+    positions = config.get("max_position_embeddings") or length
+    samples = spec.calibration_samples or samples
+    if spec.calibration_length is not None and spec.calibration_length > positions:
+        raise UsageError(
+            f"--calibration-length {spec.calibration_length} exceeds the model's {positions} "
+            "positions",
+            f"pass at most {positions}",
+        )
+    length = spec.calibration_length or min(length, positions)
+    boundaries = 1
+    if spec.method == "taylor":
+        boundaries = boundaries_kept(config["num_hidden_layers"], spec.keep_first)
+    each = samples * length * config["hidden_size"] * computed_dtype(stored).itemsize
+    in_memory = min(boundaries, spec.calibration_memory_bytes // each)
+    return CalibrationNeeds(
+        samples,
+        length,
+        boundaries,
+        each,
+        in_memory * each,
+        (boundaries - in_memory) * each,
+        _hessian_bytes(family, config) if spec.method == "sparsegpt" else 0,
+    )
+
+
+def _hessian_bytes(family: "Family", config: dict[str, Any]) -> int:
+    """Of the widest layer; modules that stand together and read the hidden state share it."""
+    from loram_cli.pruning.sparsegpt import working_bytes
+
+    peak = 0
+    for layer in set(family.geometry(config).layers):
+        shapes = family.layer_shapes(0, layer, config)
+        inputs: list[tuple[int, int]] = []
+        before = None
+        for module in family.modules:
+            rows, columns = shapes[f"{family.layer_prefix(0)}{module.name}.weight"]
+            if before is not None and before.columns == module.columns == ():
+                inputs[-1] = (columns, max(rows, inputs[-1][1]))
+            else:
+                inputs.append((columns, rows))
+            before = module
+        peak = max(peak, working_bytes(inputs))
+    return peak
+
+
+def load_windows(spec: "PruneSpec", needs: CalibrationNeeds) -> "torch.Tensor":
+    """Token ids of the calibration windows, shape (samples, length).
+
+    Raises:
+        LoramError: The text is unusable, or too short.
+    """
+    from loram_cli.modeling.load import load_tokenizer
+    from loram_cli.pruning.calibrate import calibration_windows
+    from loram_cli.training.data.documents import load_text
+
+    assert spec.calibration is not None
+    texts = load_text(spec.calibration)
+    tokenizer = load_tokenizer(spec.model)
+    return calibration_windows(texts, tokenizer, needs.samples, needs.length, spec.seed)
+
+
+def open_pool(
+    spec: "PruneSpec", needs: CalibrationNeeds, stream: "LayerStream", work: Path
+) -> "BoundaryPool":
+    """Where hidden states between layers are kept.
+
+    Args:
+        spec: Says how much memory they may take.
+        needs: Their shape.
+        stream: Their type.
+        work: The directory being written; what exceeds the memory goes into a folder of it.
+    """
+    from loram_cli.modeling.layerwise.states import BoundaryPool
+
+    shape = (needs.samples, needs.length, stream.hidden_size)
+    return BoundaryPool(shape, stream.dtype, spec.calibration_memory_bytes, work / "activations")

@@ -1,0 +1,1 @@
+"""Recover: the small factors at the base's shapes, and merged into it."""

@@ -1,0 +1,1 @@
+"""Train: LoRA on the small model."""

@@ -1,0 +1,1 @@
+"""Commands that read outputs and make none."""

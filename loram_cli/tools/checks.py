@@ -1,0 +1,244 @@
+"""Checks of one directory by itself: files, weights, adapter. Each problem is one line."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loram_cli.errors import LoramError
+from loram_cli.reporting import Reporter
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+
+if TYPE_CHECKING:
+    from loram_cli.arch.spec import Family
+    from loram_cli.checkpoint.header import TensorEntry
+    from loram_cli.checkpoint.index import CheckpointIndex
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether the directory claims to hold a model."""
+    return (directory / "config.json").is_file()
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether the directory claims to hold a PEFT adapter."""
+    return (directory / "adapter_config.json").is_file()
+
+
+def check_files(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """Every file against the bytes and digest that the manifest recorded."""
+    from loram_cli.runs.digests import file_digest
+
+    for name, record in manifest.outputs.items():
+        file = directory / name
+        if not file.is_file():
+            yield f"{file}: is missing"
+        elif file.stat().st_size != record["bytes"]:
+            yield f"{file}: {file.stat().st_size} bytes, {record['bytes']} were written"
+        elif file_digest(file) != f"sha256:{record['sha256']}":
+            yield f"{file}: its bytes are not those that were written (sha256 differs)"
+    for file in sorted(directory.rglob("*.safetensors")):
+        name = file.relative_to(directory).as_posix()
+        if manifest.outputs and name not in manifest.outputs:
+            yield f"{file}: was put here afterwards (not in {MANIFEST_NAME})"
+
+
+def check_checkpoint(
+    directory: Path, keep: Mapping[str, Any], reporter: Reporter, *, values: bool
+) -> Iterator[str]:
+    """A model directory: headers, shapes against its config, tokenizer, and maybe values.
+
+    Args:
+        directory: With ``config.json``.
+        keep: Kept indices per layer, when it is a pruned model.
+        reporter: Told of progress.
+        values: Read every tensor and look for NaN and infinity.
+    """
+    from loram_cli.arch.registry import family_for
+    from loram_cli.checkpoint.index import CheckpointIndex, read_config
+    from loram_cli.checkpoint.sources import require_tokenizer
+
+    try:
+        config = read_config(directory)
+        index = CheckpointIndex.open(directory)
+    except LoramError as error:
+        yield error.message
+        return
+    try:
+        family = family_for(config, str(directory))
+        expected = family.tensor_shapes(config)
+        yield from _shape_problems(directory, config, index, family, expected)
+        yield from _keep_problems(directory, config, keep)
+    except LoramError as error:
+        yield error.message
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        yield f"{directory / 'config.json'}: cannot be understood ({type(error).__name__}: {error})"
+    try:
+        require_tokenizer(directory)
+        yield from _tokenizer_problems(directory, config)
+    except LoramError as error:
+        yield error.message
+    if values:
+        yield from _value_problems(index, reporter)
+
+
+def check_adapter(
+    directory: Path, keep: Mapping[str, Any], stage: str | None, model: Path | None
+) -> Iterator[str]:
+    """An adapter directory: factors against its config, the model's shapes and the keep indices.
+
+    Args:
+        directory: With ``adapter_config.json``.
+        keep: Kept indices per pruned layer, from its manifest.
+        stage: The stage that made it, if one of ours did.
+        model: The model that it fits (small for ``train``, the base otherwise), where it is still
+            at hand.
+    """
+    from loram_cli.arch.registry import family_for
+    from loram_cli.checkpoint.index import read_config
+    from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter
+
+    try:
+        adapter = LoraAdapter.read(directory)
+    except LoramError as error:
+        yield error.message
+        return
+    file = directory / WEIGHTS_NAME
+    targets = adapter.config.get("target_modules")
+    for module in adapter.pairs:
+        if isinstance(targets, list) and not any(
+            module == target or module.endswith(f".{target}") for target in targets
+        ):
+            yield f"{file}: {module} is not among the target_modules of adapter_config.json"
+    if model is None:
+        return
+    try:
+        config = read_config(model)
+        family = family_for(config, str(model))
+        shapes = family.tensor_shapes(config)
+        shapes.setdefault(f"{family.lm_head}.weight", shapes[f"{family.embedding}.weight"])
+    except LoramError as error:
+        yield error.message
+        return
+    fitting = True
+    for module, pair in adapter.pairs.items():
+        want, have = shapes.get(f"{module}.weight"), (pair.lora_b.shape[0], pair.lora_a.shape[1])
+        if want is None:
+            yield f"{file}: module {module} does not exist in {model}"
+        elif tuple(have) != tuple(want):
+            yield f"{file}: {module} is {have[0]} x {have[1]}, {model} has {want[0]} x {want[1]}"
+        fitting = fitting and want is not None and tuple(have) == tuple(want)
+    if stage == "recover" and keep and fitting:
+        yield from _scatter_problems(file, adapter, family, config, keep)
+
+
+def _shape_problems(
+    directory: Path,
+    config: Mapping[str, Any],
+    index: "CheckpointIndex",
+    family: "Family",
+    expected: Mapping[str, tuple[int, ...]],
+) -> Iterator[str]:
+    for name, shape in expected.items():
+        entry = index.tensors.get(name)
+        if entry is None:
+            yield f"{directory}: tensor {name} is missing from the weights"
+        elif entry.shape != tuple(shape):
+            yield (
+                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, "
+                f"config.json asks for {list(shape)}"
+            )
+    head = f"{family.lm_head}.weight"
+    for name, entry in index.tensors.items():
+        tied_head = name == head and family.geometry(config).tied_embeddings
+        if name not in expected and not tied_head and not family.is_ignored(name):
+            yield f"{entry.file}: tensor {name} is not known to this model family"
+
+
+def _keep_problems(
+    directory: Path, config: Mapping[str, Any], keep: Mapping[str, Any]
+) -> Iterator[str]:
+    layers = config.get("per_layer_config") or {}
+    for layer, kept in keep.items():
+        widths = layers.get(layer)
+        if widths is None:
+            continue
+        for key, width in (
+            ("key_value_heads", "num_key_value_heads"),
+            ("intermediate", "intermediate_size"),
+        ):
+            if key in kept and width in widths and len(kept[key]) != widths[width]:
+                yield (
+                    f"{directory / 'config.json'}: layer {layer} has {width} {widths[width]}, "
+                    f"{MANIFEST_NAME} keeps {len(kept[key])}"
+                )
+
+
+def _tokenizer_problems(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return
+    try:
+        data = json.loads(file.read_text("utf-8"))
+        vocabulary = data["model"].get("vocab") or {}
+        added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        highest = max([*ids, *added.values()], default=-1)
+        if highest >= config["vocab_size"]:
+            yield (
+                f"{file}: has token {highest}, the model's vocabulary ends at "
+                f"{config['vocab_size'] - 1}"
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        yield f"{file}: not a tokenizer ({type(error).__name__}: {error})"
+
+
+def _value_problems(index: "CheckpointIndex", reporter: Reporter) -> Iterator[str]:
+    from loram_cli.checkpoint.reader import TensorReader
+
+    with (
+        TensorReader(index, once=True) as reader,
+        reporter.progress("values", index.num_bytes / 2**20, "MiB") as progress,
+    ):
+        for name, entry in index.tensors.items():
+            if entry.dtype.is_floating_point and entry.dtype.itemsize > 1:
+                yield from _bad_values(entry, reader.read(name))
+            progress.advance(entry.num_bytes / 2**20)
+
+
+def _bad_values(entry: "TensorEntry", tensor: Any) -> Iterator[str]:
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        yield (
+            f"{entry.file}: tensor {entry.name} has {bad} NaN or infinite values "
+            f"of {math.prod(entry.shape)}"
+        )
+
+
+def _scatter_problems(
+    file: Path, adapter: Any, family: "Family", config: Mapping[str, Any], keep: Mapping[str, Any]
+) -> Iterator[str]:
+    """A recovered factor must be zero outside the kept rows and columns."""
+    import torch
+
+    from loram_cli.pruning.groups import LayerKeep
+
+    geometry = family.geometry(config)
+    for module, pair in adapter.pairs.items():
+        found = family.module_named(module)
+        if found is None or str(found[0]) not in keep:
+            continue
+        layer, linear = found
+        kept = LayerKeep.from_mapping(keep[str(layer)])
+        rows = kept.rows(linear, geometry.layers[layer])
+        columns = kept.columns(linear, geometry.layers[layer])
+        for name, factor, axis, indices in (
+            ("lora_B", pair.lora_b, 0, rows),
+            ("lora_A", pair.lora_a, 1, columns),
+        ):
+            if indices is None:
+                continue
+            inside = torch.count_nonzero(factor.index_select(axis, torch.tensor(indices)))
+            if inside != torch.count_nonzero(factor):
+                yield f"{file}: {module} {name} is not zero outside the kept indices"

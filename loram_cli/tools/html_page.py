@@ -1,0 +1,187 @@
+"""A run as one HTML page that needs nothing else: scores, loss curves, widths and specs."""
+
+from collections.abc import Iterator, Mapping
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from loram_cli.errors import LoramError
+from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.rundir import OUTPUTS
+from loram_cli.stages.evaluate.stage import RESULTS_NAME
+from loram_cli.tools.inspect import Inspection, inspect
+from loram_cli.units import format_bytes, format_params, format_seconds
+
+PAGE_NAME = "report.html"
+
+
+def write_page(run: Path, out: Path) -> None:
+    """Write the page of a run directory.
+
+    Args:
+        run: The run directory.
+        out: The HTML file.
+
+    Raises:
+        LoramError: No stage of it is finished, or the file cannot be written.
+    """
+    page = render_page(run)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, "utf-8")
+    except OSError as error:
+        raise LoramError(f"{out}: cannot be written ({error.strerror})") from error
+
+
+def render_page(run: Path) -> str:
+    """The page of a run directory, from the records of its stages.
+
+    Raises:
+        LoramError: It is no run directory, or no stage of it is finished.
+    """
+    found = inspect(run)
+    if found.kind != "run" or not found.outputs:
+        raise LoramError(f"{run}: no stage of a run is finished here")
+    manifests = {output.directory.name: Manifest.read(output.directory) for output in found.outputs}
+    first = next(iter(manifests.values()))
+    versions = " ".join(f"{name} {v}" for name, v in first.versions.items() if v != "absent")
+    body = [
+        *_tiles(manifests),
+        *_scores(run, manifests),
+        *_curves(found.outputs),
+        *_layers(found.outputs),
+        *_records(manifests),
+    ]
+    base = Path(str(found.base or "")).name or "a base model"
+    template = Template((resources.files("loram_cli.tools") / "page.html").read_text("utf-8"))
+    return template.substitute(
+        title=escape(f"LoRAM run of {base}"), subtitle=escape(versions), body="\n".join(body)
+    )
+
+
+def _by_stage(manifests: Mapping[str, Manifest], stage: str) -> Manifest | None:
+    return next((m for m in manifests.values() if m.stage == stage), None)
+
+
+def _tiles(manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    tiles: list[tuple[str, str]] = []
+    pruned, trained = _by_stage(manifests, "prune"), _by_stage(manifests, "train")
+    if pruned is not None:
+        r = pruned.results
+        arrow = f"{format_params(r['base_params'])} → {format_params(r['pruned_params'])}"
+        tiles.append((arrow, f"parameters, {r['reduction']:.2f}x smaller"))
+    if trained is not None:
+        r = trained.results
+        tiles.append((format_params(r["lora_params"]), "LoRA parameters trained"))
+        memory = format_bytes(trained.peak_memory_increase_bytes)
+        tiles.append((memory, "peak memory of training, above the start"))
+        tiles.append((format_seconds(trained.wall_seconds), "time of training"))
+    if tiles:
+        cells = (
+            f'<div class="tile"><b>{escape(figure)}</b><span>{escape(said)}</span></div>'
+            for figure, said in tiles
+        )
+        yield f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _scores(run: Path, manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    evaluation = _by_stage(manifests, "eval")
+    from loram_cli.checkpoint.index import read_json
+    from loram_cli.evaluation.comparison import score_text
+
+    rows = evaluation.results.get("rows") if evaluation is not None else None
+    if not rows:
+        return
+    # The manifest is written with sorted keys; the results keep the order of the comparison.
+    order = list(read_json(run / OUTPUTS["eval"] / RESULTS_NAME).get("rows", rows))
+    rows = {label: rows[label] for label in order if label in rows}
+    scores = {
+        label: {(s["task"], s["metric"]): s for s in row["scores"]} for label, row in rows.items()
+    }
+    columns = list(dict.fromkeys(column for row in scores.values() for column in row))
+    yield "<h2>Held-out results</h2>"
+    heads = "".join(
+        f"<th>{escape(task)}{'' if task == metric else f'<br>{escape(metric)}'}</th>"
+        for task, metric in columns
+    )
+    yield (
+        '<div class="scroll"><table><tr><th>model</th><th>trained on</th><th>training memory</th>'
+        f"<th>training time</th>{heads}</tr>"
+    )
+    best = {column: _best([row.get(column) for row in scores.values()]) for column in columns}
+    for label, row in rows.items():
+        training = row.get("training") or {}
+        cells = [
+            format_params(training["trained_on_params"]) if training else "-",
+            format_bytes(training["peak_memory_increase_bytes"]) if training else "-",
+            format_seconds(training["wall_seconds"]) if training else "-",
+        ]
+        line = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        for column in columns:
+            score = scores[label].get(column)
+            value = score["value"] if score else None
+            mark = ' class="best"' if value is not None and value == best[column] else ""
+            line += f"<td{mark}>{escape(score_text(score))}</td>"
+        yield f"<tr><td>{escape(label)}</td>{line}</tr>"
+    yield "</table></div>"
+    yield '<p class="note">±: 95% confidence; shares in percent.</p>'
+    if evaluation is not None and evaluation.results.get("bundled"):
+        yield '<p class="note">Bundled sample, not the published benchmark.</p>'
+    if evaluation is not None and evaluation.results.get("quantize"):
+        yield '<p class="note">Every row was run with its weights in NF4.</p>'
+
+
+def _best(column: list[Mapping[str, Any] | None]) -> float | None:
+    told = [score for score in column if score and score["value"] is not None]
+    if len(told) < 2:
+        return None
+    pick = max if told[0]["higher_is_better"] else min
+    return pick(score["value"] for score in told)
+
+
+def _curves(outputs: tuple[Inspection, ...]) -> Iterator[str]:
+    curves = [o.directory for o in outputs if (o.directory / "loss.csv").is_file()]
+    if not curves:
+        return
+    from loram_cli.training.curves import curve_svg, read_curve_csv
+
+    yield '<h2>Loss curves</h2><div class="curves">'
+    for directory in curves:
+        yield curve_svg(read_curve_csv(directory / "loss.csv"), directory.name, directory.name)
+    yield "</div>"
+
+
+def _layers(outputs: tuple[Inspection, ...]) -> Iterator[str]:
+    pruned = next((o for o in outputs if o.stage == "prune" and o.layers), None)
+    if pruned is None:
+        return
+    yield '<h2>Widths of the pruned model</h2><div class="layers">'
+    for layer in pruned.layers:
+        heads = f"{layer.num_attention_heads}/{layer.num_key_value_heads} heads"
+        yield (
+            f"<span>layer {layer.layer}</span>"
+            f'<i><b style="width:{layer.kept_share:.1%}"></b></i>'
+            f"<span>{layer.kept_share:.0%} · {heads} · {layer.intermediate_size} channels</span>"
+        )
+    yield "</div>"
+
+
+def _records(manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    yield "<h2>How each stage was run</h2>"
+    for name, manifest in manifests.items():
+        took = format_seconds(manifest.wall_seconds)
+        memory = format_bytes(manifest.peak_memory_bytes)
+        rows = {**manifest.spec, "key": manifest.key, "peak memory": memory}
+        cells = "".join(
+            f"<tr><td>{escape(key)}</td><td>{escape(_plain(value))}</td></tr>"
+            for key, value in rows.items()
+            if value not in (None, "", [], {}, False)
+        )
+        head = escape(f"{name}: {manifest.stage}, {took}")
+        yield f"<details><summary>{head}</summary><table>{cells}</table></details>"
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple | dict) else str(value)

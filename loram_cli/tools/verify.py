@@ -1,0 +1,205 @@
+"""Verify: a directory and all that it descends from, against what was recorded."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loram_cli.errors import LoramError
+from loram_cli.reporting import Reporter
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.runs.rundir import OUTPUTS, STATE_NAME
+from loram_cli.stages.core.lifecycle import key_of
+from loram_cli.tools import checks as soundness
+
+_PARTS = {
+    "tensors": "tensor names or shapes",
+    "weights": "weights",
+    "config": "config.json",
+    "tokenizer": "tokenizer",
+    "chat_template": "chat template",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySpec:
+    """What to verify.
+
+    Attributes:
+        directory: A stage's output, a run directory, a model or an adapter.
+        values: Read every weight and look for NaN and infinity.
+        ancestry: Follow inputs to the directories that they name.
+    """
+
+    directory: Path
+    values: bool = False
+    ancestry: bool = True
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found.
+
+    Attributes:
+        directories: Every directory that was looked at, the asked one first.
+        problems: One line each, naming the file.
+        notes: What could not be checked, and why.
+    """
+
+    directories: tuple[Path, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain form for ``--json``."""
+        return {
+            "directories": [str(path) for path in self.directories],
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+        }
+
+
+def run(spec: VerifySpec, reporter: Reporter) -> VerifyReport:
+    """Check files, weights and ancestry; nothing is written.
+
+    Raises:
+        LoramError: The directory is absent, or nothing in it can be verified.
+    """
+    if not spec.directory.is_dir():
+        raise LoramError(f"{spec.directory}: no such directory")
+    walk = _Walk(spec, reporter)
+    for directory in _roots(spec.directory):
+        walk.visit(directory)
+    return VerifyReport(tuple(walk.seen.values()), tuple(walk.problems), tuple(walk.notes))
+
+
+def _roots(directory: Path) -> list[Path]:
+    if (directory / MANIFEST_NAME).is_file() or _holds_weights(directory):
+        return [directory]
+    outputs = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_NAME}"))
+    if (directory / STATE_NAME).is_file() and not outputs:
+        raise LoramError(f"{directory}: no stage of this run is finished yet")
+    if not outputs:
+        raise LoramError(
+            f"{directory}: neither an output of loram, nor a model, nor an adapter",
+            f"{MANIFEST_NAME}, config.json and adapter_config.json are all absent",
+        )
+    order = {name: i for i, name in enumerate(OUTPUTS.values())}
+    return sorted(outputs, key=lambda path: order.get(path.name, len(order)))
+
+
+def _holds_weights(directory: Path) -> bool:
+    return soundness.is_checkpoint(directory) or soundness.is_adapter(directory)
+
+
+class _Walk:
+    """From a directory to its inputs, each one looked at once."""
+
+    def __init__(self, spec: VerifySpec, reporter: Reporter) -> None:
+        self._spec, self._reporter = spec, reporter
+        self.seen: dict[Path, Path] = {}
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def visit(self, directory: Path) -> None:
+        if directory.resolve() in self.seen:
+            return
+        self.seen[directory.resolve()] = directory
+        self._reporter.note(f"checking {directory}")
+        manifest = self._manifest(directory)
+        keep = manifest.keep if manifest else {}
+        if manifest is not None:
+            self.problems += soundness.check_files(directory, manifest)
+            if not manifest.outputs:
+                self.notes.append(f"{directory}: made before digests of outputs were recorded")
+            if manifest.key != key_of(manifest.stage, manifest.spec, manifest.inputs):
+                self.problems.append(
+                    f"{directory / MANIFEST_NAME}: its key does not follow from spec and inputs"
+                )
+        if soundness.is_checkpoint(directory):
+            self.problems += soundness.check_checkpoint(
+                directory, keep, self._reporter, values=self._spec.values
+            )
+        if soundness.is_adapter(directory):
+            model = self._model_of(directory, manifest)
+            stage = manifest.stage if manifest else None
+            self.problems += soundness.check_adapter(directory, keep, stage, model)
+        if manifest is not None and self._spec.ancestry:
+            for label, record in manifest.inputs.items():
+                self._input(directory, label, record)
+
+    def _manifest(self, directory: Path) -> Manifest | None:
+        if not (directory / MANIFEST_NAME).is_file():
+            return None
+        try:
+            return Manifest.read(directory)
+        except LoramError as error:
+            self.problems.append(error.message)
+            return None
+
+    def _model_of(self, directory: Path, manifest: Manifest | None) -> Path | None:
+        """The model that an adapter fits: recorded by us, or named as PEFT does."""
+        from loram_cli.checkpoint.index import read_json
+        from loram_cli.lora.adapter import CONFIG_NAME
+
+        if manifest is None:
+            try:
+                named = str(read_json(directory / CONFIG_NAME).get("base_model_name_or_path"))
+            except LoramError as error:
+                self.problems.append(error.message)
+                return None
+        else:
+            record = manifest.inputs.get("source" if manifest.stage == "train" else "base", {})
+            named = str(record.get("path"))
+        model = locate(named, directory)
+        if model is None or not soundness.is_checkpoint(model):
+            self.notes.append(f"{directory}: shapes not compared, {named} is not here")
+            return None
+        return model
+
+    def _input(self, directory: Path, label: str, record: Mapping[str, Any]) -> None:
+        for i, named in enumerate(str(record.get("path")).split(" + ")):
+            path = locate(named, directory)
+            if path is None:
+                self.notes.append(f"{directory}: input {named} is gone and was not checked")
+                continue
+            about = f"{directory}: {label} {path}"
+            self.problems += _input_problems(about, path, record, is_first=i == 0)
+            if path.is_dir():
+                self.visit(path)
+
+
+def _input_problems(
+    about: str, path: Path, record: Mapping[str, Any], *, is_first: bool
+) -> Iterator[str]:
+    from loram_cli.checkpoint.identity import identify
+    from loram_cli.lora.adapter import WEIGHTS_NAME
+    from loram_cli.runs.digests import file_digest
+
+    try:
+        if path.is_file():
+            if record.get("bytes") not in (None, file_digest(path)):
+                yield f"{about} has changed since"
+            return
+        if "key" in record and Manifest.read(path).key != record["key"]:
+            yield f"{about} was made anew since, with other settings or inputs"
+        # An adapter as input has its file's digest under 'weights', or 'adapter' in evaluations.
+        if soundness.is_adapter(path):
+            recorded = record.get("adapter") or record.get("weights")
+            if recorded not in (None, file_digest(path / WEIGHTS_NAME)):
+                yield f"{about} is another adapter than the one that was used"
+        elif is_first and soundness.is_checkpoint(path):
+            identity = identify(path).to_mapping()
+            for part, said in _PARTS.items():
+                if record.get(part) not in (None, identity[part]):
+                    yield f"{about} has changed since: {said} differ from what was used"
+    except LoramError as error:
+        yield error.message
+
+
+def locate(named: str, directory: Path) -> Path | None:
+    """An input by the path recorded, or beside the output if the run directory was moved."""
+    for path in (Path(named), directory.parent / Path(named).name):
+        if path.exists() and path.resolve() != directory.resolve():
+            return path
+    return None

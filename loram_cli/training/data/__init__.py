@@ -1,0 +1,1 @@
+"""Data as text, as conversations and as tokens."""

@@ -1,0 +1,281 @@
+"""Trains a model: full parameters on text (alignment), or a LoRA adapter on examples.
+
+Both go through transformers' Trainer. A run leaves checkpoints in ``work_dir/checkpoints`` and
+goes on from the newest whole one when it is started again with the same settings and data.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from loram_cli.errors import LoramError
+from loram_cli.modeling.chunked_loss import chunked_loss, restore_forward
+from loram_cli.quiet import no_progress_bars, quiet_libraries
+from loram_cli.reporting import Reporter
+from loram_cli.runs.processes import is_main_process, process_count
+from loram_cli.training.data.tokens import TokenRow
+from loram_cli.training.distributed import share
+from loram_cli.training.loop.checkpoints import fingerprint, newest_checkpoint
+from loram_cli.training.loop.job import Job, TrainerParts, text_job
+from loram_cli.training.loop.masks import keep_zeros
+from loram_cli.training.loop.options import FitOptions, FitResult, curve_rows, resolve_precision
+from loram_cli.training.tracking import tracking_callbacks
+
+if TYPE_CHECKING:
+    from loram_cli.training.loop.distill import Teaching
+
+
+def fit_causal_text(
+    model: Any,
+    train: Sequence[TokenRow],
+    evaluation: Sequence[TokenRow],
+    options: FitOptions,
+    work_dir: Path,
+    reporter: Reporter,
+    *,
+    train_lm_head: bool = False,
+    masked: Sequence[str] = (),
+    teaching: "Teaching | None" = None,
+) -> FitResult:
+    """Train every parameter of a pruned model on packed text: its words, or a teacher's logits.
+
+    The output head stays frozen by default, as in the paper's reference code. With tied
+    embeddings the head is the embedding, and so both stay frozen: that matrix is the one part
+    of the pruned model that the full model shares entry by entry, and the adapter will meet the
+    original one.
+
+    Args:
+        model: A causal LM, changed in place; parameters become fp32.
+        train: Packed blocks, see :func:`.tokens.pack_tokens`.
+        evaluation: Blocks set aside; may be empty.
+        options: How.
+        work_dir: Where checkpoints are kept.
+        reporter: Told of progress.
+        train_lm_head: Train the output head as well.
+        masked: Names of weights whose zeros are to stay, see :mod:`.masks`.
+        teaching: The full model to learn from; None learns the text itself. Evaluation losses
+            are of the text either way.
+
+    Raises:
+        LoramError: The loss is not finite, or a token is outside the vocabulary.
+        KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written;
+            after SIGTERM, what its handler raises.
+    """
+    model.requires_grad_(True)
+    if not train_lm_head:
+        head = model.get_output_embeddings()
+        head.requires_grad_(False)
+        if head.weight is model.get_input_embeddings().weight:
+            reporter.note("embeddings are tied: lm_head is frozen, and the embedding with it")
+    hooks = keep_zeros(model, masked)
+    try:
+        label = "align" if teaching is None else "distill"
+        job = text_job(train, evaluation, label, teaching)
+        return fit_job(model, job, options, work_dir, reporter)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def fit_lora(
+    model: Any,
+    train: Sequence[TokenRow],
+    evaluation: Sequence[TokenRow],
+    options: FitOptions,
+    work_dir: Path,
+    reporter: Reporter,
+) -> FitResult:
+    """Train the LoRA factors of a PEFT model.
+
+    Args:
+        model: From :func:`.adapters.attach_lora`, changed in place.
+        train: Rows, see :func:`.tokens.tokenize_examples`.
+        evaluation: Rows set aside; may be empty.
+        options: How.
+        work_dir: Where checkpoints are kept.
+        reporter: Told of progress.
+
+    Raises:
+        LoramError: The loss is not finite, or a token is outside the vocabulary.
+        KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written;
+            after SIGTERM, what its handler raises.
+    """
+    return fit_job(model, text_job(train, evaluation, "train"), options, work_dir, reporter)
+
+
+def save_causal_lm(model: Any, out: Path, *, dtype: torch.dtype) -> None:
+    """Write a trained model as an ordinary Hugging Face directory.
+
+    Args:
+        model: From :func:`fit_causal_text`; changed in place to ``dtype``.
+        out: Directory to write into.
+        dtype: Of the tensors in the file, usually the pruned checkpoint's own.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    with quiet_libraries(), no_progress_bars():
+        model.save_pretrained(out, max_shard_size="5GB")
+
+
+def total_steps(options: FitOptions, rows: int) -> int:
+    """Optimizer steps of a run over ``rows`` sequences."""
+    if options.steps is not None:
+        return options.steps
+    micro_batches = math.ceil(rows / options.micro_batch)
+    per_epoch = math.ceil(micro_batches / (options.batch // options.micro_batch))
+    return max(1, math.ceil(options.epochs * per_epoch))
+
+
+def fit_job(
+    model: Any, job: Job, options: FitOptions, work_dir: Path, reporter: Reporter
+) -> FitResult:
+    """Train by any objective: checkpoints, resuming, progress and interrupts are the same for all.
+
+    Args:
+        model: Its parameters that require gradients are trained, in place.
+        job: Data and objective.
+        options: How.
+        work_dir: Where checkpoints are kept.
+        reporter: Told of progress.
+
+    Raises:
+        LoramError: The loss is not finite, or a token is outside the vocabulary.
+        KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written.
+    """
+    with quiet_libraries(), no_progress_bars():
+        # Imported here, where the libraries' own lines are kept quiet.
+        from loram_cli.training.loop.trainer import Interruption, StepCallback, training_arguments
+
+        _check_tokens(model, job, reporter)
+        device = next(model.parameters()).device.type
+        precision = resolve_precision(options.precision, device)
+        shared = _is_shared(model)
+        if not shared:  # else its slices are what they are to be
+            _cast_parameters(model, precision)
+        trainable = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+        steps = total_steps(options, job.rows)
+        warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
+        folder = work_dir / "checkpoints"
+        same = fingerprint(options, precision, job, trainable, shared)
+        found = share(newest_checkpoint(folder, same) if is_main_process() else None)
+        if found.path is not None:
+            reporter.note(f"going on from the checkpoint of step {found.step} of {steps}")
+        elif found.differs:
+            reporter.warn(found.begins_anew(shared))
+        arguments = partial(
+            training_arguments,
+            options,
+            folder,
+            steps=steps,
+            warmup_steps=warmup_steps,
+            precision=precision,
+            device=device,
+            evaluates=job.evaluates,
+            fresh=found.path is None,
+            shared=shared,
+        )
+        interruption, main = Interruption(), is_main_process()
+        in_chunks = job.chunked_loss and options.cross_entropy == "chunked"
+        chunks = chunked_loss(model) if in_chunks else nullcontext()
+        use_cache = model.config.use_cache
+        model.config.use_cache = False
+        try:
+            bar = reporter.progress(job.label, steps, "step")
+            with chunks, interruption.caught(), bar as progress:
+                callbacks = [
+                    StepCallback(progress, interruption, options.batch, reporter, job.evaluates),
+                    *(tracking_callbacks(options.report_to, work_dir) if main else ()),
+                ]
+                trainer = job.build(
+                    TrainerParts(
+                        model=model,
+                        arguments=arguments,
+                        callbacks=callbacks,
+                        options=options,
+                        device=device,
+                        shared=shared,
+                    )
+                )
+                _remove_printer(trainer)
+                if found.path is not None and found.step >= steps:
+                    # All steps are done; the trainer itself would begin another one.
+                    trainer._load_from_checkpoint(str(found.path))
+                    progress.skip(steps)
+                    state = json.loads((found.path / "trainer_state.json").read_text("utf-8"))
+                    done, log = state["global_step"], state["log_history"]
+                else:
+                    trainer.train(resume_from_checkpoint=found.path and str(found.path))
+                    done, log = trainer.state.global_step, trainer.state.log_history
+        finally:
+            model.config.use_cache = use_cache
+            if not in_chunks:
+                restore_forward(model)
+        if interruption.requested:
+            # After the last step as well: what is asked to stop must not exit with success.
+            reporter.note(f"stopped at step {done} of {steps}; the same command goes on from there")
+            interruption.act()
+        # Takes off the mixed-precision wrapper that the trainer put around forward.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if options.gradient_checkpointing:
+            model.activation_checkpointing_disable()
+    model.eval()
+    return FitResult(
+        steps=done,
+        history=curve_rows(log),
+        trainable_params=sum(math.prod(shape) for shape in trainable.values()),
+        precision=precision,
+        resumed_from=found.step or None,
+    )
+
+
+def _check_tokens(model: Any, job: Job, reporter: Reporter) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if job.highest_token >= vocabulary:
+        raise LoramError(
+            f"the tokenizer gives token {job.highest_token}, "
+            f"but the model has only {vocabulary} embeddings",
+            "the model's directory must hold its own tokenizer",
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and job.longest > positions:
+        reporter.warn(f"sequences of {job.longest} tokens exceed the model's {positions} positions")
+
+
+def _is_shared(model: Any) -> bool:
+    if process_count() == 1:
+        return False
+    from loram_cli.modeling.sharding import is_shared
+
+    return is_shared(model)
+
+
+def _cast_parameters(model: Any, precision: str) -> None:
+    """Trained parameters to fp32, and without mixed precision all others too.
+
+    Parameter by parameter, because a quantized model refuses ``float()``; packed 4-bit weights
+    are integers and stay as they are.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and (parameter.requires_grad or precision == "fp32"):
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def _fitting_warmup(warmup_steps: int, steps: int, reporter: Reporter) -> int:
+    if warmup_steps < steps:
+        return warmup_steps
+    shorter = steps // 10
+    reporter.warn(f"warm-up cut from {warmup_steps} to {shorter}: there are only {steps} steps")
+    return shorter
+
+
+def _remove_printer(trainer: Any) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,298 @@
+"""The door to transformers' Trainer: what it saves, evaluates and reports is decided here."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from loram_cli.errors import LoramError
+from loram_cli.reporting import Progress, Reporter
+from loram_cli.runs.processes import is_main_process, process_count, process_rank
+from loram_cli.training.data.tokens import IGNORED_LABEL, TokenRow, without_loss
+from loram_cli.training.distributed import WholeRounds, any_process, wait_for_all
+from loram_cli.training.loop.checkpoints import checkpoint_path, mark_whole
+from loram_cli.training.loop.options import FitOptions
+
+# Shown beside the loss, where an objective has them.
+_TOLD = {"rewards/accuracies": "preference accuracy", "reward": "reward"}
+# After so many steps without any reward, the user is told.
+_STEPS_WITHOUT_REWARD = 10
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
+_SAME_CTRL_C_SECONDS = 2.0
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM as a flag, so that the step under way ends and its checkpoint is whole."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._since = 0.0
+
+    def request(self, number: int = signal.SIGINT) -> None:
+        """Raise the flag, as the signal of this number does."""
+        self._received, self._since = number, time.monotonic()
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came while they were caught."""
+        return self._received is not None
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Turn the first signal of a kind into the flag; a second one acts at once.
+
+        Of several processes a launcher ends the rest with SIGTERM when one has failed; they wait
+        for that one then, and no step ends: SIGTERM stays what it was.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        kinds = (signal.SIGINT, signal.SIGTERM) if process_count() == 1 else (signal.SIGINT,)
+        previous = {kind: signal.getsignal(kind) for kind in kinds}
+
+        def handle(number: int, frame: Any) -> None:
+            if process_count() == 1:
+                self.request(number)
+                signal.signal(number, previous[signal.Signals(number)])
+            elif not self.requested:
+                self.request(number)
+            elif time.monotonic() - self._since > _SAME_CTRL_C_SECONDS:
+                # Sooner, it is the Ctrl-C that a launcher hands on from the terminal.
+                signal.signal(number, previous[signal.Signals(number)])
+                raise KeyboardInterrupt
+
+        for kind in kinds:
+            signal.signal(kind, handle)
+        try:
+            yield
+        finally:
+            for kind, handler in previous.items():
+                signal.signal(kind, handler)
+
+    def act(self) -> None:
+        """Do what the signal would have done, now that its handler is in place again.
+
+        Raises:
+            KeyboardInterrupt: Whatever the handler does: the work must not go on.
+        """
+        assert self._received is not None
+        signal.raise_signal(self._received)
+        raise KeyboardInterrupt
+
+
+class StepCallback(TrainerCallback):
+    """Reports each step, stops on losses that are not finite and on interrupts."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        interruption: Interruption,
+        batch: int,
+        reporter: Reporter,
+        evaluates: bool,
+    ) -> None:
+        self._progress = progress
+        self._interruption = interruption
+        self._batch = batch
+        self._reporter = reporter
+        self._evaluates = evaluates
+        self._began = 0.0
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the steps that a checkpoint has already done."""
+        self._began, self._first_step = time.monotonic(), state.global_step
+        self._progress.skip(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step; evaluate after the last one."""
+        self._progress.advance(1)
+        if state.global_step >= state.max_steps and self._evaluates:
+            control.should_evaluate = True
+        if any_process(self._interruption.requested):
+            # On every process at the same step, whenever the signal came to each of them.
+            if not self._interruption.requested:
+                self._interruption.request()
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show loss and rate.
+
+        Raises:
+            LoramError: The loss or its gradient is NaN or infinite; raised before the step's
+                checkpoint would be written.
+        """
+        if not logs or "loss" not in logs:
+            return
+        for name, key in (("loss", "loss"), ("gradient", "grad_norm")):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise LoramError(
+                    f"the {name} is {logs[key]} at step {state.global_step}",
+                    "lower the learning rate, or use --precision fp32; the last checkpoint is kept",
+                )
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        rate = (state.global_step - self._first_step) * self._batch / seconds
+        told = [f"loss {logs['loss']:.3f}"]
+        told += [f"{word} {logs[key]:.2f}" for key, word in _TOLD.items() if key in logs]
+        self._progress.detail(", ".join([*told, f"{rate:.1f} samples/s"]))
+        if state.global_step == _STEPS_WITHOUT_REWARD and logs.get("reward") == 0:
+            earlier = [entry["reward"] for entry in state.log_history if "reward" in entry]
+            if not any(earlier):
+                self._reporter.warn(
+                    f"no completion has earned a reward in the first {_STEPS_WITHOUT_REWARD} "
+                    "steps, so nothing is learnt: teach the answers' format first "
+                    "(train --objective sft), and go on from that adapter (--from-adapter)"
+                )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every process has written its files of this step's checkpoint."""
+        wait_for_all()
+        if is_main_process():
+            mark_whole(checkpoint_path(Path(args.output_dir), state.global_step))
+
+
+class LeanCheckpoints:
+    """Mixed into a Trainer: LoRA checkpoints hold the trained adapter and no embedding."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The parent would add the whole embedding to a LoRA checkpoint that targets lm_head, and
+        # the frozen copy that serves as a reference.
+        extra: dict[str, Any] = {}
+        if hasattr(self.model, "peft_config"):
+            extra = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+        self.model.save_pretrained(output_dir or self.args.output_dir, **extra)
+
+
+class StepTrainer(LeanCheckpoints, Trainer):
+    """A Trainer that evaluates per token and keeps embeddings out of LoRA checkpoints."""
+
+    def get_train_dataloader(self) -> Any:
+        """The parent's, whose micro-batches are those of one process also at an epoch's end."""
+        if process_count() == 1:
+            return super().get_train_dataloader()
+        from accelerate.data_loader import SeedableRandomSampler
+
+        rows = self.train_dataset
+        self.train_dataset = [*rows, without_loss(rows[0])]
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
+        seed = loader.get_sampler().initial_seed
+        order = SeedableRandomSampler(range(len(rows)), data_seed=seed)
+        round_rows = self.args.per_device_train_batch_size * process_count()
+        loader.set_sampler(WholeRounds(order, round_rows, filler=len(rows)))
+        return loader
+
+    def evaluate(
+        self,
+        eval_dataset: Sequence[TokenRow] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean loss over all tokens of the evaluation split that carry loss.
+
+        The parent weighs batches by rows, which makes the figure depend on the batch size.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        was_training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        # Rows of like length together, so that little is padding.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
+        step = self.args.per_device_eval_batch_size
+        batches = [order[i : i + step] for i in range(0, len(order), step)]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for i in range(0, len(batches), process_count()):
+                mine = i + process_rank()
+                # A model that is shared out runs on all processes or on none.
+                batch = self.data_collator([rows[j] for j in batches[min(mine, len(batches) - 1)]])
+                batch = {key: tensor.to(self.args.device) for key, tensor in batch.items()}
+                tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+                loss = float(self.model(**batch).loss)
+                if mine < len(batches):
+                    total += loss * tokens
+                    count += tokens
+        self.model.train(was_training)
+        if process_count() > 1:
+            sums = torch.tensor([total, count], dtype=torch.float64, device=self.args.device)
+            total, count = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / count}
+        self.log(metrics)
+        # Tells the loop that this step has been evaluated.
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+def training_arguments(
+    options: FitOptions, output_dir: Path, *, steps: int, warmup_steps: int, precision: str,
+    device: str, evaluates: bool, fresh: bool, shared: bool = False,
+    arguments_class: type[TrainingArguments] = TrainingArguments, **more: Any,
+) -> TrainingArguments:  # fmt: skip
+    """The trainer's settings for a run of ``steps`` optimizer steps.
+
+    Args:
+        options: How to train.
+        output_dir: Where checkpoints go.
+        steps: Optimizer steps.
+        warmup_steps: Those over which the rate rises.
+        precision: ``fp32`` or ``bf16``.
+        device: ``cpu``, ``cuda``, ...
+        evaluates: Whether there is an evaluation split.
+        fresh: Whether no checkpoint is gone on from.
+        shared: Whether the model is shared out among processes.
+        arguments_class: The objective's own.
+        more: The objective's own settings.
+    """
+    arguments = arguments_class(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=warmup_steps,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        optim=_OPTIMIZERS[options.optimizer],
+        per_device_train_batch_size=options.micro_batch,
+        per_device_eval_batch_size=options.micro_batch,
+        gradient_accumulation_steps=options.batch // (options.micro_batch * process_count()),
+        # All factors take part in every pass; looking for unused ones would cost time in each.
+        ddp_find_unused_parameters=False,
+        accelerator_config=_each_micro_batch() if shared else None,
+        bf16=precision == "bf16",
+        use_cpu=device == "cpu",
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=options.checkpoint_steps,
+        # Two: should the newest be cut short by a kill, the one before it is still there.
+        save_total_limit=2,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=options.eval_steps or steps,
+        eval_on_start=evaluates and fresh,
+        dataloader_pin_memory=device != "cpu",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        seed=options.seed,
+        **more,
+    )
+    # Several visible GPUs would be wrapped in DataParallel, which a model placed on one cannot use.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _each_micro_batch() -> dict[str, Any]:
+    # To sum whole gradients over a batch's passes would take a whole model's memory.
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}

@@ -1,0 +1,210 @@
+"""Objectives beyond supervised tuning: preferences (DPO) and verifiable rewards (GRPO)."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loram_cli.reporting import Reporter
+from loram_cli.training.data.preferences import PairRow
+from loram_cli.training.data.questions import Question
+from loram_cli.training.loop.job import Job, TrainerParts, highest
+from loram_cli.training.loop.loop import fit_job
+from loram_cli.training.loop.options import FitOptions, FitResult
+
+# Of a completion and the data set's answer: is it right?
+Grader = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceOptions:
+    """How preferences are learnt.
+
+    Attributes:
+        beta: How much the distance to the reference costs (arXiv 2305.18290, equation 7).
+        keeps_reference: The reference is the adapter as it is at the start; else, the adapter
+            being fresh, the model without it.
+    """
+
+    beta: float
+    keeps_reference: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """How rewards are learnt.
+
+    Attributes:
+        beta: Weight of the KL divergence from the reference (arXiv 2402.03300, equation 3).
+        keeps_reference: As in :class:`PreferenceOptions`.
+        generations: Completions per question, whose mean reward is the baseline.
+        max_completion_length: Tokens of a completion.
+        temperature: Completions are drawn at it.
+    """
+
+    beta: float
+    keeps_reference: bool
+    generations: int
+    max_completion_length: int
+    temperature: float
+
+
+def fit_preferences(
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[PairRow],
+    evaluation: Sequence[PairRow],
+    how: PreferenceOptions,
+    options: FitOptions,
+    work_dir: Path,
+    reporter: Reporter,
+) -> FitResult:
+    """Train the factors of a PEFT model to prefer chosen answers to rejected ones.
+
+    Args:
+        model: From :mod:`.adapters`, changed in place.
+        tokenizer: Of the model.
+        train: Pairs, see :func:`.preferences.tokenize_pairs`.
+        evaluation: Pairs set aside; may be empty.
+        how: Of the objective.
+        options: Of the fit; a batch counts pairs.
+        work_dir: Where checkpoints are kept.
+        reporter: Told of progress.
+
+    Raises:
+        LoramError: As :func:`.loop.fit_job`.
+        KeyboardInterrupt: As :func:`.loop.fit_job`.
+    """
+    data = hashlib.sha256(_plain(how))
+    every: list[np.ndarray] = []
+    longest = 0
+    for rows in (train, evaluation):
+        data.update(f"{len(rows)};".encode())
+        for row in rows:
+            parts = (row.prompt_ids, row.chosen_ids, row.rejected_ids)
+            data.update(f"{','.join(str(len(ids)) for ids in parts)};".encode())
+            for ids in parts:
+                data.update(ids.tobytes())
+            every += [ids for ids in parts if len(ids)]
+            longest = max(longest, len(parts[0]) + max(len(parts[1]), len(parts[2])))
+
+    def build(parts: TrainerParts) -> Any:
+        from loram_cli.training.trl_trainers import preference_trainer
+
+        return preference_trainer(
+            parts,
+            tokenizer,
+            _pair_dataset(train),
+            _pair_dataset(evaluation),
+            beta=how.beta,
+            keep=how.keeps_reference,
+        )
+
+    job = Job(
+        label="dpo",
+        rows=len(train),
+        digest=data.hexdigest(),
+        evaluates=bool(evaluation),
+        highest_token=highest(every),
+        longest=longest,
+        build=build,
+    )
+    return _fit(model, job, options, work_dir, reporter)
+
+
+def fit_rewards(
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Question],
+    evaluation: Sequence[Question],
+    grader: Grader,
+    how: RewardOptions,
+    options: FitOptions,
+    work_dir: Path,
+    reporter: Reporter,
+) -> FitResult:
+    """Train the factors of a PEFT model towards completions that earn a reward.
+
+    Args:
+        model: From :mod:`.adapters`, changed in place.
+        tokenizer: Of the model.
+        train: Questions.
+        evaluation: Questions set aside; may be empty.
+        grader: A completion that it calls right is rewarded with 1, any other with 0.
+        how: Of the objective.
+        options: Of the fit; a batch counts completions.
+        work_dir: Where checkpoints are kept.
+        reporter: Told of progress.
+
+    Raises:
+        LoramError: As :func:`.loop.fit_job`.
+        KeyboardInterrupt: As :func:`.loop.fit_job`.
+    """
+    texts = [[asdict(question) for question in part] for part in (train, evaluation)]
+    digest = hashlib.sha256(_plain(how) + json.dumps(texts).encode()).hexdigest()
+    prompts = [question.prompt for question in (*train, *evaluation)]
+    ids = [np.array(row) for row in tokenizer(prompts)["input_ids"]]
+
+    def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        pairs = zip(completions, answer, strict=True)
+        return [float(grader(completion, right)) for completion, right in pairs]
+
+    def build(parts: TrainerParts) -> Any:
+        from loram_cli.training.trl_trainers import reward_trainer
+
+        return reward_trainer(
+            parts,
+            tokenizer,
+            _question_dataset(train),
+            _question_dataset(evaluation),
+            reward=exact_match,
+            beta=how.beta,
+            keep=how.keeps_reference,
+            generations=how.generations,
+            max_completion_length=how.max_completion_length,
+            temperature=how.temperature,
+        )
+
+    job = Job(
+        label="grpo",
+        rows=len(train) * how.generations,
+        digest=digest,
+        evaluates=bool(evaluation),
+        highest_token=highest(ids),
+        longest=max(map(len, ids)) + how.max_completion_length,
+        build=build,
+    )
+    return _fit(model, job, options, work_dir, reporter)
+
+
+def _fit(
+    model: Any, job: Job, options: FitOptions, work_dir: Path, reporter: Reporter
+) -> FitResult:
+    from loram_cli.training.trl_trainers import drop_reference
+
+    try:
+        return fit_job(model, job, options, work_dir, reporter)
+    finally:
+        drop_reference(model)
+
+
+def _pair_dataset(rows: Sequence[PairRow]) -> Any:
+    import datasets
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    columns = {name: [getattr(row, name).tolist() for row in rows] for name in names}
+    return datasets.Dataset.from_dict(columns) if rows else None
+
+
+def _question_dataset(questions: Sequence[Question]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_list([asdict(q) for q in questions]) if questions else None
+
+
+def _plain(how: PreferenceOptions | RewardOptions) -> bytes:
+    return json.dumps(asdict(how), sort_keys=True).encode()

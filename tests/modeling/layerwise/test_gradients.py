@@ -1,0 +1,107 @@
+"""Gradients with one layer in memory, against a backward pass through the whole model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.family_models import LENGTH, SAMPLES, make_model, windows
+from helpers.tiny import make_base
+from helpers.whole_model import whole_model_gradients
+
+from loram_cli.arch.registry import families
+from loram_cli.errors import LoramError
+from loram_cli.modeling.layerwise import gradients
+from loram_cli.modeling.layerwise.gradients import layer_gradients
+from loram_cli.modeling.layerwise.states import BoundaryPool
+from loram_cli.modeling.layerwise.stream import LayerStream
+from loram_cli.reporting import NullReporter
+
+LAYERS = range(1, 3)
+
+
+def streamed(model: Path, tmp_path: Path, memory_bytes: int = 10**9, layers: range = LAYERS):
+    found, order = {}, []
+    with LayerStream(model, "cpu") as stream:
+        modules = [module.name for module in stream.family.modules]
+        shape = (SAMPLES, LENGTH, stream.hidden_size)
+        with BoundaryPool(shape, stream.dtype, memory_bytes, tmp_path / "activations") as pool:
+            for i, layer in layer_gradients(
+                stream, windows(), layers, modules, pool, NullReporter()
+            ):
+                order.append(i)
+                for name, pair in layer.items():
+                    found[f"{stream.family.layer_prefix(i)}{name}.weight"] = pair
+            assert pool.disk_bytes == 0 or memory_bytes < 10**9
+    assert order == list(reversed(layers))
+    assert not (tmp_path / "activations").exists()
+    return found
+
+
+def check_equal(model: Path, found, tolerance: float) -> None:
+    reference = whole_model_gradients(model, windows(), found)
+    for name, (weight, gradient) in found.items():
+        assert torch.equal(weight, reference[name][0])
+        expected = reference[name][1].float()
+        assert expected.abs().max() > 0
+        assert (gradient - expected).abs().max() <= tolerance * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", families(), ids=lambda f: f.family)
+def test_equal_to_the_whole_model_in_every_family(family, tied, tmp_path, monkeypatch):
+    # Two windows a batch and several chunks of logits, with a rest in both.
+    monkeypatch.setattr(gradients, "BATCH_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr(gradients, "_CHUNK_LOGITS", 7 * 258)
+    model = make_model(family, tmp_path / "base", tie_word_embeddings=tied)
+    check_equal(model, streamed(model, tmp_path), 1e-5)
+
+
+def test_equal_with_biases_and_a_sliding_window(tmp_path):
+    known = {family.family: family for family in families()}
+    biased = make_model(known["llama"], tmp_path / "a", attention_bias=True, mlp_bias=True)
+    check_equal(biased, streamed(biased, tmp_path), 1e-5)
+    sliding = make_model(known["mistral"], tmp_path / "b", sliding_window=8)
+    check_equal(sliding, streamed(sliding, tmp_path), 1e-5)
+
+
+def test_bf16_differs_by_rounding_alone(tmp_path):
+    llama = next(family for family in families() if family.family == "llama")
+    model = make_model(llama, tmp_path / "base", torch.bfloat16)
+    found = streamed(model, tmp_path)
+    assert {(w.dtype, g.dtype) for w, g in found.values()} == {(torch.bfloat16, torch.float32)}
+    check_equal(model, found, 0.03)
+
+
+def test_activations_on_disk_change_nothing(base, tmp_path):
+    in_memory = streamed(base, tmp_path)
+    one_boundary = SAMPLES * LENGTH * 32 * 4
+    on_disk = streamed(base, tmp_path, memory_bytes=2 * one_boundary)
+    assert all(torch.equal(in_memory[name][1], on_disk[name][1]) for name in in_memory)
+
+
+def test_the_first_and_the_last_layer_can_be_ranked(base, tmp_path):
+    check_equal(base, streamed(base, tmp_path, layers=range(4)), 1e-5)
+
+
+def test_damaged_weights_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = make_base(tmp_path / "base")
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(LoramError, match=r"layers\.3\.mlp\.up_proj\.weight has NaN"):
+        streamed(base, tmp_path)
+    assert not (tmp_path / "activations").exists()
+
+
+def test_a_loss_that_is_not_finite_is_said(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = make_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"].mul_(1e38)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoramError, match="loss on the calibration text is not finite"):
+        streamed(base, tmp_path)

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import yaml
+
+from loram_cli.checkpoint.sources import hub_id
+from loram_cli.stages.core.card import model_card
+
+CACHED = "/home/me/.cache/huggingface/hub/models--meta-llama--Llama-2-13b-hf/snapshots/abc"
+RESULTS = {"small_params": 1000, "training": {"wall_seconds": 1.0}, "modules": 3}
+
+
+def front_matter(card: str) -> dict:
+    _, matter, _ = card.split("---\n", 2)
+    return yaml.safe_load(matter)
+
+
+def test_every_model_output_has_a_card_with_front_matter(finished_run: Path):
+    for name, library in (
+        ("pruned", "transformers"),
+        ("aligned", "transformers"),
+        ("adapter", "peft"),
+        ("recovered", "peft"),
+        ("merged", "transformers"),
+    ):
+        card = (finished_run / name / "README.md").read_text()
+        matter = front_matter(card)
+        assert matter["library_name"] == library
+        assert "loram" in matter["tags"]
+        assert "base_model" not in matter, "a local path is no model of the hub"
+        assert str(finished_run) not in card
+    assert not (finished_run / "eval" / "README.md").exists()
+
+
+def test_a_base_from_the_hub_is_named_as_there():
+    spec = {"adapter": "/secret/adapter", "model": CACHED, "out": "/secret/recovered", "rank": 8}
+    card = model_card("recover", spec, {"path": CACHED}, RESULTS)
+    matter = front_matter(card)
+    assert matter["base_model"] == "meta-llama/Llama-2-13b-hf"
+    assert matter["base_model_relation"] == "adapter"
+    assert "/secret" not in card
+    assert "/home/me" not in card
+    assert "| rank | 8 |" in card
+    assert 'from_pretrained("meta-llama/Llama-2-13b-hf")' in card
+
+
+def test_data_is_named_by_its_file_alone():
+    spec = {"data": "/home/me/private/train.jsonl", "learning_rate": 1e-5}
+    card = model_card("train", spec, {"path": "/models/base"}, {})
+    assert "| data | train.jsonl |" in card
+    assert "/home/me" not in card
+
+
+def test_hub_ids_are_told_from_cache_paths_alone():
+    assert hub_id(Path(CACHED)) == "meta-llama/Llama-2-13b-hf"
+    assert hub_id(Path("/x/models--gpt2/snapshots/1")) == "gpt2"
+    assert hub_id(Path("/models/base")) is None

@@ -1,0 +1,60 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from loram_cli.cli.app import run_command
+from loram_cli.errors import LoramError
+from loram_cli.tools.html_page import render_page
+
+VOID = {"meta", "br", "link", "img"}
+
+
+class Structure(HTMLParser):
+    """Checks that tags close, and collects what a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.seen, self.links = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_fetches_nothing(finished_run: Path, tmp_path: Path, capsys):
+    out = tmp_path / "deep" / "page.html"
+    assert run_command(["report", "--run", str(finished_run), "--out", str(out)]) == 0
+    page = out.read_text()
+    structure = Structure()
+    structure.feed(page)
+    assert structure.open == []
+    assert all(link.startswith("#") for link in structure.links)
+    assert "script" not in structure.seen
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert structure.seen.count("svg") == 2
+    assert structure.seen.count("details") == 6
+    labels = re.findall(r"<tr><td>(base|pruned|recovered|merged)</td>", page)
+    assert labels == ["base", "pruned", "recovered", "merged"]
+    assert page.count('class="best"') in (1, 2)
+    assert page.count("layer ") >= 4
+
+
+def test_names_are_escaped(run_copy: Path):
+    (run_copy / "run.json").write_text('{"model": "<b>model</b>"}')
+    assert "<b>model" not in render_page(run_copy).partition("<h2>")[0]
+
+
+def test_a_folder_without_a_finished_stage_is_refused(tmp_path: Path):
+    (tmp_path / "run.json").write_text('{"model": "demo"}')
+    with pytest.raises(LoramError, match="no stage of a run is finished"):
+        render_page(tmp_path)
