@@ -1,83 +1,35 @@
-"""Run the stages of a recipe; what is done is skipped, what was interrupted goes on."""
+"""Run the stages of a recipe; what is done is skipped, what was interrupted resumes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from loram_cli.config import defaults as resolve
-from loram_cli.config.recipe import Recipe
+from loram_cli.checkpoint.index import read_config
+from loram_cli.config.defaults import FILL, Place, merge_spec, model_dir
+from loram_cli.config.recipe import FULL_LORA, SPECS, Recipe, checked_by_stand_ins
+from loram_cli.memory.presets import load_preset
 from loram_cli.reporting import Reporter
-from loram_cli.runs.rundir import RunDirectory
-from loram_cli.schema import spec_from_mapping
+from loram_cli.runs.rundir import OUTPUTS, RunDirectory
 from loram_cli.stages.align import stage as align
 from loram_cli.stages.core.lifecycle import StageResult
+from loram_cli.stages.core.plan import StagePlan, free_disk
 from loram_cli.stages.evaluate import stage as evaluate
 from loram_cli.stages.prune import stage as prune
-from loram_cli.stages.prune.widths import DEFAULT_RATIO, choose_widths
+from loram_cli.stages.prune.plan import foresee as foresee_prune
+from loram_cli.stages.prune.spec import PruneSpec
 from loram_cli.stages.recover import merge
 from loram_cli.stages.recover import stage as recover
 from loram_cli.stages.train import stage as train
+from loram_cli.stages.train.spec import TrainSpec
 
-
-@dataclass(frozen=True)
-class DryRun:
-    """What a recipe would do.
-
-    Attributes:
-        stages: Names in order.
-        values: The values that each one sets.
-        base_params: Parameters of the base.
-        pruned_params: Parameters to train on.
-        pruned_weight_bytes: Their memory in bf16.
-        nf4_weight_bytes: Their memory in NF4, by the paper's count.
-    """
-
-    stages: tuple[str, ...]
-    values: dict[str, dict[str, Any]]
-    base_params: int
-    pruned_params: int
-    pruned_weight_bytes: int
-    nf4_weight_bytes: int
-
-
-def dry_run(recipe: Recipe) -> DryRun:
-    """Plan a recipe from its preset or from its base's config, without reading weights.
-
-    Raises:
-        LoramError: The base is not at hand and the recipe names no preset.
-        UsageError: Ratio or keep flags do not fit the model.
-    """
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import read_config
-    from loram_cli.memory.account import count_nonzero_params, count_params
-    from loram_cli.memory.presets import load_preset
-    from loram_cli.pruning.plan import pruned_config
-
-    config = (
-        load_preset(recipe.preset)
-        if recipe.preset
-        else read_config(resolve.model_dir(recipe.model))
-    )
-    family = family_for(config, recipe.model)
-    section = recipe.section("prune")
-    if section.get("strategy") in resolve.SPARSE:
-        ratio = section.get("ratio", 0.5 if section["strategy"] == "semi" else DEFAULT_RATIO)
-        base = count_params(family, config).total
-        pruned = count_nonzero_params(family, config, ratio).total
-        values = {stage: recipe.section(stage) for stage in recipe.stages}
-        # Zeros take their place: memory is the base's.
-        return DryRun(recipe.stages, values, base, pruned, base * 2, base // 2)
-    # Where the model lies plays no part in its widths.
-    spec = spec_from_mapping(
-        prune.PruneSpec, {**section, "model": Path(), "out": Path()}, "recipe, stage prune"
-    )
-    geometry = family.geometry(config)
-    widths = choose_widths(spec, family, config).after
-    narrow = pruned_config(config, geometry, widths)
-    base, pruned = (count_params(family, c).total for c in (config, narrow))
-    values = {stage: recipe.section(stage) for stage in recipe.stages}
-    return DryRun(recipe.stages, values, base, pruned, pruned * 2, pruned // 2)
+# A module for each stage: its ``plan`` and its ``run``.
+STAGES: dict[str, Any] = {
+    "prune": prune,
+    "align": align,
+    "train": train,
+    FULL_LORA: train,
+    "recover": recover,
+    "eval": evaluate,
+}
 
 
 def run(
@@ -100,37 +52,92 @@ def run(
     Raises:
         LoramError: A stage failed; what was done before it stays done.
     """
-    model = directory.settle_model(recipe.model)
+    place = Place(directory, directory.settle_model(recipe.model))
     results: list[StageResult] = []
     for stage in recipe.stages:
-        for result in _run_stage(stage, recipe, directory, model, force, reporter):
-            on_result(result)
-            results.append(result)
+        spec = FILL[stage](place, {**recipe.section(stage), "force": force})
+        results.append(STAGES[stage].run(spec, reporter))
+        on_result(results[-1])
+        merging = merge_spec(place, spec) if stage == "recover" else None
+        if merging is not None:
+            results.append(merge.run(merging, reporter))
+            on_result(results[-1])
     return results
 
 
-def _run_stage(
+def plan(recipe: Recipe, directory: RunDirectory, reporter: Reporter) -> list[StagePlan[Any]]:
+    """Plan every stage of a recipe: from its inputs where they are there, else by arithmetic.
+
+    A recipe that names a preset is planned without its base's weights.
+
+    Args:
+        recipe: What would run.
+        directory: Where outputs would go.
+        reporter: Told of what the stages' plans tell.
+
+    Raises:
+        LoramError: The base is not at hand and the recipe names no preset, or a stage would refuse
+            what is there.
+        UsageError: Settings do not fit the model.
+    """
+    place = Place(directory, directory.settle_model(recipe.model, remember=False))
+    if recipe.preset is None:
+        model_dir(place.model)
+    return list(_plans(recipe, place, reporter))
+
+
+def _plans(recipe: Recipe, place: Place, reporter: Reporter) -> Iterator[StagePlan[Any]]:
+    base = load_preset(recipe.preset) if recipe.preset else read_config(model_dir(place.model))
+    small: Mapping[str, Any] = base
+    for stage in recipe.stages:
+        values = recipe.section(stage)
+        if recipe.preset is None and _has_inputs(stage, recipe, place):
+            planned = STAGES[stage].plan(FILL[stage](place, values), reporter)
+            if stage == "prune":
+                small = planned.work.config
+            yield planned
+            continue
+        yield _foreseen(stage, values, place, base, small)
+        if stage == "prune":
+            spec = checked_by_stand_ins(PruneSpec, values, "recipe, stage prune")
+            assert isinstance(spec, PruneSpec)
+            small = foresee_prune(spec.settled(), base)[0]
+
+
+def _has_inputs(stage: str, recipe: Recipe, place: Place) -> bool:
+    """Whether what a stage reads is there already."""
+    if stage in ("prune", FULL_LORA):
+        return True
+    order = [name for name in recipe.stages if name != FULL_LORA]
+    return all(place.run.is_done(name) for name in order[: order.index(stage)] if name != "eval")
+
+
+def _foreseen(
     stage: str,
-    recipe: Recipe,
-    directory: RunDirectory,
-    model: str,
-    force: bool,
-    reporter: Reporter,
-) -> list[StageResult]:
-    values = {**recipe.section(stage), "force": force}
-    if stage == "prune":
-        return [prune.run(resolve.prune_spec(directory, model, values), reporter)]
-    if stage == "align":
-        return [align.run(resolve.align_spec(directory, model, values), reporter)]
-    if stage == "train":
-        return [train.run(resolve.train_spec(directory, model, values), reporter)]
-    if stage == "full_lora":
-        return [train.run(resolve.full_lora_spec(directory, model, values), reporter)]
-    if stage == "recover":
-        merges = values.pop("merge", False)
-        results = [recover.run(resolve.recover_spec(directory, model, values), reporter)]
-        if merges:
-            merging = resolve.merge_spec(directory, model, {"force": force})
-            results.append(merge.run(merging, reporter))
-        return results
-    return [evaluate.run(resolve.eval_spec(directory, model, values), reporter)]
+    values: Mapping[str, Any],
+    place: Place,
+    base: Mapping[str, Any],
+    small: Mapping[str, Any],
+) -> StagePlan[None]:
+    """A stage's plan by arithmetic: its inputs are still to be made."""
+    own = "train" if stage == FULL_LORA else stage
+    spec = checked_by_stand_ins(SPECS[own], values, f"recipe, stage {own}").settled()
+    figures: dict[str, Any] = {"settings": dict(values)}
+    memory_bytes = 0
+    if isinstance(spec, PruneSpec):
+        figures["result"] = foresee_prune(spec, base)[1]
+    if isinstance(spec, TrainSpec):
+        config = base if stage == FULL_LORA else small
+        figures |= train.foresee(spec, config)
+        memory_bytes = figures.pop("memory_bytes")
+    out = place.run.path / (OUTPUTS[own] if stage != FULL_LORA else "full-lora")
+    return StagePlan(
+        stage=own,
+        reads=tuple(str(v) for k, v in values.items() if k in ("data", "eval_data", "calibration")),
+        writes=out,
+        work=None,
+        checked=False,
+        free_bytes=free_disk(out),
+        memory_bytes=memory_bytes,
+        figures=figures,
+    )

@@ -1,20 +1,265 @@
-"""Frozen specs from mappings (flags, recipes) and back, with errors that name the key."""
+"""Settings: typed dataclass fields that carry their own help, range and flag.
+
+A field of a spec is declared once::
+
+    steps: int = setting(400, help="Optimizer steps.", at_least=1)
+
+From it come the command's flag (:mod:`loram_cli.cli.from_spec`), the keys of recipes and settings
+files, the checks of type and range, and the key under which an output is known. What is not a
+setting but an amount has a type: :class:`Bytes`, :class:`Params`.
+"""
 
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from loram_cli.errors import UsageError
+from loram_cli.units import GIB, MIB, parse_bytes, parse_params
 
 T = TypeVar("T")
 # An error is a line or two; lm-eval alone knows thousands of tasks.
 _MOST_NAMES = 16
+_METADATA = "loram"
+
+
+class Bytes(int):
+    """An amount of memory or disk; written ``4GiB``, ``500MB`` or as a number of bytes."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read an amount.
+
+        Raises:
+            UsageError: It is not one.
+        """
+        return cls(parse_bytes(text))
+
+    @property
+    def text(self) -> str:
+        """As a user would write it."""
+        for unit_bytes, unit in ((GIB, "GiB"), (10**9, "GB"), (MIB, "MiB"), (10**6, "MB")):
+            if self and self % unit_bytes == 0:
+                return f"{self // unit_bytes}{unit}"
+        return str(int(self))
+
+
+class Params(int):
+    """A count of parameters; written ``6B``, ``350M`` or as a number."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a count.
+
+        Raises:
+            UsageError: It is not one.
+        """
+        return cls(parse_params(text))
+
+    @property
+    def text(self) -> str:
+        """As a user would write it."""
+        return str(int(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a field of a spec says of itself.
+
+    Attributes:
+        help: One line; the default is added where it is shown.
+        flag: The option's name; None derives it from the field's, and "" gives it none.
+        place: Filled in from the run directory or the command line: no key of recipes, settings
+            files or the environment.
+        default_text: What a default of None means, in words.
+        at_least: Lowest value.
+        above: All values are above this one.
+        at_most: Highest value.
+        below: All values are below this one.
+        in_key: Whether it decides what comes out; else it says where things lie, or how fast to go.
+            ``"changed"`` lets it enter the key only where it is not the default, so that outputs
+            from before there was such a setting keep theirs.
+        private: Left out of model cards, which are meant to be published.
+        repeat: The option is given once for each value; else values are separated by commas.
+        switch: A flag that only turns on, without ``--no-``.
+        env: A variable of its own, besides ``LORAM_<STAGE>_<SETTING>``.
+        argument: Stands on the command line without a flag.
+        choices: Gives the words that are allowed, where a table and not the type tells them.
+    """
+
+    help: str
+    flag: str | None = None
+    place: bool = False
+    default_text: str | None = None
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    in_key: bool | Literal["changed"] = True
+    private: bool = False
+    repeat: bool = False
+    switch: bool = False
+    env: str | None = None
+    argument: bool = False
+    choices: Callable[[], Iterable[str]] | None = None
+
+
+def setting(default: Any = MISSING, *, factory: Any = MISSING, **told: Any) -> Any:
+    """A dataclass field that is a :class:`Setting`.
+
+    Args:
+        default: Its value where nothing else is said; a field without one must be given.
+        factory: Makes the default, for mappings.
+        **told: See :class:`Setting`.
+    """
+    metadata = {_METADATA: Setting(**told)}
+    if factory is not MISSING:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def redefined(owner: type, name: str, default: Any = None, **told: Any) -> Any:
+    """A field of a base class with another default, and perhaps another help text.
+
+    Args:
+        owner: The base class.
+        name: The field.
+        default: Its default here; None keeps that of the base class.
+        **told: What else differs; see :class:`Setting`.
+    """
+    field = next(field for field in dataclasses.fields(owner) if field.name == name)
+    told_here = dataclasses.replace(setting_of(field), **told)
+    return dataclasses.field(
+        default=field.default if default is None else default, metadata={_METADATA: told_here}
+    )
+
+
+def setting_of(field: "Field[Any]") -> Setting:
+    """What a field says of itself; a plain dataclass field says nothing."""
+    return field.metadata.get(_METADATA, Setting(help=""))
+
+
+def settings_of(spec: Any) -> Iterator[tuple["Field[Any]", Setting]]:
+    """Every field of a spec, or of its class, with what it says of itself."""
+    for field in dataclasses.fields(spec):
+        yield field, setting_of(field)
+
+
+def flag_of(name: str, told: Setting) -> str:
+    """The option's name, such as ``--learning-rate``; the bare field name where it has none."""
+    if told.flag is None:
+        return f"--{name.replace('_', '-')}"
+    return told.flag or name
+
+
+def flag(spec: Any, name: str) -> str:
+    """The option of a spec's field, for messages."""
+    return next(flag_of(name, told) for field, told in settings_of(spec) if field.name == name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a stage is asked for: checked when it is built, and never changed.
+
+    A subclass checks in :meth:`check` what depends on several fields, without reading a file.
+    """
+
+    def __post_init__(self) -> None:
+        for field, told in settings_of(self):
+            value, name = getattr(self, field.name), flag_of(field.name, told)
+            check_range(value, name, told)
+            check_choice(value, name, told)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse fields that do not go together.
+
+        Raises:
+            UsageError: They do not.
+        """
+
+    def settled(self) -> Self:
+        """The spec with every setting that depends on others filled in, as manifests record it."""
+        return self
+
+
+def check_range(value: Any, name: str, told: Setting) -> None:
+    """Refuse a number outside its range, NaN and infinity included.
+
+    Args:
+        value: Of a field; what is no number, or a sequence of numbers, passes.
+        name: The flag, for the error.
+        told: The range.
+
+    Raises:
+        UsageError: It is outside.
+    """
+    if isinstance(value, tuple | list):
+        for item in value:
+            check_range(item, name, told)
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} {value} is not a finite number")
+    if _inside(value, told):
+        return
+    shown = value.text if isinstance(value, Bytes | Params) else f"{value:g}"
+    lower = told.at_least if told.above is None else told.above
+    upper = told.at_most if told.below is None else told.below
+    if lower is not None and upper is not None:
+        brackets = "(" if told.above is not None else "[", ")" if told.below is not None else "]"
+        raise UsageError(
+            f"{name} {shown} is outside {brackets[0]}{lower:g}, {upper:g}{brackets[1]}"
+        )
+    if lower is not None and (value < lower or upper is None):
+        # Whole numbers from 1 on and others above 0 read alike.
+        if told.above == 0 or told.at_least == 1:
+            raise UsageError(f"{name} must be above 0, not {shown}")
+        if told.at_least == 0:
+            raise UsageError(f"{name} cannot be negative ({shown})")
+        raise UsageError(
+            f"{name} must be {'above' if told.above is not None else 'at least'} {lower:g}, not {shown}"
+        )
+    raise UsageError(
+        f"{name} must be {'below' if told.below is not None else 'at most'} {upper:g}, not {shown}"
+    )
+
+
+def check_choice(value: Any, name: str, told: Setting) -> None:
+    """Refuse a word that the setting's table does not have.
+
+    Args:
+        value: Of a field; a word, or a sequence of words.
+        name: The flag, for the error.
+        told: Has the table.
+
+    Raises:
+        UsageError: There is no such word.
+    """
+    if told.choices is None or value is None:
+        return
+    known = list(told.choices())
+    for word in value if isinstance(value, tuple | list) else (value,):
+        if word not in known:
+            raise unknown_name("value", str(word), known, name)
+
+
+def _inside(value: float, told: Setting) -> bool:
+    return not (
+        (told.at_least is not None and value < told.at_least)
+        or (told.above is not None and value <= told.above)
+        or (told.at_most is not None and value > told.at_most)
+        or (told.below is not None and value >= told.below)
+    )
 
 
 def spec_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -31,24 +276,30 @@ def spec_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     Raises:
         UsageError: An unknown key (with the nearest known one), a missing key, a wrong type.
     """
-    known = {field.name: field for field in dataclasses.fields(cls)}
+    hints = hints_of(cls)
     for key in values:
-        if key not in known:
-            raise unknown_name("key", key, known, where)
-    hints = typing.get_type_hints(cls)
+        if key not in hints:
+            raise unknown_name("key", key, hints, where)
     converted = {
         key: convert(hints[key], value, f"{where}: {key}") for key, value in values.items()
     }
-    for name, field in known.items():
-        no_default = field.default is dataclasses.MISSING
-        if no_default and field.default_factory is dataclasses.MISSING and name not in converted:
-            raise UsageError(f"{where}: '{name}' is missing")
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in converted:
+            raise UsageError(f"{where}: '{field.name}' is missing")
     return cls(**converted)
+
+
+@cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """The type of every field of a dataclass, in the order of the fields."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def spec_to_mapping(spec: Any) -> dict[str, Any]:
     """The plain, JSON-ready form of a spec."""
-    return {f.name: _plain(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
+    return {f.name: plain(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
 
 
 def digest_of(value: Any) -> str:
@@ -57,7 +308,7 @@ def digest_of(value: Any) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def unknown_name(kind: str, name: str, known: typing.Iterable[str], where: str) -> UsageError:
+def unknown_name(kind: str, name: str, known: Iterable[str], where: str) -> UsageError:
     """The error for a name that does not exist, with the nearest one that does."""
     names = list(known)
     # YAML keys may be numbers, and then have no neighbours.
@@ -68,14 +319,31 @@ def unknown_name(kind: str, name: str, known: typing.Iterable[str], where: str) 
     return UsageError(f"{where}: unknown {kind} '{name}'", hint)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: dataclasses and mappings as objects, paths as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return spec_to_mapping(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     return value
+
+
+def alternatives(hint: Any) -> list[Any]:
+    """The types that a hint allows, without None."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return [hint]
+
+
+def literals(hint: Any) -> list[str]:
+    """The words that a hint allows, inside unions and tuples too; empty where any will do."""
+    if typing.get_origin(hint) is Literal:
+        return [str(value) for value in typing.get_args(hint)]
+    return [word for arg in typing.get_args(hint) for word in literals(arg)]
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
@@ -93,7 +361,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert_union([arg for arg in args if arg is not type(None)], value, where)
+        return _convert_union(alternatives(hint), value, where)
     if origin is Literal:
         if value not in args:
             raise unknown_name("value", str(value), map(str, args), where)
@@ -101,11 +369,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise UsageError(f"{where}: a list is wanted, not {value!r}")
+            raise UsageError(f"{where}: expected a list, not {value!r}")
         return tuple(convert(args[0], item, where) for item in items)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UsageError(f"{where}: a mapping is wanted, not {value!r}")
+            raise UsageError(f"{where}: expected a mapping, not {value!r}")
         return {str(key): convert(args[1], item, where) for key, item in value.items()}
     return _convert_scalar(hint, value, where)
 
@@ -120,9 +388,18 @@ def _convert_union(options: list[Any], value: Any, where: str) -> Any:
 
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if hint in (Bytes, Params):
+        if is_whole:
+            return hint(value)
+        if isinstance(value, str):
+            try:
+                return hint.parse(value)
+            except UsageError as error:
+                raise UsageError(f"{where}: {error.message}", error.hint) from error
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is float and (is_whole or isinstance(value, float)):
         return float(value)
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 1e-5 as text, since it lacks the dot that its float syntax demands.
@@ -130,9 +407,7 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint in (str, bool) and isinstance(value, hint):
+    if (hint is int and is_whole) or (hint in (str, bool) and isinstance(value, hint)):
         return value
     if hint is Any:
         return value
@@ -142,5 +417,57 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         int: "a whole number",
         str: "text",
         bool: "true or false",
+        Bytes: "an amount such as 4GiB",
+        Params: "a count such as 6B",
     }
-    raise UsageError(f"{where}: {name.get(hint, hint)} is wanted, not {value!r}")
+    raise UsageError(f"{where}: expected {name.get(hint, hint)}, not {value!r}")
+
+
+def from_text(hint: Any, text: str) -> Any:
+    """A flag's or a variable's text as the plain value that a YAML file would hold.
+
+    Args:
+        hint: The setting's type.
+        text: Values of a list are separated by commas; those of a mapping are ``NAME=VALUE``.
+    """
+    options = alternatives(hint)
+    origins = [typing.get_origin(option) for option in options]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if tuple in origins:
+        item = typing.get_args(options[origins.index(tuple)])[0]
+        return [from_text(item, word) for word in words]
+    if dict in origins:
+        pairs = [word.partition("=") for word in words]
+        return {name: value for name, _, value in pairs}
+    if any(option in (int, float, bool) for option in options):
+        import yaml
+
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+    return text
+
+
+def revived(hint: Any, value: Any) -> Any:
+    """What :func:`plain` made of a dataclass, a tuple or a mapping of these, as it was.
+
+    Keys that the class does not have are left out, and absent ones take their defaults: records
+    are written by one version and read by another.
+
+    Args:
+        hint: The type.
+        value: Plain.
+    """
+    if value is None:
+        return None
+    (hint,) = alternatives(hint)[:1]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        hints = hints_of(hint)
+        return hint(**{k: revived(hints[k], v) for k, v in value.items() if k in hints})
+    if origin is tuple:
+        return tuple(revived(args[0], item) for item in value)
+    if origin in (dict, Mapping):
+        return {key: revived(args[1], item) for key, item in value.items()}
+    return value

@@ -16,6 +16,7 @@ from loram_cli.cli.commands import (
     evaluate,
     generate,
     inspect,
+    memory_report,
     prune,
     recover,
     report,
@@ -23,7 +24,7 @@ from loram_cli.cli.commands import (
     train,
     verify,
 )
-from loram_cli.cli.commands import memory_report as memory
+from loram_cli.cli.from_spec import command_of
 from loram_cli.errors import LoramError, UsageError, is_out_of_memory
 from loram_cli.runs.processes import (
     LAUNCHER_SECONDS,
@@ -44,11 +45,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 MODULES = (
-    prune, align, train, recover, evaluate, generate, memory, bench, run, report, verify, inspect,
+    prune, align, train, recover, evaluate, generate, memory_report, bench, run, report, verify, inspect,
 )  # fmt: skip
 _ON_SEVERAL_PROCESSES = (train.NAME, align.NAME)
 for module in MODULES:
-    app.command(module.NAME, epilog=module.EPILOG)(module.command)
+    app.command(module.NAME, epilog=module.EPILOG)(
+        command_of(module.command, module.SPEC, module.OPTIONS)
+    )
 
 
 def _version(wanted: bool) -> None:
@@ -106,7 +109,7 @@ def run_command(arguments: list[str] | None) -> int:
     except LoramError as error:
         return _fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted; the same command goes on where this one stopped", 130)
+        return _fail("interrupted; the same command resumes where this one stopped", 130)
     except Exception as error:
         if hasattr(error, "format_message"):
             return _usage(error)

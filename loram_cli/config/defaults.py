@@ -1,39 +1,36 @@
 """From a run directory and a few values to a stage's spec: what the values leave open."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loram_cli.checkpoint.sources import resolve_model
 from loram_cli.config.recipe import demo_recipe
+from loram_cli.config.rows import FULL_LORA, run_rows
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.processes import process_count
-from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
-from loram_cli.schema import spec_from_mapping, unknown_name
-from loram_cli.stages.align.stage import AlignSpec
+from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory, demo_base
+from loram_cli.schema import spec_from_mapping
+from loram_cli.stages.align.methods.table import METHODS
+from loram_cli.stages.align.spec import AlignSpec
 from loram_cli.stages.core.lineage import adapter_values
-from loram_cli.stages.evaluate.generate import GenerateSpec
-from loram_cli.stages.evaluate.stage import EvalSpec
-from loram_cli.stages.prune.stage import PruneSpec
-from loram_cli.stages.prune.widths import AMOUNTS
-from loram_cli.stages.recover.merge import MergeSpec
-from loram_cli.stages.recover.stage import RecoverSpec
-from loram_cli.stages.train.objectives import BEYOND_SFT
-from loram_cli.stages.train.stage import TrainSpec
+from loram_cli.stages.evaluate.spec import EvalSpec, GenerateSpec
+from loram_cli.stages.prune.spec import AMOUNTS, PruneSpec
+from loram_cli.stages.recover.spec import MergeSpec, RecoverSpec
+from loram_cli.stages.train.objectives.table import OBJECTIVES, beyond_sft
+from loram_cli.stages.train.spec import TrainSpec
 
 Values = Mapping[str, Any]
-FULL_LORA = "full-lora"
-SPARSE = ("semi", "unst")
-# What the demo base's recipe would say of the objectives that it does not use: rates at which a few
-# minutes on two cores change something.
-_DEMO_OBJECTIVES: dict[str, dict[str, Any]] = {
-    "dpo": {
-        "data": "demo:preferences",
-        "eval_data": "demo:preferences-validation",
-        "learning_rate": 5e-4,
-    },
-    "grpo": {"learning_rate": 5e-4, "batch": 64, "max_completion_length": 80},
-}
+
+
+@dataclass(frozen=True)
+class Place:
+    """The run directory that a command works in, and the base model that it is about."""
+
+    run: RunDirectory
+    model: str
 
 
 def model_dir(model: str, *, config_only: bool = False) -> Path:
@@ -44,220 +41,188 @@ def model_dir(model: str, *, config_only: bool = False) -> Path:
         config_only: Fetch no weights from the hub.
 
     Raises:
-        LoramError: It cannot be had.
+        LoramError: It is not there.
     """
-    if model == DEMO_MODEL:
-        from importlib import resources
-
-        return Path(str(resources.files("loram_cli.demo") / "base"))
-    from loram_cli.checkpoint.sources import resolve_model
-
-    return resolve_model(model, config_only=config_only)
+    return demo_base() if model == DEMO_MODEL else resolve_model(model, config_only=config_only)
 
 
-def stage_defaults(model: str, stage: str, values: Values) -> dict[str, Any]:
+def base_of(directory: Path) -> str | None:
+    """The base that a directory descends from, by its manifest; a plain model is its own.
+
+    Args:
+        directory: An output of a stage, or a model.
+    """
+    path = directory
+    if (directory / MANIFEST_NAME).is_file():
+        recorded = Manifest.read(directory).base.get("path")
+        path = Path(str(recorded)) if recorded else directory
+    elif not (directory / "config.json").is_file():
+        return None
+    return DEMO_MODEL if path.resolve() == demo_base().resolve() else str(path)
+
+
+def stage_defaults(place: Place, stage: str, values: Values) -> dict[str, Any]:
     """What the demo base's own recipe sets for a stage; empty for any other model.
 
     Args:
-        model: The base model's name.
+        place: With the base model's name.
         stage: The stage.
-        values: What is given; what takes the place of a default displaces it, and zeroing single
-            weights goes with other defaults.
+        values: What is given; what takes the place of a default displaces it.
     """
-    if model != DEMO_MODEL:
+    if place.model != DEMO_MODEL:
         return {}
-    defaults = dict(demo_recipe().section(stage))
-    if stage == "train":
-        defaults |= _DEMO_OBJECTIVES.get(values.get("objective", "sft"), {})
-    if stage == "prune" and values.get("strategy") in SPARSE:
-        # Enough text for SparseGPT's 128 windows, as long as those that the demo base has seen.
-        defaults |= {"ratio": 0.5, "calibration": "demo:corpus", "calibration_length": 192}
-    if stage == "align" and (process_count() > 1 or _is_sparse(values.get("source"))):
-        # Fitting layers in closed form is one process's work, and would fill the zeros.
-        defaults.pop("method", None)
+    defaults = demo_recipe().defaults(stage, values)
+    if stage == "align" and not _can_run(defaults.get("method", ()), values.get("source")):
+        defaults.pop("method")
     if stage == "prune" and any(name in values for name in AMOUNTS):
         defaults.pop("ratio", None)
     return defaults
 
 
-def prune_spec(run: RunDirectory, model: str, values: Values) -> PruneSpec:
+def _can_run(methods: Any, source: Any) -> bool:
+    """Whether default methods work here: in so many processes, and on a model with zeros."""
+    chosen = [METHODS[name] for name in methods]
+    if process_count() > 1 and not all(method.several_processes for method in chosen):
+        return False
+    is_output = source is not None and (Path(source) / MANIFEST_NAME).is_file()
+    is_sparse = is_output and bool(Manifest.read(Path(source)).sparsity)
+    return not (is_sparse and any(method.fills_zeros for method in chosen))
+
+
+def prune_spec(place: Place, values: Values) -> PruneSpec:
     """The spec of ``prune``; the base and the place come from the run unless given.
 
     Raises:
         UsageError: Layers are to be kept whole by a strategy that prunes all of them.
     """
-    filled = {**stage_defaults(model, "prune", values), "out": run.output("prune"), **values}
-    if filled.get("strategy") in SPARSE:
-        for name in ("keep_first", "keep_last"):
-            if name in filled:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} does not go with --strategy {filled['strategy']}",
-                    "it zeroes weights in every layer; rand and stru keep layers whole",
-                )
-    if filled.get("strategy") == "semi":
-        filled.setdefault("ratio", 0.5)
-    return spec_from_mapping(PruneSpec, {"model": model_dir(model), **filled}, "prune")
+    out = place.run.output("prune")
+    filled = {**stage_defaults(place, "prune", values), "out": out, **values}
+    spec = spec_from_mapping(PruneSpec, {"model": model_dir(place.model), **filled}, "prune")
+    for name in ("keep_first", "keep_last"):
+        if spec.zeroes_weights and name in values:
+            raise UsageError(
+                f"--{name.replace('_', '-')} does not go with --strategy {spec.strategy}",
+                "it zeroes weights in every layer; rand and stru keep layers whole",
+            )
+    return spec
 
 
-def align_spec(run: RunDirectory, model: str, values: Values) -> AlignSpec:
+def align_spec(place: Place, values: Values) -> AlignSpec:
     """The spec of ``align``; it reads what ``prune`` wrote.
 
     Raises:
         UsageError: No text is given.
         LoramError: Nothing was pruned.
     """
-    values = {**values, "source": values.get("source") or run.require("prune")}
-    filled = {**stage_defaults(model, "align", values), "out": run.output("align"), **values}
-    _require(filled, "data", "align trains on plain text", "pass --data FILE_OR_FOLDER")
+    values = {**values, "source": values.get("source") or place.run.require("prune")}
+    out = place.run.output("align")
+    filled = {**stage_defaults(place, "align", values), "out": out, **values}
+    _require_data(filled, "align trains on plain text", "pass --data FILE_OR_FOLDER")
     return spec_from_mapping(AlignSpec, filled, "align")
 
 
-def train_spec(run: RunDirectory, model: str, values: Values) -> TrainSpec:
+def train_spec(place: Place, values: Values) -> TrainSpec:
     """The spec of ``train``; it reads what ``align`` wrote, else what ``prune`` wrote.
 
-    Objectives beyond supervised tuning have outputs of their own, and go on from the supervised
+    Objectives beyond supervised tuning have outputs of their own, and resume from the supervised
     adapter where the run has one.
 
     Raises:
         UsageError: No data is given.
     """
-    objective = values.get("objective", "sft")
-    out = run.output("train")
-    if objective != "sft":
-        out = run.path / f"{out.name}-{objective}"
-    filled = {**stage_defaults(model, "train", values), "out": out, **values}
+    run = place.run
+    name = values.get("objective", "sft")
+    objective = OBJECTIVES.get(name)
+    follows_sft = objective is not None and objective.follows_sft
+    out = run.path / f"{run.output('train').name}-{name}" if follows_sft else run.output("train")
+    filled = {**stage_defaults(place, "train", values), "out": out, **values}
     if "source" not in filled:
         filled["source"] = trainable(run)
-        if objective != "sft" and run.is_done("train"):
+        if follows_sft and run.is_done("train"):
             filled.setdefault("from_adapter", run.output("train"))
     if filled.get("from_adapter") is not None:
         filled = {**adapter_values(Path(filled["from_adapter"])), **filled}
-    wanted = {"dpo": "preferences", "grpo": "word problems"}.get(objective, "instructions")
-    _require(filled, "data", f"train learns from {wanted}", "pass --data FILE.jsonl")
+    learns_from = objective.learns_from if objective else "data"
+    _require_data(filled, f"train learns from {learns_from}", "pass --data FILE.jsonl")
     return spec_from_mapping(TrainSpec, filled, "train")
 
 
-def full_lora_spec(run: RunDirectory, model: str, values: Values) -> TrainSpec:
+def full_lora_spec(place: Place, values: Values) -> TrainSpec:
     """The same training on the base itself, to compare with."""
-    places = {"source": model_dir(model), "out": run.path / FULL_LORA}
-    return train_spec(run, model, {**values, **places})
+    places = {"source": model_dir(place.model), "out": place.run.path / FULL_LORA}
+    return train_spec(place, {**values, **places})
 
 
-def recover_spec(run: RunDirectory, model: str, values: Values) -> RecoverSpec:
+def recover_spec(place: Place, values: Values) -> RecoverSpec:
     """The spec of ``recover``; it reads what ``train`` wrote.
 
     Raises:
         LoramError: Nothing was trained.
     """
-    filled = {"model": model_dir(model), "out": run.output("recover"), **values}
+    filled = {"model": model_dir(place.model), "out": place.run.output("recover"), **values}
     if "adapter" not in filled:
-        filled["adapter"] = trained(run)
+        filled["adapter"] = trained(place.run)
     return spec_from_mapping(RecoverSpec, filled, "recover")
 
 
-def merge_spec(run: RunDirectory, model: str, values: Values) -> MergeSpec:
-    """The spec of ``recover --merge``'s second half; it reads the recovered adapter."""
-    places = {"adapter": run.output("recover"), "out": run.output("merge")}
-    return spec_from_mapping(MergeSpec, {"model": model_dir(model), **places, **values}, "merge")
-
-
-def eval_spec(
-    run: RunDirectory,
-    model: str,
-    values: Values,
-    *,
-    choose: Sequence[str] | None = None,
-    more: Mapping[str, tuple[Path, ...]] | None = None,
-) -> EvalSpec:
-    """The spec of ``eval``; its rows are whatever the run has made.
+def merge_spec(place: Place, recover: RecoverSpec) -> MergeSpec | None:
+    """The spec of the merge after a recovery; None where none is asked for.
 
     Args:
-        run: The run directory.
-        model: The base model.
-        values: Fields of the spec.
-        choose: Names of the rows to keep, in their order; None keeps all.
-        more: Rows of the user's own.
-
-    Raises:
-        UsageError: A chosen row does not exist.
+        place: The run.
+        recover: What is recovered before.
     """
-    base = model_dir(model)
-    rows = _chosen({**eval_rows(run, base), **(more or {})}, choose, more)
+    if not recover.merge:
+        return None
+    return MergeSpec(
+        adapter=recover.out,
+        model=recover.model,
+        out=recover.merge_out or place.run.output("merge"),
+        max_shard_bytes=recover.max_shard_bytes,
+        force=recover.force,
+    )
+
+
+def eval_spec(place: Place, values: Values) -> EvalSpec:
+    """The spec of ``eval``; its rows are whatever the run has made, unless given."""
+    base = model_dir(place.model)
     filled = {
-        **stage_defaults(model, "eval", values),
-        "out": run.output("eval"),
-        "rows": rows,
-        "demo_data": model == DEMO_MODEL and not values.get("task_data"),
+        **stage_defaults(place, "eval", values),
+        "model": base,
+        "out": place.run.output("eval"),
+        "rows": run_rows(place.run, base),
+        "demo_data": place.model == DEMO_MODEL and not values.get("task_data"),
         "replace": "out" not in values,
         **values,
     }
-    return spec_from_mapping(EvalSpec, {"model": base, **filled}, "eval")
+    return spec_from_mapping(EvalSpec, filled, "eval")
 
 
-def generate_spec(
-    run: RunDirectory,
-    model: str,
-    values: Values,
-    *,
-    choose: Sequence[str] | None = None,
-    more: Mapping[str, tuple[Path, ...]] | None = None,
-) -> GenerateSpec:
-    """The spec of ``generate``: the recovered model unless told, or the base before there is one.
-
-    Args:
-        run: The run directory.
-        model: The base model.
-        values: Fields of the spec.
-        choose: Names of the rows to ask.
-        more: Rows of the user's own, which are asked alone unless others are named.
-
-    Raises:
-        UsageError: A chosen row does not exist.
-    """
-    base = model_dir(model)
-    rows = eval_rows(run, base)
-    if choose is None:
-        choose = () if more else ("recovered" if "recovered" in rows else "base",)
-    rows = _chosen({**rows, **(more or {})}, choose, more)
-    return spec_from_mapping(GenerateSpec, {"model": base, "rows": rows, **values}, "generate")
+def generate_spec(place: Place, values: Values) -> GenerateSpec:
+    """The spec of ``generate``; its rows must be given."""
+    return spec_from_mapping(GenerateSpec, {"model": model_dir(place.model), **values}, "generate")
 
 
-def _chosen(
-    rows: dict[str, tuple[Path, ...]],
-    choose: Sequence[str] | None,
-    more: Mapping[str, tuple[Path, ...]] | None,
-) -> dict[str, tuple[Path, ...]]:
-    for name in choose or ():
-        if name not in rows:
-            raise unknown_name("row", name, rows, "--rows")
-    if choose is None:
-        return rows
-    return {name: rows[name] for name in dict.fromkeys([*choose, *(more or {})])}
-
-
-def eval_rows(run: RunDirectory, base: Path) -> dict[str, tuple[Path, ...]]:
-    """Rows of a comparison: base, pruned as it is, recovered, merged, and full LoRA."""
-    rows: dict[str, tuple[Path, ...]] = {"base": (base,)}
-    if run.is_done("prune"):
-        rows["pruned"] = (run.output("prune"),)
-    if run.is_done("recover"):
-        rows["recovered"] = (base, run.output("recover"))
-    if run.is_done("merge"):
-        rows["merged"] = (run.output("merge"),)
-    if (run.path / FULL_LORA / MANIFEST_NAME).is_file():
-        rows[FULL_LORA] = (base, run.path / FULL_LORA)
-    return rows
+# Every stage's way from values to its spec; ``full_lora`` is a training of the base.
+FILL: dict[str, Callable[[Place, Values], Any]] = {
+    "prune": prune_spec,
+    "align": align_spec,
+    "train": train_spec,
+    "full_lora": full_lora_spec,
+    "recover": recover_spec,
+    "eval": eval_spec,
+}
 
 
 def trained(run: RunDirectory) -> Path:
-    """The adapter of the run that training ended with: no other one goes on from it.
+    """The adapter of the run that training ended with: no other one resumes from it.
 
     Raises:
         LoramError: Nothing was trained.
-        UsageError: Several were, and none of them goes on from the others.
+        UsageError: Several were, and none of them resumes from the others.
     """
     first = run.output("train")
-    found = [first, *(run.path / f"{first.name}-{name}" for name in BEYOND_SFT)]
+    found = [first, *(run.path / f"{first.name}-{name}" for name in beyond_sft())]
     found = [path for path in found if (path / MANIFEST_NAME).is_file()]
     if not found:
         return run.require("train")
@@ -266,7 +231,7 @@ def trained(run: RunDirectory) -> Path:
     last = [path for path, manifest in manifests.items() if manifest.key not in before]
     if len(last) > 1:
         raise UsageError(
-            f"{run.path}: holds {' and '.join(path.name for path in last)}, and neither goes on "
+            f"{run.path}: holds {' and '.join(path.name for path in last)}, and neither resumes "
             "from the other",
             f"pass one: --in {last[-1]}",
         )
@@ -291,13 +256,6 @@ def trainable(run: RunDirectory) -> Path:
     return run.output("align")
 
 
-def _is_sparse(source: Any) -> bool:
-    """Whether single weights of a model were zeroed; what is no such model is told of later."""
-    if source is None or not (Path(source) / MANIFEST_NAME).is_file():
-        return False
-    return bool(Manifest.read(Path(source)).sparsity)
-
-
-def _require(values: Values, key: str, why: str, hint: str) -> None:
-    if values.get(key) is None:
-        raise UsageError(f"--{key} is missing: {why}", hint)
+def _require_data(values: Values, why: str, hint: str) -> None:
+    if values.get("data") is None:
+        raise UsageError(f"--data is missing: {why}", hint)

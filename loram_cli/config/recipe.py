@@ -1,34 +1,53 @@
 """Recipes: the stages of a run in one YAML file, typed."""
 
-import typing
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from loram_cli.errors import UsageError
-from loram_cli.schema import spec_from_mapping, unknown_name
-from loram_cli.stages.align.stage import AlignSpec
-from loram_cli.stages.evaluate.generate import GenerateSpec
-from loram_cli.stages.evaluate.stage import EvalSpec
-from loram_cli.stages.prune.stage import PruneSpec
-from loram_cli.stages.recover.stage import RecoverSpec
-from loram_cli.stages.train.stage import TrainSpec
+import yaml
 
-# What the run directory fills in, and a recipe therefore may not set.
-_PLACES = frozenset(
-    {"model", "source", "adapter", "out", "rows", "prompts", "demo_data", "replace", "force"}
+from loram_cli.errors import UsageError
+from loram_cli.schema import (
+    Spec,
+    hints_of,
+    setting_of,
+    settings_of,
+    spec_from_mapping,
+    unknown_name,
 )
-SPECS: dict[str, type] = {
-    "prune": PruneSpec,
-    "align": AlignSpec,
-    "train": TrainSpec,
-    "recover": RecoverSpec,
-    "eval": EvalSpec,
-}
+from loram_cli.stages.evaluate.spec import GenerateSpec
+from loram_cli.stages.specs import SPECS as STAGE_SPECS
+
+# The stages of a recipe, in order; a merge is a setting of recover.
+SPECS: dict[str, type[Spec]] = {k: v for k, v in STAGE_SPECS.items() if k != "merge"}
 # What settings of one's own may hold; a recipe asks nobody.
-SETTABLE: dict[str, type] = {**SPECS, "generate": GenerateSpec}
+SETTABLE: dict[str, type[Spec]] = {**SPECS, "generate": GenerateSpec}
+FULL_LORA = "full_lora"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Other defaults of a stage where some settings have certain values.
+
+    Attributes:
+        stage: The stage.
+        when: Values by setting; a list is any of them.
+        values: The defaults then.
+    """
+
+    stage: str
+    when: dict[str, Any]
+    values: dict[str, Any]
+
+    def applies(self, stage: str, given: Mapping[str, Any]) -> bool:
+        """Whether what is given has the values that this is about."""
+        return stage == self.stage and all(
+            given.get(name) in (value if isinstance(value, list) else [value])
+            for name, value in self.when.items()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +62,9 @@ class Recipe:
         align: Values of ``AlignSpec``.
         train: Values of ``TrainSpec``.
         full_lora: Also train the base itself with the values of ``train``.
-        recover: Values of ``RecoverSpec``, and ``merge``.
+        recover: Values of ``RecoverSpec``.
         eval: Values of ``EvalSpec``.
+        variants: Other defaults for bare commands, where the recipe is that of a base of ours.
     """
 
     model: str
@@ -56,20 +76,35 @@ class Recipe:
     full_lora: bool = False
     recover: dict[str, Any] | None = None
     eval: dict[str, Any] | None = None
+    variants: tuple[dict[str, Any], ...] = field(default=())
 
     def section(self, stage: str) -> dict[str, Any]:
         """The values of one stage; empty when it is absent."""
-        return dict(getattr(self, "train" if stage == "full_lora" else stage) or {})
+        return dict(getattr(self, "train" if stage == FULL_LORA else stage) or {})
+
+    def defaults(self, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of one stage as defaults of a bare command.
+
+        Args:
+            stage: The stage.
+            given: What is given, which may ask for a variant.
+        """
+        values = self.section(stage)
+        for variant in self.variants:
+            known = spec_from_mapping(Variant, variant, "recipe, variants")
+            if known.applies(stage, given):
+                values |= known.values
+        return values
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that run, in order."""
         order = []
-        for stage in ("prune", "align", "train", "recover", "eval"):
+        for stage in SPECS:
             if getattr(self, stage) is not None:
                 order.append(stage)
             if stage == "train" and self.full_lora:
-                order.append("full_lora")
+                order.append(FULL_LORA)
         return tuple(order)
 
 
@@ -83,8 +118,6 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
     Raises:
         UsageError: Not readable, not YAML, or no mapping.
     """
-    import yaml
-
     try:
         data = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -100,11 +133,17 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
     return data
 
 
+@cache
 def setting_types(stage: str) -> dict[str, Any]:
-    """Type by name of everything that a recipe or a settings file may set for a stage."""
-    hints = typing.get_type_hints(SETTABLE[stage])
-    merge = {"merge": bool} if stage == "recover" else {}
-    return {name: hint for name, hint in hints.items() if name not in _PLACES} | merge
+    """Type by name of everything that a recipe or a settings file may set for a stage.
+
+    Args:
+        stage: One of :data:`SETTABLE`.
+    """
+    hints = hints_of(SETTABLE[stage])
+    return {
+        item.name: hints[item.name] for item, told in settings_of(SETTABLE[stage]) if not told.place
+    }
 
 
 def load_recipe(file: Path) -> Recipe:
@@ -126,18 +165,29 @@ def demo_recipe() -> Recipe:
     return load_recipe(Path(str(resources.files("loram_cli.demo") / "recipe.yaml")))
 
 
-def _check_section(section: dict[str, Any], stage: str, where: str) -> None:
-    spec = SPECS[stage]
+def _check_section(section: Mapping[str, Any], stage: str, where: str) -> None:
     known = setting_types(stage)
     for key in section:
         if key not in known:
             raise unknown_name("key", key, known, where)
-    values = {key: value for key, value in section.items() if key != "merge"}
-    fillers: dict[str, Any] = {"rows": {}, "data": "any"}
-    for item in fields(spec):
-        if item.name in ("model", "source", "adapter", "out"):
-            values[item.name] = Path()
-        elif item.name in fillers:
-            values.setdefault(item.name, fillers[item.name])
-    # Building the spec checks every type and range; the places above are stand-ins.
-    spec_from_mapping(spec, values, where)
+    checked_by_stand_ins(SPECS[stage], section, where)
+
+
+def checked_by_stand_ins(cls: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
+    """A spec whose places are stand-ins: building it checks every type and range.
+
+    Args:
+        cls: The spec's class.
+        values: What is set.
+        where: What to name in errors.
+
+    Raises:
+        UsageError: A wrong type, or settings that do not go together.
+    """
+    stand_ins: dict[Any, Any] = {Path: Path(), str: "any"}
+    filled = dict(values)
+    for item in fields(cls):
+        is_open = item.default is MISSING and item.default_factory is MISSING
+        if is_open and (setting_of(item).place or item.name == "data"):
+            filled.setdefault(item.name, stand_ins.get(hints_of(cls)[item.name], {}))
+    return spec_from_mapping(cls, filled, where)

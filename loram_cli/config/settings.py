@@ -5,7 +5,6 @@ the file (``LORAM_CONFIG``, else ``loram.yaml``, else ``[tool.loram]`` in ``pypr
 last the defaults of the demo's recipe or of the spec. File and recipe have the same sections.
 """
 
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from loram_cli.config.recipe import SETTABLE, SPECS, Recipe, read_yaml, setting_types
 from loram_cli.errors import UsageError
-from loram_cli.schema import convert, unknown_name
+from loram_cli.schema import convert, from_text, unknown_name
 
 FILE_NAME = "loram.yaml"
 _PREFIX = "LORAM_"
@@ -89,7 +88,7 @@ def _section(data: Any, stage: str, where: str) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, Mapping):
-        raise UsageError(f"{where}: a mapping is wanted, not {data!r}")
+        raise UsageError(f"{where}: expected a mapping, not {data!r}")
     known = setting_types(stage)
     for key in data:
         if key not in known:
@@ -114,7 +113,7 @@ def _file_data(folder: Path, named: str | None) -> tuple[str, Mapping[str, Any]]
         return "", {}
     table = data.get("tool", {}).get("loram", {})
     if not isinstance(table, dict):
-        raise UsageError("pyproject.toml: [tool.loram] is no table")
+        raise UsageError("pyproject.toml: expected [tool.loram] to be a table")
     return "pyproject.toml [tool.loram]", table
 
 
@@ -132,33 +131,9 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[Sections, tuple[str, 
     for variable in used:
         for stage, name in known[variable]:
             hint = setting_types(stage)[name]
-            value = convert(hint, _from_text(hint, environ[variable]), variable)
+            value = convert(hint, from_text(hint, environ[variable]), variable)
             sections.setdefault(stage, {})[name] = value
     for variable in environ:
         if variable.startswith(_PREFIX) and variable not in (*known, *_OTHERS):
             raise unknown_name("variable", variable, [*_OTHERS, *known], "environment")
     return sections, tuple(used)
-
-
-def _from_text(hint: Any, text: str) -> Any:
-    """A variable's text as the plain value that a YAML file would hold."""
-    import types
-
-    import yaml
-
-    options = [hint]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        options = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-    origins = [typing.get_origin(option) for option in options]
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if tuple in origins:
-        return words
-    if dict in origins:
-        pairs = [word.partition("=") for word in words]
-        return {name: value for name, _, value in pairs}
-    if any(option in (int, float, bool) for option in options):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            return text
-    return text

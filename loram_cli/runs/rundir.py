@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from loram_cli.errors import LoramError, UsageError
@@ -17,6 +18,11 @@ OUTPUTS = {
     "merge": "merged",
     "eval": "eval",
 }
+
+
+def demo_base() -> Path:
+    """The demo base's directory, which ships with the package."""
+    return Path(str(resources.files("loram_cli.demo") / "base"))
 
 
 @dataclass(frozen=True)

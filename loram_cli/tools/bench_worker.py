@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from loram_cli.memory.setup import TrainingSetup
-from loram_cli.tools.bench import REFUSED, BenchModel, BenchRow, BenchSpec
+from loram_cli.tools.bench import REFUSED, BenchRow
+from loram_cli.tools.specs import BenchModel, BenchSpec
 
 # Steps before the clock starts: kernels are chosen and memory pools grow.
 _WARM_STEPS = 2

@@ -4,16 +4,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loram_cli.arch.registry import family_for
+from loram_cli.arch.spec import Family
+from loram_cli.checkpoint.header import TensorEntry
+from loram_cli.checkpoint.index import CheckpointIndex, read_config
+from loram_cli.checkpoint.reader import TensorReader
+from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.errors import LoramError
+from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraAdapter
+from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import Reporter
+from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-
-if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family
-    from loram_cli.checkpoint.header import TensorEntry
-    from loram_cli.checkpoint.index import CheckpointIndex
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -23,13 +27,11 @@ def is_checkpoint(directory: Path) -> bool:
 
 def is_adapter(directory: Path) -> bool:
     """Whether the directory claims to hold a PEFT adapter."""
-    return (directory / "adapter_config.json").is_file()
+    return (directory / CONFIG_NAME).is_file()
 
 
 def check_files(directory: Path, manifest: Manifest) -> Iterator[str]:
     """Every file against the bytes and digest that the manifest recorded."""
-    from loram_cli.runs.digests import file_digest
-
     for name, record in manifest.outputs.items():
         file = directory / name
         if not file.is_file():
@@ -55,10 +57,6 @@ def check_checkpoint(
         reporter: Told of progress.
         values: Read every tensor and look for NaN and infinity.
     """
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import CheckpointIndex, read_config
-    from loram_cli.checkpoint.sources import require_tokenizer
-
     try:
         config = read_config(directory)
         index = CheckpointIndex.open(directory)
@@ -95,10 +93,6 @@ def check_adapter(
         model: The model that it fits (small for ``train``, the base otherwise), where it is still
             at hand.
     """
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import read_config
-    from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter
-
     try:
         adapter = LoraAdapter.read(directory)
     except LoramError as error:
@@ -136,8 +130,8 @@ def check_adapter(
 def _shape_problems(
     directory: Path,
     config: Mapping[str, Any],
-    index: "CheckpointIndex",
-    family: "Family",
+    index: CheckpointIndex,
+    family: Family,
     expected: Mapping[str, tuple[int, ...]],
 ) -> Iterator[str]:
     for name, shape in expected.items():
@@ -194,9 +188,7 @@ def _tokenizer_problems(directory: Path, config: Mapping[str, Any]) -> Iterator[
         yield f"{file}: not a tokenizer ({type(error).__name__}: {error})"
 
 
-def _value_problems(index: "CheckpointIndex", reporter: Reporter) -> Iterator[str]:
-    from loram_cli.checkpoint.reader import TensorReader
-
+def _value_problems(index: CheckpointIndex, reporter: Reporter) -> Iterator[str]:
     with (
         TensorReader(index, once=True) as reader,
         reporter.progress("values", index.num_bytes / 2**20, "MiB") as progress,
@@ -207,7 +199,7 @@ def _value_problems(index: "CheckpointIndex", reporter: Reporter) -> Iterator[st
             progress.advance(entry.num_bytes / 2**20)
 
 
-def _bad_values(entry: "TensorEntry", tensor: Any) -> Iterator[str]:
+def _bad_values(entry: TensorEntry, tensor: Any) -> Iterator[str]:
     bad = int((~tensor.isfinite()).sum())
     if bad:
         yield (
@@ -217,12 +209,10 @@ def _bad_values(entry: "TensorEntry", tensor: Any) -> Iterator[str]:
 
 
 def _scatter_problems(
-    file: Path, adapter: Any, family: "Family", config: Mapping[str, Any], keep: Mapping[str, Any]
+    file: Path, adapter: Any, family: Family, config: Mapping[str, Any], keep: Mapping[str, Any]
 ) -> Iterator[str]:
     """A recovered factor must be zero outside the kept rows and columns."""
     import torch
-
-    from loram_cli.pruning.groups import LayerKeep
 
     geometry = family.geometry(config)
     for module, pair in adapter.pairs.items():

@@ -1,14 +1,20 @@
 """Inspect: what a directory is, from its records and headers alone; no weight is read."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loram_cli.arch.spec import Geometry, LayerGeometry
+from loram_cli.checkpoint.header import read_header
+from loram_cli.checkpoint.index import CheckpointIndex, read_config, read_json
+from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
+from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.rundir import OUTPUTS, STATE_NAME, RunDirectory
-from loram_cli.tools import checks as soundness
+from loram_cli.tools import checks
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,9 @@ def inspect(directory: Path) -> Inspection:
             "spec": dict(manifest.spec),
             "results": dict(manifest.results),
         }
-    if soundness.is_adapter(directory):
+    if checks.is_adapter(directory):
         return Inspection(directory, "adapter", **{**parts, **_adapter(directory, parts)})
-    if soundness.is_checkpoint(directory):
+    if checks.is_checkpoint(directory):
         return Inspection(directory, "checkpoint", **parts, **_checkpoint(directory))
     if manifest is not None:
         return Inspection(directory, "evaluation", **parts)
@@ -111,32 +117,26 @@ def _run(directory: Path) -> Inspection:
 
 
 def _checkpoint(directory: Path) -> dict[str, Any]:
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.header import DTYPE_NAMES
-    from loram_cli.checkpoint.index import CheckpointIndex, read_config
-
     config = read_config(directory)
     index = CheckpointIndex.open(directory)
     try:
-        geometry = family_for(config, str(directory)).geometry(config)
+        layers = _widths(Model.open(directory).geometry)
     except (LoramError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         # Not a decoder that we know: what its headers say can still be told.
-        layers: tuple[LayerWidth, ...] = ()
-    else:
-        layers = _widths(geometry)
+        layers = ()
     return {
         "family": config.get("model_type"),
         "params": index.num_params,
         "weight_bytes": index.num_bytes,
-        "dtypes": tuple(sorted({DTYPE_NAMES[entry.dtype] for entry in index.tensors.values()})),
+        "dtypes": tuple(sorted({entry.dtype.name for entry in index.tensors.values()})),
         "layers": layers,
     }
 
 
-def _widths(geometry: Any) -> tuple[LayerWidth, ...]:
+def _widths(geometry: Geometry) -> tuple[LayerWidth, ...]:
     """Each layer against the widest one, which in a pruned model is a layer left whole."""
 
-    def linear_params(layer: Any) -> int:
+    def linear_params(layer: LayerGeometry) -> int:
         heads = 2 * layer.num_attention_heads + 2 * layer.num_key_value_heads
         return geometry.hidden_size * (heads * layer.head_dim + 3 * layer.intermediate_size)
 
@@ -154,12 +154,6 @@ def _widths(geometry: Any) -> tuple[LayerWidth, ...]:
 
 
 def _adapter(directory: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
-    import math
-
-    from loram_cli.checkpoint.header import DTYPE_NAMES, read_header
-    from loram_cli.checkpoint.index import read_json
-    from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
-
     config = read_json(directory / CONFIG_NAME)
     entries = read_header(directory / WEIGHTS_NAME)
     targets = config.get("target_modules")
@@ -167,7 +161,7 @@ def _adapter(directory: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
         "base": parts.get("base") or config.get("base_model_name_or_path"),
         "params": sum(math.prod(entry.shape) for entry in entries),
         "weight_bytes": sum(entry.num_bytes for entry in entries),
-        "dtypes": tuple(sorted({DTYPE_NAMES[entry.dtype] for entry in entries})),
+        "dtypes": tuple(sorted({entry.dtype.name for entry in entries})),
         "adapter": {
             "peft_type": config.get("peft_type"),
             "r": config.get("r"),

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from loram_cli.arch.spec import Family
 from loram_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family
-    from loram_cli.memory.picture import Bar
-    from loram_cli.memory.setup import TrainingSetup
+from loram_cli.memory import account, training
+from loram_cli.memory.picture import Bar
+from loram_cli.memory.setup import TrainingSetup
+from loram_cli.pruning.plan import layer_widths, pruned_config
 
 BASE_NAME = "base"
 _PRECISIONS: tuple[Literal["bf16", "nf4"], ...] = ("bf16", "nf4")
@@ -75,10 +75,8 @@ class MemoryRow:
         """What training on this model is called: LoRA or QLoRA on a base, else LoRAM, QLoRAM."""
         return ("Q" if self.precision == "nf4" else "") + ("LoRA" if self.is_base else "LoRAM")
 
-    def bar(self) -> "Bar":
+    def bar(self) -> Bar:
         """The training memory as a bar, part by part."""
-        from loram_cli.memory.picture import Bar
-
         return Bar(
             f"{self.name} {self.method}",
             (
@@ -97,7 +95,7 @@ class MemoryRow:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelRow:
     """A model to put on rows: its config, and the zeros in it, by share or as counted."""
 
     name: str
@@ -126,10 +124,10 @@ class FitAnswer:
 
 
 def model_rows(
-    family: "Family",
-    base: Model,
-    model: Model,
-    setup: "TrainingSetup",
+    family: Family,
+    base: ModelRow,
+    model: ModelRow,
+    setup: TrainingSetup,
     fit_bytes: int | None,
 ) -> Iterator[MemoryRow]:
     """A model's rows: in bf16, then in NF4.
@@ -141,8 +139,6 @@ def model_rows(
         setup: How it is trained; the precision is the row's own.
         fit_bytes: Work out the largest micro-batch in so much memory.
     """
-    from loram_cli.memory import account, training
-
     base_params = account.count_params(family, base.config).total
     stored_params = account.count_params(family, model.config).total
     params = account.count_nonzero_params(family, model.config, model.sparsity).total - model.zeros
@@ -181,9 +177,9 @@ def model_rows(
 
 
 def fit_answers(
-    family: "Family",
+    family: Family,
     config: dict[str, Any],
-    setup: "TrainingSetup",
+    setup: TrainingSetup,
     keeps: tuple[int, int],
     multiple_of: int,
     fit_bytes: int,
@@ -198,9 +194,6 @@ def fit_answers(
         multiple_of: Of which the channels that stay are a multiple.
         fit_bytes: The memory.
     """
-    from loram_cli.memory import account, training
-    from loram_cli.pruning.plan import layer_widths, pruned_config
-
     geometry = family.geometry(config)
     for precision in _PRECISIONS:
         mine = replace(setup, quantize="nf4" if precision == "nf4" else None)

@@ -5,35 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loram_cli.checkpoint.index import read_json
+from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
+from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 from loram_cli.reporting import Reporter
+from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.rundir import OUTPUTS, STATE_NAME
-from loram_cli.stages.core.lifecycle import key_of
-from loram_cli.tools import checks as soundness
-
-_PARTS = {
-    "tensors": "tensor names or shapes",
-    "weights": "weights",
-    "config": "config.json",
-    "tokenizer": "tokenizer",
-    "chat_template": "chat template",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifySpec:
-    """What to verify.
-
-    Attributes:
-        directory: A stage's output, a run directory, a model or an adapter.
-        values: Read every weight and look for NaN and infinity.
-        ancestry: Follow inputs to the directories that they name.
-    """
-
-    directory: Path
-    values: bool = False
-    ancestry: bool = True
+from loram_cli.stages.core.lineage import PARTS, TEMPLATE, differences
+from loram_cli.stages.core.plan import recorded_key
+from loram_cli.stages.specs import SPECS
+from loram_cli.tools import checks
+from loram_cli.tools.specs import VerifySpec
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,7 @@ def _roots(directory: Path) -> list[Path]:
 
 
 def _holds_weights(directory: Path) -> bool:
-    return soundness.is_checkpoint(directory) or soundness.is_adapter(directory)
+    return checks.is_checkpoint(directory) or checks.is_adapter(directory)
 
 
 class _Walk:
@@ -109,21 +93,22 @@ class _Walk:
         manifest = self._manifest(directory)
         keep = manifest.keep if manifest else {}
         if manifest is not None:
-            self.problems += soundness.check_files(directory, manifest)
+            self.problems += checks.check_files(directory, manifest)
             if not manifest.outputs:
                 self.notes.append(f"{directory}: made before digests of outputs were recorded")
-            if manifest.key != key_of(manifest.stage, manifest.spec, manifest.inputs):
+            spec = SPECS[manifest.stage]
+            if manifest.key != recorded_key(manifest.stage, spec, manifest.spec, manifest.inputs):
                 self.problems.append(
                     f"{directory / MANIFEST_NAME}: its key does not follow from spec and inputs"
                 )
-        if soundness.is_checkpoint(directory):
-            self.problems += soundness.check_checkpoint(
+        if checks.is_checkpoint(directory):
+            self.problems += checks.check_checkpoint(
                 directory, keep, self._reporter, values=self._spec.values
             )
-        if soundness.is_adapter(directory):
+        if checks.is_adapter(directory):
             model = self._model_of(directory, manifest)
             stage = manifest.stage if manifest else None
-            self.problems += soundness.check_adapter(directory, keep, stage, model)
+            self.problems += checks.check_adapter(directory, keep, stage, model)
         if manifest is not None and self._spec.ancestry:
             for label, record in manifest.inputs.items():
                 self._input(directory, label, record)
@@ -139,9 +124,6 @@ class _Walk:
 
     def _model_of(self, directory: Path, manifest: Manifest | None) -> Path | None:
         """The model that an adapter fits: recorded by us, or named as PEFT does."""
-        from loram_cli.checkpoint.index import read_json
-        from loram_cli.lora.adapter import CONFIG_NAME
-
         if manifest is None:
             try:
                 named = str(read_json(directory / CONFIG_NAME).get("base_model_name_or_path"))
@@ -152,7 +134,7 @@ class _Walk:
             record = manifest.inputs.get("source" if manifest.stage == "train" else "base", {})
             named = str(record.get("path"))
         model = locate(named, directory)
-        if model is None or not soundness.is_checkpoint(model):
+        if model is None or not checks.is_checkpoint(model):
             self.notes.append(f"{directory}: shapes not compared, {named} is not here")
             return None
         return model
@@ -172,10 +154,6 @@ class _Walk:
 def _input_problems(
     about: str, path: Path, record: Mapping[str, Any], *, is_first: bool
 ) -> Iterator[str]:
-    from loram_cli.checkpoint.identity import identify
-    from loram_cli.lora.adapter import WEIGHTS_NAME
-    from loram_cli.runs.digests import file_digest
-
     try:
         if path.is_file():
             if record.get("bytes") not in (None, file_digest(path)):
@@ -184,15 +162,15 @@ def _input_problems(
         if "key" in record and Manifest.read(path).key != record["key"]:
             yield f"{about} was made anew since, with other settings or inputs"
         # An adapter as input has its file's digest under 'weights', or 'adapter' in evaluations.
-        if soundness.is_adapter(path):
+        if checks.is_adapter(path):
             recorded = record.get("adapter") or record.get("weights")
             if recorded not in (None, file_digest(path / WEIGHTS_NAME)):
                 yield f"{about} is another adapter than the one that was used"
-        elif is_first and soundness.is_checkpoint(path):
-            identity = identify(path).to_mapping()
-            for part, said in _PARTS.items():
-                if record.get(part) not in (None, identity[part]):
-                    yield f"{about} has changed since: {said} differ from what was used"
+        elif is_first and checks.is_checkpoint(path):
+            identity = Model.open(path).identity.to_mapping()
+            known = {part: said for part, said in (PARTS | TEMPLATE).items() if record.get(part)}
+            for said in differences(record, identity, known):
+                yield f"{about} has changed since: {said} differ from what was used"
     except LoramError as error:
         yield error.message
 

@@ -1,83 +1,54 @@
 """``loram generate``."""
 
 import sys
-from typing import Annotated
+from dataclasses import dataclass
 
-import typer
-
-from loram_cli.cli import options
+from loram_cli.cli.commands.evaluate import ROW_HELP, ROWS_HELP
+from loram_cli.cli.options import (
+    BaseOptions,
+    Values,
+    comma_separated,
+    layered,
+    reporter_for,
+    settle,
+)
+from loram_cli.schema import setting
+from loram_cli.stages.evaluate.spec import GenerateSpec
 
 NAME = "generate"
 EPILOG = 'Example: loram generate --rows base,recovered "How many legs do 3 cats have?"'
 
 
-def command(
-    prompt: Annotated[
-        list[str] | None,
-        typer.Argument(help="What to ask; quote each. Without one, what is piped in."),
-    ] = None,
-    rows: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma-separated: base, pruned, recovered, merged, full-lora. (default: recovered)"
-        ),
-    ] = None,
-    row: options.ModelRow = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            help="question, instruction, messages, or prompt as it is. (default: as trained on)"
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens at most. (default: 256)")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 takes the likeliest token. (default: 0)")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Share of probability to draw from. (default: 1)")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")
-    ] = None,
-    quantize: options.EvalQuantize = None,
-    weights_memory: options.WeightsMemory = None,
-    run: options.Run = None,
-    model: options.Model = None,
-    device: options.Device = None,
-    seed: options.Seed = None,
-    json_output: options.Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(BaseOptions):
+    """Whom to ask."""
+
+    rows: str | None = setting(None, help=ROWS_HELP, default_text="recovered")
+    row: tuple[str, ...] = setting((), help=ROW_HELP, repeat=True)
+
+
+SPEC, OPTIONS = GenerateSpec, GenerateOptions
+
+
+def command(values: Values, options: GenerateOptions) -> None:
     """Ask the full model with the recovered adapter, whether or not the GPU holds it."""
-    from loram_cli.cli.commands.evaluate import parse_rows
     from loram_cli.cli.draw.console import print_json, stdout_console
-    from loram_cli.config import defaults as resolve
+    from loram_cli.config.defaults import generate_spec, model_dir
+    from loram_cli.config.rows import asked_rows, parse_rows, run_rows
     from loram_cli.stages.evaluate import generate
 
-    prompts = tuple(prompt or ())
-    if not prompts and sys.stdin is not None and not sys.stdin.isatty():
-        prompts = (sys.stdin.read().rstrip("\n"),)
-    values = options.layered(
-        NAME,
-        prompts=prompts,
-        layout=layout,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        stop=tuple(stop) if stop else None,
-        quantize=quantize,
-        weights_memory=weights_memory,
-        device=device,
-        seed=seed,
-    )
-    reporter = options.reporter_for(json_output)
-    directory, name = options.settle(run, model, reporter, remember=False)
-    spec = resolve.generate_spec(
-        directory, name, values, choose=options.comma_separated(rows), more=parse_rows(row or [])
-    )
+    if "prompts" not in values and sys.stdin is not None and not sys.stdin.isatty():
+        values["prompts"] = (sys.stdin.read().rstrip("\n"),)
+    values = {"prompts": (), **layered(NAME, values)}
+    reporter = reporter_for(options.json_output)
+    own = parse_rows(options.row)
+    first_own = next(iter(own.values()), (None,))[0]
+    place = settle(options, reporter, at_hand=first_own if options.run is None else None)
+    rows = run_rows(place.run, model_dir(place.model))
+    values["rows"] = asked_rows(rows, comma_separated(options.rows), own)
+    spec = generate_spec(place, values)
     answers = generate.run(spec, reporter)
-    if json_output:
+    if options.json_output:
         print_json({"answers": [answer.to_mapping() for answer in answers]})
         return
     console = stdout_console()

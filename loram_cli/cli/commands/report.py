@@ -1,26 +1,35 @@
 """``loram report``."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from loram_cli.cli import options
+from loram_cli.cli.options import DEFAULT_RUN, Values, settings
+from loram_cli.schema import Spec, setting
 
 NAME = "report"
 EPILOG = "Example: loram report --run loram-run --out report.html"
 
 
-def command(
-    run: options.Run = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The file. (default: report.html in the run)")
-    ] = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Spec):
+    """Of which run, and where to."""
+
+    run: Path | None = setting(
+        None, env="LORAM_RUN", help="Run directory.", default_text=str(DEFAULT_RUN)
+    )
+    out: Path | None = setting(None, help="The file.", default_text="report.html in the run")
+
+
+SPEC, OPTIONS = None, ReportOptions
+
+
+def command(values: Values, options: ReportOptions) -> None:
     """Write a run as one HTML page: scores, loss curves, widths, specs; nothing to load."""
     from loram_cli.tools.html_page import PAGE_NAME, write_page
 
-    directory = run or options.settings().run or options.DEFAULT_RUN
-    file = out or directory / PAGE_NAME
+    directory = options.run or settings().run or DEFAULT_RUN
+    file = options.out or directory / PAGE_NAME
     write_page(directory, file)
     typer.echo(f"wrote {file}")

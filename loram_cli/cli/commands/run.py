@@ -1,75 +1,71 @@
 """``loram run``."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from loram_cli.cli.options import (
+    DEFAULT_RUN,
+    BaseOptions,
+    Values,
+    reporter_for,
+    settings,
+    show_plans,
+)
+from loram_cli.schema import setting
 
-from loram_cli.cli import options
+if TYPE_CHECKING:
+    from loram_cli.stages.core.lifecycle import StageResult
 
 NAME = "run"
 EPILOG = "Example: loram run recipes/demo.yaml"
 
 
-def command(
-    recipe: Annotated[Path, typer.Argument(help="YAML file with the stages; see recipes/.")],
-    run: Annotated[
-        Path | None,
-        typer.Option("--run", envvar="LORAM_RUN", help="Run directory; else the recipe's."),
-    ] = None,
-    model: options.Model = None,
-    force: options.Force = False,
-    dry_run: options.DryRun = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Also write report.html into the run directory.")
-    ] = False,
-    json_output: options.Json = False,
-) -> None:
-    """Run the stages of a recipe: what is done is skipped, what was interrupted goes on."""
-    from dataclasses import asdict, replace
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(BaseOptions):
+    """Which recipe, and how."""
 
+    recipe: Path = setting(help="YAML file with the stages; see recipes/.", argument=True)
+    force: bool = setting(False, switch=True, help="Replace existing outputs.")
+    dry_run: bool = setting(False, switch=True, help="Check everything, print the plan, stop.")
+    report: bool = setting(
+        False, switch=True, help="Also write report.html into the run directory."
+    )
+
+
+SPEC, OPTIONS = None, RecipeOptions
+
+
+def command(values: Values, options: RecipeOptions) -> None:
+    """Run the stages of a recipe: what is done is skipped, what was interrupted resumes."""
     from loram_cli import pipeline
-    from loram_cli.cli.draw.console import print_json, show_result, stage_lines, stdout_console
+    from loram_cli.cli.draw.console import print_json, show_result
     from loram_cli.cli.draw.scores import show_scores
     from loram_cli.config.recipe import load_recipe
     from loram_cli.runs.rundir import RunDirectory
-    from loram_cli.stages.core.lifecycle import StageResult
-    from loram_cli.units import format_bytes, format_params
+    from loram_cli.tools.html_page import PAGE_NAME, write_page
 
-    settings = options.settings()
-    loaded = settings.over(load_recipe(recipe))
-    if model is not None:
-        loaded = replace(loaded, model=model)
-    console = stdout_console()
-    if dry_run:
-        plan = pipeline.dry_run(loaded)
-        if json_output:
-            print_json(asdict(plan))
-            return
-        console.print(
-            f"{loaded.model}: {format_params(plan.base_params)} -> "
-            f"{format_params(plan.pruned_params)} "
-            f"parameters to train on ({format_bytes(plan.pruned_weight_bytes)} in bf16, "
-            f"{format_bytes(plan.nf4_weight_bytes)} in NF4)"
-        )
-        for stage in plan.stages:
-            words = " ".join(f"{k}={v}" for k, v in plan.values.get(stage, {}).items())
-            console.print(f"  {stage}: {words}".rstrip(": "))
+    elsewhere = settings()
+    recipe = elsewhere.over(load_recipe(options.recipe))
+    if options.model is not None:
+        recipe = replace(recipe, model=options.model)
+    directory = RunDirectory(options.run or recipe.run or elsewhere.run or DEFAULT_RUN)
+    reporter = reporter_for(options.json_output)
+    if options.dry_run:
+        show_plans(pipeline.plan(recipe, directory, reporter), options.json_output)
         return
-    directory = RunDirectory(run or loaded.run or settings.run or options.DEFAULT_RUN)
 
-    def tell(result: StageResult) -> None:
-        if not json_output:
-            show_result(result, stage_lines(result), False, then=False)
+    def tell(result: "StageResult") -> None:
+        if not options.json_output:
+            show_result(result, False, then=False)
 
-    reporter = options.reporter_for(json_output)
-    results = pipeline.run(loaded, directory, force=force, reporter=reporter, on_result=tell)
-    if report:
-        from loram_cli.tools.html_page import PAGE_NAME, write_page
-
+    results = pipeline.run(
+        recipe, directory, force=options.force, reporter=reporter, on_result=tell
+    )
+    if options.report:
         write_page(directory.path, directory.path / PAGE_NAME)
         reporter.note(f"wrote {directory.path / PAGE_NAME}")
-    if json_output:
+    if options.json_output:
         print_json([result.to_mapping() for result in results])
         return
     for result in results:

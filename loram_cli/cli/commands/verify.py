@@ -1,35 +1,22 @@
 """``loram verify``."""
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from loram_cli.cli import options
+from loram_cli.cli.options import JsonOption, Values, reporter_for
+from loram_cli.tools.specs import VerifySpec
 
 NAME = "verify"
 EPILOG = "Example: loram verify loram-run/recovered"
+SPEC, OPTIONS = VerifySpec, JsonOption
 
 
-def command(
-    directory: Annotated[
-        Path, typer.Argument(help="An output, a run directory, a model or an adapter.")
-    ],
-    values: Annotated[
-        bool, typer.Option("--values", help="Also read every weight: no NaN, no infinity.")
-    ] = False,
-    ancestry: Annotated[
-        bool, typer.Option(help="Follow inputs to the directories that they name.")
-    ] = True,
-    json_output: options.Json = False,
-) -> None:
+def command(values: Values, options: JsonOption) -> None:
     """Check files, shapes and ancestry of a directory against what was recorded."""
     from loram_cli.cli.draw.console import print_json, stdout_console
     from loram_cli.tools import verify
 
-    spec = verify.VerifySpec(directory=directory, values=values, ancestry=ancestry)
-    report = verify.run(spec, options.reporter_for(json_output))
-    if json_output:
+    report = verify.run(VerifySpec(**values), reporter_for(options.json_output))
+    if options.json_output:
         print_json(report.to_mapping())
     else:
         console = stdout_console()

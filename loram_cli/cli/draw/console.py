@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from loram_cli.cli.draw.widths import width_advice
+from loram_cli.cli.draw.results import result_lines
 from loram_cli.reporting import Progress as ProgressProtocol
 from loram_cli.runs.processes import is_main_process
 from loram_cli.stages.core.lifecycle import StageResult
-from loram_cli.units import format_bytes, format_params, format_seconds
+from loram_cli.units import format_bytes, format_seconds
 
 _PLAIN_SECONDS = 10.0
 _NEXT = {
@@ -129,14 +129,11 @@ class _PlainProgress:
         self._console.print(escape(", ".join(filter(None, [*parts, self._detail]))))
 
 
-def show_result(
-    result: StageResult, lines: Sequence[str], json_output: bool, *, then: bool = True
-) -> None:
+def show_result(result: StageResult, json_output: bool, *, then: bool = True) -> None:
     """Print what a stage did: JSON, or what was read and written, a few figures, what is next.
 
     Args:
         result: Of the stage.
-        lines: Its figures.
         json_output: Print one JSON object instead.
         then: Name the next command; not where a recipe goes on by itself.
     """
@@ -148,8 +145,10 @@ def show_result(
     console = stdout_console()
     state = "" if result.fresh else " (was done already; --force redoes it)"
     console.print(f"{result.stage}: read {result.read}, wrote {result.wrote}{state}")
-    for line in lines:
+    for line in result_lines(result.result):
         console.print(f"  {line}")
+    if (result.wrote / "loss.png").is_file():
+        console.print(f"  loss curve: {result.wrote / 'loss.png'}, {result.wrote / 'loss.csv'}")
     if result.fresh:
         console.print(
             f"  took {format_seconds(result.manifest.wall_seconds)}, "
@@ -158,66 +157,6 @@ def show_result(
         )
     if then and result.stage in _NEXT:
         console.print(f"next: {_NEXT[result.stage]}")
-
-
-def stage_lines(result: StageResult) -> list[str]:
-    """The figures worth showing of a stage's result."""
-    r = result.manifest.results
-    if result.stage == "prune":
-        return [f"{format_params(r['base_params'])} -> {prune_line(r)}", *width_advice(r)]
-    if result.stage in ("align", "train"):
-        lines = []
-        if result.stage == "train":
-            trained_on = format_params(r["trained_on_params"])
-            lines.append(f"LoRA of {format_params(r['lora_params'])} parameters on {trained_on}")
-        if r.get("objective", "sft") != "sft":
-            lines += _objective_lines(r)
-        elif r.get("eval_loss_before") is not None:
-            before, after = r["eval_loss_before"], r["eval_loss_after"]
-            cost = f"{r['steps']} steps" if r["steps"] else f"{r['tokens']} tokens"
-            lines.append(f"held-out loss {before:.4f} -> {after:.4f} in {cost}")
-        if (result.wrote / "loss.png").is_file():
-            lines.append(f"loss curve: {result.wrote / 'loss.png'}, {result.wrote / 'loss.csv'}")
-        return lines
-    if result.stage == "recover":
-        return [
-            f"{r['modules']} modules verified: kept rows and columns equal, zero elsewhere; "
-            f"{format_params(r['small_params'])} -> {format_params(r['full_params'])} parameters"
-        ]
-    return []
-
-
-def _objective_lines(results: dict[str, Any]) -> list[str]:
-    """What preference and policy training reached on held-out data."""
-    lines = []
-    if "eval_reward_accuracy_after" in results:
-        accuracy, margin = (results[f"eval_reward_{k}_after"] for k in ("accuracy", "margin"))
-        lines.append(
-            f"held-out preferences: {accuracy:.1%} right, reward margin {margin:.3f} "
-            f"(0 at the start) in {results['steps']} steps"
-        )
-    if "eval_reward_after" in results:
-        before, after = results["eval_reward_before"], results["eval_reward_after"]
-        lines.append(
-            f"held-out reward {before:.3f} -> {after:.3f} in {results['steps']} steps "
-            "(one answer drawn per question)"
-        )
-    return lines
-
-
-def prune_line(results: dict[str, Any]) -> str:
-    """What is left after pruning, by plan or by count."""
-    left, share = format_params(results["pruned_params"]), results["removed_share"]
-    on_disk = format_bytes(results["weight_bytes"])
-    if results.get("sparsity"):
-        return (
-            f"{left} parameters that are not zero ({share:.1%} of all zeroed); "
-            f"zeros take their place: {on_disk} on disk and in memory, as before"
-        )
-    return (
-        f"{left} parameters: {results['reduction']:.2f}x smaller "
-        f"({share:.1%} of all parameters removed), {on_disk} on disk"
-    )
 
 
 def stdout_console() -> Console:

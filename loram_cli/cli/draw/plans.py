@@ -1,18 +1,26 @@
 """What ``--dry-run`` prints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.table import Table
+
 from loram_cli.cli.draw.console import print_json, stdout_console
+from loram_cli.cli.draw.widths import prune_line, widths_remarks, widths_table
 from loram_cli.stages.core.plan import StagePlan
+from loram_cli.stages.core.results import CalibrationFigures, PruneResult
 from loram_cli.units import format_bytes, format_params
 
 
-def show_plans(plans: Sequence[StagePlan], json_output: bool) -> None:
-    """Print plans: one JSON object (a list when there are several), or a few lines each."""
+def show_plans(plans: Sequence[StagePlan[Any]], json_output: bool) -> None:
+    """Print plans: ``{"plans": [...]}``, or a few lines each.
+
+    Args:
+        plans: In the order in which the stages would run.
+        json_output: Print one JSON object.
+    """
     if json_output:
-        told = [plan.to_mapping() for plan in plans]
-        print_json(told[0] if len(told) == 1 else told)
+        print_json({"plans": [plan.to_mapping() for plan in plans]})
         return
     console = stdout_console()
     for plan in plans:
@@ -20,25 +28,57 @@ def show_plans(plans: Sequence[StagePlan], json_output: bool) -> None:
             console.print(line)
 
 
-def plan_lines(plan: StagePlan) -> list[str]:
-    """A plan in words."""
+def plan_lines(plan: StagePlan[Any]) -> Iterator[str | Table]:
+    """A plan in words, and what pruning leaves of each layer as a table.
+
+    Args:
+        plan: Of any stage.
+    """
     if plan.done:
-        return [f"{plan.stage}: {plan.writes} is done already; --force would redo it"]
-    lines = [f"would {plan.stage}: read {', '.join(plan.reads)}, write {plan.writes}"]
-    words = [_figure(name, value) for name, value in plan.figures.items() if value is not None]
+        yield f"{plan.stage}: {plan.writes} is done already; --force would redo it"
+        return
+    reads = f"read {', '.join(plan.reads)}, " if plan.reads else ""
+    ahead = "" if plan.checked else " (by arithmetic: its inputs are still to be made)"
+    yield f"would {plan.stage}: {reads}write {plan.writes}{ahead}"
+    words = [_figure(k, v) for k, v in plan.figures.items() if v is not None and v != {}]
     if words:
-        lines.append(f"  {', '.join(words)}")
+        yield f"  {', '.join(words)}"
     needed = f"{format_bytes(plan.disk_bytes)} needed at most, " if plan.disk_bytes else ""
-    lines.append(f"  disk: {needed}{format_bytes(plan.free_bytes)} free")
+    yield f"  disk: {needed}{format_bytes(plan.free_bytes)} free"
     if plan.memory_bytes:
         more = "" if plan.stage == "train" else " and what activations take"
+        more = " beside one decoder layer" if plan.stage == "prune" else more
         each = f" in each of {plan.processes} processes" if plan.processes > 1 else ""
-        lines.append(f"  memory{each}: {format_bytes(plan.memory_bytes)}{more}")
-    return lines
+        yield f"  memory{each}: {format_bytes(plan.memory_bytes)}{more}"
+    result = plan.figures.get("result")
+    if isinstance(result, PruneResult):
+        yield from _pruned_lines(result)
+
+
+def _pruned_lines(result: PruneResult) -> Iterator[str | Table]:
+    if result.calibration:
+        yield f"  {_calibration(result.calibration)}"
+    if not result.sparsity:
+        yield widths_table(result)
+        yield from widths_remarks(result)
+
+
+def _calibration(needs: CalibrationFigures) -> str:
+    hessians = needs.hessian_memory_bytes
+    return (
+        f"calibration: {needs.samples} windows of {needs.length} tokens; one decoder layer in "
+        f"memory, activations {format_bytes(needs.activation_memory_bytes)} in memory and "
+        f"{format_bytes(needs.activation_disk_bytes)} on disk"
+        + (f", Hessians {format_bytes(hessians)} at most" if hessians else "")
+    )
 
 
 def _figure(name: str, value: Any) -> str:
-    if isinstance(value, dict):
+    if isinstance(value, PruneResult):
+        return f"{format_params(value.base_params)} -> {prune_line(value)}"
+    if name == "settings":
+        return " ".join(f"{key}={item}" for key, item in value.items())
+    if isinstance(value, Mapping):
         rows = (f"{label} ({format_params(params)})" for label, params in value.items())
         return f"{name}: {', '.join(rows)}"
     if isinstance(value, list):

@@ -1,11 +1,11 @@
 """What pruning keeps of each layer, as a table."""
 
 from itertools import groupby
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from loram_cli.stages.core.results import PruneResult
 from loram_cli.units import format_bytes, format_params
 
 # Numbers of 2 bytes in 16, to which cuBLAS wants rows aligned.
@@ -13,18 +13,17 @@ _TENSOR_CORE_WIDTH = 8
 _WIDE = 1024
 
 
-def widths_table(results: dict[str, Any]) -> Table:
+def widths_table(result: PruneResult) -> Table:
     """What stays of each layer; layers in a row that keep alike share a line.
 
     Args:
-        results: Of the plan or of the stage: ``widths`` and ``base_widths`` by layer.
+        result: Of the plan or of the stage.
     """
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("layers", "attention heads", "key/value heads", "MLP channels", "kept"):
         table.add_column(name, justify="left" if name == "layers" else "right")
     widths = [
-        (tuple(results["widths"][str(i)]), tuple(results["base_widths"][str(i)]))
-        for i in range(len(results["base_widths"]))
+        (result.widths[str(i)], result.base_widths[str(i)]) for i in range(len(result.base_widths))
     ]
     first = 0
     for (kept, whole), group in groupby(widths):
@@ -40,16 +39,16 @@ def widths_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def width_advice(results: dict[str, Any]) -> list[str]:
+def width_advice(result: PruneResult) -> list[str]:
     """A line where pruning left MLPs of a width that GPUs multiply slowly.
 
     Args:
-        results: Of the plan or of the stage.
+        result: Of the plan or of the stage.
     """
     slow = [
         kept[2]
-        for i, kept in results["widths"].items()
-        if kept[2] % _TENSOR_CORE_WIDTH and not results["base_widths"][i][2] % _TENSOR_CORE_WIDTH
+        for i, kept in result.widths.items()
+        if kept[2] % _TENSOR_CORE_WIDTH and not result.base_widths[i][2] % _TENSOR_CORE_WIDTH
     ]
     # Of small matrices a GPU's time is not the multiplication.
     if max(slow, default=0) < _WIDE:
@@ -60,19 +59,34 @@ def width_advice(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def widths_remarks(results: dict[str, Any]) -> list[str]:
+def widths_remarks(result: PruneResult) -> list[str]:
     """Lines under the table: where the widths come from, and what they do not tell."""
     remarks = []
-    if results["ratio"] is not None and results["scope"] == "layer":
-        remarks.append(f"ratio {results['ratio']:g} of the groups of each pruned layer")
-    if results["scope"] == "global":
+    if result.ratio is not None and result.scope == "layer":
+        remarks.append(f"ratio {result.ratio:g} of the groups of each pruned layer")
+    if result.scope == "global":
         remarks.append(
-            f"--scope global: {format_params(results['remove_params'])} parameters will go; how "
+            f"--scope global: {format_params(result.remove_params)} parameters will go; how "
             "the layers share them is known after ranking, shown is the even share"
         )
-    if results["card_bytes"] is not None:
+    if result.card_bytes is not None:
         remarks.append(
-            f"LoRA training wants a card of {format_bytes(results['card_bytes'])}, with its usual "
+            f"LoRA training wants a card of {format_bytes(result.card_bytes)}, with its usual "
             "reserve"
         )
-    return remarks + width_advice(results)
+    return remarks + width_advice(result)
+
+
+def prune_line(result: PruneResult) -> str:
+    """What is left after pruning, by plan or by count."""
+    left, share = format_params(result.pruned_params), result.removed_share
+    on_disk = format_bytes(result.weight_bytes)
+    if result.sparsity:
+        return (
+            f"{left} parameters that are not zero ({share:.1%} of all zeroed); "
+            f"zeros take their place: {on_disk} on disk and in memory, as before"
+        )
+    return (
+        f"{left} parameters: {result.reduction:.2f}x smaller "
+        f"({share:.1%} of all parameters removed), {on_disk} on disk"
+    )

@@ -51,21 +51,21 @@ _KINDS: dict[str, tuple[str, str, str, str]] = {
     "recover": ("LoRA adapter", "peft", "adapter", _LOAD_ADAPTER),
     "merge": ("merged model", "transformers", "finetune", _LOAD_MERGED),
 }
-# Where things lie is the maker's own business; a card is meant to be published.
-_PRIVATE = (
-    "model", "source", "adapter", "from_adapter", "out", "force", "device", "report_to",
-    "max_shard_bytes",
-)  # fmt: skip
 
 
 def model_card(
-    stage: str, spec: Mapping[str, Any], base: Mapping[str, Any], results: Mapping[str, Any]
+    stage: str,
+    spec: Mapping[str, Any],
+    out: str,
+    base: Mapping[str, Any],
+    results: Mapping[str, Any],
 ) -> str | None:
     """The card of a stage's output, without times or local paths; None for evaluations.
 
     Args:
         stage: Which stage made the output.
-        spec: Its plain spec.
+        spec: What of its plain spec may be published: no local paths.
+        out: Where the output goes.
         base: The base's record in the manifest.
         results: What the stage measured.
     """
@@ -75,7 +75,7 @@ def model_card(
     path = Path(str(base.get("path", "")))
     published = hub_id(path)
     name = published or path.name or "the base"
-    this = f"./{Path(str(spec.get('out', stage))).name}"
+    this = f"./{Path(out).name}"
     lines = [
         _front_matter(library, published, relation),
         f"# {kind[0].upper()}{kind[1:]} of {name}",
@@ -87,7 +87,7 @@ def model_card(
         "",
         "## How it was made",
         "",
-        *_table("setting", {k: v for k, v in spec.items() if k not in _PRIVATE}),
+        *_table("setting", spec),
         *_table("result", results),
     ]
     return "\n".join(lines).rstrip() + "\n"

@@ -1,37 +1,31 @@
 """What every stage does around its work: key, staged directory, meter, manifest."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.meter import Meter
 from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.runs.staging import StagedDirectory, partial_directory, staged_directory
-from loram_cli.schema import digest_of, spec_to_mapping
+from loram_cli.schema import plain, settings_of, spec_to_mapping
 from loram_cli.stages.core.card import CARD_NAME, model_card
-
-# Fields that say where things lie or how fast to go, not what comes out.
-_NOT_IN_KEY = (
-    "model", "source", "adapter", "out", "force", "device", "fsdp", "calibration_memory_bytes",
-    "plan", "report_to", "from_adapter",
-    # Of eval: the inputs hold the digests of rows and data.
-    "rows", "task_data", "batch_size", "weights_memory", "replace",
-)  # fmt: skip
+from loram_cli.stages.core.plan import StagePlan, key_of
+from loram_cli.stages.core.results import Result, result_of
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage gives back to the CLI.
+    """What a stage gives back.
 
     Attributes:
         stage: Its name.
         read: The directory it read.
         wrote: The directory it wrote.
         manifest: The record in it.
+        result: What the stage measured.
         fresh: False when the output was already there and whole.
     """
 
@@ -39,6 +33,7 @@ class StageResult:
     read: Path
     wrote: Path
     manifest: Manifest
+    result: Result
     fresh: bool
 
     def to_mapping(self) -> dict[str, Any]:
@@ -59,9 +54,15 @@ class StageRun:
     """A stage under way: write into :attr:`path`, then call :meth:`commit`."""
 
     def __init__(
-        self, name: str, staged: StagedDirectory, record: Mapping[str, Any], read: Path
+        self,
+        planned: StagePlan[Any],
+        staged: StagedDirectory,
+        record: Mapping[str, Any],
+        private: frozenset[str],
+        read: Path,
     ) -> None:
-        self._name = name
+        self._planned = planned
+        self._private = private
         self._staged = staged
         self._record = record
         self._read = read
@@ -71,10 +72,9 @@ class StageRun:
     @property
     def finished(self) -> StageResult | None:
         """The result, when the same stage with the same key was done before."""
-        manifest = self._staged.finished
-        if manifest is None:
+        if self._staged.finished is None:
             return None
-        return StageResult(self._name, self._read, self._staged.final, manifest, fresh=False)
+        return self._result(self._staged.finished, fresh=False)
 
     def restart_meter(self) -> None:
         """Measure from here: called once the libraries are imported."""
@@ -82,30 +82,30 @@ class StageRun:
 
     def commit(
         self,
-        results: Mapping[str, Any],
+        result: Result,
         *,
-        base: Mapping[str, Any],
-        keep: Mapping[str, Any],
+        keep: Mapping[str, Any] | None = None,
         sparsity: Mapping[str, Any] | None = None,
         digests: Mapping[str, str] | None = None,
     ) -> StageResult:
         """Write card and manifest, and move the directory into place.
 
         Args:
-            results: What the stage measured.
-            base: Identity of the original base.
-            keep: Kept indices.
-            sparsity: Of a model whose single weights were zeroed.
+            result: What the stage measured.
+            keep: Kept indices; None carries the plan's along.
+            sparsity: Of a model whose single weights were zeroed; None carries the plan's along.
             digests: SHA-256 in hex of files that were hashed while they were written.
         """
-        card = model_card(self._name, self._record["spec"], base, results)
+        planned, results = self._planned, plain(result)
+        shown = {k: v for k, v in self._record["spec"].items() if k not in self._private}
+        card = model_card(planned.stage, shown, self._record["spec"]["out"], planned.base, results)
         if card is not None:
             (self.path / CARD_NAME).write_text(card, "utf-8")
         manifest = Manifest(
             **self._record,
-            base=base,
-            keep=keep,
-            sparsity=sparsity or {},
+            base=planned.base,
+            keep=planned.keep if keep is None else keep,
+            sparsity=planned.sparsity if sparsity is None else sparsity,
             results=results,
             **self._meter.stop(),
         )
@@ -114,16 +114,20 @@ class StageRun:
             from loram_cli.training.distributed import wait_for_all
 
             wait_for_all()
-        return StageResult(self._name, self._read, self._staged.final, manifest, fresh=True)
+        return self._result(manifest, fresh=True)
+
+    def _result(self, manifest: Manifest, *, fresh: bool) -> StageResult:
+        stage, final = self._planned.stage, self._staged.final
+        return StageResult(stage, self._read, final, manifest, result_of(manifest), fresh)
 
 
 class FollowingRun:
     """The same stage on a process that is not the first: it computes, and writes nothing."""
 
-    def __init__(self, name: str, out: Path, read: Path) -> None:
+    def __init__(self, stage: str, out: Path, read: Path) -> None:
         from loram_cli.training.distributed import share
 
-        self._name, self._out, self._read = name, out, read
+        self._stage, self._out, self._read = stage, out, read
         self.path = partial_directory(out)
         # Waits until the first process has the directory locked and prepared.
         was_finished = share(None)
@@ -132,7 +136,7 @@ class FollowingRun:
     def restart_meter(self) -> None:
         """The first process measures."""
 
-    def commit(self, results: Mapping[str, Any], **carried: Any) -> StageResult:
+    def commit(self, result: Result, **carried: Any) -> StageResult:
         """Wait until the first process has written the output."""
         from loram_cli.training.distributed import wait_for_all
 
@@ -140,14 +144,14 @@ class FollowingRun:
         return self._result(fresh=True)
 
     def _result(self, *, fresh: bool) -> StageResult:
-        return StageResult(self._name, self._read, self._out, Manifest.read(self._out), fresh)
+        manifest = Manifest.read(self._out)
+        return StageResult(self._stage, self._read, self._out, manifest, result_of(manifest), fresh)
 
 
 @contextmanager
 def stage_run(
-    name: str,
+    planned: StagePlan[Any],
     spec: Any,
-    inputs: Mapping[str, Any],
     read: Path,
     *,
     resumable: bool = False,
@@ -156,119 +160,30 @@ def stage_run(
     """Open a stage's output directory under its key.
 
     Args:
-        name: The stage.
-        spec: Its spec, with ``out`` and ``force``.
-        inputs: Per input a mapping with ``path`` and digests; the digests enter the key.
+        planned: The stage's plan; the digests of its inputs enter the key.
+        spec: Its settled spec, with ``out`` and ``force``.
         read: The directory to name as read.
         resumable: Whether unfinished work is kept for the next call.
         replace: Replace an output of the same stage that has another key.
     """
-    plain = spec_to_mapping(spec)
-    key = key_of(name, plain, inputs)
-    record = {"stage": name, "key": key, "spec": plain, "inputs": inputs}
-    force = spec.force or (replace and _is_older(spec.out, name, key))
+    stage, inputs = planned.stage, planned.inputs
+    key = key_of(stage, spec, inputs)
+    record = {"stage": stage, "key": key, "spec": spec_to_mapping(spec), "inputs": inputs}
+    force = spec.force or (replace and _is_older(spec.out, stage, key))
     if not is_main_process():
-        yield FollowingRun(name, spec.out, read)
+        yield FollowingRun(stage, spec.out, read)
         return
-    with staged_directory(spec.out, name, key, force=force, resumable=resumable) as staged:
+    with staged_directory(spec.out, stage, key, force=force, resumable=resumable) as staged:
         if process_count() > 1:
             from loram_cli.training.distributed import share
 
             share(staged.finished is not None)
-        yield StageRun(name, staged, record, read)
+        private = frozenset(field.name for field, told in settings_of(spec) if told.private)
+        yield StageRun(planned, staged, record, private, read)
 
 
-def key_of(stage: str, spec: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
-    """Digest of all that decides a stage's output.
-
-    Args:
-        stage: Its name.
-        spec: The plain spec; what only says where or how fast does not enter.
-        inputs: As for :func:`stage_run`; paths do not enter.
-    """
-    return digest_of(
-        {
-            "stage": stage,
-            "spec": {k: v for k, v in spec.items() if k not in _NOT_IN_KEY},
-            "inputs": {
-                label: {k: v for k, v in record.items() if k != "path"}
-                for label, record in inputs.items()
-            },
-        }
-    )
-
-
-def _is_older(out: Path, name: str, key: str) -> bool:
+def _is_older(out: Path, stage: str, key: str) -> bool:
     if not (out / MANIFEST_NAME).is_file():
         return False
     manifest = Manifest.read(out)
-    return manifest.stage == name and manifest.key != key
-
-
-def check_out_of_tree(out: Path, *inputs: Path) -> None:
-    """Refuse an output inside, above or equal to an input.
-
-    Raises:
-        UsageError: The output would overwrite an input.
-    """
-    for directory in inputs:
-        mine, theirs = out.resolve(), directory.resolve()
-        if mine == theirs or mine in theirs.parents or theirs in mine.parents:
-            raise UsageError(f"--out {out} and the input {directory} overlap", "pass another --out")
-
-
-def check_free_disk(out: Path, needed_bytes: int) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Raises:
-        LoramError: Less is free than needed.
-    """
-    from loram_cli.units import format_bytes
-
-    free_bytes = free_disk(out)
-    if free_bytes < needed_bytes:
-        raise LoramError(
-            f"{out}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free",
-            "free some space, or pass --out on another disk",
-        )
-
-
-def free_disk(out: Path) -> int:
-    """Bytes that are free where an output goes."""
-    import shutil
-
-    place = out.parent
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
-def settle_amount(spec: Any, name: str, parse: Callable[[str], int]) -> None:
-    """Turn an amount that is written with a unit into a number.
-
-    Args:
-        spec: Just built; changed in place.
-        name: The field, whose flag is of the same name.
-        parse: Reads the text.
-
-    Raises:
-        UsageError: The text is no amount.
-    """
-    value = getattr(spec, name)
-    if isinstance(value, str):
-        try:
-            object.__setattr__(spec, name, parse(value))
-        except UsageError as error:
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: {error.message}", error.hint) from error
-
-
-def check_positive(spec: Any, *names: str) -> None:
-    """Refuse numbers that must be above zero and are not.
-
-    Raises:
-        UsageError: One is not.
-    """
-    for name in names:
-        if getattr(spec, name) <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be above 0")
+    return manifest.stage == stage and manifest.key != key

@@ -1,27 +1,69 @@
-"""What training starts from: a model, and perhaps an earlier adapter of it."""
+"""What an output descends from: the base, the model that was trained, an earlier adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+from loram_cli.checkpoint.index import read_json
+from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, read_shapes
+from loram_cli.reporting import Reporter
+from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-from loram_cli.stages.recover.stage import adapter_input
 from loram_cli.training.data.layouts import Layout
 
-if TYPE_CHECKING:
-    from loram_cli.stages.train.stage import TrainSpec
-
-_PARTS = {
+# The parts of a model's identity that make it another model, in words.
+PARTS = {
     "tensors": "tensor names or shapes",
     "weights": "weights",
     "config": "config.json",
     "tokenizer": "tokenizer",
 }
+# And those that change what it is given, but not what it is.
+TEMPLATE = {"chat_template": "chat template"}
 
 
-def describe_source(source: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Digests of the model to train on, the base that it descends from, and what was kept of it.
+def differences(
+    recorded: Mapping[str, Any], identity: Mapping[str, Any], parts: Mapping[str, str] = PARTS
+) -> Iterator[str]:
+    """The parts in which a model is not the recorded one, in words.
+
+    Args:
+        recorded: Digests from a manifest; a part that it lacks is another one.
+        identity: Digests of the model at hand.
+        parts: Which to compare.
+    """
+    for part, said in parts.items():
+        if recorded.get(part) != identity[part]:
+            yield said
+
+
+def model_record(model: Model) -> dict[str, Any]:
+    """The manifest's record of a model that serves as input: its path and digests."""
+    return {"path": str(model.directory), **model.identity.to_mapping()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model to train on, and where it comes from.
+
+    Attributes:
+        record: Its own path and digests.
+        base: Those of the base that it descends from.
+        keep: What was kept of the base in it.
+        sparsity: Of a model whose single weights were zeroed.
+    """
+
+    record: Mapping[str, Any]
+    base: Mapping[str, Any]
+    keep: Mapping[str, Any] = field(default_factory=dict)
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
+
+
+def describe_source(model: Model) -> Source:
+    """Where the model to train on comes from.
 
     Nothing has to guard the zeros of a sparse model here: its weights are frozen, and LoRA's
     product is added beside them, not inside the mask.
@@ -29,17 +71,49 @@ def describe_source(source: Path) -> tuple[dict[str, Any], dict[str, Any], dict[
     Raises:
         LoramError: The directory is another stage's output.
     """
-    from loram_cli.checkpoint.identity import identify
-
-    identity = {"path": str(source), **identify(source).to_mapping()}
-    if not (source / MANIFEST_NAME).is_file():
-        return identity, identity, {"keep": {}}
-    manifest = Manifest.read(source)
+    record = model_record(model)
+    if not (model.directory / MANIFEST_NAME).is_file():
+        return Source(record, record)
+    manifest = Manifest.read(model.directory)
     if manifest.stage not in ("prune", "align", "merge"):
-        raise LoramError(f"{source}: was made by '{manifest.stage}', a model directory is wanted")
-    base = identity if manifest.stage == "merge" else dict(manifest.base)
-    carried = {"keep": dict(manifest.keep), "sparsity": dict(manifest.sparsity)}
-    return {**identity, "key": manifest.key}, base, carried
+        raise LoramError(
+            f"{model.directory}: was made by '{manifest.stage}', expected a model directory"
+        )
+    base = record if manifest.stage == "merge" else dict(manifest.base)
+    keyed = {**record, "key": manifest.key}
+    return Source(keyed, base, dict(manifest.keep), dict(manifest.sparsity))
+
+
+def check_base(manifest: Manifest, model: Model, output: Path) -> dict[str, Any]:
+    """Compare the base at hand with the one that an output descends from.
+
+    Args:
+        manifest: Of the output.
+        model: The base at hand.
+        output: The output's directory, for the error.
+
+    Returns:
+        The base's record, for the next manifest.
+
+    Raises:
+        LoramError: Widths, weights or tokenizer differ.
+    """
+    record = model_record(model)
+    for said in differences(manifest.base, record):
+        raise LoramError(
+            f"{output}: was made from another base: {said} differ from {model.directory}",
+            f"pass the base that was pruned, formerly at {manifest.base.get('path')}",
+        )
+    return record
+
+
+def adapter_record(directory: Path, manifest: Manifest) -> dict[str, str]:
+    """The manifest's record of an adapter that serves as input."""
+    return {
+        "path": str(directory),
+        "key": manifest.key,
+        "weights": file_digest(directory / WEIGHTS_NAME),
+    }
 
 
 def adapter_values(adapter: Path) -> dict[str, int]:
@@ -48,33 +122,28 @@ def adapter_values(adapter: Path) -> dict[str, int]:
     Raises:
         LoramError: It is no adapter.
     """
-    from loram_cli.checkpoint.index import read_json
-    from loram_cli.lora.adapter import CONFIG_NAME
-
     config = read_json(adapter / CONFIG_NAME)
-    known = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
+    known: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
     for name, value in known.items():
         if type(value) is not int:
-            raise LoramError(f"{adapter / CONFIG_NAME}: {name} is {value!r}, a number is wanted")
+            raise LoramError(f"{adapter / CONFIG_NAME}: {name} is {value!r}, expected a number")
     return known
 
 
 def adapter_targets(adapter: Path) -> tuple[str, ...]:
     """Names of the modules that have factors in an adapter."""
-    from loram_cli.lora.adapter import read_shapes
-
     return tuple(sorted({name.rpartition(".")[2] for name in read_shapes(adapter)}))
 
 
 def check_start(
-    spec: "TrainSpec", source: Mapping[str, Any], keep: Mapping[str, Any], targets: tuple[str, ...]
+    adapter: Path, source: Source, values: Mapping[str, Any], targets: tuple[str, ...]
 ) -> dict[str, str]:
-    """Refuse to go on from an adapter of another model, other widths or another shape.
+    """Refuse to resume from an adapter of another model, other widths or another shape.
 
     Args:
-        spec: With ``from_adapter``.
-        source: Identity of the model to train on.
-        keep: What was kept of the base in it.
+        adapter: The earlier adapter.
+        source: The model to train on.
+        values: Rank and alpha that are asked for.
         targets: Modules that are to have factors.
 
     Returns:
@@ -82,29 +151,26 @@ def check_start(
 
     Raises:
         LoramError: It was trained on another model, or is another stage's output.
-        UsageError: Its rank, alpha or targets are not the spec's.
+        UsageError: Its rank, alpha or targets are not those asked for.
     """
-    adapter = spec.from_adapter
-    assert adapter is not None
     manifest = Manifest.read(adapter)
     if manifest.stage != "train":
         raise LoramError(
-            f"{adapter}: was made by '{manifest.stage}', an output of 'train' is wanted",
-            "go on from the small adapter, and recover the result",
+            f"{adapter}: was made by '{manifest.stage}', expected an output of 'train'",
+            "resume from the small adapter, and recover the result",
         )
-    trained_on = manifest.inputs.get("source", {})
-    for part, said in _PARTS.items():
-        if trained_on.get(part) != source[part]:
-            raise LoramError(
-                f"{adapter}: was trained on another model: {said} differ from {source['path']}",
-                f"pass --in {trained_on.get('path')}, or train that adapter anew",
-            )
-    if manifest.keep != keep:
-        raise LoramError(f"{adapter}: its keep indices are not those of {source['path']}")
+    trained_on, here = manifest.inputs.get("source", {}), source.record["path"]
+    for said in differences(trained_on, source.record):
+        raise LoramError(
+            f"{adapter}: was trained on another model: {said} differ from {here}",
+            f"pass --in {trained_on.get('path')}, or train that adapter anew",
+        )
+    if manifest.keep != source.keep:
+        raise LoramError(f"{adapter}: its keep indices are not those of {here}")
     for name, value in adapter_values(adapter).items():
-        if getattr(spec, name) != value:
+        if values[name] != value:
             raise UsageError(
-                f"--{name} {getattr(spec, name)} is not that of {adapter} ({value})",
+                f"--{name} {values[name]} is not that of {adapter} ({value})",
                 f"an adapter keeps its {name}: pass {value}, or leave it out",
             )
     if set(targets) != set(adapter_targets(adapter)):
@@ -112,7 +178,7 @@ def check_start(
             f"--targets are not those of {adapter} ({', '.join(adapter_targets(adapter))})",
             "an adapter keeps its modules: leave --targets out",
         )
-    return adapter_input(adapter, manifest)
+    return adapter_record(adapter, manifest)
 
 
 def trained_layout(directory: Path | None) -> Layout | None:
@@ -126,3 +192,25 @@ def trained_layout(directory: Path | None) -> Layout | None:
     results = Manifest.read(directory).results
     layout = results.get("layout") or (results.get("training") or {}).get("layout")
     return layout if layout in get_args(Layout) else None
+
+
+def warn_of_other_template(
+    trained: Mapping[str, Any], base: Mapping[str, Any], reporter: Reporter
+) -> None:
+    """Warn when the model that was trained and the base render conversations differently.
+
+    It is no error: a base without a template may well be given one before training. But whoever
+    serves the recovered adapter must then use that template, and not the base's.
+
+    Args:
+        trained: Record of the model that is or was trained, with ``path`` and ``chat_template``.
+        base: Record of the original base.
+        reporter: Warned.
+    """
+    mine, theirs = trained.get("chat_template"), base.get("chat_template")
+    if mine is None or theirs is None or mine == theirs:
+        return
+    reporter.warn(
+        f"the chat template of {trained.get('path')} is not that of the base {base.get('path')}: "
+        "serve the adapter with the template that it was trained with"
+    )

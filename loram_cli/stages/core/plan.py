@@ -1,20 +1,18 @@
-"""What a stage would do and what it needs: checked and counted before the first tensor is read."""
+"""What a stage will do and what it needs: checked and counted before the first tensor is read."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
+from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import Reporter
-from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.staging import look_up
-from loram_cli.schema import spec_to_mapping
-from loram_cli.stages.core.lifecycle import check_free_disk, free_disk, key_of
+from loram_cli.schema import Spec, digest_of, plain, settings_of, spec_to_mapping
+from loram_cli.units import format_bytes
 
-if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family
-    from loram_cli.checkpoint.index import CheckpointIndex
+W = TypeVar("W")
 
 # A file up to this size is read through for a dry run, to count what is in it.
 _COUNTED_BYTES = 64 * 2**20
@@ -22,18 +20,20 @@ _TRIED_RECORDS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagePlan:
-    """What a stage will do.
+class StagePlan(Generic[W]):
+    """What a stage will do; every stage has the same kind of plan.
 
     Attributes:
         stage: Its name.
         reads: Directories and data that it reads.
         writes: The directory that it makes.
+        work: What the stage has worked out and goes on with: opened models, widths.
         inputs: Per input its path and digests, for the manifest.
         base: Identity of the original base, carried along.
         keep: Kept indices, carried along.
         sparsity: Of a model whose single weights were zeroed, carried along.
         done: The same output is there already, and nothing will be done.
+        checked: Whether the inputs were there to be checked; else the plan is by arithmetic.
         disk_bytes: Disk that it needs at most while it runs.
         free_bytes: Disk that is free.
         memory_bytes: Memory that it takes at its peak, by arithmetic; for align without
@@ -45,21 +45,18 @@ class StagePlan:
     stage: str
     reads: tuple[str, ...]
     writes: Path
-    inputs: Mapping[str, Any]
+    work: W
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
     keep: Mapping[str, Any] = field(default_factory=dict)
     sparsity: Mapping[str, Any] = field(default_factory=dict)
     done: bool = False
+    checked: bool = True
     disk_bytes: int = 0
     free_bytes: int = 0
     memory_bytes: int = 0
     processes: int = 1
     figures: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def carried(self) -> dict[str, Any]:
-        """What the output's manifest takes over from the input's."""
-        return {"base": self.base, "keep": self.keep, "sparsity": self.sparsity}
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain form for ``--json``; digests and kept indices are left to the manifest."""
@@ -68,31 +65,75 @@ class StagePlan:
             "reads": list(self.reads),
             "writes": str(self.writes),
             "done": self.done,
+            "checked": self.checked,
             "disk_bytes": self.disk_bytes,
             "free_bytes": self.free_bytes,
             "memory_bytes": self.memory_bytes,
             "processes": self.processes,
-            **self.figures,
+            "figures": plain(self.figures),
         }
 
 
-def find_finished(stage: str, spec: Any, inputs: Mapping[str, Any]) -> Manifest | None:
-    """The manifest of the same stage done before; nothing is created. See :func:`.look_up`."""
-    key = key_of(stage, spec_to_mapping(spec), inputs)
-    return look_up(spec.out, stage, key, force=spec.force)
+def key_of(stage: str, spec: Spec, inputs: Mapping[str, Any]) -> str:
+    """Digest of all that decides a stage's output.
+
+    Args:
+        stage: Its name.
+        spec: The settled spec; what only says where or how fast does not enter.
+        inputs: Per input its path and digests; paths do not enter.
+    """
+    return recorded_key(stage, type(spec), spec_to_mapping(spec), inputs)
+
+
+def recorded_key(
+    stage: str, spec: type[Spec], values: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> str:
+    """As :func:`key_of`, from the plain values that a manifest holds.
+
+    Args:
+        stage: Its name.
+        spec: The class of its spec.
+        values: The plain spec; fields that the class no longer has do not enter.
+        inputs: As recorded.
+    """
+    entering = {
+        field.name: values[field.name]
+        for field, told in settings_of(spec)
+        if field.name in values
+        and (told.in_key is True or (told.in_key and values[field.name] != plain(field.default)))
+    }
+    return digest_of(
+        {
+            "stage": stage,
+            "spec": entering,
+            "inputs": {
+                label: {k: v for k, v in record.items() if k != "path"}
+                for label, record in inputs.items()
+            },
+        }
+    )
 
 
 def make_plan(
-    stage: str, spec: Any, inputs: Mapping[str, Any], *, disk_bytes: int, **known: Any
-) -> StagePlan:
+    stage: str,
+    spec: Any,
+    inputs: Mapping[str, Any],
+    work: W,
+    *,
+    disk_bytes: int,
+    reads: Sequence[object],
+    **known: Any,
+) -> StagePlan[W]:
     """A plan, once it is known that the output is free to be written and that the disk holds it.
 
     Args:
         stage: The stage.
-        spec: Its spec, with ``out`` and ``force``.
-        inputs: As :func:`.common.stage_run` takes them.
+        spec: Its settled spec, with ``out`` and ``force``.
+        inputs: See :class:`StagePlan`.
+        work: See :class:`StagePlan`.
         disk_bytes: See :class:`StagePlan`.
-        known: More fields of the plan.
+        reads: Paths and names of what is read.
+        **known: More fields of the plan.
 
     Raises:
         LoramError: No disk, or another process is writing the output.
@@ -104,6 +145,8 @@ def make_plan(
     return StagePlan(
         stage=stage,
         writes=spec.out,
+        reads=tuple(map(str, reads)),
+        work=work,
         inputs=inputs,
         done=done,
         disk_bytes=disk_bytes,
@@ -112,49 +155,53 @@ def make_plan(
     )
 
 
-def check_model(
-    directory: Path, *, tokenizer: bool = True
-) -> tuple[dict[str, Any], "Family", "CheckpointIndex"]:
-    """Check that a directory is a whole model: config, headers, every shape.
-
-    Args:
-        directory: The model.
-        tokenizer: Whether it needs a tokenizer.
-
-    Returns:
-        Its config, family and tensor index.
-
-    Raises:
-        LoramError: It is not.
-    """
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import CheckpointIndex, read_config
-    from loram_cli.checkpoint.sources import require_tokenizer
-
-    config = read_config(directory)
-    family = family_for(config, str(directory))
-    if tokenizer:
-        require_tokenizer(directory)
-    index = CheckpointIndex.open(directory)
-    checked_shapes(family, config, index)
-    return config, family, index
+def find_finished(stage: str, spec: Any, inputs: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of the same stage done before; nothing is created. See :func:`.look_up`."""
+    return look_up(spec.out, stage, key_of(stage, spec, inputs), force=spec.force)
 
 
-def checked_shapes(
-    family: "Family", config: Mapping[str, Any], index: "CheckpointIndex"
-) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a checkpoint holds, once they are known to be the config's.
+def is_done(stage: str, spec: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether the very same output is there, without regard to what else may be in its place."""
+    if spec.force or not (spec.out / MANIFEST_NAME).is_file():
+        return False
+    manifest = Manifest.read(spec.out)
+    return manifest.stage == stage and manifest.key == key_of(stage, spec, inputs)
+
+
+def check_out_of_tree(out: Path, *inputs: Path) -> None:
+    """Refuse an output inside, above or equal to an input.
 
     Raises:
-        LoramError: A tensor is missing, unknown or of another shape.
+        UsageError: The output would overwrite an input.
     """
-    expected = family.tensor_shapes(config)
-    head = f"{family.lm_head}.weight"
-    if head in index.tensors and head not in expected:
-        # Some tied checkpoints store the head as well: keep what is there.
-        expected[head] = expected[f"{family.embedding}.weight"]
-    index.check_shapes(expected, family.is_ignored)
-    return expected
+    for directory in inputs:
+        mine, theirs = out.resolve(), directory.resolve()
+        if mine == theirs or mine in theirs.parents or theirs in mine.parents:
+            raise UsageError(f"--out {out} and the input {directory} overlap", "pass another --out")
+
+
+def check_free_disk(out: Path, needed_bytes: int) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        LoramError: Less is free than needed.
+    """
+    free_bytes = free_disk(out)
+    if free_bytes < needed_bytes:
+        raise LoramError(
+            f"{out}: {format_bytes(needed_bytes)} needed, {format_bytes(free_bytes)} free",
+            "free some space, or pass --out on another disk",
+        )
+
+
+def free_disk(out: Path) -> int:
+    """Bytes that are free where an output goes."""
+    import shutil
+
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def count_examples(source: str, load: Callable[..., Sequence[Any]]) -> int | None:
@@ -174,6 +221,8 @@ def count_examples(source: str, load: Callable[..., Sequence[Any]]) -> int | Non
 
 def count_documents(source: str, reporter: Reporter) -> int | None:
     """Documents in a source of text; as :func:`count_examples`."""
+    from functools import partial
+
     from loram_cli.training.data.documents import load_text
 
     return count_examples(source, partial(load_text, reporter=reporter))

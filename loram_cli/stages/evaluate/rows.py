@@ -1,34 +1,45 @@
 """The rows of a comparison: what identifies them, how they are opened and scored."""
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loram_cli.checkpoint.model import Model
+from loram_cli.evaluation.catalog import CODE_SAMPLES, TEMPERATURES
+from loram_cli.evaluation.engine import Engine
+from loram_cli.evaluation.harness import evaluate_model
+from loram_cli.evaluation.hugging_face import HuggingFaceBackend
+from loram_cli.evaluation.humaneval import CodeSettings
+from loram_cli.evaluation.requests import TaskRequest
+from loram_cli.evaluation.responses import ResponseCache
+from loram_cli.evaluation.results import RowResult, TrainingCost
+from loram_cli.evaluation.samples import samples_name
+from loram_cli.evaluation.vllm_backend import VllmBackend
+from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 from loram_cli.reporting import Reporter
+from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.schema import digest_of
+from loram_cli.stages.core.results import training_cost
 from loram_cli.stages.evaluate.models import opened_model, precision, row_tokenizer
-
-if TYPE_CHECKING:
-    from loram_cli.evaluation.engine import Engine
-    from loram_cli.evaluation.humaneval import CodeSettings
-    from loram_cli.evaluation.requests import TaskRequest
-    from loram_cli.stages.evaluate.stage import EvalSpec
+from loram_cli.stages.evaluate.spec import EvalSpec, Rows
+from loram_cli.training.data.records import read_records
 
 
-def eval_inputs(rows: dict[str, tuple[Path, ...]], requests: "list[TaskRequest]") -> dict[str, Any]:
-    """The manifest records of all models and documents, with their digests."""
-    from loram_cli.checkpoint.identity import identify
-    from loram_cli.runs.digests import file_digest
-    from loram_cli.training.data.records import read_records
+def eval_inputs(
+    rows: Rows, models: Mapping[Path, Model], requests: Sequence[TaskRequest]
+) -> dict[str, Any]:
+    """The manifest records of all models and documents, with their digests.
 
-    # Most rows share the base, and its digests are read from all of its shards.
-    models = {parts[0] for parts in rows.values()}
-    identities = {model: identify(model).to_mapping() for model in models}
+    Args:
+        rows: Per row its model's directory and, if any, the adapter's.
+        models: The models by directory, opened: most rows share the base.
+        requests: The tasks.
+    """
     inputs: dict[str, Any] = {
-        f"row {label}": _row_input(parts, identities[parts[0]]) for label, parts in rows.items()
+        f"row {label}": _row_input(parts, models[parts[0]]) for label, parts in rows.items()
     }
     for request in requests:
         for suffix, file in (("", request.data_file), (":train", request.train_file)):
@@ -44,18 +55,15 @@ def eval_inputs(rows: dict[str, tuple[Path, ...]], requests: "list[TaskRequest]"
     return inputs
 
 
-def _row_input(parts: tuple[Path, ...], identity: dict[str, str]) -> dict[str, Any]:
-    from loram_cli.lora.adapter import WEIGHTS_NAME
-    from loram_cli.runs.digests import file_digest
-
-    record = {"path": " + ".join(map(str, parts)), **identity}
+def _row_input(parts: tuple[Path, ...], model: Model) -> dict[str, Any]:
+    record = {"path": " + ".join(map(str, parts)), **model.identity.to_mapping()}
     generation = parts[0] / "generation_config.json"
     if generation.is_file():
         # It names the tokens that end an answer.
         record["generation_config"] = file_digest(generation)
     for adapter in parts[1:]:
         record["adapter"] = file_digest(adapter / WEIGHTS_NAME)
-        config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+        config = json.loads((adapter / CONFIG_NAME).read_text("utf-8"))
         config.pop("base_model_name_or_path", None)
         record["adapter_config"] = digest_of(config)
     return record
@@ -69,33 +77,27 @@ def warn_of_tokenizers(inputs: dict[str, Any], reporter: Reporter) -> None:
 
 
 def score_row(
-    spec: "EvalSpec",
+    spec: EvalSpec,
     label: str,
-    inputs: dict[str, Any],
-    requests: "list[TaskRequest]",
+    model: Model,
+    inputs: Mapping[str, Any],
+    requests: Sequence[TaskRequest],
     answers: Path,
     path: Path,
     reporter: Reporter,
-) -> dict[str, Any]:
+) -> RowResult:
     """Score one row; what was answered before is taken from ``answers``.
 
     Args:
         spec: Of the evaluation.
         label: The row.
+        model: Its model, opened.
         inputs: From :func:`eval_inputs`.
         requests: Its tasks.
         answers: Folder of the kept answers.
         path: Where samples go.
         reporter: Told of progress.
-
-    Returns:
-        ``scores``, and ``training``: what the row cost to train, None where it was not trained.
     """
-    from loram_cli.evaluation.harness import evaluate_model
-    from loram_cli.evaluation.responses import ResponseCache
-    from loram_cli.evaluation.samples import samples_name
-
-    parts = spec.rows[label]
     known = {k: v for k, v in inputs[f"row {label}"].items() if k != "path"}
     how = [known, spec.backend, precision(spec.device)]
     if spec.quantize is not None:
@@ -104,10 +106,10 @@ def score_row(
     cache = ResponseCache(answers / f"{digest}.jsonl")
     with ExitStack() as stack:
         stack.callback(cache.close)
-        engine = _open_engine(spec, label, cache, reporter, stack)
+        engine = _open_engine(spec, label, model, cache, reporter, stack)
         scores = evaluate_model(
             engine,
-            requests,
+            list(requests),
             limit=spec.limit,
             allow_code_execution=spec.allow_code_execution,
             code=_code_settings(spec, requests),
@@ -116,61 +118,41 @@ def score_row(
             reporter=reporter,
             samples_path=path / samples_name(label),
         )
-    return {"scores": [asdict(score) for score in scores], "training": _training_record(parts)}
+    return RowResult(scores=tuple(scores), training=_training(spec.rows[label]))
 
 
 def _open_engine(
-    spec: "EvalSpec", label: str, cache: Any, reporter: Reporter, stack: ExitStack
-) -> "Engine":
-    from loram_cli.checkpoint.index import read_config
-    from loram_cli.evaluation.engine import Engine
-
+    spec: EvalSpec,
+    label: str,
+    model: Model,
+    cache: ResponseCache,
+    reporter: Reporter,
+    stack: ExitStack,
+) -> Engine:
     parts = spec.rows[label]
     tokenizer = row_tokenizer(spec, label)
-    context_tokens = int(read_config(parts[0]).get("max_position_embeddings") or 2048)
+    context_tokens = int(model.config.get("max_position_embeddings") or 2048)
 
     def open_backend() -> Any:
         reporter.note(f"evaluating {label}: {' + '.join(map(str, parts))}")
         if spec.backend == "vllm":
-            from loram_cli.evaluation.vllm_backend import VllmBackend
-
             return VllmBackend.open(parts, context_tokens, spec.seed)
-        from loram_cli.evaluation.hugging_face import HuggingFaceBackend
-
-        model = stack.enter_context(opened_model(spec, label, reporter))
+        loaded = stack.enter_context(opened_model(spec, label, model, reporter))
         rows = spec.batch_size if isinstance(spec.batch_size, int) else None
-        return HuggingFaceBackend(model, tokenizer, rows)
+        return HuggingFaceBackend(loaded, tokenizer, rows)
 
     return Engine(open_backend, tokenizer, context_tokens, cache, spec.seed)
 
 
-def _code_settings(spec: "EvalSpec", requests: "list[TaskRequest]") -> "CodeSettings":
-    from loram_cli.evaluation.catalog import CODE_SAMPLES, TEMPERATURES
-    from loram_cli.evaluation.humaneval import CodeSettings
-
+def _code_settings(spec: EvalSpec, requests: Sequence[TaskRequest]) -> CodeSettings:
     bundled = any(r.bundled for r in requests if r.name == "humaneval")
     samples = spec.code_samples or (1 if bundled else CODE_SAMPLES)
     default = TEMPERATURES if samples > 1 else (0.0,)
     return CodeSettings(samples, spec.temperatures or default)
 
 
-def _training_record(parts: tuple[Path, ...]) -> dict[str, Any] | None:
+def _training(parts: tuple[Path, ...]) -> TrainingCost | None:
     """What the row's adapter cost to train, from the manifests along its way."""
     if len(parts) < 2 or not (parts[1] / MANIFEST_NAME).is_file():
         return None
-    manifest = Manifest.read(parts[1])
-    if manifest.stage == "recover":
-        return manifest.results.get("training")
-    return training_record(manifest)
-
-
-def training_record(manifest: Manifest) -> dict[str, Any]:
-    """Parameters trained on, peak memory and time, from a ``train`` manifest."""
-    return {
-        "trained_on_params": manifest.results.get("trained_on_params"),
-        "lora_params": manifest.results.get("lora_params"),
-        "layout": manifest.results.get("layout"),
-        "peak_memory_bytes": manifest.peak_memory_bytes,
-        "peak_memory_increase_bytes": manifest.peak_memory_increase_bytes,
-        "wall_seconds": manifest.wall_seconds,
-    }
+    return training_cost(Manifest.read(parts[1]))

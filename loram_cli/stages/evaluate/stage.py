@@ -1,106 +1,91 @@
 """Evaluate several models on the same tasks, into one table."""
 
 import json
-import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
+from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.evaluation.comparison import to_csv, to_markdown
+from loram_cli.evaluation.plot import draw_comparison
+from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
+from loram_cli.evaluation.results import EvalResult
+from loram_cli.evaluation.vllm_backend import check_available
+from loram_cli.modeling.load import usable_device
 from loram_cli.reporting import Reporter
+from loram_cli.runs.staging import look_up
+from loram_cli.schema import plain
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
-from loram_cli.stages.core.plan import StagePlan
-from loram_cli.stages.evaluate.models import parse_weights_memory
-from loram_cli.stages.evaluate.plan import plan_eval
+from loram_cli.stages.core.plan import StagePlan, find_finished, free_disk, is_done
+from loram_cli.stages.evaluate.models import check_adapters, check_row, model_bytes
 from loram_cli.stages.evaluate.rows import eval_inputs, score_row, warn_of_tokenizers
+from loram_cli.stages.evaluate.spec import EvalSpec
+from loram_cli.training.data.documents import load_instructions
 
-if TYPE_CHECKING:
-    from loram_cli.evaluation.requests import TaskRequest
+__all__ = ["EvalSpec", "plan", "run"]
 
 RESULTS_NAME = "results.json"
 PLOT_NAME = "results.png"
 ANSWERS_NAME = "responses"
-AUTO = "auto"
-_LABEL = re.compile(r"[\w][\w.-]*")
+EXPORTS = (".md", ".csv", ".json", ".png")
 _DEMO_TASKS = ("gsm8k", "perplexity")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalSpec:
-    """What to evaluate.
+@dataclass(frozen=True)
+class EvalWork:
+    """An evaluation's models by directory, opened, and its tasks."""
 
-    Attributes:
-        model: The original base.
-        out: Where results and samples go.
-        rows: Per row its model's directory and, if any, the adapter's.
-        tasks: Task names.
-        task_data: Local data by task name.
-        demo_data: Use the demo's own held-out problems for gsm8k and perplexity.
-        num_fewshot: Examples in the prompt; None for the task's own number.
-        limit: Documents per task at most.
-        batch_size: Documents per forward pass at most; ``auto`` grows while memory allows.
-        max_new_tokens: Upper bound on generated tokens.
-        code_samples: Completions per HumanEval problem and temperature; None takes 10 on the
-            published problems and 1 on the bundled sample.
-        temperatures: HumanEval's; None takes the paper's five when there are several samples,
-            else 0.
-        allow_code_execution: Run generated code, in the sandbox.
-        backend: ``hf``, or ``vllm`` where it is installed.
-        quantize: ``nf4`` holds the decoder linears in 4 bits, which changes answers a little.
-        weights_memory: Memory for weights on the device, in bytes or as text such as ``20GiB``;
-            layers beyond it are read anew at every pass. None takes most of what is free.
-        seed: Decides few-shot draws and sampled texts.
-        device: Where to run; a GPU when there is one.
-        replace: Replace results of other settings or inputs that lie in ``out``.
-        force: Evaluate again even if the same results are there, and forget kept answers.
+    models: dict[Path, Model]
+    requests: tuple[TaskRequest, ...]
+
+
+def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[EvalWork]:
+    """Check every row's model and adapter and every file of data.
+
+    The memory is that of the largest row's weights; rows are scored one after another. Of a model
+    that takes more than there is, layers are read anew at every pass.
+
+    Args:
+        spec: What to evaluate.
+        reporter: Told of data that stands in for a benchmark.
+        count: Nothing more is counted.
+
+    Raises:
+        LoramError: A model is not whole, an adapter is not one, or a task's data cannot be read.
+        UsageError: There is no row, or the output is something else's.
     """
-
-    model: Path
-    out: Path
-    rows: dict[str, tuple[Path, ...]]
-    tasks: tuple[str, ...] = ("gsm8k", "perplexity")
-    task_data: dict[str, Path] = field(default_factory=dict)
-    demo_data: bool = False
-    num_fewshot: int | None = None
-    limit: int | None = None
-    batch_size: int | str = AUTO
-    max_new_tokens: int | None = None
-    code_samples: int | None = None
-    temperatures: tuple[float, ...] | None = None
-    allow_code_execution: bool = False
-    backend: Literal["hf", "vllm"] = "hf"
-    quantize: Literal["nf4"] | None = None
-    weights_memory: int | str | None = None
-    seed: int = 1234
-    device: str | None = None
-    replace: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        if self.batch_size != AUTO and (
-            not isinstance(self.batch_size, int) or self.batch_size < 1
-        ):
-            raise UsageError(f"--batch-size {self.batch_size}: a number above 0 or auto is wanted")
-        parse_weights_memory(self)
-        for name in ("quantize", "weights_memory"):
-            if self.backend != "hf" and getattr(self, name) is not None:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} is for --backend hf",
-                    "vLLM has settings of its own",
-                )
-        for name in ("limit", "max_new_tokens", "code_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be above 0")
-        if not self.tasks:
-            raise UsageError("--tasks is empty", "for example --tasks gsm8k,humaneval,perplexity")
-        for name, file in self.task_data.items():
-            if not file.exists():
-                raise UsageError(f"--task-data {name}={file}: no such file")
-        for label in self.rows:
-            if not _LABEL.fullmatch(label):
-                raise UsageError(f"row '{label}': letters, digits, '.', '_' and '-' are wanted")
+    if not spec.rows:
+        raise UsageError("no row to evaluate", "run 'loram prune' first, or pass --row NAME=DIR")
+    if spec.backend == "vllm":
+        check_available()
+    usable_device(spec.device)
+    look_up(spec.out, "eval", "", force=True)
+    require_tokenizer(spec.model)
+    models: dict[Path, Model] = {}
+    params = {}
+    for label, parts in spec.rows.items():
+        model = models[parts[0]] = models.get(parts[0]) or check_row(parts)
+        check_adapters(parts)
+        params[label] = model.num_params
+    for name, file in spec.task_data.items():
+        _check_readable(f"--task-data {name}", file)
+    requests = tuple(_requests(spec, reporter))
+    inputs = eval_inputs(spec.rows, models, requests)
+    if not spec.replace:
+        find_finished("eval", spec, inputs)
+    return StagePlan(
+        stage="eval",
+        reads=tuple(dict.fromkeys(str(part) for parts in spec.rows.values() for part in parts)),
+        writes=spec.out,
+        work=EvalWork(models, requests),
+        inputs=inputs,
+        done=is_done("eval", spec, inputs),
+        free_bytes=free_disk(spec.out),
+        memory_bytes=max(model_bytes(spec, model) for model in models.values()),
+        figures={"rows": params, "tasks": list(spec.tasks), "limit": spec.limit},
+    )
 
 
 def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
@@ -110,18 +95,11 @@ def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
     asked again, nor with other tasks or rows what the results that are replaced had answered.
 
     Raises:
-        LoramError: A task's data cannot be had, or a model cannot be loaded.
+        LoramError: See :func:`plan`; also a model that cannot be loaded.
     """
-    _, requests = _prepare(spec, reporter)
-    inputs = eval_inputs(spec.rows, requests)
-    stage = stage_run(
-        "eval",
-        spec,
-        inputs,
-        spec.model,
-        resumable=True,
-        replace=spec.replace,
-    )
+    planned = plan(spec, reporter)
+    work = planned.work
+    stage = stage_run(planned, spec, spec.model, resumable=True, replace=spec.replace)
     with stage as opened:
         if opened.finished is not None:
             return opened.finished
@@ -129,34 +107,20 @@ def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
         kept = spec.out / ANSWERS_NAME
         if kept.is_dir() and not answers.exists() and not spec.force:
             shutil.copytree(kept, answers)
-        warn_of_tokenizers(inputs, reporter)
-        rows = {
-            label: score_row(spec, label, inputs, requests, answers, opened.path, reporter)
-            for label in spec.rows
-        }
-        bundled = any(s["bundled"] for row in rows.values() for s in row["scores"])
-        results = {"bundled": bundled, "quantize": spec.quantize, "rows": rows}
-        _write_results(results, opened.path)
-        return opened.commit(results, base={}, keep={})
-
-
-def plan(spec: EvalSpec, reporter: Reporter) -> StagePlan:
-    """What would be evaluated; everything is checked that needs no tensor.
-
-    Raises:
-        LoramError: A task's data cannot be had, or a model or an adapter is not whole.
-    """
-    return _prepare(spec, reporter)[0]
-
-
-def _prepare(spec: EvalSpec, reporter: Reporter) -> "tuple[StagePlan, list[TaskRequest]]":
-    if not spec.rows:
-        raise UsageError("no row to evaluate", "run 'loram prune' first, or pass --row NAME=DIR")
-    if spec.backend == "vllm":
-        from loram_cli.evaluation.vllm_backend import check_available
-
-        check_available()
-    return plan_eval(spec), _requests(spec, reporter)
+        warn_of_tokenizers(planned.inputs, reporter)
+        rows = {}
+        for label, parts in spec.rows.items():
+            model = work.models[parts[0]]
+            rows[label] = score_row(
+                spec, label, model, planned.inputs, work.requests, answers, opened.path, reporter
+            )
+        result = EvalResult(
+            bundled=any(score.bundled for row in rows.values() for score in row.scores),
+            quantize=spec.quantize,
+            rows=rows,
+        )
+        _write_results(result, opened.path)
+        return opened.commit(result)
 
 
 def export_results(result: StageResult, file: Path) -> None:
@@ -167,8 +131,8 @@ def export_results(result: StageResult, file: Path) -> None:
         LoramError: It cannot be written.
     """
     source = result.wrote / f"results{file.suffix}"
-    if file.suffix not in (".md", ".csv", ".json", ".png"):
-        raise UsageError(f"--export {file}: .md, .csv, .json or .png is wanted")
+    if file.suffix not in EXPORTS:
+        raise UsageError(f"--export {file}: expected .md, .csv, .json or .png")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, file)
@@ -176,19 +140,24 @@ def export_results(result: StageResult, file: Path) -> None:
         raise LoramError(f"--export {file}: cannot be written ({error.strerror})") from error
 
 
-def _write_results(results: dict[str, Any], path: Path) -> None:
-    from loram_cli.evaluation.comparison import to_csv, to_markdown
-    from loram_cli.evaluation.plot import draw_comparison
-
-    (path / RESULTS_NAME).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    (path / "results.md").write_text(to_markdown(results), "utf-8")
-    (path / "results.csv").write_text(to_csv(results), "utf-8")
-    draw_comparison(results, path / PLOT_NAME)
+def _write_results(result: EvalResult, path: Path) -> None:
+    (path / RESULTS_NAME).write_text(json.dumps(plain(result), indent=1) + "\n", "utf-8")
+    (path / "results.md").write_text(to_markdown(result), "utf-8")
+    (path / "results.csv").write_text(to_csv(result), "utf-8")
+    draw_comparison(result, path / PLOT_NAME)
 
 
-def _requests(spec: EvalSpec, reporter: Reporter) -> "list[TaskRequest]":
-    from loram_cli.evaluation.requests import resolve_tasks
+def _check_readable(flag: str, file: Path) -> None:
+    try:
+        with file.open("rb") as stream:
+            empty = not stream.read(1)
+    except OSError as error:
+        raise LoramError(f"{flag}: {file} cannot be read ({error.strerror})") from error
+    if empty:
+        raise LoramError(f"{flag}: {file} is empty")
 
+
+def _requests(spec: EvalSpec, reporter: Reporter) -> list[TaskRequest]:
     others = [task for task in spec.tasks if not (spec.demo_data and task in _DEMO_TASKS)]
     found: list[TaskRequest] = []
     if others:
@@ -210,10 +179,7 @@ def _requests(spec: EvalSpec, reporter: Reporter) -> "list[TaskRequest]":
     return found
 
 
-def _demo_requests(spec: EvalSpec) -> "list[TaskRequest]":
-    from loram_cli.evaluation.requests import TaskRequest
-    from loram_cli.training.data.documents import load_instructions
-
+def _demo_requests(spec: EvalSpec) -> list[TaskRequest]:
     examples = load_instructions("demo:test", limit=spec.limit)
     requests = {
         "gsm8k": TaskRequest(

@@ -7,17 +7,14 @@ asked for; the rest is refused or told, so that a manifest never says anything b
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import process_count
+from loram_cli.stages.fit.spec import FitSpec
 
-if TYPE_CHECKING:
-    from loram_cli.stages.align.stage import AlignSpec
-    from loram_cli.stages.train.stage import TrainSpec
-
-Fit = TypeVar("Fit", "AlignSpec", "TrainSpec")
+Fit = TypeVar("Fit", bound=FitSpec)
 
 _FSDP = "ACCELERATE_USE_FSDP"
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -48,7 +45,7 @@ def as_launched(spec: Fit) -> Fit:
     return spec
 
 
-def tell_launcher(spec: "AlignSpec | TrainSpec", precision: str, reporter: Reporter) -> None:
+def tell_launcher(spec: FitSpec, precision: str, reporter: Reporter) -> None:
     """Warn of what the launcher asks for and does not get.
 
     Args:
@@ -59,15 +56,15 @@ def tell_launcher(spec: "AlignSpec | TrainSpec", precision: str, reporter: Repor
     asked = os.environ.get(_PRECISION, "no")
     if asked not in ("no", precision):
         reporter.warn(
-            f"the launcher's mixed precision {asked} is not looked at: "
+            f"the launcher's mixed precision {asked} is ignored: "
             f"--precision decides, and this trains in {precision}"
         )
     compiler = os.environ.get(_COMPILER, "no").lower()
     if compiler != "no":
-        reporter.warn(f"the launcher's dynamo backend {compiler} is not looked at")
+        reporter.warn(f"the launcher's dynamo backend {compiler} is ignored")
     if _launcher_asks("FSDP_ACTIVATION_CHECKPOINTING") and not spec.gradient_checkpointing:
         reporter.warn(
-            "the launcher's fsdp_activation_checkpointing is not looked at: "
+            "the launcher's fsdp_activation_checkpointing is ignored: "
             "--gradient-checkpointing does that here"
         )
     # What `accelerate launch --cpu --num_processes N` leaves in the environment of the one process
@@ -92,7 +89,7 @@ def forget_launcher() -> None:
         os.environ.pop(variable, None)
 
 
-def _check_fsdp(spec: "AlignSpec | TrainSpec") -> None:
+def _check_fsdp(spec: FitSpec) -> None:
     if process_count() == 1:
         raise UsageError(
             "--fsdp shares the model out among processes, and there is only this one",
@@ -102,17 +99,6 @@ def _check_fsdp(spec: "AlignSpec | TrainSpec") -> None:
         raise UsageError(
             f"--optimizer {spec.optimizer} cannot work on the slices that --fsdp makes",
             "pass --optimizer adamw; its moments are shared out as well",
-        )
-    objective = getattr(spec, "objective", "sft")
-    if objective != "sft":
-        raise UsageError(
-            f"--fsdp does not go with --objective {objective}",
-            "launch without it: every process then holds the model whole",
-        )
-    if getattr(spec, "from_adapter", None) is not None:
-        raise UsageError(
-            "--fsdp begins a new adapter, and --from-adapter goes on with one",
-            "launch without --fsdp: every process then holds the model whole",
         )
     if _launcher_asks("FSDP_OFFLOAD_PARAMS"):
         raise UsageError(

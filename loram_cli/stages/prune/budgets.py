@@ -1,21 +1,24 @@
 """A budget in place of a ratio, as ``prune`` is given it: parameters, or a card's memory."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from loram_cli.arch.spec import Family, Geometry, LayerGeometry
 from loram_cli.errors import UsageError
+from loram_cli.memory.account import count_params
+from loram_cli.memory.setup import TrainingSetup, usual_attention
+from loram_cli.pruning.budget import card_bytes, largest_ratio, smallest_ratio
+from loram_cli.pruning.plan import layer_widths, pruned_config
+from loram_cli.stages.fit.spec import smaller_trainings
+from loram_cli.stages.prune.spec import PruneSpec
 from loram_cli.units import format_bytes, format_params
 
-if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family, Geometry, LayerGeometry
-    from loram_cli.memory.setup import TrainingSetup
-    from loram_cli.stages.prune.stage import PruneSpec
-    from loram_cli.stages.train.stage import TrainSpec
+Widths = tuple[LayerGeometry, ...]
 
 
 def budget_excess(
-    spec: "PruneSpec", family: "Family", config: dict[str, Any]
-) -> Callable[["tuple[LayerGeometry, ...]"], int] | None:
+    spec: PruneSpec, family: Family, config: Mapping[str, Any]
+) -> Callable[[Widths], int] | None:
     """By how much a model of given widths exceeds the budget, in parameters or bytes.
 
     Args:
@@ -26,10 +29,6 @@ def budget_excess(
     Returns:
         The function of the widths; None where the spec names no budget.
     """
-    from loram_cli.memory.account import count_params
-    from loram_cli.pruning.budget import card_bytes
-    from loram_cli.pruning.plan import pruned_config
-
     geometry = family.geometry(config)
     if spec.target_params is not None:
         target = spec.target_params
@@ -45,10 +44,8 @@ def budget_excess(
     return None
 
 
-def _training_setup(spec: "PruneSpec", config: dict[str, Any]) -> "TrainingSetup":
+def _training_setup(spec: PruneSpec, config: Mapping[str, Any]) -> TrainingSetup:
     """The training that the pruned model is meant for, on a GPU."""
-    from loram_cli.memory.setup import TrainingSetup, usual_attention
-
     return TrainingSetup(
         rank=spec.rank,
         quantize=spec.quantize,
@@ -60,18 +57,15 @@ def _training_setup(spec: "PruneSpec", config: dict[str, Any]) -> "TrainingSetup
 
 
 def ratio_of_budget(
-    spec: "PruneSpec",
-    geometry: "Geometry",
-    over_budget: Callable[["tuple[LayerGeometry, ...]"], int],
+    spec: PruneSpec,
+    geometry: Geometry,
+    over_budget: Callable[[Widths], int],
 ) -> float:
     """The smallest ratio that meets the budget.
 
     Raises:
         UsageError: The whole base meets it, or nothing does.
     """
-    from loram_cli.pruning.budget import largest_ratio, smallest_ratio
-    from loram_cli.pruning.plan import layer_widths
-
     if spec.target_params is not None:
         flag, said, budget = "--target-params", format_params, spec.target_params
     else:
@@ -100,14 +94,3 @@ def ratio_of_budget(
             f"pass a larger budget, lower --keep-first and --keep-last{smaller}",
         )
     return ratio
-
-
-def smaller_trainings(spec: "PruneSpec | TrainSpec") -> list[str]:
-    """Flags that make a training take less memory, and that are not in use.
-
-    Args:
-        spec: What says how training goes, or will go.
-    """
-    flags = ("--quantize nf4", "--gradient-checkpointing", "--micro-batch 1")
-    used = (spec.quantize, spec.gradient_checkpointing, spec.micro_batch == 1)
-    return [flag for flag, value in zip(flags, used, strict=True) if not value]

@@ -2,17 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import torch
+
+from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from loram_cli.arch.spec import Family
-    from loram_cli.modeling.layerwise.states import BoundaryPool
-    from loram_cli.modeling.layerwise.stream import LayerStream
-    from loram_cli.stages.prune.stage import PruneSpec
+from loram_cli.modeling.layerwise.gradients import boundaries_kept
+from loram_cli.modeling.layerwise.states import BoundaryPool, computed_dtype
+from loram_cli.modeling.layerwise.stream import LayerStream
+from loram_cli.modeling.load import load_tokenizer
+from loram_cli.pruning.calibrate import calibration_windows
+from loram_cli.pruning.sparsegpt import working_bytes
+from loram_cli.stages.core.results import CalibrationFigures
+from loram_cli.stages.prune.spec import PruneSpec
+from loram_cli.training.data.documents import load_text
+from loram_cli.training.data.records import DEMO_PREFIX, local_files
 
 # Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults.
 _DEFAULT_WINDOWS = {"taylor": (10, 128), "sparsegpt": (128, 2048)}
@@ -40,39 +44,37 @@ class CalibrationNeeds:
     disk_bytes: int
     hessian_bytes: int = 0
 
-    def to_mapping(self) -> dict[str, int]:
-        """Plain form for a manifest."""
-        return {
-            "samples": self.samples,
-            "length": self.length,
-            "activation_memory_bytes": self.memory_bytes,
-            "activation_disk_bytes": self.disk_bytes,
-            "hessian_memory_bytes": self.hessian_bytes,
-        }
+    @property
+    def held_bytes(self) -> int:
+        """Memory beside one decoder layer: hidden states and Hessians."""
+        return self.memory_bytes + self.hessian_bytes
+
+    def figures(self) -> CalibrationFigures:
+        """As the manifest records them."""
+        return CalibrationFigures(
+            samples=self.samples,
+            length=self.length,
+            activation_memory_bytes=self.memory_bytes,
+            activation_disk_bytes=self.disk_bytes,
+            hessian_memory_bytes=self.hessian_bytes,
+        )
 
 
-def calibration_needs(
-    spec: "PruneSpec", family: "Family", config: dict[str, Any], stored: "torch.dtype"
-) -> CalibrationNeeds:
+def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
     """Windows and activation storage, before any text or weight is read.
 
     Args:
         spec: How to prune.
-        family: The base's family.
-        config: The base's ``config.json``.
-        stored: Type of the base's weights.
+        model: The base.
 
     Raises:
         LoramError: The text is a local path with nothing usable there.
         UsageError: A window is longer than the model's context.
     """
-    from loram_cli.modeling.layerwise.gradients import boundaries_kept
-    from loram_cli.modeling.layerwise.states import computed_dtype
-    from loram_cli.training.data.records import DEMO_PREFIX, local_files
-
     assert spec.calibration is not None and spec.method is not None
     if not spec.calibration.startswith(DEMO_PREFIX):
         local_files(spec.calibration)
+    config = model.config
     samples, length = _DEFAULT_WINDOWS[spec.method]
     positions = config.get("max_position_embeddings") or length
     samples = spec.calibration_samples or samples
@@ -85,9 +87,10 @@ def calibration_needs(
     length = spec.calibration_length or min(length, positions)
     boundaries = 1
     if spec.method == "taylor":
-        boundaries = boundaries_kept(config["num_hidden_layers"], spec.keep_first)
-    each = samples * length * config["hidden_size"] * computed_dtype(stored).itemsize
-    in_memory = min(boundaries, spec.calibration_memory_bytes // each)
+        boundaries = boundaries_kept(model.num_layers, spec.keep_first)
+    item_bytes = computed_dtype(model.dtype.to_torch()).itemsize
+    each = samples * length * model.geometry.hidden_size * item_bytes
+    in_memory = min(boundaries, spec.calibration_memory // each)
     return CalibrationNeeds(
         samples,
         length,
@@ -95,17 +98,16 @@ def calibration_needs(
         each,
         in_memory * each,
         (boundaries - in_memory) * each,
-        _hessian_bytes(family, config) if spec.method == "sparsegpt" else 0,
+        _hessian_bytes(model) if spec.method == "sparsegpt" else 0,
     )
 
 
-def _hessian_bytes(family: "Family", config: dict[str, Any]) -> int:
+def _hessian_bytes(model: Model) -> int:
     """Of the widest layer; modules that stand together and read the hidden state share it."""
-    from loram_cli.pruning.sparsegpt import working_bytes
-
+    family = model.family
     peak = 0
-    for layer in set(family.geometry(config).layers):
-        shapes = family.layer_shapes(0, layer, config)
+    for layer in set(model.geometry.layers):
+        shapes = family.layer_shapes(0, layer, model.config)
         inputs: list[tuple[int, int]] = []
         before = None
         for module in family.modules:
@@ -119,16 +121,12 @@ def _hessian_bytes(family: "Family", config: dict[str, Any]) -> int:
     return peak
 
 
-def load_windows(spec: "PruneSpec", needs: CalibrationNeeds) -> "torch.Tensor":
+def load_windows(spec: PruneSpec, needs: CalibrationNeeds) -> torch.Tensor:
     """Token ids of the calibration windows, shape (samples, length).
 
     Raises:
         LoramError: The text is unusable, or too short.
     """
-    from loram_cli.modeling.load import load_tokenizer
-    from loram_cli.pruning.calibrate import calibration_windows
-    from loram_cli.training.data.documents import load_text
-
     assert spec.calibration is not None
     texts = load_text(spec.calibration)
     tokenizer = load_tokenizer(spec.model)
@@ -136,8 +134,8 @@ def load_windows(spec: "PruneSpec", needs: CalibrationNeeds) -> "torch.Tensor":
 
 
 def open_pool(
-    spec: "PruneSpec", needs: CalibrationNeeds, stream: "LayerStream", work: Path
-) -> "BoundaryPool":
+    spec: PruneSpec, needs: CalibrationNeeds, stream: LayerStream, work: Path
+) -> BoundaryPool:
     """Where hidden states between layers are kept.
 
     Args:
@@ -146,7 +144,5 @@ def open_pool(
         stream: Their type.
         work: The directory being written; what exceeds the memory goes into a folder of it.
     """
-    from loram_cli.modeling.layerwise.states import BoundaryPool
-
     shape = (needs.samples, needs.length, stream.hidden_size)
-    return BoundaryPool(shape, stream.dtype, spec.calibration_memory_bytes, work / "activations")
+    return BoundaryPool(shape, stream.dtype, spec.calibration_memory, work / "activations")

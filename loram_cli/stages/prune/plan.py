@@ -1,26 +1,36 @@
 """What pruning will do, known from config and index alone."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loram_cli.stages.prune.widths import ChosenWidths
-
-if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family, Geometry, LayerGeometry
-    from loram_cli.checkpoint.index import CheckpointIndex
-    from loram_cli.checkpoint.writer import TensorPlan
-    from loram_cli.pruning.groups import LayerKeep
-    from loram_cli.stages.prune.calibration import CalibrationNeeds
+from loram_cli.arch.registry import family_for
+from loram_cli.arch.spec import Geometry, LayerGeometry
+from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.writer import TensorPlan
+from loram_cli.errors import UsageError
+from loram_cli.memory.account import BF16_BYTES, count_nonzero_params, count_params
+from loram_cli.pruning.groups import LayerKeep
+from loram_cli.pruning.plan import pruned_config
+from loram_cli.pruning.sparsity import zeros_wanted
+from loram_cli.reporting import Reporter
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.stages.core.lineage import model_record
+from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
+from loram_cli.stages.core.results import PruneResult
+from loram_cli.stages.prune.calibration import CalibrationNeeds, calibration_needs
+from loram_cli.stages.prune.spec import PruneSpec
+from loram_cli.stages.prune.widths import ChosenWidths, choose_widths, plan_record
 
 
 @dataclass(frozen=True)
-class PrunePlan:
-    """What pruning will do, known from config and index alone.
+class PruneWork:
+    """A pruning as far as config and index tell.
 
     Attributes:
-        family: The base's family.
-        config: The base's ``config.json``.
-        index: The base's tensors.
+        model: The base.
+        config: Of the output.
         before: The base's widths.
         after: Widths per layer after pruning.
         tensors: Every output tensor, in writing order.
@@ -32,15 +42,14 @@ class PrunePlan:
         chosen: How the widths came about; None where they stay.
     """
 
-    family: "Family"
-    config: dict[str, Any]
-    index: "CheckpointIndex"
-    before: "Geometry"
-    after: "tuple[LayerGeometry, ...]"
-    tensors: "dict[str, TensorPlan]"
+    model: Model
+    config: Mapping[str, Any]
+    before: Geometry
+    after: tuple[LayerGeometry, ...]
+    tensors: dict[str, TensorPlan]
     base_params: int
     pruned_params: int
-    calibration: "CalibrationNeeds | None" = None
+    calibration: CalibrationNeeds | None = None
     sparsity: float = 0.0
     chosen: ChosenWidths | None = None
 
@@ -49,18 +58,14 @@ class PrunePlan:
         """Bytes of the output's tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
-    def with_widths(self, after: "tuple[LayerGeometry, ...]") -> "PrunePlan":
-        """The same plan with other widths per layer.
+    def with_widths(self, after: tuple[LayerGeometry, ...]) -> "PruneWork":
+        """The same work with other widths per layer.
 
         Args:
             after: Widths of every layer after pruning.
         """
-        import math
-
-        from loram_cli.pruning.plan import pruned_config
-
         config = pruned_config(self.config, self.before, after)
-        shapes = self.family.tensor_shapes(config)
+        shapes = self.model.family.tensor_shapes(config)
         # A head stored beside a tied embedding is no tensor of the family, and stays as it is.
         tensors = {
             name: replace(tensor, shape=shapes.get(name, tensor.shape))
@@ -69,8 +74,8 @@ class PrunePlan:
         params = sum(math.prod(tensor.shape) for tensor in tensors.values())
         return replace(self, config=config, after=after, tensors=tensors, pruned_params=params)
 
-    def with_keep(self, keep: "dict[int, LayerKeep]") -> "PrunePlan":
-        """The same plan with the widths of what is kept.
+    def with_keep(self, keep: Mapping[int, LayerKeep]) -> "PruneWork":
+        """The same work with the widths of what is kept.
 
         Args:
             keep: What stays of every layer that loses something.
@@ -81,29 +86,159 @@ class PrunePlan:
         )
 
     @property
-    def pruned_layers(self) -> list[int]:
+    def pruned_layers(self) -> tuple[int, ...]:
         """Indices of the layers that lose something."""
-        return [i for i, layer in enumerate(self.before.layers) if layer != self.after[i]]
+        layers = enumerate(self.before.layers)
+        return tuple(i for i, layer in layers if layer != self.after[i])
 
-    def results(self) -> dict[str, Any]:
-        """The figures of the plan, for the manifest and ``--dry-run``."""
-        return {
-            "base_params": self.base_params,
-            "pruned_params": self.pruned_params,
-            "reduction": round(self.base_params / self.pruned_params, 4),
-            "removed_share": round(1 - self.pruned_params / self.base_params, 4),
-            "weight_bytes": self.out_bytes,
-            "sparsity": self.sparsity,
-            "calibration": self.calibration.to_mapping() if self.calibration else None,
-            **(self.chosen.to_mapping(self.after) if self.chosen else {}),
-            "pruned_layers": self.pruned_layers,
-            "widths": _widths(self.after),
-            "base_widths": _widths(self.before.layers),
-        }
+    def result(self) -> PruneResult:
+        """The figures of the work, for the manifest and ``--dry-run``."""
+        known = self.chosen.known(self.after) if self.chosen else {}
+        return PruneResult(
+            base_params=self.base_params,
+            pruned_params=self.pruned_params,
+            reduction=round(self.base_params / self.pruned_params, 4),
+            removed_share=round(1 - self.pruned_params / self.base_params, 4),
+            weight_bytes=self.out_bytes,
+            sparsity=self.sparsity,
+            calibration=self.calibration.figures() if self.calibration else None,
+            pruned_layers=self.pruned_layers,
+            widths=_widths(self.after),
+            base_widths=_widths(self.before.layers),
+            **known,
+        )
 
 
-def _widths(layers: "tuple[LayerGeometry, ...]") -> dict[str, list[int]]:
+def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[PruneWork]:
+    """Work out shapes and check everything that can be known before a tensor is read.
+
+    Args:
+        spec: How to prune.
+        reporter: Nothing is told.
+        count: Nothing is counted: the widths are exact.
+
+    Raises:
+        LoramError: The base is not sound, or has no tokenizer, or the disk is too full.
+        UsageError: The ratio or the keep flags do not fit the model.
+    """
+    spec = spec.settled()
+    check_out_of_tree(spec.out, spec.model)
+    model = Model.open(spec.model)
+    _refuse_pruned(model)
+    model.check_whole()
+    work = _sparse_work(spec, model) if spec.zeroes_weights else _narrow_work(spec, model)
+    scratch_bytes = work.calibration.disk_bytes if work.calibration else 0
+    base = model_record(model)
+    return make_plan(
+        "prune",
+        spec,
+        {"base": base, **plan_record(spec)},
+        work,
+        disk_bytes=work.out_bytes + scratch_bytes,
+        reads=filter(None, (spec.model, spec.calibration, spec.plan)),
+        base=base,
+        memory_bytes=work.calibration.held_bytes if work.calibration else 0,
+        figures={"result": work.result()},
+    )
+
+
+def foresee(spec: PruneSpec, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], PruneResult]:
+    """What pruning a base with a config would give; its weights need not be there.
+
+    Args:
+        spec: The settled spec.
+        config: The base's ``config.json``.
+
+    Returns:
+        The small model's config, and its figures with weights in bf16.
+
+    Raises:
+        LoramError: The config is of no known family.
+        UsageError: What is asked for does not fit the model.
+    """
+    family = family_for(config, "the base")
+    before = family.geometry(config)
+    base_params = count_params(family, config).total
+    if spec.zeroes_weights:
+        assert spec.ratio is not None
+        params = count_nonzero_params(family, config, spec.ratio).total
+        small, after, known = config, before.layers, {"sparsity": spec.ratio}
+        weight_bytes = base_params * BF16_BYTES
+    else:
+        chosen = choose_widths(spec, family, config)
+        after, small = chosen.after, pruned_config(config, before, chosen.after)
+        params = count_params(family, small).total
+        known, weight_bytes = chosen.known(after), params * BF16_BYTES
+    layers = enumerate(before.layers)
+    return small, PruneResult(
+        base_params=base_params,
+        pruned_params=params,
+        reduction=round(base_params / params, 4),
+        removed_share=round(1 - params / base_params, 4),
+        weight_bytes=weight_bytes,
+        pruned_layers=tuple(i for i, layer in layers if layer != after[i]),
+        widths=_widths(after),
+        base_widths=_widths(before.layers),
+        **known,
+    )
+
+
+def _refuse_pruned(model: Model) -> None:
+    directory = model.directory
+    # Zeros do not show in a config.
+    made = (directory / MANIFEST_NAME).is_file() and Manifest.read(directory).stage
+    if model.config.get("per_layer_config") or made in ("prune", "align"):
+        raise UsageError(f"{directory}: is pruned already", "prune the original base model")
+
+
+def _narrow_work(spec: PruneSpec, model: Model) -> PruneWork:
+    before, shapes = model.geometry, model.shapes
+    chosen = choose_widths(spec, model.family, model.config)
+    base_params = sum(math.prod(shape) for shape in shapes.values())
+    tensors = {
+        name: TensorPlan.like(entry)
+        for name, entry in model.index.tensors.items()
+        if name in shapes
+    }
+    calibration = calibration_needs(spec, model) if spec.needs_calibration else None
+    whole = PruneWork(
+        model, model.config, before, before.layers, tensors, base_params, base_params, calibration,
+        chosen=chosen,
+    )  # fmt: skip
+    return whole.with_widths(chosen.after)
+
+
+def _sparse_work(spec: PruneSpec, model: Model) -> PruneWork:
+    """The base's own shapes, in the order of the layers; zeros take their places."""
+    assert spec.ratio is not None
+    geometry, shapes = model.geometry, model.shapes
+    zeros = 0
+    for name in model.linear_names:
+        if spec.chosen_strategy.zeros_in_four and shapes[name][1] % 4:
+            raise UsageError(
+                f"--strategy {spec.strategy}: tensor {name} has {shapes[name][1]} columns, "
+                "which is no multiple of 4",
+                "pass --strategy unst --ratio 0.5",
+            )
+        zeros += zeros_wanted(math.prod(shapes[name]), spec.ratio)
+    entries = model.index.tensors
+    tensors = {name: TensorPlan.like(entries[name]) for name in shapes}
+    params = sum(math.prod(shape) for shape in shapes.values())
+    return PruneWork(
+        model,
+        model.config,
+        geometry,
+        geometry.layers,
+        tensors,
+        params,
+        params - zeros,
+        calibration_needs(spec, model) if spec.needs_calibration else None,
+        sparsity=spec.ratio,
+    )
+
+
+def _widths(layers: tuple[LayerGeometry, ...]) -> dict[str, tuple[int, ...]]:
     return {
-        str(i): [layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size]
+        str(i): (layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
         for i, layer in enumerate(layers)
     }

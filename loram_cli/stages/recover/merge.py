@@ -1,94 +1,85 @@
 """Merge: a recovered adapter added to the base's weights, some rows at a time."""
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loram_cli.checkpoint.background import read_ahead
+from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.reader import TensorReader
+from loram_cli.checkpoint.sources import copy_companions
+from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
+from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter, read_shapes
+from loram_cli.lora.scatter import add_update
 from loram_cli.reporting import Reporter
-from loram_cli.stages.core.lifecycle import (
-    StageResult,
+from loram_cli.stages.core.lifecycle import StageResult, stage_run
+from loram_cli.stages.core.lineage import trained_layout
+from loram_cli.stages.core.plan import (
+    StagePlan,
     check_free_disk,
     check_out_of_tree,
-    stage_run,
+    free_disk,
+    make_plan,
 )
-from loram_cli.stages.core.lineage import trained_layout
-from loram_cli.stages.core.plan import StagePlan, check_model, make_plan
-from loram_cli.stages.recover import stage as recover
-from loram_cli.stages.recover.stage import RecoverSpec, open_inputs
+from loram_cli.stages.core.results import MergeResult
+from loram_cli.stages.recover.spec import MergeSpec
+from loram_cli.stages.recover.stage import RecoverWork, open_inputs
 
-if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family
-    from loram_cli.checkpoint.index import CheckpointIndex
-    from loram_cli.lora.adapter import LoraAdapter
+__all__ = ["MergeSpec", "plan", "plan_ahead", "run"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeSpec:
-    """What to merge.
-
-    Attributes:
-        adapter: A recovered adapter.
-        model: The original base.
-        out: Where the merged checkpoint goes.
-        max_shard_bytes: Upper bound on one shard.
-        force: Replace an existing output.
-    """
-
-    adapter: Path
-    model: Path
-    out: Path
-    max_shard_bytes: int = 5 * 10**9
-    force: bool = False
-
-
-def plan(spec: MergeSpec) -> StagePlan:
+def plan(spec: MergeSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[RecoverWork]:
     """Check everything that can be known before a tensor is read.
+
+    Args:
+        spec: What to merge.
+        reporter: Nothing is told.
+        count: Nothing is counted.
 
     Raises:
         LoramError: Another base, or no disk.
     """
-    _, family, index = check_model(spec.model)
-    _, inputs = open_inputs(spec, "recover", "run 'loram recover' first")
+    work = open_inputs(spec, "recover", "run 'loram recover' first")
+    work.model.check_whole()
     return make_plan(
         "merge",
         spec,
-        inputs,
-        disk_bytes=_merged_bytes(spec, family, index),
-        reads=(str(spec.adapter), str(spec.model)),
-        base=inputs["base"],
-        memory_bytes=_adapter_bytes(spec.adapter),
-        figures={"params": index.num_params},
+        work.inputs,
+        work,
+        disk_bytes=_merged_bytes(spec.adapter, work.model),
+        reads=(spec.adapter, spec.model),
+        base=work.inputs["base"],
+        memory_bytes=(spec.adapter / WEIGHTS_NAME).stat().st_size,
+        figures={"params": work.model.num_params},
     )
 
 
-def plan_both(spec: RecoverSpec, merging: MergeSpec | None) -> list[StagePlan]:
-    """Plans of recovery and, if asked for, of the merge after it.
+def plan_ahead(spec: MergeSpec, adapter_bytes: int) -> StagePlan[None]:
+    """The plan of a merge whose adapter is still to be recovered: from the base alone.
 
-    The merge is planned from the base alone while its adapter is not there yet.
+    Args:
+        spec: What to merge.
+        adapter_bytes: What the adapter will take.
 
     Raises:
-        LoramError: See :func:`plan` and :func:`.recover.plan`.
+        LoramError: No disk, or no whole base.
     """
-    first = recover.plan(spec)
-    if merging is None:
-        return [first]
-    if first.done:
-        return [first, plan(merging)]
-    check_out_of_tree(merging.out, merging.model, merging.adapter)
-    _, _, index = check_model(merging.model)
-    needed_bytes = index.num_bytes + first.disk_bytes
-    check_free_disk(merging.out, needed_bytes)
-    later = StagePlan(
+    check_out_of_tree(spec.out, spec.model, spec.adapter)
+    model = Model.open(spec.model)
+    model.check_whole()
+    needed_bytes = model.num_bytes + adapter_bytes
+    check_free_disk(spec.out, needed_bytes)
+    return StagePlan(
         stage="merge",
-        reads=(str(merging.adapter), str(merging.model)),
-        writes=merging.out,
-        inputs={},
+        reads=(str(spec.adapter), str(spec.model)),
+        writes=spec.out,
+        work=None,
+        checked=False,
         disk_bytes=needed_bytes,
-        free_bytes=first.free_bytes,
-        memory_bytes=first.disk_bytes,
-        figures={"params": index.num_params},
+        free_bytes=free_disk(spec.out),
+        memory_bytes=adapter_bytes,
+        figures={"params": model.num_params},
     )
-    return [first, later]
 
 
 def run(spec: MergeSpec, reporter: Reporter) -> StageResult:
@@ -97,32 +88,26 @@ def run(spec: MergeSpec, reporter: Reporter) -> StageResult:
     Raises:
         LoramError: See :func:`plan`; also NaN weights.
     """
-    planned = plan(spec)
-    with stage_run("merge", spec, planned.inputs, spec.adapter) as stage:
+    planned = plan(spec, reporter)
+    model = planned.work.model
+    with stage_run(planned, spec, spec.adapter) as stage:
         if stage.finished is not None:
             return stage.finished
-        import json
-
-        from loram_cli.checkpoint.index import CheckpointIndex
-        from loram_cli.checkpoint.sources import copy_companions
-        from loram_cli.lora.adapter import LoraAdapter
-
         stage.restart_meter()
         adapter = LoraAdapter.read(spec.adapter)
-        index = CheckpointIndex.open(spec.model)
-        config, digests = merge_weights(spec, adapter, index, stage.path, reporter)
+        config, digests = merge_weights(spec, adapter, model, stage.path, reporter)
         (stage.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(spec.model, stage.path)
-        results = {
-            "modules": len(adapter.pairs),
-            "weight_bytes": index.num_bytes,
-            "layout": trained_layout(spec.adapter),
-        }
-        return stage.commit(results, base=planned.base, keep={}, digests=digests)
+        result = MergeResult(
+            modules=len(adapter.pairs),
+            weight_bytes=model.num_bytes,
+            layout=trained_layout(spec.adapter),
+        )
+        return stage.commit(result, digests=digests)
 
 
 def merge_weights(
-    spec: MergeSpec, adapter: "LoraAdapter", index: Any, directory: Path, reporter: Reporter
+    spec: MergeSpec, adapter: LoraAdapter, model: Model, directory: Path, reporter: Reporter
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Stream ``W + scaling * B @ A`` for every tensor of the base.
 
@@ -130,24 +115,14 @@ def merge_weights(
         The merged checkpoint's config (a tied head that the adapter changes is untied in it), and
         the SHA-256 of every file of weights.
     """
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.background import read_ahead
-    from loram_cli.checkpoint.index import read_config
-    from loram_cli.checkpoint.reader import TensorReader
-    from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
-    from loram_cli.lora.scatter import add_update
-
-    config = read_config(spec.model)
-    family = family_for(config, str(spec.model))
+    family, index = model.family, model.index
+    config = dict(model.config)
     sources = {name: name for name in index.tensors if not family.is_ignored(name)}
     head = f"{family.lm_head}.weight"
-    if family.lm_head in adapter.pairs and family.geometry(config).tied_embeddings:
+    if family.lm_head in adapter.pairs and model.tied_embeddings:
         sources[head] = head if head in sources else f"{family.embedding}.weight"
         config = {**config, "tie_word_embeddings": False}
-    planned = {
-        name: TensorPlan(index.tensors[source].dtype, index.tensors[source].shape)
-        for name, source in sources.items()
-    }
+    planned = {name: TensorPlan.like(index.tensors[source]) for name, source in sources.items()}
     total_bytes = sum(tensor.num_bytes for tensor in planned.values())
     with (
         TensorReader(index, once=True) as reader,
@@ -168,16 +143,8 @@ def merge_weights(
     return config, writer.digests
 
 
-def _merged_bytes(spec: MergeSpec, family: "Family", index: "CheckpointIndex") -> int:
+def _merged_bytes(adapter: Path, model: Model) -> int:
     """Bytes of the merged weights; a tied head that the adapter changes becomes a tensor."""
-    from loram_cli.lora.adapter import read_shapes
-
-    head, embedding = f"{family.lm_head}.weight", f"{family.embedding}.weight"
-    untied = family.lm_head in read_shapes(spec.adapter) and head not in index.tensors
-    return index.num_bytes + (index.tensors[embedding].num_bytes if untied else 0)
-
-
-def _adapter_bytes(directory: Path) -> int:
-    from loram_cli.lora.adapter import WEIGHTS_NAME
-
-    return (directory / WEIGHTS_NAME).stat().st_size
+    head, embedding = (f"{name}.weight" for name in (model.family.lm_head, model.family.embedding))
+    untied = model.family.lm_head in read_shapes(adapter) and head not in model.index.tensors
+    return model.num_bytes + (model.index.tensors[embedding].num_bytes if untied else 0)

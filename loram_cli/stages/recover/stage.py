@@ -1,68 +1,44 @@
 """Recover: LoRA factors of the pruned model, scattered to the full model's shapes."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.sources import copy_companions, hub_id
 from loram_cli.errors import LoramError
+from loram_cli.lora.adapter import LoraAdapter, LoraPair, read_shapes
+from loram_cli.lora.scatter import gather, scatter_columns, scatter_rows
+from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
-from loram_cli.stages.core.lifecycle import StageResult, check_out_of_tree, stage_run
-from loram_cli.stages.core.plan import StagePlan, make_plan
-from loram_cli.stages.core.templates import warn_of_other_template
-from loram_cli.stages.evaluate.rows import training_record
+from loram_cli.stages.core.lifecycle import StageResult, stage_run
+from loram_cli.stages.core.lineage import adapter_record, check_base, warn_of_other_template
+from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
+from loram_cli.stages.core.results import RecoverResult, training_cost
+from loram_cli.stages.recover.spec import MergeSpec, RecoverSpec
 
-if TYPE_CHECKING:
-    from loram_cli.arch.spec import Family, Geometry
-    from loram_cli.lora.adapter import LoraAdapter, LoraPair
-    from loram_cli.pruning.groups import LayerKeep
+__all__ = ["RecoverSpec", "plan", "run"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecoverSpec:
-    """What to recover.
+@dataclass(frozen=True)
+class RecoverWork:
+    """A recovery's inputs, once they are known to fit.
 
     Attributes:
-        adapter: The directory that ``train`` wrote; it carries the keep indices.
         model: The original base.
-        out: Where the recovered adapter goes.
-        force: Replace an existing output.
+        manifest: The adapter's record.
+        inputs: Path and digests of both.
     """
 
-    adapter: Path
-    model: Path
-    out: Path
-    force: bool = False
+    model: Model
+    manifest: Manifest
+    inputs: dict[str, Any]
 
 
-def check_base(manifest: Manifest, model: Path, adapter: Path) -> dict[str, Any]:
-    """Compare the base at hand with the one that the adapter descends from.
-
-    Returns:
-        The base's identity, for the next manifest.
-
-    Raises:
-        LoramError: Widths, weights or tokenizer differ.
-    """
-    from loram_cli.checkpoint.identity import identify
-
-    identity = identify(model).to_mapping()
-    for part, said in (
-        ("tensors", "tensor names or shapes"),
-        ("weights", "weights"),
-        ("config", "config.json"),
-        ("tokenizer", "tokenizer"),
-    ):
-        if manifest.base.get(part) != identity[part]:
-            raise LoramError(
-                f"{adapter}: was made from another base: {said} differ from {model}",
-                f"pass the base that was pruned, formerly at {manifest.base.get('path')}",
-            )
-    return {"path": str(model), **identity}
-
-
-def open_inputs(spec: Any, stage: str, otherwise: str) -> tuple[Manifest, dict[str, Any]]:
-    """The adapter's manifest and the record of both inputs, once they are known to fit.
+def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> RecoverWork:
+    """Open base and adapter, and see that they belong together.
 
     Args:
         spec: With ``adapter``, ``model`` and ``out``.
@@ -76,43 +52,50 @@ def open_inputs(spec: Any, stage: str, otherwise: str) -> tuple[Manifest, dict[s
     manifest = Manifest.read(spec.adapter)
     if manifest.stage != stage:
         raise LoramError(f"{spec.adapter}: was made by '{manifest.stage}', {otherwise}")
-    base = check_base(manifest, spec.model, spec.adapter)
-    return manifest, {"base": base, "adapter": adapter_input(spec.adapter, manifest)}
+    model = Model.open(spec.model)
+    base = check_base(manifest, model, spec.adapter)
+    inputs = {"base": base, "adapter": adapter_record(spec.adapter, manifest)}
+    return RecoverWork(model, manifest, inputs)
 
 
-def plan(spec: RecoverSpec) -> StagePlan:
+def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[RecoverWork]:
     """Check everything that can be known before a factor is read.
+
+    Args:
+        spec: What to recover.
+        reporter: Nothing is told.
+        count: Nothing is counted.
 
     Raises:
         LoramError: Another base, an adapter that does not fit it, or no disk.
     """
-    from loram_cli.lora.adapter import read_shapes
-
-    manifest, inputs = open_inputs(spec, "train", "'train' output is wanted")
-    base = _Base.of(spec.model, manifest)
+    work = open_inputs(spec, "train", "expected an output of 'train'")
+    base = _Base.of(work)
     small_params = full_params = 0
     for module, (rows, columns, rank) in read_shapes(spec.adapter).items():
         full_rows, full_columns = base.full_shape(module)
         kept_rows, kept_columns = base.kept(module)
-        wanted = (
+        kept = (
             full_rows if kept_rows is None else len(kept_rows),
             full_columns if kept_columns is None else len(kept_columns),
         )
-        if (rows, columns) != wanted:
+        if (rows, columns) != kept:
             raise LoramError(
                 f"adapter module {module} is {rows} x {columns}, "
-                f"what was kept of the base's weight {wanted[0]} x {wanted[1]}"
+                f"what was kept of the base's weight {kept[0]} x {kept[1]}"
             )
         small_params += rank * (rows + columns)
         full_params += rank * (full_rows + full_columns)
     return make_plan(
         "recover",
         spec,
-        inputs,
+        work.inputs,
+        work,
         disk_bytes=4 * full_params,
-        reads=(str(spec.adapter), str(spec.model)),
-        base=inputs["base"],
-        keep=manifest.keep,
+        reads=(spec.adapter, spec.model),
+        base=work.inputs["base"],
+        keep=work.manifest.keep,
+        sparsity=work.manifest.sparsity,
         memory_bytes=4 * (small_params + full_params),
         figures={"small_params": small_params, "full_params": full_params},
     )
@@ -124,32 +107,26 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
     Raises:
         LoramError: See :func:`plan`; also a failed check.
     """
-    planned = plan(spec)
-    with stage_run("recover", spec, planned.inputs, spec.adapter) as stage:
+    planned = plan(spec, reporter)
+    work = planned.work
+    with stage_run(planned, spec, spec.adapter) as stage:
         if stage.finished is not None:
             return stage.finished
-        from loram_cli.checkpoint.sources import copy_companions, hub_id
-        from loram_cli.lora.adapter import LoraAdapter
-
         stage.restart_meter()
-        manifest = Manifest.read(spec.adapter)
-        warn_of_other_template(manifest.inputs["source"], planned.base, reporter)
+        warn_of_other_template(work.manifest.inputs["source"], planned.base, reporter)
         small = LoraAdapter.read(spec.adapter)
-        full = recover_adapter(small, _Base.of(spec.model, manifest), reporter)
+        full = _recover_adapter(small, _Base.of(work), reporter)
         name = hub_id(spec.model) or str(spec.model)
         named = {**full.config, "base_model_name_or_path": name, "inference_mode": True}
         replace(full, config=named).write(stage.path)
         copy_companions(spec.model, stage.path)
         return stage.commit(
-            {
-                "modules": len(full.pairs),
-                "small_params": _params(small),
-                "full_params": _params(full),
-                "training": training_record(manifest),
-            },
-            base=planned.base,
-            keep=manifest.keep,
-            sparsity=manifest.sparsity,
+            RecoverResult(
+                modules=len(full.pairs),
+                small_params=_params(small),
+                full_params=_params(full),
+                training=training_cost(work.manifest),
+            )
         )
 
 
@@ -157,23 +134,17 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
 class _Base:
     """Where an adapter's factors belong: the base's shapes, and what was kept of them."""
 
-    family: "Family"
-    geometry: "Geometry"
+    model: Model
     shapes: dict[str, tuple[int, ...]]
-    keep: dict[int, "LayerKeep"]
+    keep: dict[int, LayerKeep]
 
     @classmethod
-    def of(cls, model: Path, manifest: Manifest) -> "_Base":
-        from loram_cli.arch.registry import family_for
-        from loram_cli.checkpoint.index import read_config
-        from loram_cli.pruning.groups import LayerKeep
-
-        config = read_config(model)
-        family = family_for(config, str(model))
-        shapes = family.tensor_shapes(config)
+    def of(cls, work: RecoverWork) -> "_Base":
+        family = work.model.family
+        shapes = family.tensor_shapes(work.model.config)
         shapes.setdefault(f"{family.lm_head}.weight", shapes[f"{family.embedding}.weight"])
-        keep = {int(i): LayerKeep.from_mapping(layer) for i, layer in manifest.keep.items()}
-        return cls(family, family.geometry(config), shapes, keep)
+        keep = {int(i): LayerKeep.from_mapping(layer) for i, layer in work.manifest.keep.items()}
+        return cls(work.model, shapes, keep)
 
     def full_shape(self, module: str) -> tuple[int, ...]:
         if f"{module}.weight" not in self.shapes:
@@ -181,15 +152,15 @@ class _Base:
         return self.shapes[f"{module}.weight"]
 
     def kept(self, module: str) -> tuple[list[int] | None, list[int] | None]:
-        found = self.family.module_named(module)
+        found = self.model.family.module_named(module)
         if found is None or found[0] not in self.keep:
             return None, None
         layer, linear = found
-        keep, geometry = self.keep[layer], self.geometry.layers[layer]
+        keep, geometry = self.keep[layer], self.model.geometry.layers[layer]
         return keep.rows(linear, geometry), keep.columns(linear, geometry)
 
 
-def recover_adapter(small: "LoraAdapter", base: _Base, reporter: Reporter) -> "LoraAdapter":
+def _recover_adapter(small: LoraAdapter, base: _Base, reporter: Reporter) -> LoraAdapter:
     """Bring every factor of a pruned model's adapter to the base's shapes.
 
     Raises:
@@ -203,24 +174,7 @@ def recover_adapter(small: "LoraAdapter", base: _Base, reporter: Reporter) -> "L
     return replace(small, pairs=pairs)
 
 
-def adapter_input(directory: Path, manifest: Manifest) -> dict[str, str]:
-    """The manifest record of an adapter that serves as input."""
-    from loram_cli.lora.adapter import WEIGHTS_NAME
-    from loram_cli.runs.digests import file_digest
-
-    return {
-        "path": str(directory),
-        "key": manifest.key,
-        "weights": file_digest(directory / WEIGHTS_NAME),
-    }
-
-
-def _recover_pair(module: str, pair: "LoraPair", base: _Base) -> "LoraPair":
-    import torch
-
-    from loram_cli.lora.adapter import LoraPair
-    from loram_cli.lora.scatter import gather, scatter_columns, scatter_rows
-
+def _recover_pair(module: str, pair: LoraPair, base: _Base) -> LoraPair:
     full_rows, full_columns = base.full_shape(module)
     rows, columns = base.kept(module)
     lora_a, lora_b = pair.lora_a, pair.lora_b
@@ -251,5 +205,5 @@ def _recover_pair(module: str, pair: "LoraPair", base: _Base) -> "LoraPair":
     return LoraPair(lora_a, lora_b)
 
 
-def _params(adapter: "LoraAdapter") -> int:
+def _params(adapter: LoraAdapter) -> int:
     return sum(pair.lora_a.numel() + pair.lora_b.numel() for pair in adapter.pairs.values())

@@ -1,0 +1,66 @@
+"""What a stage measured, in a few lines."""
+
+from functools import singledispatch
+
+from loram_cli.cli.draw.widths import prune_line, width_advice
+from loram_cli.stages.core.results import (
+    AlignResult,
+    FitFigures,
+    PruneResult,
+    RecoverResult,
+    Result,
+    TrainResult,
+)
+from loram_cli.units import format_params
+
+
+@singledispatch
+def result_lines(result: Result) -> list[str]:
+    """The figures worth showing; none of a merge, and of an evaluation its own table."""
+    return []
+
+
+@result_lines.register
+def _pruned(result: PruneResult) -> list[str]:
+    return [f"{format_params(result.base_params)} -> {prune_line(result)}", *width_advice(result)]
+
+
+@result_lines.register
+def _aligned(result: AlignResult) -> list[str]:
+    return _losses(result, result.tokens)
+
+
+@result_lines.register
+def _trained(result: TrainResult) -> list[str]:
+    trained_on = format_params(result.trained_on_params)
+    lines = [f"LoRA of {format_params(result.lora_params)} parameters on {trained_on}"]
+    if result.eval_reward_accuracy_after is not None:
+        lines.append(
+            f"held-out preferences: {result.eval_reward_accuracy_after:.1%} right, reward margin "
+            f"{result.eval_reward_margin_after:.3f} (0 at the start) in {result.steps} steps"
+        )
+    elif result.eval_reward_after is not None:
+        lines.append(
+            f"held-out reward {result.eval_reward_before:.3f} -> {result.eval_reward_after:.3f} "
+            f"in {result.steps} steps (one answer drawn per question)"
+        )
+    elif result.objective == "sft":
+        lines += _losses(result)
+    return lines
+
+
+@result_lines.register
+def _recovered(result: RecoverResult) -> list[str]:
+    return [
+        f"{result.modules} modules verified: kept rows and columns equal, zero elsewhere; "
+        f"{format_params(result.small_params)} -> {format_params(result.full_params)} parameters"
+    ]
+
+
+def _losses(result: FitFigures, tokens: int = 0) -> list[str]:
+    if result.eval_loss_before is None or result.eval_loss_after is None:
+        return []
+    cost = f"{result.steps} steps" if result.steps else f"{tokens} tokens"
+    return [
+        f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss_after:.4f} in {cost}"
+    ]

@@ -1,0 +1,21 @@
+"""The table of pruning strategies: each one is a file and a line here."""
+
+from loram_cli.pruning import rand, semi, stru, unst
+from loram_cli.pruning.strategy import Strategy
+
+STRATEGIES: dict[str, Strategy] = {
+    "rand": rand.STRATEGY,
+    "stru": stru.STRATEGY,
+    "semi": semi.STRATEGY,
+    "unst": unst.STRATEGY,
+}
+
+
+def strategy_named(name: str) -> Strategy:
+    """The strategy of a name that a spec has checked."""
+    return STRATEGIES[name]
+
+
+def summaries() -> str:
+    """Every strategy in a few words, for help texts."""
+    return "; ".join(f"{name}: {strategy.summary}" for name, strategy in STRATEGIES.items())

@@ -1,0 +1,62 @@
+"""What a pruning strategy says of itself; one file each, and one line in :mod:`.strategies`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loram_cli.arch.spec import LayerGeometry
+from loram_cli.pruning.groups import LayerKeep
+
+if TYPE_CHECKING:
+    from loram_cli.pruning.scores import LayerScores
+
+
+@dataclass(frozen=True)
+class LayerToPrune:
+    """One layer whose groups a strategy chooses among.
+
+    Attributes:
+        index: Its place.
+        before: Its widths.
+        after: How many groups stay.
+        scores: Group scores, higher for what matters more; None for a strategy without importances.
+        seed: The run's seed.
+    """
+
+    index: int
+    before: LayerGeometry
+    after: LayerGeometry
+    scores: "LayerScores | None"
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How a small model is made: whole groups dropped, or single weights zeroed.
+
+    Attributes:
+        summary: A few words for the help text.
+        ratio: Share of groups or weights that goes, unless told.
+        paper_ratios: Those that a memory report works out unless told.
+        importances: How groups or weights may be ranked, the default first; empty where they are
+            not ranked.
+        keep: Chooses the groups of a layer that stay; None for a strategy that zeroes weights.
+        zeros_in_four: Zeroes so many in every four weights of a row (2:4); 0 for anywhere.
+    """
+
+    summary: str
+    ratio: float
+    paper_ratios: tuple[float, ...]
+    importances: tuple[str, ...] = ()
+    keep: Callable[[LayerToPrune], LayerKeep] | None = None
+    zeros_in_four: int = 0
+
+    @property
+    def zeroes_weights(self) -> bool:
+        """Whether single weights become zero, and shapes and memory stay."""
+        return self.keep is None
+
+    @property
+    def only_ratio(self) -> float | None:
+        """The one ratio that the pattern allows, or None."""
+        return self.zeros_in_four / 4 if self.zeros_in_four else None

@@ -1,0 +1,217 @@
+"""What each stage measures: one class a stage, as its manifest records it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loram_cli.evaluation.results import EvalResult, TrainingCost
+from loram_cli.runs.manifest import Manifest
+from loram_cli.schema import revived
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationFigures:
+    """What calibration reads, and what it holds beside one decoder layer."""
+
+    samples: int
+    length: int
+    activation_memory_bytes: int
+    activation_disk_bytes: int
+    hessian_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneResult:
+    """A pruned model's size and widths.
+
+    Attributes:
+        base_params: Parameters of the base.
+        pruned_params: Parameters of the output; of a sparse one those that are not zero.
+        reduction: The first over the second.
+        removed_share: Share of the base's parameters that is gone.
+        weight_bytes: Bytes of the output's tensors.
+        sparsity: Share of zeros asked for in the decoder linears; 0 where groups were dropped.
+        calibration: What calibration took; None without it.
+        ratio: The ratio that gave the widths; None with a plan file, and for sparse models.
+        scope: ``layer`` or ``global``; None for sparse models.
+        remove_params: At least how many parameters were to go.
+        card_bytes: The least card to train on, where memory was the budget.
+        pruned_layers: Indices of the layers that lost something.
+        widths: Per layer attention heads, key/value heads and MLP channels.
+        base_widths: The same of the base.
+        zeros: Zeros counted in the decoder linears of a sparse model.
+        decoder_linear_params: Their parameters.
+        measured_sparsity: The first over the second.
+    """
+
+    base_params: int
+    pruned_params: int
+    reduction: float
+    removed_share: float
+    weight_bytes: int
+    sparsity: float = 0.0
+    calibration: CalibrationFigures | None = None
+    ratio: float | None = None
+    scope: str | None = None
+    remove_params: int | None = None
+    card_bytes: int | None = None
+    pruned_layers: tuple[int, ...] = ()
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    base_widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    zeros: int | None = None
+    decoder_linear_params: int | None = None
+    measured_sparsity: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitFigures:
+    """What a fit by gradient steps reached; None where there is no such figure.
+
+    Attributes:
+        steps: Optimizer steps.
+        final_train_loss: Mean over the last steps.
+        eval_loss_before: On held-out data, before the first step.
+        eval_loss_after: The same after the last step.
+    """
+
+    steps: int = 0
+    final_train_loss: float | None = None
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult(FitFigures):
+    """What one method of alignment did.
+
+    Attributes:
+        method: Its name.
+        tokens: Tokens that it saw.
+        trained_params: Parameters that it trained.
+        zeros: Of a sparse model, after the method.
+        layer_errors: Per layer the error of its output before and after, where layers were fitted.
+    """
+
+    method: str
+    tokens: int = 0
+    trained_params: int | None = None
+    zeros: int | None = None
+    layer_errors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignResult(FitFigures):
+    """The last method's figures, with the whole chain's cost and first loss.
+
+    Attributes:
+        method: The methods in their order.
+        tokens: Tokens that all of them saw.
+        trained_params: As in :class:`MethodResult`, of the last method.
+        zeros: As above.
+        layer_errors: As above.
+        chain: Each method's own figures; empty where there is one.
+    """
+
+    method: tuple[str, ...]
+    tokens: int = 0
+    trained_params: int | None = None
+    zeros: int | None = None
+    layer_errors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    chain: tuple[MethodResult, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult(FitFigures):
+    """An adapter's training; the figures of preferences and rewards are those of their objectives.
+
+    Attributes:
+        objective: Its name.
+        layout: Of the data.
+        examples: That it trained on.
+        targets: Modules with factors.
+        trained_on_params: Parameters of the frozen model.
+        lora_params: Trained parameters.
+    """
+
+    objective: str = "sft"
+    layout: str | None = None
+    examples: int = 0
+    targets: tuple[str, ...] = ()
+    trained_on_params: int = 0
+    lora_params: int = 0
+    eval_reward_accuracy_before: float | None = None
+    eval_reward_accuracy_after: float | None = None
+    eval_reward_margin_before: float | None = None
+    eval_reward_margin_after: float | None = None
+    eval_reward_before: float | None = None
+    eval_reward_after: float | None = None
+    eval_kl_before: float | None = None
+    eval_kl_after: float | None = None
+    eval_completion_tokens_before: float | None = None
+    eval_completion_tokens_after: float | None = None
+    final_train_reward_accuracy: float | None = None
+    final_train_reward_margin: float | None = None
+    final_train_reward: float | None = None
+    final_train_kl: float | None = None
+    final_train_completion_tokens: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverResult:
+    """A recovered adapter: its modules, and parameters before and after."""
+
+    modules: int
+    small_params: int
+    full_params: int
+    training: TrainingCost | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """A merged checkpoint."""
+
+    modules: int
+    weight_bytes: int
+    layout: str | None = None
+
+
+Result = PruneResult | AlignResult | TrainResult | RecoverResult | MergeResult | EvalResult
+_RESULTS: dict[str, type[Any]] = {
+    "prune": PruneResult,
+    "align": AlignResult,
+    "train": TrainResult,
+    "recover": RecoverResult,
+    "merge": MergeResult,
+    "eval": EvalResult,
+}
+
+
+def result_of(manifest: Manifest) -> Result:
+    """What a manifest's stage measured.
+
+    Args:
+        manifest: Of any stage.
+    """
+    found: Result = revived(_RESULTS[manifest.stage], manifest.results)
+    return found
+
+
+def training_cost(manifest: Manifest) -> TrainingCost | None:
+    """What the adapter in a directory cost to train, from its manifest; None for no adapter.
+
+    Args:
+        manifest: Of ``train`` or ``recover``; of another stage it tells nothing.
+    """
+    result = result_of(manifest)
+    if isinstance(result, RecoverResult):
+        return result.training
+    if not isinstance(result, TrainResult):
+        return None
+    return TrainingCost(
+        trained_on_params=result.trained_on_params,
+        lora_params=result.lora_params,
+        layout=result.layout,
+        peak_memory_bytes=manifest.peak_memory_bytes,
+        peak_memory_increase_bytes=manifest.peak_memory_increase_bytes,
+        wall_seconds=manifest.wall_seconds,
+    )

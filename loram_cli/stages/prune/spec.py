@@ -1,0 +1,209 @@
+"""How to prune: the settings, and which of them go together."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, Self
+
+from loram_cli.errors import UsageError
+from loram_cli.pruning.strategies import STRATEGIES, strategy_named, summaries
+from loram_cli.pruning.strategy import Strategy
+from loram_cli.schema import Bytes, Params, Spec, flag, setting
+from loram_cli.stages.fit.spec import (
+    CHECKPOINTING_HELP,
+    DEVICE_HELP,
+    FORCE_HELP,
+    HIGHEST_SEED,
+    OUT_HELP,
+    RANK_HELP,
+    SEED_HELP,
+    Quantization,
+)
+from loram_cli.units import GIB
+
+# The ways to say how much goes; one of them is given, or the strategy's own ratio is taken.
+AMOUNTS = ("ratio", "plan", "target_params", "fit_memory")
+# What a budget of memory depends on.
+_TRAINING = ("quantize", "rank", "micro_batch", "max_length", "gradient_checkpointing")
+# What only makes sense where shapes shrink, with the value that asks for nothing.
+_SHRINKING = {
+    "plan": None, "target_params": None, "fit_memory": None, "scope": "layer", "multiple_of": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSpec(Spec):
+    """How to prune."""
+
+    model: Path = setting(
+        help="The base's directory.", flag="", place=True, in_key=False, private=True
+    )
+    out: Path = setting(help=OUT_HELP, place=True, in_key=False, private=True)
+    strategy: str = setting("stru", help=f"{summaries()}.", choices=lambda: STRATEGIES)
+    ratio: float | None = setting(
+        None,
+        help="Share of groups to drop in each pruned layer, or of weights to zero.",
+        default_text="0.65; 0.5 for semi",
+        above=0,
+        below=1,
+    )
+    plan: Path | None = setting(
+        None,
+        help="Instead of --ratio: a YAML or JSON file with ratios for layers.",
+        in_key=False,
+    )
+    target_params: Params | None = setting(
+        None,
+        help="Instead of --ratio: parameters to get down to, such as 6B.",
+        at_least=1,
+    )
+    fit_memory: Bytes | None = setting(
+        None,
+        help="Instead of --ratio: memory of the card to train on, such as 24GiB.",
+        at_least=1,
+    )
+    quantize: Quantization | None = setting(
+        None, help="With --fit-memory: nf4 where training will hold the weights in 4 bits."
+    )
+    rank: int = setting(8, help=f"With --fit-memory: {RANK_HELP}", at_least=1)
+    micro_batch: int = setting(4, help="With --fit-memory: examples per pass.", at_least=1)
+    max_length: int = setting(512, help="With --fit-memory: tokens per example.", at_least=1)
+    gradient_checkpointing: bool = setting(
+        False, help=f"With --fit-memory: {CHECKPOINTING_HELP.lower()}"
+    )
+    scope: Literal["layer", "global"] = setting(
+        "layer",
+        help="layer: an even share of each; global: groups of all layers ranked together.",
+    )
+    multiple_of: int = setting(
+        1, help="Round kept MLP channels up to a multiple: 64 suits GPUs.", at_least=1
+    )
+    keep_first: int = setting(4, help="First layers kept whole (rand, stru).", at_least=0)
+    keep_last: int = setting(2, help="Last layers kept whole (rand, stru).", at_least=0)
+    importance: Literal["taylor", "l2", "sparsegpt"] | None = setting(
+        None,
+        help="taylor (stru), sparsegpt (unst, semi), or l2 (no data).",
+        default_text="the strategy's first",
+    )
+    calibration: str | None = setting(
+        None, help="Text for taylor and sparsegpt: file, folder, data set id."
+    )
+    calibration_samples: int | None = setting(
+        None, help="Windows of text.", default_text="taylor 10, sparsegpt 128", at_least=1
+    )
+    calibration_length: int | None = setting(
+        None, help="Tokens per window.", default_text="taylor 128, sparsegpt 2048", at_least=2
+    )
+    calibration_memory: Bytes = setting(
+        Bytes(4 * GIB),
+        help="Memory for activations; the rest goes to disk.",
+        at_least=0,
+        in_key=False,
+    )
+    dampening: float = setting(
+        0.01, help="sparsegpt: share of the Hessian's mean diagonal.", at_least=0
+    )
+    block_columns: int = setting(128, help="sparsegpt: columns per update.", at_least=1)
+    max_shard_bytes: Bytes = setting(
+        Bytes(5 * 10**9), help="Size of a shard of the output at most.", at_least=1, private=True
+    )
+    device: str | None = setting(None, help=DEVICE_HELP, in_key=False, private=True)
+    seed: int = setting(42, help=SEED_HELP, at_least=0, at_most=HIGHEST_SEED)
+    force: bool = setting(
+        False, help=FORCE_HELP, place=True, switch=True, in_key=False, private=True
+    )
+
+    def settled(self) -> Self:
+        """With the strategy's ratio where nothing says how much goes."""
+        if any(getattr(self, name) is not None for name in AMOUNTS):
+            return self
+        return replace(self, ratio=self.chosen_strategy.ratio)
+
+    @property
+    def chosen_strategy(self) -> Strategy:
+        """The strategy's own file."""
+        return strategy_named(self.strategy)
+
+    @property
+    def zeroes_weights(self) -> bool:
+        """Whether single weights become zero, and shapes stay."""
+        return self.chosen_strategy.zeroes_weights
+
+    @property
+    def method(self) -> str | None:
+        """How what goes is chosen; None where it is not ranked."""
+        return self.importance or next(iter(self.chosen_strategy.importances), None)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether text is needed."""
+        return self.method in ("taylor", "sparsegpt")
+
+    def check(self) -> None:
+        """Refuse settings that do not go together.
+
+        Raises:
+            UsageError: Two ways to say how much goes, settings of another strategy, or no text
+                where text is needed.
+        """
+        self._check_amount()
+        self._check_strategy()
+        if self.needs_calibration and self.calibration is None:
+            why = "ranks by gradients on text" if self.method == "taylor" else "updates on text"
+            raise UsageError(
+                f"--strategy {self.strategy} {why}, and no --calibration is given",
+                "pass --calibration FILE, or --importance l2, which needs no text",
+            )
+
+    def _check_amount(self) -> None:
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            flags = " and ".join(flag(self, name) for name in given)
+            raise UsageError(f"{flags} exclude each other", "pass one of them")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in _TRAINING:
+            if self.fit_memory is None and getattr(self, name) != defaults[name]:
+                raise UsageError(
+                    f"{flag(self, name)} tells --fit-memory how training will go; pruning itself "
+                    "does not depend on it",
+                    "pass it to 'loram train', or add --fit-memory",
+                )
+        if self.scope == "global" and self.plan is not None:
+            raise UsageError(
+                "--scope global shares one budget among the layers, and --plan says what each "
+                "loses",
+                "pass one of them",
+            )
+
+    def _check_strategy(self) -> None:
+        strategy = self.chosen_strategy
+        only = strategy.only_ratio
+        if only is not None and self.ratio not in (None, only):
+            raise UsageError(
+                f"--strategy {self.strategy} with --ratio {self.ratio}: 2:4 zeroes two of every "
+                "four weights",
+                f"pass --ratio {only:g}, or --strategy unst",
+            )
+        if self.importance is not None and self.importance not in strategy.importances:
+            raise UsageError(
+                f"--importance {self.importance} does not go with --strategy {self.strategy}",
+                f"it takes {' or '.join(strategy.importances) or 'none: groups are drawn'}",
+            )
+        if strategy.zeros_in_four and self.block_columns % 4:
+            raise UsageError(
+                f"--block-columns {self.block_columns} is no multiple of 4, as "
+                f"--strategy {self.strategy} needs"
+            )
+        if strategy.zeroes_weights:
+            for name, nothing in _SHRINKING.items():
+                if getattr(self, name) != nothing:
+                    asked = "--scope global" if name == "scope" else flag(self, name)
+                    raise UsageError(
+                        f"{asked} does not go with --strategy {self.strategy}: shapes and memory "
+                        "stay",
+                        "pass --ratio, or --strategy stru",
+                    )
+        if self.scope == "global" and not strategy.importances:
+            raise UsageError(
+                f"--scope global ranks groups, and --strategy {self.strategy} draws them",
+                "pass --strategy stru, or --plan FILE for ratios of your own",
+            )

@@ -1,0 +1,172 @@
+"""Drop whole groups: score them, choose what stays, and write it, some rows at a time."""
+
+from functools import partial
+from pathlib import Path
+
+from loram_cli.arch.spec import LinearModule
+from loram_cli.checkpoint.background import one_torch_thread, read_ahead
+from loram_cli.checkpoint.reader import TensorReader
+from loram_cli.checkpoint.writer import ShardedWriter
+from loram_cli.errors import LoramError
+from loram_cli.modeling.layerwise.gradients import layer_gradients
+from loram_cli.modeling.layerwise.stream import LayerStream
+from loram_cli.pruning.groups import LayerKeep, params_per_group
+from loram_cli.pruning.plan import pruned_layers
+from loram_cli.pruning.scores import (
+    LayerScores,
+    SalienceSums,
+    l2_sums,
+    layer_scores,
+    layer_scores_from_sums,
+    taylor_salience,
+)
+from loram_cli.pruning.select import keep_global
+from loram_cli.pruning.slicing import read_kept
+from loram_cli.pruning.strategy import LayerToPrune
+from loram_cli.reporting import Reporter
+from loram_cli.stages.prune.calibration import load_windows, open_pool
+from loram_cli.stages.prune.plan import PruneWork
+from loram_cli.stages.prune.spec import PruneSpec
+
+
+def choose_groups(
+    spec: PruneSpec, work: PruneWork, directory: Path, reporter: Reporter
+) -> dict[int, LayerKeep]:
+    """What stays of each layer, as the strategy says.
+
+    Args:
+        spec: How to prune.
+        work: The base and its widths.
+        directory: The one being written, for what exceeds the calibration's memory.
+        reporter: Told of progress.
+
+    Raises:
+        LoramError: The calibration text is unusable, the loss on it is not finite, or a budget
+            cannot be met.
+    """
+    strategy = spec.chosen_strategy
+    assert strategy.keep is not None
+    layers = _layers(spec, work)
+    scores: dict[int, LayerScores] = {}
+    if strategy.importances:
+        score = _taylor_scores if spec.needs_calibration else _l2_scores
+        scores = score(spec, work, layers, directory, reporter)
+    if spec.scope == "global":
+        return _rank_globally(work, scores, spec.multiple_of)
+    before = work.before.layers
+    return {
+        i: strategy.keep(LayerToPrune(i, before[i], work.after[i], scores.get(i), spec.seed))
+        for i in layers
+    }
+
+
+def write_kept(
+    spec: PruneSpec,
+    work: PruneWork,
+    keep: dict[int, LayerKeep],
+    directory: Path,
+    reporter: Reporter,
+) -> dict[str, str]:
+    """Write the rows and columns that stay, shard by shard.
+
+    Args:
+        spec: How to prune.
+        work: With the widths of ``keep``.
+        keep: What stays of every layer that loses something.
+        directory: Where the checkpoint goes.
+        reporter: Told of progress.
+
+    Returns:
+        SHA-256 in hex of every shard.
+    """
+    with (
+        TensorReader(work.model.index, once=True) as reader,
+        ShardedWriter(directory, work.tensors, spec.max_shard_bytes) as writer,
+        reporter.progress("write", work.out_bytes / 2**20, "MiB") as progress,
+        read_ahead(
+            (name, rows)
+            for name in work.tensors
+            for rows in read_kept(reader, name, work.model.family, work.before, keep)
+        ) as kept,
+    ):
+        for name, rows in kept:
+            writer.write(name, rows)
+            progress.advance(rows.nbytes / 2**20)
+    return writer.digests
+
+
+def _layers(spec: PruneSpec, work: PruneWork) -> range:
+    """From the first to the last layer that may lose something."""
+    if spec.plan is not None:
+        return range(work.pruned_layers[0], work.pruned_layers[-1] + 1)
+    return pruned_layers(len(work.before.layers), spec.keep_first, spec.keep_last)
+
+
+def _l2_scores(
+    spec: PruneSpec, work: PruneWork, layers: range, directory: Path, reporter: Reporter
+) -> dict[int, LayerScores]:
+    family = work.model.family
+    scores = {}
+    with (
+        TensorReader(work.model.index) as reader,
+        reporter.progress("rank", len(layers), "layer") as bar,
+        one_torch_thread(),
+    ):
+
+        def sums(layer: int, module: LinearModule) -> SalienceSums:
+            name = f"{family.layer_prefix(layer)}{module.name}.weight"
+            return l2_sums(chunk for _, chunk in reader.read_chunks(name))
+
+        for i in layers:
+            scores[i] = layer_scores_from_sums(family, work.before.layers[i], partial(sums, i))
+            bar.advance()
+    return scores
+
+
+def _taylor_scores(
+    spec: PruneSpec, work: PruneWork, layers: range, directory: Path, reporter: Reporter
+) -> dict[int, LayerScores]:
+    assert work.calibration is not None
+    windows = load_windows(spec, work.calibration)
+    family = work.model.family
+    modules = [module.name for module in family.modules if module.rows or module.columns]
+    scores = {}
+    with (
+        LayerStream(work.model, spec.device) as stream,
+        open_pool(spec, work.calibration, stream, directory) as pool,
+    ):
+        for i, gradients in layer_gradients(stream, windows, layers, modules, pool, reporter):
+            scores[i] = layer_scores(
+                family,
+                work.before.layers[i],
+                lambda module, gradients=gradients: taylor_salience(*gradients[module.name]).cpu(),
+            )
+    return scores
+
+
+def _rank_globally(
+    work: PruneWork, scores: dict[int, LayerScores], multiple_of: int
+) -> dict[int, LayerKeep]:
+    """Choose among the groups of all layers together, until the budget is met.
+
+    Raises:
+        LoramError: One head and one channel in each layer are too much still.
+    """
+    assert work.chosen is not None
+    model, before = work.model, work.before.layers
+    freed = {i: params_per_group(model.family, model.config, before[i]) for i in scores}
+    remove_params = work.chosen.remove_params
+    while True:
+        keep = keep_global(scores, freed, remove_params, multiple_of)
+        over = work.chosen.over_budget(work.with_keep(keep).after)
+        if over <= 0:
+            return keep
+        if all(
+            len(k.key_value_heads) == 1 and len(k.intermediate) <= multiple_of
+            for k in keep.values()
+        ):
+            raise LoramError(
+                "the budget cannot be met by ranking all layers together", "pass --scope layer"
+            )
+        # In bytes or in parameters: a parameter less is two bytes less in bf16.
+        remove_params += max(1, over // 2)

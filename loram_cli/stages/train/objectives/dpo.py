@@ -1,0 +1,91 @@
+"""Objective ``dpo``: learns to prefer one answer to another (arXiv 2305.18290)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loram_cli.arch.spec import Family
+from loram_cli.errors import UsageError
+from loram_cli.memory.setup import TrainingSetup
+from loram_cli.memory.training import TrainingMemory
+from loram_cli.reporting import Reporter
+from loram_cli.stages.train.objectives.objective import (
+    Objective,
+    Prepared,
+    check_policy,
+    import_trl,
+    reference_bytes,
+)
+from loram_cli.stages.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from loram_cli.training.loop.options import FitResult
+
+
+def _settings(spec: TrainSettings) -> Mapping[str, Any]:
+    # TRL's own, but for dropout, without which policy and reference differ by training alone.
+    return {"dropout": 0.0, "beta": 0.1}
+
+
+def _check(spec: TrainSettings) -> None:
+    check_policy(spec)
+    if spec.beta == 0:
+        raise UsageError(f"--beta must be above 0, not {spec.beta:g}")
+
+
+def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
+    from loram_cli.training.data.preferences import load_preferences
+
+    return partial(load_preferences, tokenizer=tokenizer, reporter=reporter)
+
+
+def _prepare(
+    spec: TrainSettings,
+    train: list[Any],
+    evaluation: list[Any],
+    tokenizer: Any,
+    reporter: Reporter,
+) -> Prepared:
+    from loram_cli.stages.fit.run import fit_options
+    from loram_cli.training.data.preferences import tokenize_pairs
+    from loram_cli.training.trl_jobs import PreferenceOptions, fit_preferences
+
+    train_rows, eval_rows = (
+        tokenize_pairs(pairs, tokenizer, spec.max_length, reporter) if pairs else []
+        for pairs in (train, evaluation)
+    )
+    how = PreferenceOptions(beta=spec.beta or 0.0, keeps_reference=spec.from_adapter is not None)
+
+    def fit(model: Any, path: Path) -> "FitResult":
+        options = fit_options(spec)
+        return fit_preferences(
+            model, tokenizer, train_rows, eval_rows, how, options, path, reporter
+        )
+
+    return Prepared(len(train_rows), fit)
+
+
+def _more_bytes(
+    spec: TrainSettings,
+    memory: TrainingMemory,
+    family: Family,
+    config: Mapping[str, Any],
+    setup: TrainingSetup,
+) -> int:
+    return reference_bytes(spec, memory)
+
+
+OBJECTIVE = Objective(
+    title="Preference training (DPO)",
+    learns_from="preferences",
+    settings=_settings,
+    check=_check,
+    load=_load,
+    prepare=_prepare,
+    more_bytes=_more_bytes,
+    follows_sft=True,
+    # A pair is two sequences in one pass.
+    sequences_per_example=2,
+    warm_up=import_trl,
+)

@@ -1,0 +1,130 @@
+"""Objective ``grpo``: draws answers and learns from those that are right (arXiv 2402.03300)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loram_cli.arch.spec import Family
+from loram_cli.errors import UsageError
+from loram_cli.memory.setup import TrainingSetup
+from loram_cli.memory.training import TrainingMemory, generation_bytes
+from loram_cli.reporting import Reporter
+from loram_cli.runs.processes import process_count
+from loram_cli.stages.train.objectives.objective import (
+    Objective,
+    Prepared,
+    check_policy,
+    import_trl,
+    reference_bytes,
+)
+from loram_cli.stages.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from loram_cli.training.loop.options import FitResult
+
+_LONGEST_COMPLETION = 256
+
+
+def _settings(spec: TrainSettings) -> Mapping[str, Any]:
+    # TRL's own, but for dropout, without which policy and reference differ by training alone.
+    return {
+        "dropout": 0.0,
+        "beta": 0.0,
+        "generations": 8,
+        "temperature": 1.0,
+        "max_completion_length": min(_LONGEST_COMPLETION, max(1, spec.max_length // 2)),
+    }
+
+
+def _check(spec: TrainSettings) -> None:
+    check_policy(spec)
+    assert spec.generations is not None and spec.max_completion_length is not None
+    if spec.batch % spec.generations:
+        raise UsageError(
+            f"--batch {spec.batch} is no multiple of --generations {spec.generations}",
+            "a batch counts completions, and holds whole questions",
+        )
+    if spec.max_completion_length >= spec.max_length:
+        raise UsageError(
+            f"--max-completion-length {spec.max_completion_length} leaves no room for a prompt in "
+            f"--max-length {spec.max_length}"
+        )
+
+
+def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
+    from loram_cli.training.data.questions import load_questions
+
+    return load_questions
+
+
+def _prepare(
+    spec: TrainSettings,
+    train: list[Any],
+    evaluation: list[Any],
+    tokenizer: Any,
+    reporter: Reporter,
+) -> Prepared:
+    from loram_cli.evaluation.grading import strict_grader
+    from loram_cli.stages.fit.run import fit_options
+    from loram_cli.training.data.questions import fitting_questions
+    from loram_cli.training.trl_jobs import RewardOptions, fit_rewards
+
+    assert spec.generations and spec.max_completion_length and spec.temperature
+    room = spec.max_length - spec.max_completion_length
+
+    def fitting(questions: list[Any]) -> list[Any]:
+        if not questions:
+            return []
+        ids = tokenizer([question.prompt for question in questions])["input_ids"]
+        return fitting_questions(questions, [len(row) for row in ids], room, reporter)
+
+    train, evaluation = fitting(train), fitting(evaluation)
+    at_once = spec.batch // spec.generations
+    if len(train) < at_once:
+        raise UsageError(
+            f"{spec.data}: {len(train)} questions, and a step takes {at_once} "
+            f"(--batch {spec.batch} / --generations {spec.generations})",
+            "lower --batch, or pass more data",
+        )
+    how = RewardOptions(
+        beta=spec.beta or 0.0,
+        keeps_reference=spec.from_adapter is not None,
+        generations=spec.generations,
+        max_completion_length=spec.max_completion_length,
+        temperature=spec.temperature,
+    )
+    grader = strict_grader()
+
+    def fit(model: Any, path: Path) -> "FitResult":
+        options = fit_options(spec)
+        return fit_rewards(
+            model, tokenizer, train, evaluation, grader, how, options, path, reporter
+        )
+
+    return Prepared(len(train), fit)
+
+
+def _more_bytes(
+    spec: TrainSettings,
+    memory: TrainingMemory,
+    family: Family,
+    config: Mapping[str, Any],
+    setup: TrainingSetup,
+) -> int:
+    """Completions are drawn while no activations are held: only the larger of the two counts."""
+    drawn = generation_bytes(family, config, setup, spec.batch // process_count())
+    passing = memory.activations + memory.logits
+    return reference_bytes(spec, memory) + max(0, drawn - passing)
+
+
+OBJECTIVE = Objective(
+    title="Training on verifiable rewards (GRPO)",
+    learns_from="word problems",
+    settings=_settings,
+    check=_check,
+    load=_load,
+    prepare=_prepare,
+    more_bytes=_more_bytes,
+    follows_sft=True,
+    warm_up=import_trl,
+)

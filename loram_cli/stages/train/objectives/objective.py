@@ -1,0 +1,105 @@
+"""What an objective of training says of itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loram_cli.arch.spec import Family
+from loram_cli.errors import UsageError
+from loram_cli.memory.setup import TrainingSetup
+from loram_cli.memory.training import TrainingMemory
+from loram_cli.reporting import Reporter
+from loram_cli.stages.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from loram_cli.training.loop.options import FitResult
+
+# Settings that only some objectives have.
+OWN_SETTINGS = ("beta", "generations", "max_completion_length", "temperature")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data that was read and made into tokens, ready to train on.
+
+    Attributes:
+        examples: How many train.
+        fit: Trains a PEFT model, keeping checkpoints in a directory.
+    """
+
+    examples: int
+    fit: "Callable[[Any, Path], FitResult]"
+
+
+def no_check(spec: TrainSettings) -> None:
+    """An objective without checks of its own."""
+
+
+def no_more_memory(
+    spec: TrainSettings,
+    memory: TrainingMemory,
+    family: Family,
+    config: Mapping[str, Any],
+    setup: TrainingSetup,
+) -> int:
+    """An objective that takes what its training takes."""
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What training learns from, and how.
+
+    Attributes:
+        title: Headline of the loss curve.
+        learns_from: Its data, in words.
+        settings: Values of settings where they are not given, from the spec; one of
+            :data:`OWN_SETTINGS` that is absent here is refused.
+        load: Reads the data; called with the spec, a tokenizer and a reporter.
+        prepare: Makes tokens; called with the spec, training and held-out examples, tokenizer and
+            reporter.
+        check: Refuses settings that do not go together.
+        more_bytes: Memory that it takes beside a training by gradient steps.
+        follows_sft: Whether it resumes from the supervised adapter where the run has one.
+        sequences_per_example: In one forward pass.
+        warm_up: Imports libraries, so that their memory is not charged to training.
+    """
+
+    title: str
+    learns_from: str
+    settings: Callable[[TrainSettings], Mapping[str, Any]]
+    load: Callable[[TrainSettings, Any, Reporter], Callable[..., Sequence[Any]]]
+    prepare: Callable[[TrainSettings, list[Any], list[Any], Any, Reporter], Prepared]
+    check: Callable[[TrainSettings], None] = no_check
+    more_bytes: Callable[
+        [TrainSettings, TrainingMemory, Family, Mapping[str, Any], TrainingSetup], int
+    ] = no_more_memory
+    follows_sft: bool = False
+    sequences_per_example: int = 1
+    warm_up: Callable[[], None] = field(default=lambda: None)
+
+
+def check_policy(spec: TrainSettings) -> None:
+    """What preferences and rewards refuse alike.
+
+    Raises:
+        UsageError: Dropout, or loss on other tokens than the answer's.
+    """
+    if spec.dropout:
+        raise UsageError(
+            f"--dropout does not go with --objective {spec.objective}",
+            "policy and reference are to differ by what is learnt alone",
+        )
+    if spec.loss_on != "answer":
+        raise UsageError(f"--loss-on {spec.loss_on} does not go with --objective {spec.objective}")
+
+
+def reference_bytes(spec: TrainSettings, memory: TrainingMemory) -> int:
+    """A reference costs a frozen copy of the factors, since the model is shared."""
+    return memory.adapter if spec.from_adapter is not None and spec.beta else 0
+
+
+def import_trl() -> None:
+    """Load TRL's trainers."""
+    import loram_cli.training.trl_trainers  # noqa: F401

@@ -1,0 +1,58 @@
+"""Objective ``sft``: learns given answers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loram_cli.reporting import Reporter
+from loram_cli.stages.train.objectives.objective import Objective, Prepared
+from loram_cli.stages.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from loram_cli.training.loop.options import FitResult
+
+
+def _settings(spec: TrainSettings) -> Mapping[str, Any]:
+    return {"dropout": 0.05}
+
+
+def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
+    from loram_cli.training.data.documents import load_instructions
+
+    return partial(load_instructions, tokenizer=tokenizer, reporter=reporter)
+
+
+def _prepare(
+    spec: TrainSettings,
+    train: list[Any],
+    evaluation: list[Any],
+    tokenizer: Any,
+    reporter: Reporter,
+) -> Prepared:
+    from loram_cli.stages.fit.run import fit_options
+    from loram_cli.training.data.tokens import tokenize_examples
+    from loram_cli.training.loop.loop import fit_lora
+
+    train_rows, eval_rows = (
+        tokenize_examples(
+            examples, tokenizer, spec.max_length, reporter, loss_on_prompt=spec.loss_on == "all"
+        )
+        if examples
+        else []
+        for examples in (train, evaluation)
+    )
+
+    def fit(model: Any, path: Path) -> "FitResult":
+        return fit_lora(model, train_rows, eval_rows, fit_options(spec), path, reporter)
+
+    return Prepared(len(train_rows), fit)
+
+
+OBJECTIVE = Objective(
+    title="LoRA training",
+    learns_from="instructions",
+    settings=_settings,
+    load=_load,
+    prepare=_prepare,
+)

@@ -1,0 +1,73 @@
+"""What training may be told, whatever its objective."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loram_cli.schema import redefined, setting
+from loram_cli.stages.fit.spec import RANK_HELP, FitSpec, Quantization
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(FitSpec):
+    """The settings of train; the defaults are the paper's."""
+
+    source: Path = redefined(
+        FitSpec, "source", help="Model directory, not the run's aligned or pruned one."
+    )
+    data: str = redefined(
+        FitSpec,
+        "data",
+        help="Instructions (sft), preferences (dpo) or word problems (grpo): a file, a folder or "
+        "a data set id.",
+    )
+    objective: str = setting(
+        "sft",
+        help="sft (given answers), dpo (one answer over another) or grpo (drawn answers, rewarded "
+        "when right).",
+    )
+    from_adapter: Path | None = setting(
+        None,
+        help="Resume from an earlier adapter of the same model. It is the reference of dpo and "
+        "grpo, which take the run's own unless told.",
+        in_key=False,
+        private=True,
+    )
+    eval_data: str | None = setting(None, help="Held-out data, like --data.")
+    eval_examples: int = setting(64, help="Examples to hold out.", at_least=0)
+    max_length: int = setting(512, help="Tokens per example.", at_least=1)
+    loss_on: Literal["answer", "all"] = setting("answer", help="answer, or all tokens.")
+    steps: int = redefined(FitSpec, "steps", 400)
+    learning_rate: float = redefined(FitSpec, "learning_rate", 1e-5)
+    warmup_steps: int = redefined(FitSpec, "warmup_steps", 100)
+    batch: int = redefined(FitSpec, "batch", 128, help="Examples per step.")
+    micro_batch: int = redefined(FitSpec, "micro_batch", 4, help="Examples per forward pass.")
+    rank: int = setting(8, help=RANK_HELP, at_least=1)
+    alpha: int = setting(16, help="LoRA alpha: the update is scaled by alpha / r.", at_least=1)
+    dropout: float | None = setting(
+        None, help="LoRA dropout (SFT only).", default_text="0.05", at_least=0, below=1
+    )
+    targets: tuple[str, ...] = setting(
+        (), help="Modules that get factors, comma-separated.", default_text="all"
+    )
+    quantize: Quantization | None = setting(
+        None, help="nf4: hold the frozen model in 4 bits (QLoRAM)."
+    )
+    beta: float | None = setting(
+        None,
+        help="Weight of the reference (dpo, grpo).",
+        default_text="0.1 for dpo, 0 for grpo",
+        at_least=0,
+    )
+    generations: int | None = setting(
+        None, help="grpo: completions per question.", default_text="8", at_least=2
+    )
+    max_completion_length: int | None = setting(
+        None,
+        help="grpo: tokens of a completion.",
+        default_text="256, or half of --max-length",
+        at_least=1,
+    )
+    temperature: float | None = setting(
+        None, help="grpo: completions are drawn at it.", default_text="1", above=0
+    )
