@@ -112,7 +112,6 @@ def _run(directory: Path) -> Inspection:
 
 def _checkpoint(directory: Path) -> dict[str, Any]:
     from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.header import DTYPE_NAMES
     from loram_cli.checkpoint.index import CheckpointIndex, read_config
 
     config = read_config(directory)
@@ -128,7 +127,7 @@ def _checkpoint(directory: Path) -> dict[str, Any]:
         "family": config.get("model_type"),
         "params": index.num_params,
         "weight_bytes": index.num_bytes,
-        "dtypes": tuple(sorted({DTYPE_NAMES[entry.dtype] for entry in index.tensors.values()})),
+        "dtypes": tuple(sorted({entry.dtype.name for entry in index.tensors.values()})),
         "layers": layers,
     }
 
@@ -156,7 +155,7 @@ def _widths(geometry: Any) -> tuple[LayerWidth, ...]:
 def _adapter(directory: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
     import math
 
-    from loram_cli.checkpoint.header import DTYPE_NAMES, read_header
+    from loram_cli.checkpoint.header import read_header
     from loram_cli.checkpoint.index import read_json
     from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 
@@ -167,7 +166,7 @@ def _adapter(directory: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
         "base": parts.get("base") or config.get("base_model_name_or_path"),
         "params": sum(math.prod(entry.shape) for entry in entries),
         "weight_bytes": sum(entry.num_bytes for entry in entries),
-        "dtypes": tuple(sorted({DTYPE_NAMES[entry.dtype] for entry in entries})),
+        "dtypes": tuple(sorted({entry.dtype.name for entry in entries})),
         "adapter": {
             "peft_type": config.get("peft_type"),
             "r": config.get("r"),

@@ -172,7 +172,7 @@ class _Walk:
 def _input_problems(
     about: str, path: Path, record: Mapping[str, Any], *, is_first: bool
 ) -> Iterator[str]:
-    from loram_cli.checkpoint.identity import identify
+    from loram_cli.checkpoint.model import Model
     from loram_cli.lora.adapter import WEIGHTS_NAME
     from loram_cli.runs.digests import file_digest
 
@@ -189,7 +189,7 @@ def _input_problems(
             if recorded not in (None, file_digest(path / WEIGHTS_NAME)):
                 yield f"{about} is another adapter than the one that was used"
         elif is_first and soundness.is_checkpoint(path):
-            identity = identify(path).to_mapping()
+            identity = Model.open(path).identity.to_mapping()
             for part, said in _PARTS.items():
                 if record.get(part) not in (None, identity[part]):
                     yield f"{about} has changed since: {said} differ from what was used"

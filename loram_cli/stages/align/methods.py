@@ -88,7 +88,7 @@ def reconstruct(work: Alignment, reporter: Reporter) -> dict[str, Any]:
     index = CheckpointIndex.open(work.source)
     # The output, and the fitted tensors until it is written.
     check_free_disk(work.out, 2 * index.num_bytes)
-    stored = next(iter(index.tensors.values())).dtype
+    stored = next(iter(index.tensors.values())).dtype.to_torch()
     steps = BlockSteps(spec.block_steps, spec.block_learning_rate) if spec.block_steps else None
     how = Reconstruction(stored, spec.ridge, spec.targets, steps)
     windows = _windows(work, reporter)
@@ -150,7 +150,7 @@ def _fit(work: Alignment, teaching: Any, title: str, reporter: Reporter) -> dict
     losses = finish_fit(fitted, work.out, title)
     index = CheckpointIndex.open(work.source)
     zeros = _count_zeros(model, masked, index) if work.sparse else None
-    stored = next(iter(index.tensors.values())).dtype
+    stored = next(iter(index.tensors.values())).dtype.to_torch()
     if spec.fsdp:
         from loram_cli.modeling.sharding import write_whole
 
@@ -271,7 +271,7 @@ def _write_checkpoint(work: Alignment, folder: Path, reporter: Reporter) -> None
     from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
 
     index = CheckpointIndex.open(work.source)
-    planned = {name: TensorPlan(entry.dtype, entry.shape) for name, entry in index.tensors.items()}
+    planned = {name: TensorPlan.like(entry) for name, entry in index.tensors.items()}
     fitted = {
         entry.name: entry.file
         for file in sorted(folder.glob("*.safetensors"))

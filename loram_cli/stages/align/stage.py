@@ -138,7 +138,7 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         LoramError: The source is no whole output of ``prune``, the disk is too full, or the text
             is unusable.
     """
-    from loram_cli.checkpoint.identity import identify
+    from loram_cli.checkpoint.model import Model
 
     spec = as_launched(spec)
     check_out_of_tree(spec.out, spec.source)
@@ -157,8 +157,9 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
             "--method reconstruct and distill work in one process",
             "pass --method pretrain, or align without a launcher and train with it",
         )
-    _, family, index = check_model(spec.source)
-    source = {"path": str(spec.source), "key": manifest.key, **identify(spec.source).to_mapping()}
+    model = Model.open(spec.source)
+    _, family, index = check_model(model)
+    source = {"path": str(spec.source), "key": manifest.key, **model.identity.to_mapping()}
     inputs: dict[str, Any] = {"source": source}
     if _NEED_BASE & set(spec.method):
         inputs["base"] = _base(spec, manifest)

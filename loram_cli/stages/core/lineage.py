@@ -29,9 +29,9 @@ def describe_source(source: Path) -> tuple[dict[str, Any], dict[str, Any], dict[
     Raises:
         LoramError: The directory is another stage's output.
     """
-    from loram_cli.checkpoint.identity import identify
+    from loram_cli.checkpoint.model import Model
 
-    identity = {"path": str(source), **identify(source).to_mapping()}
+    identity = {"path": str(source), **Model.open(source).identity.to_mapping()}
     if not (source / MANIFEST_NAME).is_file():
         return identity, identity, {"keep": {}}
     manifest = Manifest.read(source)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loram_cli.checkpoint.model import Model
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.staging import look_up
@@ -113,8 +114,8 @@ def make_plan(
 
 
 def check_model(
-    directory: Path, *, tokenizer: bool = True
-) -> tuple[dict[str, Any], "Family", "CheckpointIndex"]:
+    directory: Path | Model, *, tokenizer: bool = True
+) -> tuple[Mapping[str, Any], "Family", "CheckpointIndex"]:
     """Check that a directory is a whole model: config, headers, every shape.
 
     Args:
@@ -127,34 +128,9 @@ def check_model(
     Raises:
         LoramError: It is not.
     """
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import CheckpointIndex, read_config
-    from loram_cli.checkpoint.sources import require_tokenizer
-
-    config = read_config(directory)
-    family = family_for(config, str(directory))
-    if tokenizer:
-        require_tokenizer(directory)
-    index = CheckpointIndex.open(directory)
-    checked_shapes(family, config, index)
-    return config, family, index
-
-
-def checked_shapes(
-    family: "Family", config: Mapping[str, Any], index: "CheckpointIndex"
-) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a checkpoint holds, once they are known to be the config's.
-
-    Raises:
-        LoramError: A tensor is missing, unknown or of another shape.
-    """
-    expected = family.tensor_shapes(config)
-    head = f"{family.lm_head}.weight"
-    if head in index.tensors and head not in expected:
-        # Some tied checkpoints store the head as well: keep what is there.
-        expected[head] = expected[f"{family.embedding}.weight"]
-    index.check_shapes(expected, family.is_ignored)
-    return expected
+    model = Model.of(directory)
+    model.check_whole(tokenizer=tokenizer)
+    return model.config, model.family, model.index
 
 
 def count_examples(source: str, load: Callable[..., Sequence[Any]]) -> int | None:

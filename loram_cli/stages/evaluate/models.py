@@ -180,13 +180,13 @@ def _in_parts(
 ) -> Iterator[Any]:
     from loram_cli.modeling.free_memory import free_memory_bytes
     from loram_cli.modeling.offload import loaded_within, resident_layers, weight_bytes
-    from loram_cli.modeling.skeleton import HollowModel
+    from loram_cli.modeling.skeleton import SkeletonModel
 
     model_dir, *adapters = spec.rows[label]
-    hollow = HollowModel(model_dir, dtype=dtype, device=device, nf4=spec.quantize is not None)
-    model = _with_adapters(hollow.model, model_dir, adapters)
+    skeleton = SkeletonModel(model_dir, dtype=dtype, device=device, nf4=spec.quantize is not None)
+    model = _with_adapters(skeleton.model, model_dir, adapters)
     try:
-        stay = resident_layers(hollow, budget_bytes)
+        stay = resident_layers(skeleton, budget_bytes)
     except LoramError as error:
         ways = "pass --device cpu" if device.startswith("cuda") else "free some memory"
         if spec.weights_memory is not None:
@@ -194,18 +194,18 @@ def _in_parts(
         if spec.quantize is None:
             ways += ", or --quantize nf4"
         raise LoramError(f"row {label}: {error.message}", error.hint or ways) from error
-    layers = len(list(hollow.layers()))
+    layers = len(list(skeleton.layers()))
     if stay < layers:
         smaller = "" if spec.quantize else "; --quantize nf4 makes it about a quarter"
         reporter.warn(
-            f"{label}: its weights take {format_bytes(weight_bytes(hollow))}, and there are "
+            f"{label}: its weights take {format_bytes(weight_bytes(skeleton))}, and there are "
             f"{format_bytes(budget_bytes)} for them on {device}: {layers - stay} of {layers} "
             f"layers are read anew at every pass, which is slow{smaller}"
         )
     host_bytes = 0
     if device.startswith("cuda"):
         host_bytes = int(_HOST_SHARE * free_memory_bytes("cpu"))
-    with loaded_within(hollow, stay, reporter, host_bytes=host_bytes):
+    with loaded_within(skeleton, stay, reporter, host_bytes=host_bytes):
         yield model
 
 
@@ -218,7 +218,7 @@ def _dtype(spec: RowsSpec, model_dir: Path, index: "CheckpointIndex") -> "torch.
     if precision(spec.device) == "float32":
         return torch.float32
     family = family_for(read_config(model_dir), str(model_dir))
-    return index.tensors[f"{family.embedding}.weight"].dtype
+    return index.tensors[f"{family.embedding}.weight"].dtype.to_torch()
 
 
 def _device(device: str | None) -> str:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 def eval_inputs(rows: dict[str, tuple[Path, ...]], requests: "list[TaskRequest]") -> dict[str, Any]:
     """The manifest records of all models and documents, with their digests."""
-    from loram_cli.checkpoint.identity import identify
+    from loram_cli.checkpoint.model import Model
     from loram_cli.runs.digests import file_digest
     from loram_cli.training.data.records import read_records
 
     # Most rows share the base, and its digests are read from all of its shards.
     models = {parts[0] for parts in rows.values()}
-    identities = {model: identify(model).to_mapping() for model in models}
+    identities = {model: Model.open(model).identity.to_mapping() for model in models}
     inputs: dict[str, Any] = {
         f"row {label}": _row_input(parts, identities[parts[0]]) for label, parts in rows.items()
     }

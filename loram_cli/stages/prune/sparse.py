@@ -56,12 +56,12 @@ def sparse_plan(
                 "pass --strategy unst --ratio 0.5",
             )
         zeros += zeros_wanted(math.prod(shapes[name]), spec.ratio)
-    stored = index.tensors[f"{family.embedding}.weight"].dtype
+    stored = index.tensors[f"{family.embedding}.weight"].dtype.to_torch()
     calibration = (
         calibration_needs(spec, family, config, stored) if spec.needs_calibration else None
     )
     scratch_bytes = calibration.disk_bytes if calibration else 0
-    tensors = {name: TensorPlan(index.tensors[name].dtype, shape) for name, shape in shapes.items()}
+    tensors = {name: TensorPlan.like(index.tensors[name]) for name in shapes}
     check_free_disk(spec.out, sum(t.num_bytes for t in tensors.values()) + scratch_bytes)
     params = sum(math.prod(shape) for shape in shapes.values())
     return PrunePlan(

@@ -14,7 +14,7 @@ from loram_cli.stages.core.lifecycle import (
     check_out_of_tree,
     stage_run,
 )
-from loram_cli.stages.core.plan import checked_shapes, find_finished
+from loram_cli.stages.core.plan import find_finished
 from loram_cli.stages.prune.methods import check_method
 from loram_cli.stages.prune.plan import PrunePlan
 from loram_cli.stages.prune.widths import (
@@ -141,35 +141,31 @@ def plan(spec: PruneSpec) -> PrunePlan:
     """
     import math
 
-    from loram_cli.arch.registry import family_for
-    from loram_cli.checkpoint.index import CheckpointIndex, read_config
+    from loram_cli.checkpoint.model import Model
     from loram_cli.checkpoint.sources import require_tokenizer
     from loram_cli.checkpoint.writer import TensorPlan
     from loram_cli.stages.prune.calibration import calibration_needs
     from loram_cli.stages.prune.sparse import sparse_plan
 
     check_out_of_tree(spec.out, spec.model)
-    config = read_config(spec.model)
-    family = family_for(config, str(spec.model))
+    model = Model.open(spec.model)
+    config, family = model.config, model.family
     require_tokenizer(spec.model)
     if config.get("per_layer_config") or _is_pruned(spec.model):
         raise UsageError(f"{spec.model}: is pruned already", "prune the original base model")
-    index = CheckpointIndex.open(spec.model)
-    expected = checked_shapes(family, config, index)
+    index, expected = model.index, model.shapes
     if spec.zeroes_weights:
         return sparse_plan(spec, family, config, index, expected)
-    before = family.geometry(config)
+    before = model.geometry
     chosen = choose_widths(spec, family, config)
-    stored = index.tensors[f"{family.embedding}.weight"].dtype
+    stored = model.dtype.to_torch()
     calibration = (
         calibration_needs(spec, family, config, stored) if spec.needs_calibration else None
     )
     scratch_bytes = calibration.disk_bytes if calibration else 0
     base_params = sum(math.prod(shape) for shape in expected.values())
     tensors = {
-        name: TensorPlan(entry.dtype, entry.shape)
-        for name, entry in index.tensors.items()
-        if name in expected
+        name: TensorPlan.like(entry) for name, entry in index.tensors.items() if name in expected
     }
     whole = PrunePlan(
         family, config, index, before, before.layers, tensors, base_params, base_params,
@@ -190,9 +186,9 @@ def check_output(spec: PruneSpec) -> dict[str, Any]:
         LoramError: Another process is writing it.
         UsageError: It is something else's.
     """
-    from loram_cli.checkpoint.identity import identify
+    from loram_cli.checkpoint.model import Model
 
-    base = {"path": str(spec.model), **identify(spec.model).to_mapping()}
+    base = {"path": str(spec.model), **Model.open(spec.model).identity.to_mapping()}
     inputs = {"base": base, **plan_input(spec)}
     find_finished("prune", spec, inputs)
     return inputs

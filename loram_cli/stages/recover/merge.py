@@ -144,10 +144,7 @@ def merge_weights(
     if family.lm_head in adapter.pairs and family.geometry(config).tied_embeddings:
         sources[head] = head if head in sources else f"{family.embedding}.weight"
         config = {**config, "tie_word_embeddings": False}
-    planned = {
-        name: TensorPlan(index.tensors[source].dtype, index.tensors[source].shape)
-        for name, source in sources.items()
-    }
+    planned = {name: TensorPlan.like(index.tensors[source]) for name, source in sources.items()}
     total_bytes = sum(tensor.num_bytes for tensor in planned.values())
     with (
         TensorReader(index, once=True) as reader,

@@ -44,9 +44,9 @@ def check_base(manifest: Manifest, model: Path, adapter: Path) -> dict[str, Any]
     Raises:
         LoramError: Widths, weights or tokenizer differ.
     """
-    from loram_cli.checkpoint.identity import identify
+    from loram_cli.checkpoint.model import Model
 
-    identity = identify(model).to_mapping()
+    identity = Model.open(model).identity.to_mapping()
     for part, said in (
         ("tensors", "tensor names or shapes"),
         ("weights", "weights"),
