@@ -3,12 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from loram_cli.checkpoint.header import TensorEntry
 from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.errors import LoramError
 from loram_cli.schema import digest_of
@@ -94,17 +92,18 @@ def chat_template_digest(directory: Path) -> str:
 
 def _sample_weights(index: CheckpointIndex) -> str:
     digest = hashlib.sha256()
-    with ExitStack() as stack:
-        shards: dict[Path, BinaryIO] = {}
-        for _, entry in sorted(index.tensors.items()):
-            try:
-                if entry.file not in shards:
-                    # Unbuffered, since the windows lie far apart.
-                    shards[entry.file] = stack.enter_context(entry.file.open("rb", buffering=0))
+    for _, entry in sorted(index.tensors.items()):
+        try:
+            # Unbuffered, since the windows lie far apart.
+            with entry.file.open("rb", buffering=0) as shard:
                 for start, count_bytes in _windows(entry.num_bytes):
-                    digest.update(_read(shards[entry.file], entry, start, count_bytes))
-            except OSError as error:
-                raise LoramError(f"{entry.file}: cannot be read ({error.strerror})") from error
+                    shard.seek(entry.offset_bytes + start)
+                    data = shard.read(count_bytes)
+                    if len(data) < count_bytes:
+                        raise LoramError(f"{entry.file}: ends inside tensor {entry.name}")
+                    digest.update(data)
+        except OSError as error:
+            raise LoramError(f"{entry.file}: cannot be read ({error.strerror})") from error
     return "sha256:" + digest.hexdigest()
 
 
@@ -115,14 +114,6 @@ def _windows(num_bytes: int) -> Iterator[tuple[int, int]]:
         return
     for window in range(_SAMPLED_WINDOWS):
         yield (num_bytes - _WINDOW_BYTES) * window // (_SAMPLED_WINDOWS - 1), _WINDOW_BYTES
-
-
-def _read(shard: BinaryIO, entry: TensorEntry, start: int, count_bytes: int) -> bytes:
-    shard.seek(entry.offset_bytes + start)
-    data = shard.read(count_bytes)
-    if len(data) < count_bytes:
-        raise LoramError(f"{entry.file}: ends inside tensor {entry.name}")
-    return data
 
 
 def _tokenizer_digest(directory: Path) -> str:

@@ -1,3 +1,4 @@
+import ast
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ from helpers.family_models import make_model
 from helpers.tiny import make_base
 from safetensors.torch import load_file, save_file
 
+import loram_cli
 from loram_cli.arch.registry import families
 from loram_cli.checkpoint.header import DTYPES
 from loram_cli.checkpoint.index import SINGLE_NAME
@@ -104,6 +106,34 @@ def test_identity_names_what_changed(changed):
     assert {part for part in before if before[part] != after[part]} == {"weights"}
     retyped = Model.open(changed(tensors={norm: weight.bfloat16()})).identity.to_mapping()
     assert {part for part in before if before[part] != retyped[part]} == {"tensors", "weights"}
+
+
+def test_a_shard_that_shrinks_after_it_was_opened_has_no_identity(changed):
+    model = Model.open(changed())
+    model.check_whole()
+    file = model.directory / SINGLE_NAME
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(LoramError, match="ends inside tensor"):
+        _ = model.identity
+    file.unlink()
+    with pytest.raises(LoramError, match=r"model\.safetensors: cannot be read \(No such file"):
+        _ = model.identity
+
+
+def test_below_the_stages_models_are_opened_here_alone():
+    root = Path(loram_cli.__file__).parent
+    lower = "evaluation training modeling pruning memory demo lora checkpoint"
+    found = {
+        (file.relative_to(root).as_posix(), ast.unparse(node.func))
+        for floor in lower.split()
+        for file in (root / floor).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+    }
+    calls = ("family_for", "read_config", "CheckpointIndex.open")
+    assert {(file, call) for file, call in found if call in calls} == {
+        ("checkpoint/model.py", call) for call in calls
+    }
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

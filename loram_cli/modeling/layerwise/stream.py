@@ -21,7 +21,7 @@ from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
 from loram_cli.modeling.layerwise.states import computed_dtype
 from loram_cli.modeling.load import usable_device
-from loram_cli.modeling.meta_model import meta_causal_lm
+from loram_cli.modeling.meta_model import meta_causal_lm, native_config
 from loram_cli.quiet import quiet_libraries
 
 
@@ -66,7 +66,9 @@ class LayerStream:
         self.device = usable_device(device)
         self._reader = TensorReader(self._source.index)
         self.dtype = computed_dtype(self._source.dtype.to_torch())
-        self._model = _meta_model(self._source, self.dtype, self.device)
+        with quiet_libraries():
+            config = native_config(self._source.config, self.dtype)
+            self._model = meta_causal_lm(self.family, config, self.device)
         self._layers = self._model.get_submodule(self.family.layers)
         self.num_layers = self._source.num_layers
         self.hidden_size = self._source.geometry.hidden_size
@@ -187,15 +189,6 @@ class LayerStream:
                 "the checkpoint is damaged",
             )
         return tensor.to(self.device, self.dtype)
-
-
-def _meta_model(model: Model, dtype: torch.dtype, device: str) -> Any:
-    import transformers
-
-    with quiet_libraries():
-        config = transformers.AutoConfig.from_pretrained(model.directory, local_files_only=True)
-        config.dtype = dtype
-        return meta_causal_lm(model.family, config, device)
 
 
 @contextmanager
