@@ -191,10 +191,12 @@ def restore_forward(model: Any) -> None:
 def _parts(model: Any) -> tuple[Any, Any, Callable[[torch.Tensor], torch.Tensor]]:
     """The causal LM itself, its stack of decoder layers, and its head as a function."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = inner.family
+    stack = inner.get_submodule(family.layers.rpartition(".")[0])
     cap = getattr(inner.config, "final_logit_softcapping", None)
 
     def logits_of(rows: torch.Tensor) -> torch.Tensor:
-        logits = inner.get_output_embeddings()(rows)
+        logits = inner.get_submodule(family.lm_head)(rows)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    return inner, inner.get_decoder(), logits_of
+    return inner, stack, logits_of

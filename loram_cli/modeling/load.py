@@ -22,7 +22,10 @@ from loram_cli.quiet import no_progress_bars, quiet_libraries
 
 @cache
 def narrow_class(family: Family) -> type:
-    """The family's causal LM class, with layer ``i`` built from ``config.per_layer_config[i]``."""
+    """The family's causal LM class, with layer ``i`` built from ``config.per_layer_config[i]``.
+
+    Its attribute ``family`` is the family.
+    """
     import transformers
 
     parent = getattr(transformers, family.architecture)
@@ -40,7 +43,8 @@ def narrow_class(family: Family) -> type:
             setattr(self.get_submodule(stack_path), stack_attribute, torch.nn.ModuleList(layers))
             self.post_init()
 
-    return type(family.architecture, (parent,), {"__init__": __init__, "__module__": __name__})
+    members = {"__init__": __init__, "__module__": __name__, "family": family}
+    return type(family.architecture, (parent,), members)
 
 
 def load_causal_lm(
