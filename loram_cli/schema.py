@@ -213,25 +213,24 @@ def check_range(value: Any, name: str, told: Setting) -> None:
     if _inside(value, told):
         return
     shown = value.text if isinstance(value, Bytes | Params) else f"{value:g}"
+    raise UsageError(f"{name} {_range_text(told, shown)}")
+
+
+def _range_text(told: Setting, shown: str) -> str:
+    """What is wrong with a number outside its range."""
     lower = told.at_least if told.above is None else told.above
     upper = told.at_most if told.below is None else told.below
     if lower is not None and upper is not None:
-        brackets = "(" if told.above is not None else "[", ")" if told.below is not None else "]"
-        raise UsageError(
-            f"{name} {shown} is outside {brackets[0]}{lower:g}, {upper:g}{brackets[1]}"
-        )
-    if lower is not None and (value < lower or upper is None):
-        # Whole numbers from 1 on and others above 0 read alike.
-        if told.above == 0 or told.at_least == 1:
-            raise UsageError(f"{name} must be above 0, not {shown}")
-        if told.at_least == 0:
-            raise UsageError(f"{name} cannot be negative ({shown})")
-        raise UsageError(
-            f"{name} must be {'above' if told.above is not None else 'at least'} {lower:g}, not {shown}"
-        )
-    raise UsageError(
-        f"{name} must be {'below' if told.below is not None else 'at most'} {upper:g}, not {shown}"
-    )
+        left, right = "[" if told.above is None else "(", "]" if told.below is None else ")"
+        return f"{shown} is outside {left}{lower:g}, {upper:g}{right}"
+    # Whole numbers from 1 on and others above 0 read alike.
+    if told.above == 0 or told.at_least == 1:
+        return f"must be above 0, not {shown}"
+    if told.at_least == 0:
+        return f"cannot be negative ({shown})"
+    if lower is not None:
+        return f"must be {'at least' if told.above is None else 'above'} {lower:g}, not {shown}"
+    return f"must be {'at most' if told.below is None else 'below'} {upper:g}, not {shown}"
 
 
 def check_choice(value: Any, name: str, told: Setting) -> None:

@@ -13,39 +13,66 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from loram_cli.errors import LoramError
 
 MAX_HEADER_BYTES = 100_000_000
 COPY_AGAIN = "copy or download the checkpoint again"
 
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class DType:
+    """An element type of the format, known without importing torch.
+
+    Attributes:
+        name: In safetensors, such as ``BF16``.
+        torch_name: In torch, such as ``bfloat16``.
+        itemsize: Bytes of an element.
+        is_floating_point: Whether it holds real numbers, as torch's property of that name.
+    """
+
+    name: str
+    torch_name: str
+    itemsize: int
+    is_floating_point: bool = False
+
+    def to_torch(self) -> "torch.dtype":
+        """The same type in torch."""
+        import torch
+
+        return getattr(torch, self.torch_name)
+
+
 # All types of the format that take whole bytes; the smaller ones (F4, F6) have no tensor in torch
 # whose shape is the header's.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES = {
+    dtype.name: dtype
+    for dtype in (
+        DType("F64", "float64", 8, is_floating_point=True),
+        DType("F32", "float32", 4, is_floating_point=True),
+        DType("F16", "float16", 2, is_floating_point=True),
+        DType("BF16", "bfloat16", 2, is_floating_point=True),
+        DType("F8_E4M3", "float8_e4m3fn", 1, is_floating_point=True),
+        DType("F8_E5M2", "float8_e5m2", 1, is_floating_point=True),
+        DType("F8_E8M0", "float8_e8m0fnu", 1, is_floating_point=True),
+        DType("F8_E4M3FNUZ", "float8_e4m3fnuz", 1, is_floating_point=True),
+        DType("F8_E5M2FNUZ", "float8_e5m2fnuz", 1, is_floating_point=True),
+        DType("C64", "complex64", 8),
+        DType("I64", "int64", 8),
+        DType("I32", "int32", 4),
+        DType("I16", "int16", 2),
+        DType("I8", "int8", 1),
+        DType("U64", "uint64", 8),
+        DType("U32", "uint32", 4),
+        DType("U16", "uint16", 2),
+        DType("U8", "uint8", 1),
+        DType("BOOL", "bool", 1),
+    )
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +88,7 @@ class TensorEntry:
     """
 
     name: str
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
     file: Path
     offset_bytes: int

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from loram_cli.checkpoint.index import CheckpointIndex, read_config
-from loram_cli.checkpoint.reader import TensorReader
+from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.errors import LoramError
 from loram_cli.schema import digest_of
 
@@ -47,21 +48,28 @@ class ModelIdentity:
         return asdict(self)
 
 
-def identify(directory: Path) -> ModelIdentity:
-    """Compute the identity of a model directory.
+def identify(index: CheckpointIndex, config: Mapping[str, Any]) -> ModelIdentity:
+    """Compute the identity of a model directory; see :attr:`.model.Model.identity`.
+
+    Args:
+        index: Its tensors.
+        config: Its ``config.json``.
 
     Raises:
-        LoramError: The directory is not a sound safetensors checkpoint.
+        LoramError: A shard ends early or cannot be read.
     """
-    index = CheckpointIndex.open(directory)
-    config = {k: v for k, v in read_config(directory).items() if k not in _VOLATILE_CONFIG_KEYS}
-    listing = sorted([n, str(e.dtype), list(e.shape)] for n, e in index.tensors.items())
+    lasting = {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG_KEYS}
+    # Types under their names in torch: manifests hold digests made of them.
+    listing = sorted(
+        [name, f"torch.{entry.dtype.torch_name}", list(entry.shape)]
+        for name, entry in index.tensors.items()
+    )
     return ModelIdentity(
-        digest_of(config),
+        digest_of(lasting),
         digest_of(listing),
         _sample_weights(index),
-        _tokenizer_digest(directory),
-        chat_template_digest(directory),
+        _tokenizer_digest(index.directory),
+        chat_template_digest(index.directory),
     )
 
 
@@ -84,17 +92,28 @@ def chat_template_digest(directory: Path) -> str:
 
 def _sample_weights(index: CheckpointIndex) -> str:
     digest = hashlib.sha256()
-    with TensorReader(index) as reader:
-        for name in sorted(index.tensors):
-            entry = index.tensors[name]
-            if entry.num_bytes <= _SAMPLED_WINDOWS * _WINDOW_BYTES:
-                digest.update(reader.read_bytes(entry, 0, entry.num_bytes))
-                continue
-            last = entry.num_bytes - _WINDOW_BYTES
-            for window in range(_SAMPLED_WINDOWS):
-                start = last * window // (_SAMPLED_WINDOWS - 1)
-                digest.update(reader.read_bytes(entry, start, _WINDOW_BYTES))
+    for _, entry in sorted(index.tensors.items()):
+        try:
+            # Unbuffered, since the windows lie far apart.
+            with entry.file.open("rb", buffering=0) as shard:
+                for start, count_bytes in _windows(entry.num_bytes):
+                    shard.seek(entry.offset_bytes + start)
+                    data = shard.read(count_bytes)
+                    if len(data) < count_bytes:
+                        raise LoramError(f"{entry.file}: ends inside tensor {entry.name}")
+                    digest.update(data)
+        except OSError as error:
+            raise LoramError(f"{entry.file}: cannot be read ({error.strerror})") from error
     return "sha256:" + digest.hexdigest()
+
+
+def _windows(num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Start and length of each sampled window of a tensor: of a small one, all of it."""
+    if num_bytes <= _SAMPLED_WINDOWS * _WINDOW_BYTES:
+        yield 0, num_bytes
+        return
+    for window in range(_SAMPLED_WINDOWS):
+        yield (num_bytes - _WINDOW_BYTES) * window // (_SAMPLED_WINDOWS - 1), _WINDOW_BYTES
 
 
 def _tokenizer_digest(directory: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loram_cli.checkpoint.header import DTYPE_NAMES, TensorEntry, read_header
+from loram_cli.checkpoint.header import TensorEntry, read_header
 from loram_cli.checkpoint.widths import check_required, check_widths
 from loram_cli.errors import LoramError
 
@@ -96,7 +96,7 @@ class CheckpointIndex:
                 )
             if not entry.dtype.is_floating_point:
                 raise LoramError(
-                    f"{entry.file}: tensor {name} has the type {DTYPE_NAMES[entry.dtype]}, "
+                    f"{entry.file}: tensor {name} has the type {entry.dtype.name}, "
                     "and weights are floating numbers",
                     "a quantized checkpoint cannot be pruned: use the original one",
                 )

@@ -107,10 +107,6 @@ class TensorReader:
             yield done, chunk
             done += chunk.shape[0]
 
-    def read_bytes(self, entry: TensorEntry, start: int, count_bytes: int) -> bytes:
-        """``count_bytes`` raw bytes from ``start`` inside the tensor."""
-        return self._raw(entry, entry.offset_bytes + start, count_bytes).numpy().tobytes()
-
     def _spans_ahead(
         self, entry: TensorEntry, spans: Iterator[tuple[int, int]]
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -135,13 +131,14 @@ class TensorReader:
         buffers: BufferPool | None = None,
     ) -> torch.Tensor:
         """A tensor of the entry's type from the bytes after ``start``."""
-        count_bytes = math.prod(shape) * entry.dtype.itemsize
+        dtype = entry.dtype.to_torch()
+        count_bytes = math.prod(shape) * dtype.itemsize
         if count_bytes == 0:
-            return torch.empty(shape, dtype=entry.dtype)
+            return torch.empty(shape, dtype=dtype)
         raw = self._raw(entry, entry.offset_bytes + start, count_bytes, buffers)
-        if raw.storage_offset() % entry.dtype.itemsize:
+        if raw.storage_offset() % dtype.itemsize:
             raw = raw.clone()
-        return raw.view(entry.dtype).reshape(shape)
+        return raw.view(dtype).reshape(shape)
 
     def _raw(
         self,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from loram_cli.arch.registry import families
 from loram_cli.errors import LoramError
 
 # Far above any model there is; what lies beyond is damage, and would be computed with for hours.
@@ -41,8 +42,6 @@ def check_required(config: Mapping[str, Any], where: str) -> None:
     Raises:
         LoramError: A width is absent.
     """
-    from loram_cli.arch.registry import families
-
     for family in families():
         if config.get("model_type") in family.model_types:
             for key in _REQUIRED:

@@ -12,13 +12,14 @@ from types import TracebackType
 import torch
 
 from loram_cli.checkpoint.background import WriteBehind
-from loram_cli.checkpoint.header import DTYPE_NAMES
+from loram_cli.checkpoint.header import DTYPES, TensorEntry
 from loram_cli.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from loram_cli.errors import LoramError
 
 MAX_SHARD_BYTES = 5 * 10**9
 # No space, over the quota, over the largest file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DTYPE_NAMES = {dtype.to_torch(): name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class TensorPlan:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @classmethod
+    def like(cls, entry: TensorEntry) -> "TensorPlan":
+        """The plan of a copy of a stored tensor."""
+        return cls(entry.dtype.to_torch(), entry.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -127,7 +133,7 @@ class ShardedWriter:
         for name in self._shards[shard]:
             plan = self._plan[name]
             header[name] = {
-                "dtype": DTYPE_NAMES[plan.dtype],
+                "dtype": _DTYPE_NAMES[plan.dtype],
                 "shape": list(plan.shape),
                 "data_offsets": [offset, offset + plan.num_bytes],
             }

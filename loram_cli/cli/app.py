@@ -45,7 +45,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 MODULES = (
-    prune, align, train, recover, evaluate, generate, memory_report, bench, run, report, verify, inspect,
+    prune, align, train, recover, evaluate, generate, memory_report, bench, run, report, verify,
+    inspect,
 )  # fmt: skip
 _ON_SEVERAL_PROCESSES = (train.NAME, align.NAME)
 for module in MODULES:

@@ -3,13 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from loram_cli.checkpoint.header import read_header
 from loram_cli.checkpoint.index import read_json
 from loram_cli.errors import LoramError
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -20,8 +21,8 @@ _PREFIX = "base_model.model."
 class LoraPair:
     """Factors of one module: ``lora_A`` of shape (r, in), ``lora_B`` of shape (out, r)."""
 
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
+    lora_a: "torch.Tensor"
+    lora_b: "torch.Tensor"
 
 
 @dataclass(frozen=True)

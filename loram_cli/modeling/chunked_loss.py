@@ -16,7 +16,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from loram_cli.arch.registry import family_for
 from loram_cli.memory.setup import chunk_tokens
 
 _IGNORED_LABEL = -100
@@ -192,7 +191,7 @@ def restore_forward(model: Any) -> None:
 def _parts(model: Any) -> tuple[Any, Any, Callable[[torch.Tensor], torch.Tensor]]:
     """The causal LM itself, its stack of decoder layers, and its head as a function."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    family = family_for(inner.config.to_dict(), "the model")
+    family = inner.family
     stack = inner.get_submodule(family.layers.rpartition(".")[0])
     cap = getattr(inner.config, "final_logit_softcapping", None)
 

@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 
-from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
-from loram_cli.checkpoint.index import read_config
+from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.quiet import no_progress_bars, quiet_libraries
 
 
 @cache
 def narrow_class(family: Family) -> type:
-    """The family's causal LM class, with layer ``i`` built from ``config.per_layer_config[i]``."""
+    """The family's causal LM class, with layer ``i`` built from ``config.per_layer_config[i]``.
+
+    Its attribute ``family`` is the family.
+    """
     import transformers
 
     parent = getattr(transformers, family.architecture)
@@ -41,11 +43,12 @@ def narrow_class(family: Family) -> type:
             setattr(self.get_submodule(stack_path), stack_attribute, torch.nn.ModuleList(layers))
             self.post_init()
 
-    return type(family.architecture, (parent,), {"__init__": __init__, "__module__": __name__})
+    members = {"__init__": __init__, "__module__": __name__, "family": family}
+    return type(family.architecture, (parent,), members)
 
 
 def load_causal_lm(
-    model_dir: Path,
+    model: Path | Model,
     *,
     dtype: torch.dtype | str = "auto",
     device: str | None = None,
@@ -55,7 +58,8 @@ def load_causal_lm(
     """Load a base, pruned, aligned or merged directory as a Hugging Face causal LM.
 
     Args:
-        model_dir: Directory with ``config.json`` and safetensors; widths may differ per layer.
+        model: A model, or its directory with ``config.json`` and safetensors; widths may differ
+            per layer.
         dtype: Parameter type; ``auto`` takes the checkpoint's own.
         device: ``cpu``, ``cuda``, ...; None takes a GPU when there is one.
         attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
@@ -70,21 +74,22 @@ def load_causal_lm(
     """
     import transformers
 
-    family = family_for(read_config(model_dir), str(model_dir))
+    source = Model.of(model)
+    directory, family = source.directory, source.family
     try:
-        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         # Each config class has its own way to refuse a value.
         reason = next(iter(str(error).strip().splitlines()), repr(error))[:160]
-        raise LoramError(f"{model_dir / 'config.json'}: cannot be used ({reason})") from error
+        raise LoramError(f"{directory / 'config.json'}: cannot be used ({reason})") from error
     # Global widths stay readable: the base class's __init__ needs them before layers are replaced.
     config.allow_global_per_layer_attribute_access = True
     kwargs = {} if quantization_config is None else {"quantization_config": quantization_config}
     if attention not in (None, "auto"):
         kwargs["attn_implementation"] = attention_kernel(attention)
     with quiet_libraries(), no_progress_bars():
-        model, report = narrow_class(family).from_pretrained(
-            model_dir,
+        loaded, report = narrow_class(family).from_pretrained(
+            directory,
             config=config,
             dtype=dtype,
             device_map={"": usable_device(device)},
@@ -98,10 +103,10 @@ def load_causal_lm(
     if problems or unexpected:
         first = (problems + unexpected)[0]
         raise LoramError(
-            f"{model_dir}: tensor {first} does not fit config.json "
+            f"{directory}: tensor {first} does not fit config.json "
             f"({len(problems)} missing or misshapen, {len(unexpected)} unexpected)"
         )
-    return model.eval()
+    return loaded.eval()
 
 
 def attention_kernel(name: str) -> str:

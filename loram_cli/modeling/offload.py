@@ -17,7 +17,7 @@ from typing import Any
 
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
-from loram_cli.modeling.skeleton import HollowModel, Slot, Weight, drain, fill
+from loram_cli.modeling.skeleton import SkeletonModel, Slot, Weight, drain, fill
 from loram_cli.reporting import Reporter
 from loram_cli.units import format_bytes
 
@@ -25,47 +25,47 @@ from loram_cli.units import format_bytes
 _IN_FLIGHT = 2
 
 
-def weight_bytes(hollow: HollowModel) -> int:
+def weight_bytes(skeleton: SkeletonModel) -> int:
     """What all weights of a model take, and one more that is being turned into its form."""
-    return sum(slot.num_bytes for slot in hollow.slots.values()) + _turned_bytes(hollow)
+    return sum(slot.num_bytes for slot in skeleton.slots.values()) + _turned_bytes(skeleton)
 
 
-def resident_layers(hollow: HollowModel, budget_bytes: int) -> int:
+def resident_layers(skeleton: SkeletonModel, budget_bytes: int) -> int:
     """How many decoder layers, from the first one on, can stay.
 
     Args:
-        hollow: Not filled yet.
+        skeleton: Not filled yet.
         budget_bytes: Memory for weights on the device.
 
     Raises:
         LoramError: Not even what is neither layer nor can be read anew fits, and two layers.
     """
-    layers = [sum(slot.num_bytes for slot in slots) for _, slots in hollow.layers()]
-    if weight_bytes(hollow) <= budget_bytes:
+    layers = [sum(slot.num_bytes for slot in slots) for _, slots in skeleton.layers()]
+    if weight_bytes(skeleton) <= budget_bytes:
         return len(layers)
     # What is left of the weights beside the layers, and what is turned into its form.
-    other = weight_bytes(hollow) - sum(layers)
+    other = weight_bytes(skeleton) - sum(layers)
     for count in range(len(layers) - 1, -1, -1):
         passing = sorted(layers[count:])[-_IN_FLIGHT:]
         least = other + sum(layers[:count]) + sum(passing)
         if least <= budget_bytes:
             return count
     raise LoramError(
-        f"{hollow.index.directory}: embedding, head and two decoder layers take "
+        f"{skeleton.index.directory}: embedding, head and two decoder layers take "
         f"{format_bytes(least)}, and there are {format_bytes(budget_bytes)} for weights"
     )
 
 
 @contextmanager
 def loaded_within(
-    hollow: HollowModel, stay: int, reporter: Reporter, *, host_bytes: int = 0
+    skeleton: SkeletonModel, stay: int, reporter: Reporter, *, host_bytes: int = 0
 ) -> Iterator[None]:
     """Fill a model, all but the last layers; those are brought as they run, within the block.
 
     After it the model cannot be run any more, and nothing here keeps it.
 
     Args:
-        hollow: Its model, with any adapters attached.
+        skeleton: Its model, with any adapters attached.
         stay: Layers that stay, from :func:`resident_layers`.
         reporter: Told of progress.
         host_bytes: Memory of the machine for weights of the others; 0 reads them from the
@@ -74,18 +74,18 @@ def loaded_within(
     Raises:
         LoramError: A tensor is absent or of another shape.
     """
-    layers = list(hollow.layers())
+    layers = list(skeleton.layers())
     passing = [slots for _, slots in layers[stay:]]
     later = {slot.tensor for slots in passing for slot in slots}
-    now = [slot for name, slot in hollow.slots.items() if name not in later]
+    now = [slot for name, slot in skeleton.slots.items() if name not in later]
     with ExitStack() as stack:
-        reader = stack.enter_context(TensorReader(hollow.index))
+        reader = stack.enter_context(TensorReader(skeleton.index))
         with reporter.progress("load", sum(s.num_bytes for s in now) / 2**20, "MiB") as progress:
             for slot in now:
-                fill(slot, hollow.read(slot, reader))
+                fill(slot, skeleton.read(slot, reader))
                 progress.advance(slot.num_bytes / 2**20)
         thread = stack.enter_context(ThreadPoolExecutor(1, "layers"))
-        stream = _Stream(hollow, passing, reader, thread, host_bytes)
+        stream = _Stream(skeleton, passing, reader, thread, host_bytes)
         # What is under way ends before the thread does, and that before files are closed.
         stack.callback(stream.forget)
         for position, (layer, _) in enumerate(layers[stay:]):
@@ -103,13 +103,13 @@ class _Stream:
 
     def __init__(
         self,
-        hollow: HollowModel,
+        skeleton: SkeletonModel,
         layers: Sequence[list[Slot]],
         reader: TensorReader,
         thread: ThreadPoolExecutor,
         host_bytes: int,
     ) -> None:
-        self._hollow, self._layers = hollow, layers
+        self._skeleton, self._layers = skeleton, layers
         self._reader, self._thread = reader, thread
         self._host_bytes = host_bytes
         self._host: dict[int, list[Weight]] = {}
@@ -142,11 +142,11 @@ class _Stream:
         self._asked.clear()
 
     def _weights(self, position: int) -> list[Weight]:
-        device = self._hollow.device
+        device = self._skeleton.device
         if position in self._host:
             return [_moved(weight, device) for weight in self._host[position]]
         slots = self._layers[position]
-        weights = [self._hollow.read(slot, self._reader) for slot in slots]
+        weights = [self._skeleton.read(slot, self._reader) for slot in slots]
         layer_bytes = sum(slot.num_bytes for slot in slots)
         if layer_bytes <= self._host_bytes:
             self._host_bytes -= layer_bytes
@@ -154,9 +154,9 @@ class _Stream:
         return weights
 
 
-def _turned_bytes(hollow: HollowModel) -> int:
+def _turned_bytes(skeleton: SkeletonModel) -> int:
     """The largest weight before it is quantized, or raised to another type."""
-    return max(slot.shape.numel() for slot in hollow.slots.values()) * hollow.dtype.itemsize
+    return max(slot.shape.numel() for slot in skeleton.slots.values()) * skeleton.dtype.itemsize
 
 
 def _moved(weight: Weight, device: str) -> Weight:

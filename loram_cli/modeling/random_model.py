@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loram_cli.arch.registry import family_for
+from loram_cli.arch.spec import Family
 from loram_cli.modeling.load import attention_kernel
 from loram_cli.modeling.meta_model import meta_causal_lm, native_config
 from loram_cli.modeling.quantize import nf4_linear, nf4_weight, require_bitsandbytes
@@ -20,6 +20,7 @@ _INITIAL_STD = 0.02
 
 
 def random_causal_lm(
+    family: Family,
     config: Mapping[str, Any],
     *,
     dtype: torch.dtype,
@@ -31,6 +32,7 @@ def random_causal_lm(
     """Build the model.
 
     Args:
+        family: The config's.
         config: A ``config.json``, with or without ``per_layer_config``.
         dtype: Of all weights that are not quantized, and of products with those that are.
         device: ``cpu``, ``cuda``, ...
@@ -44,7 +46,6 @@ def random_causal_lm(
     Raises:
         LoramError: A library that is asked for is not installed.
     """
-    family = family_for(config, "the config")
     if nf4:
         require_bitsandbytes()
     with quiet_libraries():
@@ -53,8 +54,7 @@ def random_causal_lm(
             family, native, device, attn_implementation=attention_kernel(attention), dtype=dtype
         )
     generator = torch.Generator(device).manual_seed(seed)
-    num_layers = len(model.get_submodule(family.layers))
-    linears = {name.removesuffix(".weight") for name in family.linear_names(num_layers)}
+    linears = set(family.linear_names(config["num_hidden_layers"]))
     done: dict[int, torch.nn.Parameter] = {}
     for module_name, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -63,7 +63,7 @@ def random_causal_lm(
             if id(parameter) not in done:
                 # The parameter itself is kept alive, so that its id stays its own.
                 weight = _random(parameter, dtype, device, generator)
-                if nf4 and name == "weight" and module_name in linears:
+                if nf4 and f"{module_name}.{name}" in linears:
                     _quantize(model, module_name, weight, dtype)
                     del weight
                     continue

@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
-from loram_cli.modeling.skeleton import HollowModel, fill
+from loram_cli.modeling.skeleton import SkeletonModel, fill
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, process_count
 
 
-class SharedModel(HollowModel):
+class SharedModel(SkeletonModel):
     """A model in two steps: first its modules, for LoRA to be attached to, then its weights."""
 
     # FSDP makes parameters of its slices, which torch allows for floating point types alone.

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from loram_cli.arch.registry import family_for
-from loram_cli.checkpoint.index import CheckpointIndex, read_config
+from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.memory.account import nf4_tensor_bytes
 from loram_cli.modeling.load import attention_kernel
@@ -58,11 +57,11 @@ class Weight:
     quant_state: Any = None
 
 
-class HollowModel:
+class SkeletonModel:
     """The modules of a checkpoint's model, and the way of its weights into them.
 
     Args:
-        model_dir: Directory with ``config.json`` and safetensors; widths may differ per layer.
+        model: A model, or its directory; widths may differ per layer.
         dtype: Of all weights that are not quantized, and of products with those that are.
         device: Where the weights will be.
         attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
@@ -84,7 +83,7 @@ class HollowModel:
 
     def __init__(
         self,
-        model_dir: Path,
+        model: Path | Model,
         *,
         dtype: torch.dtype,
         device: str,
@@ -93,8 +92,9 @@ class HollowModel:
     ) -> None:
         import transformers
 
-        self._family = family_for(read_config(model_dir), str(model_dir))
-        self.index = CheckpointIndex.open(model_dir)
+        source = Model.of(model)
+        directory = source.directory
+        self._family, self.index = source.family, source.index
         self.dtype, self.device = dtype, device
         if nf4:
             require_bitsandbytes()
@@ -102,16 +102,16 @@ class HollowModel:
         if attention not in (None, "auto"):
             settings["attn_implementation"] = attention_kernel(attention)
         with quiet_libraries():
-            config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
             # Global widths stay readable, as in load_causal_lm.
             config.allow_global_per_layer_attribute_access = True
             self.model = meta_causal_lm(self._family, config, device, **settings)
-            if (model_dir / _GENERATION_CONFIG).is_file():
+            if (directory / _GENERATION_CONFIG).is_file():
                 # Published models name some of the tokens that end an answer there alone.
-                generation = transformers.GenerationConfig.from_pretrained(model_dir)
+                generation = transformers.GenerationConfig.from_pretrained(directory)
                 self.model.generation_config = generation
         self._untie_other_head()
-        self.slots = self._take_places(nf4)
+        self.slots = self._take_places(set(source.linear_names) if nf4 else set())
         if nf4:
             keep_standard_layout(self.model)
             # PEFT looks here before it chooses its 4-bit LoRA linear.
@@ -159,10 +159,8 @@ class HollowModel:
             if any(not torch.equal(mine, other) for (_, mine), (_, other) in pairs):
                 head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)
 
-    def _take_places(self, nf4: bool) -> dict[str, Slot]:
+    def _take_places(self, quantized: set[str]) -> dict[str, Slot]:
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        num_layers = len(self.model.get_submodule(self._family.layers))
-        quantized = set(self._family.linear_names(num_layers)) if nf4 else set()
         for name in quantized:
             self._make_quantized(name.removesuffix(".weight"))
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -209,7 +207,7 @@ def fill(slot: Slot, weight: Weight) -> None:
 
     Args:
         slot: Of the model.
-        weight: From :meth:`HollowModel.read`.
+        weight: From :meth:`SkeletonModel.read`.
     """
     module, kind = slot.places[0]
     if weight.quant_state is not None:

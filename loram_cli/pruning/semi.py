@@ -1,4 +1,4 @@
-"""Strategy ``semi``: two of every four weights zeroed, the pattern that sparse tensor cores know."""
+"""Strategy ``semi``: two of every four weights zeroed, as sparse tensor cores want."""
 
 from loram_cli.pruning.strategy import Strategy
 

@@ -30,7 +30,7 @@ import contextlib, json, sys, tempfile, time
 from pathlib import Path
 import accelerate, torch, transformers
 from measure import AnonymousPeak
-from loram_cli.modeling.skeleton import HollowModel
+from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.modeling.load import load_causal_lm
 from loram_cli.modeling.offload import loaded_within, resident_layers
 from loram_cli.reporting import NullReporter
@@ -44,9 +44,9 @@ with AnonymousPeak() as memory, contextlib.ExitStack() as stack, torch.inference
     if way == "whole":
         model = load_causal_lm(model_dir, dtype=torch.float32, device="cpu")
     elif way == "loram":
-        hollow = HollowModel(model_dir, dtype=torch.float32, device="cpu")
-        stack.enter_context(loaded_within(hollow, resident_layers(hollow, budget), NullReporter()))
-        model = hollow.model
+        skeleton = SkeletonModel(model_dir, dtype=torch.float32, device="cpu")
+        stack.enter_context(loaded_within(skeleton, resident_layers(skeleton, budget), NullReporter()))
+        model = skeleton.model
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=torch.float32, device_map="auto", max_memory={"cpu": budget},

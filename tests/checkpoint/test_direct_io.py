@@ -94,9 +94,9 @@ def test_what_is_read_is_what_was_stored(stored, world):
     with TensorReader(index, once=True) as opened:
         for name, tensor in tensors.items():
             assert torch.equal(opened.read(name), tensor)
-            entry = index.tensors[name]
-            raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-            assert opened.read_bytes(entry, 3, len(raw) - 3) == raw[3:]
+            if tensor.dim():
+                chunks = [rows for _, rows in opened.read_chunks(name, range(3, len(tensor)))]
+                assert torch.equal(torch.cat(chunks), tensor[3:])
 
 
 @given(rows=st.sets(st.integers(0, 96), min_size=1).map(sorted), chunk_bytes=st.integers(1, 60000))

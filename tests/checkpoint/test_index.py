@@ -7,8 +7,8 @@ import torch
 from helpers.tiny import make_base
 from safetensors.torch import load_file, save_file
 
-from loram_cli.checkpoint.identity import identify
 from loram_cli.checkpoint.index import INDEX_NAME, CheckpointIndex, read_config
+from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
 from loram_cli.errors import LoramError
@@ -90,11 +90,11 @@ def test_config_that_is_not_json(tmp_path: Path):
 
 
 def test_identity_tells_models_apart(base: Path, copy: Path, tmp_path: Path):
-    assert identify(base) == identify(copy)
-    other = identify(make_base(tmp_path / "other", seed=1))
-    assert other.tensors == identify(base).tensors
-    assert other.weights != identify(base).weights
+    assert Model.open(base).identity == Model.open(copy).identity
+    other = Model.open(make_base(tmp_path / "other", seed=1)).identity
+    assert other.tensors == Model.open(base).identity.tensors
+    assert other.weights != Model.open(base).identity.weights
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"][3] += 1
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    assert identify(copy).weights != identify(base).weights
+    assert Model.open(copy).identity.weights != Model.open(base).identity.weights

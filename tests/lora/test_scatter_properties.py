@@ -128,7 +128,7 @@ def test_a_pruned_checkpoint_is_the_kept_part_of_the_base(model, type_name, chun
     family = family_for(config, "test")
     geometry = family.geometry(config)
     generator = torch.Generator().manual_seed(seed)
-    dtype = DTYPES[type_name]
+    dtype = DTYPES[type_name].to_torch()
     stored = {}
     for name, shape in family.tensor_shapes(config).items():
         rows, *rest = shape

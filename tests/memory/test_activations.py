@@ -38,7 +38,12 @@ def build(setup, config):
     family = family_for(config, "test")
     dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
     model = random_causal_lm(
-        config, dtype=dtype, device="cpu", attention=setup.attention, nf4=setup.quantize == "nf4"
+        family,
+        config,
+        dtype=dtype,
+        device="cpu",
+        attention=setup.attention,
+        nf4=setup.quantize == "nf4",
     )
     if setup.quantize:
         prepare_for_training(model)
@@ -160,7 +165,7 @@ def test_more_tokens_and_full_logits_cost_more_and_checkpointing_less():
 def test_targets_that_are_left_out_keep_no_inputs():
     family = family_for(CONFIG, "test")
     some = replace(SETUP, targets=("q_proj", "v_proj"))
-    model = random_causal_lm(CONFIG, dtype=torch.bfloat16, device="cpu")
+    model = random_causal_lm(family, CONFIG, dtype=torch.bfloat16, device="cpu")
     model = attach_lora(model, lora_config(some.targets, rank=4, dropout=0.05), seed=0).train()
     with SavedTensors(model) as saved:
         forward(model, some, batch(some))

@@ -17,7 +17,7 @@ from loram_cli.errors import LoramError
 from loram_cli.modeling.load import load_causal_lm
 from loram_cli.modeling.offload import loaded_within, resident_layers, weight_bytes
 from loram_cli.modeling.quantize import keep_standard_layout, nf4_config
-from loram_cli.modeling.skeleton import HollowModel
+from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import load_adapter
 
@@ -26,8 +26,8 @@ SILENT = NullReporter()
 IDS = torch.arange(3, 43).view(2, 20)
 
 
-def hollow_of(directory: Path, **how) -> HollowModel:
-    return HollowModel(directory, **{**HOW, **how})
+def skeleton_of(directory: Path, **how) -> SkeletonModel:
+    return SkeletonModel(directory, **{**HOW, **how})
 
 
 def logits_of(model, ids=IDS) -> torch.Tensor:
@@ -64,9 +64,9 @@ def test_the_same_to_the_bit_however_many_layers_stay(base, finished_run, part, 
     for stay in (0, 1, 3, 4):
         # Nothing, some, and all of the others in the machine's memory.
         for host_bytes in (0, 20_000, 10**9):
-            hollow = hollow_of(directory, nf4=nf4)
-            model = load_adapter(hollow.model, adapter) if adapter else hollow.model
-            with loaded_within(hollow, stay, SILENT, host_bytes=host_bytes):
+            skeleton = skeleton_of(directory, nf4=nf4)
+            model = load_adapter(skeleton.model, adapter) if adapter else skeleton.model
+            with loaded_within(skeleton, stay, SILENT, host_bytes=host_bytes):
                 for _ in range(2):
                     assert torch.equal(logits_of(model), expected)
 
@@ -74,18 +74,18 @@ def test_the_same_to_the_bit_however_many_layers_stay(base, finished_run, part, 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_every_family_runs_layer_by_layer(variant, tmp_path):
     directory = variant.save(tmp_path)
-    hollow = hollow_of(directory)
-    with loaded_within(hollow, 1, SILENT):
-        assert torch.equal(logits_of(hollow.model), whole_logits(directory, None, nf4=False))
+    skeleton = skeleton_of(directory)
+    with loaded_within(skeleton, 1, SILENT):
+        assert torch.equal(logits_of(skeleton.model), whole_logits(directory, None, nf4=False))
 
 
 def test_no_more_is_held_than_the_budget(base):
-    total = weight_bytes(hollow_of(base))
+    total = weight_bytes(skeleton_of(base))
     seen = set()
     for budget in range(0, total + 1000, 1000):
-        hollow = hollow_of(base)
+        skeleton = skeleton_of(base)
         try:
-            stay = resident_layers(hollow, budget)
+            stay = resident_layers(skeleton, budget)
         except LoramError as error:
             assert "embedding, head and two decoder layers take" in str(error)
             assert not seen
@@ -95,32 +95,32 @@ def test_no_more_is_held_than_the_budget(base):
             continue
         seen.add(stay)
         highest = []
-        with loaded_within(hollow, stay, SILENT):
-            for layer, _ in hollow.layers():
+        with loaded_within(skeleton, stay, SILENT):
+            for layer, _ in skeleton.layers():
                 layer.register_forward_pre_hook(
-                    lambda *_, held=highest, model=hollow.model: held.append(held_bytes(model))
+                    lambda *_, held=highest, model=skeleton.model: held.append(held_bytes(model))
                 )
-            logits_of(hollow.model)
-            logits_of(hollow.model)
+            logits_of(skeleton.model)
+            logits_of(skeleton.model)
         # Another layer is on its way meanwhile.
-        layer_bytes = max(sum(s.num_bytes for s in slots) for _, slots in hollow.layers())
+        layer_bytes = max(sum(s.num_bytes for s in slots) for _, slots in skeleton.layers())
         assert max(highest) + layer_bytes * (stay < 4) <= budget
     assert seen == {0, 1, 4}
 
 
 def test_weights_go_after_a_pass_and_after_a_failure(base):
-    hollow = hollow_of(base)
-    with loaded_within(hollow, 0, SILENT):
-        empty = held_bytes(hollow.model)
-        logits_of(hollow.model)
-        assert held_bytes(hollow.model) == empty
-        broken = next(layer for layer, _ in list(hollow.layers())[2:])
+    skeleton = skeleton_of(base)
+    with loaded_within(skeleton, 0, SILENT):
+        empty = held_bytes(skeleton.model)
+        logits_of(skeleton.model)
+        assert held_bytes(skeleton.model) == empty
+        broken = next(layer for layer, _ in list(skeleton.layers())[2:])
         handle = broken.mlp.register_forward_hook(raising("out of memory"))
         with pytest.raises(RuntimeError, match="out of memory"):
-            logits_of(hollow.model)
-        assert held_bytes(hollow.model) == empty
+            logits_of(skeleton.model)
+        assert held_bytes(skeleton.model) == empty
         handle.remove()
-        assert torch.equal(logits_of(hollow.model), whole_logits(base, None, nf4=False))
+        assert torch.equal(logits_of(skeleton.model), whole_logits(base, None, nf4=False))
 
 
 def raising(text: str):
@@ -133,10 +133,10 @@ def raising(text: str):
 class Weights:
     """The weights that are read, and those of them that are still there."""
 
-    def __init__(self, hollow, monkeypatch):
+    def __init__(self, skeleton, monkeypatch):
         self._there = []
         self.failing = set()
-        read = hollow.read
+        read = skeleton.read
 
         def watched(slot, reader):
             if any(slot.tensor.startswith(prefix) for prefix in self.failing):
@@ -145,7 +145,7 @@ class Weights:
             self._there.append(weakref.ref(weight.data))
             return weight
 
-        monkeypatch.setattr(hollow, "read", watched)
+        monkeypatch.setattr(skeleton, "read", watched)
 
     def there(self) -> int:
         gc.collect()
@@ -153,54 +153,54 @@ class Weights:
 
 
 def test_passes_that_fail_leave_no_more_than_one_layer_on_its_way(base, monkeypatch):
-    hollow = hollow_of(base)
-    weights = Weights(hollow, monkeypatch)
-    layers = [layer for layer, _ in hollow.layers()]
+    skeleton = skeleton_of(base)
+    weights = Weights(skeleton, monkeypatch)
+    layers = [layer for layer, _ in skeleton.layers()]
     per_layer = len(list(layers[0].parameters()))
-    with loaded_within(hollow, 0, SILENT):
+    with loaded_within(skeleton, 0, SILENT):
         others = weights.there()
-        logits_of(hollow.model)
+        logits_of(skeleton.model)
         for failing in (2, 1, 0, 1, 2):
             handle = layers[failing].mlp.register_forward_hook(raising("out of memory"))
             with pytest.raises(RuntimeError, match="out of memory"):
-                logits_of(hollow.model)
+                logits_of(skeleton.model)
             handle.remove()
             time.sleep(0.05)
             assert weights.there() - others <= per_layer
-        assert torch.equal(logits_of(hollow.model), whole_logits(base, None, nf4=False))
+        assert torch.equal(logits_of(skeleton.model), whole_logits(base, None, nf4=False))
     assert weights.there() == others
 
 
 def test_what_failed_ahead_of_a_pass_that_failed_is_tried_again(base, monkeypatch):
-    hollow = hollow_of(base)
-    weights = Weights(hollow, monkeypatch)
-    layers = [layer for layer, _ in hollow.layers()]
-    with loaded_within(hollow, 0, SILENT):
+    skeleton = skeleton_of(base)
+    weights = Weights(skeleton, monkeypatch)
+    layers = [layer for layer, _ in skeleton.layers()]
+    with loaded_within(skeleton, 0, SILENT):
         handle = layers[1].mlp.register_forward_hook(raising("out of memory"))
         weights.failing = {"model.layers.2."}
         with pytest.raises(RuntimeError, match="out of memory"):
-            logits_of(hollow.model)
+            logits_of(skeleton.model)
         handle.remove()
         weights.failing = set()
-        assert torch.equal(logits_of(hollow.model), whole_logits(base, None, nf4=False))
+        assert torch.equal(logits_of(skeleton.model), whole_logits(base, None, nf4=False))
         # What fails again when its turn has come is told.
         weights.failing = {"model.layers.2."}
         with pytest.raises(RuntimeError, match="ahead of time"):
-            logits_of(hollow.model)
+            logits_of(skeleton.model)
 
 
 def test_a_model_that_is_given_up_gives_up_its_files_and_itself(base):
     gc.collect()
     before = open_files()
-    hollow = hollow_of(base)
+    skeleton = skeleton_of(base)
     gc.disable()
     try:
-        with loaded_within(hollow, 1, SILENT):
-            logits_of(hollow.model)
+        with loaded_within(skeleton, 1, SILENT):
+            logits_of(skeleton.model)
             assert open_files() - before
         assert not open_files() - before
-        gone = weakref.ref(hollow.model)
-        del hollow
+        gone = weakref.ref(skeleton.model)
+        del skeleton
         assert gone() is None
     finally:
         gc.enable()
@@ -208,9 +208,9 @@ def test_a_model_that_is_given_up_gives_up_its_files_and_itself(base):
 
 def test_a_shard_that_ends_early_is_told_when_its_layer_comes(tmp_path, base):
     directory = Path(shutil.copytree(base, tmp_path / "cut"))
-    hollow = hollow_of(directory)
-    with loaded_within(hollow, 0, SILENT):
+    skeleton = skeleton_of(directory)
+    with loaded_within(skeleton, 0, SILENT):
         shard = directory / "model.safetensors"
         os.truncate(shard, shard.stat().st_size // 2)
         with pytest.raises(LoramError, match=r"model\.safetensors"):
-            logits_of(hollow.model)
+            logits_of(skeleton.model)

@@ -117,8 +117,8 @@ def test_random_models_have_their_shapes_in_their_type(nf4):
     if nf4:
         bitsandbytes = pytest.importorskip("bitsandbytes")
     config = BenchModel.parse("tiny:0.5").config()
-    model = random_causal_lm(config, dtype=torch.bfloat16, device="cpu", nf4=nf4)
     family = family_for(config, "tiny")
+    model = random_causal_lm(family, config, dtype=torch.bfloat16, device="cpu", nf4=nf4)
     linears = set(family.linear_names(config["num_hidden_layers"]))
     shapes = {}
     for name, parameter in model.named_parameters():
@@ -135,9 +135,8 @@ def test_random_models_have_their_shapes_in_their_type(nf4):
 
 
 def test_tied_embeddings_stay_one_tensor():
-    model = random_causal_lm(
-        {**TINY_CONFIG, "tie_word_embeddings": True}, dtype=torch.float32, device="cpu"
-    )
+    config = {**TINY_CONFIG, "tie_word_embeddings": True}
+    model = random_causal_lm(family_for(config, "tiny"), config, dtype=torch.float32, device="cpu")
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from loram_cli.arch.registry import family_for
-from loram_cli.checkpoint.index import CheckpointIndex, read_config
+from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
 from loram_cli.modeling.layerwise.states import computed_dtype
 from loram_cli.modeling.load import usable_device
-from loram_cli.modeling.meta_model import meta_causal_lm
+from loram_cli.modeling.meta_model import meta_causal_lm, native_config
 from loram_cli.quiet import quiet_libraries
 
 
@@ -51,7 +50,7 @@ class LayerStream:
     """Runs a checkpoint part by part. Use as a context manager.
 
     Args:
-        model_dir: A base model's directory.
+        model: A model, or its directory.
         device: ``cpu``, ``cuda``, ...; None takes a GPU when there is one.
 
     Attributes:
@@ -61,20 +60,19 @@ class LayerStream:
         device: Where parts are run.
     """
 
-    def __init__(self, model_dir: Path, device: str | None = None) -> None:
-        config = read_config(model_dir)
-        self.family = family_for(config, str(model_dir))
+    def __init__(self, model: Path | Model, device: str | None = None) -> None:
+        self._source = Model.of(model)
+        self.family = self._source.family
         self.device = usable_device(device)
-        self._index = CheckpointIndex.open(model_dir)
-        self._reader = TensorReader(self._index)
-        stored = self._index.tensors[f"{self.family.embedding}.weight"].dtype
-        self.dtype = computed_dtype(stored)
-        self._tied = self.family.geometry(config).tied_embeddings
-        self._model = _meta_model(model_dir, self.family, self.dtype, self.device)
+        self._reader = TensorReader(self._source.index)
+        self.dtype = computed_dtype(self._source.dtype.to_torch())
+        with quiet_libraries():
+            config = native_config(self._source.config, self.dtype)
+            self._model = meta_causal_lm(self.family, config, self.device)
         self._layers = self._model.get_submodule(self.family.layers)
-        self.num_layers = len(self._layers)
-        self.hidden_size: int = config["hidden_size"]
-        self.vocab_size: int = config["vocab_size"]
+        self.num_layers = self._source.num_layers
+        self.hidden_size = self._source.geometry.hidden_size
+        self.vocab_size = self._source.geometry.vocab_size
         self._calls: list[dict[tuple[int, int], Any]] = [{} for _ in self._layers]
         self._stem_out: torch.Tensor | None = None
         self._head_in: torch.Tensor | None = None
@@ -144,7 +142,7 @@ class LayerStream:
             Logits, shape (1, tokens, vocab_size), of hidden states of shape (1, tokens, hidden).
         """
         module = self._model.get_submodule(self.family.lm_head)
-        prefix = self.family.embedding if self._tied else self.family.lm_head
+        prefix = self.family.embedding if self._source.tied_embeddings else self.family.lm_head
         weights = {
             name: self._read(f"{prefix}.{name}", parameter.shape)
             for name, parameter in module.named_parameters()
@@ -180,26 +178,17 @@ class LayerStream:
         _set_parameters(self._model, small)
 
     def _read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        self._index.entry_of(name, shape)
+        self._source.index.entry_of(name, shape)
         return self._checked(name, self._reader.read(name))
 
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         # NaN and infinity survive a sum; isfinite would make a second tensor.
         if not tensor.sum(dtype=torch.float32).isfinite():
             raise LoramError(
-                f"{self._index.directory}: tensor {name} has NaN or infinite values",
+                f"{self._source.directory}: tensor {name} has NaN or infinite values",
                 "the checkpoint is damaged",
             )
         return tensor.to(self.device, self.dtype)
-
-
-def _meta_model(model_dir: Path, family: Any, dtype: torch.dtype, device: str) -> Any:
-    import transformers
-
-    with quiet_libraries():
-        config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        config.dtype = dtype
-        return meta_causal_lm(family, config, device)
 
 
 @contextmanager
