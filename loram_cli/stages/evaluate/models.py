@@ -14,7 +14,7 @@ from loram_cli.memory.account import BF16_BYTES, nf4_weight_bytes
 from loram_cli.modeling.free_memory import free_memory_bytes
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer, usable_device
 from loram_cli.modeling.offload import loaded_within, resident_layers, weight_bytes
-from loram_cli.modeling.skeleton import Skeleton
+from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import Reporter
 from loram_cli.stages.evaluate.spec import RowsSpec
 from loram_cli.training.adapters import load_adapter
@@ -147,7 +147,7 @@ def _in_parts(
 ) -> Iterator[Any]:
     on_cpu = precision(spec.device) == "float32"
     dtype = torch.float32 if on_cpu else model.dtype.to_torch()
-    skeleton = Skeleton(model, dtype=dtype, device=device, nf4=spec.quantize is not None)
+    skeleton = SkeletonModel(model, dtype=dtype, device=device, nf4=spec.quantize is not None)
     loaded = _with_adapters(skeleton.model, model.directory, spec.rows[label][1:])
     try:
         stay = resident_layers(skeleton, budget_bytes)
