@@ -163,7 +163,7 @@ def fit_job(
         steps = total_steps(options, job.rows)
         warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
         folder = work_dir / "checkpoints"
-        same = fingerprint(options, precision, job, trainable, shared)
+        same = fingerprint(options, precision, job.digest, trainable, shared)
         found = share(newest_checkpoint(folder, same) if is_main_process() else None)
         if found.path is not None:
             reporter.note(f"going on from the checkpoint of step {found.step} of {steps}")
