@@ -1,12 +1,12 @@
 """NF4 quantization of a pruned base for QLoRAM. The door to bitsandbytes."""
 
 import importlib.util
-import logging
 from typing import Any
 
 import torch
 
 from loram_cli.errors import LoramError
+from loram_cli.quiet import quiet_libraries
 
 
 def nf4_config(compute_dtype: torch.dtype, *, skip_modules: tuple[str, ...] = ("lm_head",)) -> Any:
@@ -37,7 +37,7 @@ def nf4_config(compute_dtype: torch.dtype, *, skip_modules: tuple[str, ...] = ("
 
 
 def require_bitsandbytes() -> None:
-    """Refuse what needs bitsandbytes where it is absent, and keep it quiet where it is not.
+    """Refuse what needs bitsandbytes where it is absent.
 
     Raises:
         LoramError: It is not installed.
@@ -47,8 +47,6 @@ def require_bitsandbytes() -> None:
             "NF4 needs bitsandbytes, which is not installed here",
             "pip install bitsandbytes, or train without --quantize",
         )
-    # bitsandbytes tells of a missing optional CPU kernel when it is imported; it works without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def nf4_linear(plain: Any, compute_dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> Any:
@@ -59,9 +57,7 @@ def nf4_linear(plain: Any, compute_dtype: torch.dtype, storage: torch.dtype = to
         compute_dtype: The weight is expanded to this type for each product.
         storage: The type that packed weights are held as; the bits are the same in any.
     """
-    import bitsandbytes
-
-    return bitsandbytes.nn.Linear4bit(
+    return _bitsandbytes().nn.Linear4bit(
         plain.in_features,
         plain.out_features,
         bias=plain.bias is not None,
@@ -80,15 +76,24 @@ def nf4_weight(weight: torch.Tensor, storage: torch.dtype = torch.uint8) -> Any:
         weight: Shape (out, in), on its device.
         storage: As for :func:`nf4_linear`.
     """
-    import bitsandbytes
+    return (
+        _bitsandbytes()
+        .nn.Params4bit(
+            weight,
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+            quant_storage=storage,
+        )
+        .to(weight.device)
+    )
 
-    return bitsandbytes.nn.Params4bit(
-        weight,
-        requires_grad=False,
-        compress_statistics=True,
-        quant_type="nf4",
-        quant_storage=storage,
-    ).to(weight.device)
+
+def _bitsandbytes() -> Any:
+    # It tells of a missing optional CPU kernel when it is imported, and works without.
+    with quiet_libraries():
+        import bitsandbytes
+    return bitsandbytes
 
 
 def keep_standard_layout(model: Any) -> None:

@@ -3,7 +3,6 @@
 The version is pinned, because more of its trainers is used than their public face.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from loram_cli.modeling.chunked_loss import install_token_scores
+from loram_cli.quiet import quiet_trl
 from loram_cli.training.loop.job import TrainerParts
 from loram_cli.training.loop.trainer import LeanCheckpoints
 
@@ -30,9 +30,8 @@ class _Quiet(LeanCheckpoints):
         """Nothing: the stage writes its own card."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent, without its talk of names that TRL has yet to follow transformers in."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
+        """As the parent."""
+        with quiet_trl():
             return super().train(*args, **kwargs)
 
 

@@ -9,6 +9,7 @@ from loram_cli.evaluation import requests
 from loram_cli.evaluation.catalog import CSR
 from loram_cli.evaluation.harness import evaluate_model
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
+from loram_cli.quiet import quiet_lm_eval
 
 
 def documents(task, count):
@@ -70,10 +71,10 @@ def compare(monkeypatch, tmp_path, request, shots, limit=None):
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    from loram_cli.evaluation import lmeval, silence
+    from loram_cli.evaluation import lmeval
 
     name = request.lm_eval_name
-    with silence.quiet():
+    with quiet_lm_eval():
         (ours,) = lmeval.build_tasks(request, None, 4096, seed=1234)["tasks"].values()
         config = load_yaml(lmeval._TASKS_DIR / lmeval._FILES[name], resolve_func=True)
         test = str(request.data_file)
