@@ -45,7 +45,21 @@ def quiet_process() -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence the log lines of the training libraries while the block runs."""
+    """Silence the log lines of the training libraries while the block runs.
+
+    Checks silenced with them, and where loram makes them:
+
+    - transformers: tensors that are missing, misshapen or unexpected: ``modeling.load``; the
+      readers of single tensors compare name and shape with the config.
+    - transformers: more tokens than the model has positions: ``training.loop.loop``;
+      ``evaluation.harness`` for prompts.
+    - PEFT: LoRA on a tied head: ``arch.targets``.
+    - TRL: a tokenized prompt that does not begin its tokenized text: ``training.data.tokens``
+      compares the two token by token.
+
+    Nothing takes over what transformers finds odd in a config (rotary settings, special tokens
+    beyond the vocabulary, a tied head stored with values of its own) or in a tokenizer.
+    """
     with _loggers_silenced(_TRAINING):
         yield
 
@@ -75,7 +89,12 @@ def no_progress_bars(
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Silence log lines, bars and warnings of lm-eval and its libraries while the block runs."""
+    """Silence log lines, bars and warnings of lm-eval and its libraries while the block runs.
+
+    Checks silenced with them, and where loram makes them: prompts and choices that lose their
+    start (``evaluation.harness``), and labels that are none of a document's choices
+    (``evaluation.lmeval``, for data of the user's own).
+    """
     with ExitStack() as stack:
         for name in _DRAWING:
             module = sys.modules.get(name)

@@ -33,7 +33,6 @@ def test_bars_are_drawn_again_afterwards():
 
 
 def test_lm_eval_draws_no_bar_and_warns_of_nothing(capsys):
-    import lm_eval.api.task
 
     module = sys.modules["lm_eval.api.task"]
     before = module.tqdm

@@ -209,10 +209,17 @@ def _run_task(
 
 def _warn_of_cut_prompts(engine: "Engine", tasks: Any, reporter: Reporter) -> None:
     for task in tasks:
-        if task.OUTPUT_TYPE != "generate_until" or not task.instances:
+        if not task.instances:
             continue
-        room = engine.context_tokens - task.config.generation_kwargs["max_gen_toks"]
-        prompts = [instance.args[0] for instance in task.instances]
+        if task.OUTPUT_TYPE == "generate_until":
+            room = engine.context_tokens - task.config.generation_kwargs["max_gen_toks"]
+            prompts = [instance.args[0] for instance in task.instances]
+        elif task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
+            # The last token of an answer is asked for and not read.
+            room = engine.context_tokens + 1
+            prompts = ["".join(instance.args[:2]) for instance in task.instances]
+        else:  # whole texts go in windows
+            continue
         lengths = map(len, engine.tokenizer(prompts, verbose=False)["input_ids"])
         cut = sum(length > room for length in lengths)
         if cut:

@@ -154,7 +154,31 @@ def _local_task(request: TaskRequest, config: dict[str, Any] | None) -> Configur
             local["fewshot_split"] = "test"
     local["custom_dataset"] = lambda **_: datasets.DatasetDict(splits)
     with _layout_errors(request):
-        return ConfigurableTask(config=local)
+        task = ConfigurableTask(config=local)
+        _check_labels(task, request)
+    return task
+
+
+def _check_labels(task: ConfigurableTask, request: TaskRequest) -> None:
+    """Each document's right answer is one of its choices; lm-eval would count it as wrong.
+
+    Raises:
+        LoramError: Names the first document where it is not.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for number, document in enumerate(task.eval_docs, 1):
+        choices = task.doc_to_choice(document)
+        of_document = task.doc_to_text if task.multiple_input else task.doc_to_target
+        right = of_document(document)
+        for label in right if isinstance(right, list) else [right]:
+            known = 0 <= label < len(choices) if isinstance(label, int) else label in choices
+            if not known:
+                raise LoramError(
+                    f"--task-data {request.name}: {request.documents}, document {number}: "
+                    f"the label {label!r} is none of its {len(choices)} choices",
+                    "correct it, or leave the document out",
+                )
 
 
 def _local_python_task(request: TaskRequest, manager: TaskManager) -> Any:

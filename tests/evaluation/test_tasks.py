@@ -10,6 +10,17 @@ from loram_cli.evaluation.catalog import CSR
 from loram_cli.evaluation.harness import evaluate_model
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 from loram_cli.quiet import quiet_lm_eval
+from loram_cli.reporting import NullReporter
+
+
+class Told(NullReporter):
+    """Keeps the warnings."""
+
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, line):
+        self.warnings.append(line)
 
 
 def documents(task, count):
@@ -205,3 +216,31 @@ def test_offline_without_data_names_the_flag(name, model, tokenizer, engine_of, 
     asked = resolve_tasks([name], {}, prefer_bundled=False)
     with pytest.raises(LoramError, match=f"--task-data {asked[0].name}=FILE"):
         evaluate_model(engine_of(model, tokenizer), asked)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "label"), [("piqa", "label", 2), ("hellaswag", "label", "-1")]
+)
+def test_a_label_that_is_no_choice_is_named_and_not_scored_as_wrong(
+    task, field, label, engine_of, model, tokenizer, write_jsonl
+):
+    records = documents(task, 3)
+    records[1][field] = label
+    path = write_jsonl("test.jsonl", records)
+    with pytest.raises(LoramError, match=rf"test.jsonl, document 2: the label .*{label}.* choices"):
+        evaluate_model(engine_of(model, tokenizer), [TaskRequest(task, path, num_fewshot=0)])
+
+
+def test_choices_beyond_the_context_are_cut_with_a_warning(
+    engine_of, model, tokenizer, write_jsonl
+):
+    records = documents("piqa", 2)
+    records[1]["goal"] = "long " * 300
+    path = write_jsonl("test.jsonl", records)
+    told = Told()
+    request = TaskRequest("piqa", path, num_fewshot=0)
+    evaluate_model(engine_of(model, tokenizer), [request], reporter=told)
+    assert told.warnings == [
+        "piqa: 2 of 4 prompts exceed 1025 tokens and lost their start "
+        "(ask for fewer few-shot examples)"
+    ]
