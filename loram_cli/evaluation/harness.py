@@ -62,7 +62,7 @@ def evaluate_model(
 
     Raises:
         UsageError: Unknown task or too few few-shot examples.
-        LoramError: Documents that cannot be had or read; names the flag.
+        LoramError: Documents that are missing or cannot be read; names the flag.
     """
     reporter = reporter or NullReporter()
     runs = [

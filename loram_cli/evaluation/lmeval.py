@@ -54,7 +54,7 @@ def build_tasks(request: TaskRequest, max_new_tokens: int | None, context: int, 
 
     Raises:
         UsageError: lm-eval does not know the name, or the examples do not suffice.
-        LoramError: The documents cannot be had.
+        LoramError: Cannot get the documents.
     """
     name = request.lm_eval_name
     with _metrics_of_the_hub():
@@ -91,7 +91,7 @@ def _set_fewshot(task: Any, request: TaskRequest, seed: int) -> None:
     if wanted and wanted > pool - own:
         hint = f"ask for fewer, or give a file: --task-data {request.name}:train=FILE"
         raise UsageError(
-            f"{request.name}: {wanted} few-shot examples are wanted and {pool - own} are there",
+            f"{request.name}: expected {wanted} few-shot examples, found {pool - own}",
             "ask for fewer" if fixed else hint,
         )
     task.set_config("num_fewshot", wanted)
@@ -248,8 +248,7 @@ def _hub_tasks(
             raise
         except Exception as error:
             raise LoramError(
-                f"{request.name}: its data cannot be had ({type(error).__name__}: "
-                f"{_one_line(error)})",
+                f"{request.name}: cannot get its data ({type(error).__name__}: {_one_line(error)})",
                 f"give it in the data set's own layout: --task-data {request.name}=FILE",
             ) from error
 

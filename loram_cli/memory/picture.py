@@ -85,4 +85,6 @@ def draw_bars(bars: Sequence[Bar], path: Path, title: str) -> None:
     except OSError as error:
         raise LoramError(f"--plot {path}: cannot be written ({error.strerror})") from error
     except ValueError as error:
-        raise LoramError(f"--plot {path}: '{path.suffix}' is no format", "name it x.png") from error
+        raise LoramError(
+            f"--plot {path}: '{path.suffix}' is not an image format", "name it x.png"
+        ) from error

@@ -21,7 +21,7 @@ _COMMON = {"gradient_checkpointing": False, "disable_dropout": True}
 
 
 class _Quiet(LeanCheckpoints):
-    """Tells no one of the training, and writes no card beside checkpoints."""
+    """Sends no telemetry, and writes no card beside checkpoints."""
 
     def _send_telemetry(self) -> None:
         pass
@@ -145,7 +145,7 @@ def reward_trainer(
         arguments_class=GRPOConfig,
         beta=beta,
         num_generations=generations,
-        # One draw tells the mean reward as well as several, for as many questions more.
+        # One draw per question estimates the mean reward as well as several of fewer questions.
         num_generations_eval=1,
         max_completion_length=max_completion_length,
         temperature=temperature,

@@ -228,7 +228,7 @@ def test_examples_from_the_same_file_leave_the_asked_one_out(
         assert instance.args[0].endswith(f"Question: {record['question']}\nAnswer:")
         assert sorted(instance.args[0].count(r["question"]) for r in records) == [1] * 4
         assert record["answer"] not in instance.args[0]
-    with pytest.raises(UsageError, match="5 few-shot examples are wanted and 3 are there"):
+    with pytest.raises(UsageError, match="expected 5 few-shot examples, found 3"):
         evaluate(model, tokenizer, [TaskRequest("gsm8k", path)])
 
 

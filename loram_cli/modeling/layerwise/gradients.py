@@ -37,7 +37,7 @@ def layer_gradients(
     Args:
         stream: The base.
         windows: Token ids, shape (samples, length).
-        layers: The layers whose gradients are wanted.
+        layers: The layers to give gradients of.
         modules: Names of linear modules inside a layer, such as those of the family.
         pool: Keeps the hidden states; of shape (samples, length, hidden).
         reporter: Progress.

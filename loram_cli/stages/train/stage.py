@@ -292,7 +292,7 @@ def _load(
     from loram_cli.modeling.quantize import nf4_config, prepare_for_training
     from loram_cli.training.loop.options import weights_dtype
 
-    dtype = weights_dtype(spec.precision, device, full_parameters=False)
+    dtype = weights_dtype(spec.precision, device)
     if spec.fsdp:
         from loram_cli.modeling.sharding import SharedModel
 

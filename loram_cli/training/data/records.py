@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from loram_cli.demo.problems import load_demo
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.hub import offline_libraries, unreachable
 from loram_cli.quiet import no_progress_bars, quiet_libraries
@@ -92,8 +93,6 @@ def _has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 
 def _demo_records(source: str) -> Iterator[Record]:
-    from loram_cli.demo.problems import load_demo
-
     try:
         loaded = load_demo(source.removeprefix(DEMO_PREFIX))
     except ValueError as error:

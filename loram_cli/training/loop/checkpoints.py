@@ -31,9 +31,9 @@ class Found:
     """What an earlier start left behind.
 
     Attributes:
-        path: The checkpoint to go on from; None to start from nothing.
+        path: The checkpoint to resume from; None to start from nothing.
         step: Its step; 0 without one.
-        differs: Where there were checkpoints that cannot be gone on from, what of their run is
+        differs: Where there were checkpoints that cannot be resumed, what of their run is
             not as it is now; ``("unknown",)`` where that cannot be told.
     """
 
@@ -62,7 +62,7 @@ def fingerprint(
     trainable: Mapping[str, tuple[int, ...]],
     shared: bool,
 ) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be worth going on from, by name.
+    """What must be the same for a checkpoint to be resumed, by name.
 
     The number of processes is not in it: they share a batch, and what it teaches stays the same.
 
