@@ -1,5 +1,5 @@
+import importlib
 import logging
-import sys
 import warnings
 
 import pytest
@@ -33,8 +33,7 @@ def test_bars_are_drawn_again_afterwards():
 
 
 def test_lm_eval_draws_no_bar_and_warns_of_nothing(capsys):
-
-    module = sys.modules["lm_eval.api.task"]
+    module = importlib.import_module("lm_eval.api.task")
     before = module.tqdm
     with quiet_lm_eval():
         assert list(module.tqdm(range(3), desc="never shown")) == [0, 1, 2]

@@ -17,7 +17,7 @@ Done = Callable[[Sequence[tuple[int, Any]]], None]
 
 
 class Backend(Protocol):
-    """A model that generates and scores; hands back the answers, by their places, batch by batch."""
+    """A model that generates and scores; it hands back answers and places, batch by batch."""
 
     def generate(self, jobs: Sequence[Generation], done: Done) -> None:
         """Texts."""

@@ -1,5 +1,6 @@
 """NF4 quantization of a pruned base for QLoRAM. The door to bitsandbytes."""
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -47,6 +48,9 @@ def require_bitsandbytes() -> None:
             "NF4 needs bitsandbytes, which is not installed here",
             "pip install bitsandbytes, or train without --quantize",
         )
+    # Its first import warns of a missing optional CPU kernel, and it works without.
+    with quiet_libraries():
+        importlib.import_module("bitsandbytes")
 
 
 def nf4_linear(plain: Any, compute_dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> Any:
@@ -57,7 +61,9 @@ def nf4_linear(plain: Any, compute_dtype: torch.dtype, storage: torch.dtype = to
         compute_dtype: The weight is expanded to this type for each product.
         storage: The type that packed weights are held as; the bits are the same in any.
     """
-    return _bitsandbytes().nn.Linear4bit(
+    import bitsandbytes
+
+    return bitsandbytes.nn.Linear4bit(
         plain.in_features,
         plain.out_features,
         bias=plain.bias is not None,
@@ -76,24 +82,15 @@ def nf4_weight(weight: torch.Tensor, storage: torch.dtype = torch.uint8) -> Any:
         weight: Shape (out, in), on its device.
         storage: As for :func:`nf4_linear`.
     """
-    return (
-        _bitsandbytes()
-        .nn.Params4bit(
-            weight,
-            requires_grad=False,
-            compress_statistics=True,
-            quant_type="nf4",
-            quant_storage=storage,
-        )
-        .to(weight.device)
-    )
+    import bitsandbytes
 
-
-def _bitsandbytes() -> Any:
-    # It tells of a missing optional CPU kernel when it is imported, and works without.
-    with quiet_libraries():
-        import bitsandbytes
-    return bitsandbytes
+    return bitsandbytes.nn.Params4bit(
+        weight,
+        requires_grad=False,
+        compress_statistics=True,
+        quant_type="nf4",
+        quant_storage=storage,
+    ).to(weight.device)
 
 
 def keep_standard_layout(model: Any) -> None:
