@@ -1,11 +1,9 @@
 """The ``loram`` command: wiring, and the last word on errors and exit codes."""
 
-import logging
 import os
 import signal
 import sys
 import time
-import warnings
 from typing import Any
 
 import typer
@@ -26,6 +24,7 @@ from loram_cli.cli.commands import (
 )
 from loram_cli.cli.from_spec import command_of
 from loram_cli.errors import LoramError, UsageError, is_out_of_memory
+from loram_cli.quiet import quiet_process
 from loram_cli.runs.processes import (
     LAUNCHER_SECONDS,
     end_with_launcher,
@@ -79,7 +78,7 @@ def callback(
 
 def main() -> None:
     """Run the command line and exit with 0, 1 (failure), 2 (usage), 130 (Ctrl-C) or 143."""
-    _quiet_libraries()
+    quiet_process()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end_with_launcher()
     code = run_command(None)
@@ -168,16 +167,3 @@ def _fail(text: str, code: int) -> int:
         typer.echo(f"error: {text}", err=True)
         leave_word(text)
     return code
-
-
-def _quiet_libraries() -> None:
-    # Notes that libraries write for programmers; ours name flags and files instead.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    if not os.environ.get("LORAM_DEBUG"):
-        warnings.simplefilter("ignore")
-        for name in ("bitsandbytes", "peft", "accelerate", "datasets", "torch"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)

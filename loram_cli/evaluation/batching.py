@@ -52,7 +52,7 @@ class GrowingBatch:
             work: One pass. It must leave nothing behind when it fails.
 
         Raises:
-            LoramError: One item alone does not fit.
+            LoramError: A single item does not fit.
         """
         if items and self._adapts:
             row_bytes = tokens(items[0]) * self._bytes_per_token

@@ -12,12 +12,12 @@ from loram_cli.evaluation.responses import ResponseCache, response_key
 from loram_cli.evaluation.scoring import SpanScore, TokenSpan
 from loram_cli.reporting import NullReporter, Reporter
 
-# Told of a whole batch: places and answers.
+# Receives a whole batch: places and answers.
 Done = Callable[[Sequence[tuple[int, Any]]], None]
 
 
 class Backend(Protocol):
-    """A model that generates and scores; tells of the answers, by their places, batch by batch."""
+    """A model that generates and scores; it hands back answers and places, batch by batch."""
 
     def generate(self, jobs: Sequence[Generation], done: Done) -> None:
         """Texts."""

@@ -1,9 +1,13 @@
 """Scores a model on tasks: lm-eval's tasks, our perplexity and code sandbox beside."""
 
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.code_tasks import score_code
@@ -12,6 +16,7 @@ from loram_cli.evaluation.humaneval import CodeSettings
 from loram_cli.evaluation.perplexity import answer_perplexity, text_perplexity
 from loram_cli.evaluation.requests import TaskRequest, TaskScore
 from loram_cli.evaluation.scores import read_samples, read_scores, with_group_means
+from loram_cli.quiet import quiet_lm_eval
 from loram_cli.reporting import NullReporter, Reporter
 
 if TYPE_CHECKING:
@@ -57,7 +62,7 @@ def evaluate_model(
 
     Raises:
         UsageError: Unknown task or too few few-shot examples.
-        LoramError: Documents that cannot be had or read; names the flag.
+        LoramError: Documents that are missing or cannot be read; names the flag.
     """
     reporter = reporter or NullReporter()
     runs = [
@@ -99,13 +104,26 @@ def _prepare(
         return _perplexity_data(request, engine.tokenizer, request.limit or limit)
     if request.lm_eval_name == "humaneval" and not allow_code_execution:
         return NEEDS_CODE_EXECUTION
-    from loram_cli.evaluation import lmeval, silence
+    from loram_cli.evaluation import lmeval
 
-    with silence.quiet(), silence.seeded(seed):
+    with quiet_lm_eval(), _seeded(seed):
         loaded = lmeval.build_tasks(request, cap, engine.context_tokens, seed)
     if any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
         return _UNSAFE
     return loaded
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed Python and torch for tasks that draw; give the caller's states back afterwards."""
+    state = random.getstate()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
 
 
 def _skipped(request: TaskRequest, reason: str) -> TaskScore:
@@ -142,10 +160,12 @@ def _perplexity(
     reporter: Reporter,
 ) -> TaskScore:
     examples, texts = data
-    if examples:
-        result = answer_perplexity(engine, engine.tokenizer, examples, engine.context_tokens)
-    else:
-        result = text_perplexity(engine, engine.tokenizer, texts, engine.context_tokens)
+    # The model is loaded here where this is the first task, and lm-eval has its say on that too.
+    with quiet_lm_eval():
+        if examples:
+            result = answer_perplexity(engine, engine.tokenizer, examples, engine.context_tokens)
+        else:
+            result = text_perplexity(engine, engine.tokenizer, texts, engine.context_tokens)
     if result.truncated:
         reporter.warn(f"perplexity: {result.truncated} records cut to the model's context")
     low, high = result.interval or (None, None)
@@ -172,9 +192,7 @@ def _run_task(
     code: CodeSettings,
     reporter: Reporter,
 ) -> tuple[list[TaskScore], list[dict[str, Any]]]:
-    from loram_cli.evaluation import silence
-
-    with silence.quiet(), silence.seeded(seed):
+    with quiet_lm_eval(), _seeded(seed):
         if request.lm_eval_name == "humaneval":
             task = loaded["tasks"]["humaneval"]
             task.build_all_requests(limit=limit, rank=0, world_size=1)
@@ -191,10 +209,17 @@ def _run_task(
 
 def _warn_of_cut_prompts(engine: "Engine", tasks: Any, reporter: Reporter) -> None:
     for task in tasks:
-        if task.OUTPUT_TYPE != "generate_until" or not task.instances:
+        if not task.instances:
             continue
-        room = engine.context_tokens - task.config.generation_kwargs["max_gen_toks"]
-        prompts = [instance.args[0] for instance in task.instances]
+        if task.OUTPUT_TYPE == "generate_until":
+            room = engine.context_tokens - task.config.generation_kwargs["max_gen_toks"]
+            prompts = [instance.args[0] for instance in task.instances]
+        elif task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
+            # The last token of an answer is asked for and not read.
+            room = engine.context_tokens + 1
+            prompts = ["".join(instance.args[:2]) for instance in task.instances]
+        else:  # whole texts go in windows
+            continue
         lengths = map(len, engine.tokenizer(prompts, verbose=False)["input_ids"])
         cut = sum(length > room for length in lengths)
         if cut:

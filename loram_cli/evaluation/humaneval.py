@@ -101,7 +101,7 @@ class CodeSettings:
         if self.samples < 1:
             raise UsageError("--code-samples must be above 0")
         if not self.temperatures or any(not 0 <= t <= 5 for t in self.temperatures):
-            raise UsageError("--temperatures: numbers from 0 on are wanted, such as 0,0.2,0.8")
+            raise UsageError("--temperatures: expected numbers from 0 on, such as 0,0.2,0.8")
 
     @property
     def tries(self) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def build_tasks(request: TaskRequest, max_new_tokens: int | None, context: int, 
 
     Raises:
         UsageError: lm-eval does not know the name, or the examples do not suffice.
-        LoramError: The documents cannot be had.
+        LoramError: Cannot get the documents.
     """
     name = request.lm_eval_name
     with _metrics_of_the_hub():
@@ -91,7 +91,7 @@ def _set_fewshot(task: Any, request: TaskRequest, seed: int) -> None:
     if wanted and wanted > pool - own:
         hint = f"ask for fewer, or give a file: --task-data {request.name}:train=FILE"
         raise UsageError(
-            f"{request.name}: {wanted} few-shot examples are wanted and {pool - own} are there",
+            f"{request.name}: expected {wanted} few-shot examples, found {pool - own}",
             "ask for fewer" if fixed else hint,
         )
     task.set_config("num_fewshot", wanted)
@@ -154,7 +154,31 @@ def _local_task(request: TaskRequest, config: dict[str, Any] | None) -> Configur
             local["fewshot_split"] = "test"
     local["custom_dataset"] = lambda **_: datasets.DatasetDict(splits)
     with _layout_errors(request):
-        return ConfigurableTask(config=local)
+        task = ConfigurableTask(config=local)
+        _check_labels(task, request)
+    return task
+
+
+def _check_labels(task: ConfigurableTask, request: TaskRequest) -> None:
+    """Each document's right answer is one of its choices; lm-eval would count it as wrong.
+
+    Raises:
+        LoramError: Names the first document where it is not.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for number, document in enumerate(task.eval_docs, 1):
+        choices = task.doc_to_choice(document)
+        of_document = task.doc_to_text if task.multiple_input else task.doc_to_target
+        right = of_document(document)
+        for label in right if isinstance(right, list) else [right]:
+            known = 0 <= label < len(choices) if isinstance(label, int) else label in choices
+            if not known:
+                raise LoramError(
+                    f"--task-data {request.name}: {request.documents}, document {number}: "
+                    f"the label {label!r} is none of its {len(choices)} choices",
+                    "correct it, or leave the document out",
+                )
 
 
 def _local_python_task(request: TaskRequest, manager: TaskManager) -> Any:
@@ -224,8 +248,7 @@ def _hub_tasks(
             raise
         except Exception as error:
             raise LoramError(
-                f"{request.name}: its data cannot be had ({type(error).__name__}: "
-                f"{_one_line(error)})",
+                f"{request.name}: cannot get its data ({type(error).__name__}: {_one_line(error)})",
                 f"give it in the data set's own layout: --task-data {request.name}=FILE",
             ) from error
 

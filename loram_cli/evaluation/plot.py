@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.evaluation.comparison import is_share, title
+from loram_cli.figures import BLUE, INK, RED, new_figure, plain_axes, save_figure
 
-_INK, _POINT, _BEST = "#333333", "#4878a8", "#c8553d"
 _MOST_PANELS = 12
 
 
@@ -23,28 +23,18 @@ def draw_comparison(results: Mapping[str, Any], path: Path) -> bool:
     panels = _panels(results)[:_MOST_PANELS]
     if not panels:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     labels = list(results["rows"])
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    # Figure without pyplot: no global state, and no window system is asked for.
-    figure = Figure(
-        figsize=(1.6 + 3.0 * across, 0.9 + down * (0.9 + 0.36 * len(labels))),
-        dpi=150,
-        layout="constrained",
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.6 + 3.0 * across, 0.9 + down * (0.9 + 0.36 * len(labels)))
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     for axes, panel in zip(grid.flat, panels, strict=False):
         _draw_panel(axes, panel, labels)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     heading = f"{title(results)}\nbars: 95% confidence"
-    figure.suptitle(heading[0].upper() + heading[1:], x=0.01, ha="left", fontsize=9, color=_INK)
-    # Without the library's version in the file, the same results give the same bytes.
-    figure.savefig(path, metadata={"Software": None})
+    figure.suptitle(heading[0].upper() + heading[1:], x=0.01, ha="left", fontsize=9, color=INK)
+    save_figure(figure, path)
     return True
 
 
@@ -73,7 +63,7 @@ def _draw_panel(axes: Any, panel: list[Any], labels: list[str]) -> None:
         if score is None or score["value"] is None:
             continue
         value = score["value"] * scale
-        colour = _BEST if score["value"] == better(values) else _POINT
+        colour = RED if score["value"] == better(values) else BLUE
         if score.get("ci_low") is not None:
             low, high = score["ci_low"] * scale, score["ci_high"] * scale
             axes.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.45)
@@ -83,7 +73,7 @@ def _draw_panel(axes: Any, panel: list[Any], labels: list[str]) -> None:
         )
         axes.annotate(
             text, (value, place), textcoords="offset points", xytext=(0, 6), ha="center",
-            fontsize=7, color=_INK,
+            fontsize=7, color=INK,
         )  # fmt: skip
     spread = max(values) / max(min(values), 1e-9)
     if scale == 1 and spread > 20:
@@ -93,12 +83,10 @@ def _draw_panel(axes: Any, panel: list[Any], labels: list[str]) -> None:
     shots = f", {first['num_fewshot']}-shot" if first["num_fewshot"] else ""
     task, metric = first["task"], first["metric"].partition(",")[0]
     name = task if task == metric else f"{task} {metric}"
-    axes.set_title(f"{name}{shots}", loc="left", fontsize=8.5, color=_INK)
     direction = "higher is better" if first["higher_is_better"] else "lower is better"
-    axes.set_xlabel(("%, " if scale == 100 else "") + direction, fontsize=7, color=_INK)
+    axes.set_xlabel(("%, " if scale == 100 else "") + direction, fontsize=7, color=INK)
+    hidden = ("top", "right", "left")
+    plain_axes(axes, title=f"{name}{shots}", title_size=8.5, grid="x", hidden=hidden)
     axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.margins(x=0.14)

@@ -1,6 +1,6 @@
 """The sandbox's inside: confines its own process, then runs the program. See :mod:`.sandbox`.
 
-Started as a script by ``python -I``, it imports the standard library alone. It reads one JSON
+Started as a script by ``python -I``, it imports only the standard library. It reads one JSON
 object from standard input (``source``, ``token``, ``directory``, ``report_fd``, limits), closes
 every door that the kernel lets it close, reports which, runs the source, and writes the token
 only when the last line of the source has run.
@@ -119,7 +119,7 @@ def enter_namespaces(libc: Any, directory: str) -> tuple[bool, bool]:
 
 
 def restrict_writes(libc: Any, directory: str) -> bool:
-    """Landlock: write, create and delete below ``directory`` alone, execute nothing."""
+    """Landlock: write, create and delete only below ``directory``, execute nothing."""
     abi = libc.syscall(SYS_LANDLOCK_CREATE, None, 0, 1)
     if abi < 1:
         return False
@@ -181,7 +181,7 @@ def filter_calls(libc: Any) -> bool:
 
 
 def guard_in_python(directory: str) -> None:
-    """Where the kernel offers nothing: an audit hook, which stops accidents alone."""
+    """Where the kernel offers nothing: an audit hook, which stops accidents only."""
     inside = os.path.realpath(directory) + os.sep
     refused = ("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.kill")
     refused += ("os.system", "pty.", "ctypes.dlopen", "os.setxattr")

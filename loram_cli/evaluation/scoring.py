@@ -38,7 +38,7 @@ def score_spans(
     batching: GrowingBatch,
     done: Callable[[Sequence[tuple[int, SpanScore]]], None],
 ) -> None:
-    """Score every span; ``done`` is told of places and scores as each batch ends.
+    """Score every span; ``done`` receives places and scores as each batch ends.
 
     Args:
         model: A causal LM in evaluation mode.

@@ -1,1 +1,1 @@
-"""Parameter and memory accounting: arithmetic alone."""
+"""Parameter and memory accounting: arithmetic only."""

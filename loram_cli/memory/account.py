@@ -1,4 +1,4 @@
-"""What a model costs, from its config alone: parameters, weights, LoRA factors, training state.
+"""What a model costs, from only its config: parameters, weights, LoRA factors, training state.
 
 Sources: Tables 4 to 6 of "Train Small, Infer Large" (arXiv 2502.13533) for the paper's counts, and
 the storage layout of bitsandbytes for what NF4 takes in truth.

@@ -12,7 +12,7 @@ _ALWAYS = (
     "fp32, the optimizer's moments), activations, head and loss, and the CUDA context of 636 MiB",
     "activations and loss are of one moment, the peak: loss is 0 where a layer's backward pass "
     "needs more than the cross-entropy",
-    "a card is told that holds it with a twentieth left free, for the allocator's fragments",
+    "card: the smallest common GPU that holds it with 5% to spare, for the allocator's fragments",
     "NF4 weight memory is what bitsandbytes holds: decoder linears at 4 bits with their block "
     "maxima, all else in bf16; the paper counts a quarter of all parameters at 2 bytes",
     "the adapter is used on the base, whose weights are in the base's rows: 'generate' and 'eval' "

@@ -5,11 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loram_cli.errors import LoramError
+from loram_cli.figures import (
+    BLUE,
+    GREYS,
+    INK,
+    LIGHT_BLUE,
+    LIGHT_RED,
+    RED,
+    new_figure,
+    plain_axes,
+    save_figure,
+)  # fmt: skip
 from loram_cli.memory.training import CARDS_GIB, USABLE_SHARE
 from loram_cli.units import GIB, common_unit
 
-_COLOURS = ("#4878a8", "#8fb0d0", "#c8553d", "#e3a18f", "#9a9a9a")
-_INK = "#333333"
+_COLOURS = (BLUE, LIGHT_BLUE, RED, LIGHT_RED, GREYS[1])
 
 
 @dataclass(frozen=True)
@@ -42,13 +52,9 @@ def draw_bars(bars: Sequence[Bar], path: Path, title: str) -> None:
         LoramError: The file cannot be written, or its name ends in no known format; without an
             ending it is a PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     most = max(bar.total_bytes for bar in bars)
     unit, unit_bytes = common_unit(most)
-    figure = Figure(figsize=(9.0, 1.7 + 0.36 * len(bars)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.0, 1.7 + 0.36 * len(bars))
     axes = figure.add_subplot()
     places = range(len(bars))
     starts = [0.0] * len(bars)
@@ -58,29 +64,27 @@ def draw_bars(bars: Sequence[Bar], path: Path, title: str) -> None:
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     for place, end in zip(places, starts, strict=True):
         axes.annotate(f"{end:.1f}", (end, place), xytext=(4, 0), textcoords="offset points",
-                      va="center", fontsize=8, color=_INK,
+                      va="center", fontsize=8, color=INK,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
     if unit == "GiB":
         for card in CARDS_GIB:
             if card * USABLE_SHARE <= most / GIB * 1.08:
-                axes.axvline(card * USABLE_SHARE, color="#bbbbbb", linewidth=0.9, linestyle=":",
+                axes.axvline(card * USABLE_SHARE, color=GREYS[2], linewidth=0.9, linestyle=":",
                              zorder=0)  # fmt: skip
                 axes.annotate(f"{card}", (card * USABLE_SHARE, 1), ha="center", fontsize=8,
                               xycoords=("data", "axes fraction"), xytext=(0, 3),
-                              textcoords="offset points", color="#888888")  # fmt: skip
+                              textcoords="offset points", color=GREYS[0])  # fmt: skip
     axes.set_yticks(places, [bar.label for bar in bars], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, most / unit_bytes * 1.1)
-    axes.set_xlabel(f"{unit}; dotted: what a card of so many GB leaves usable", color=_INK)
-    axes.set_title(title, loc="left", fontsize=10, color=_INK, pad=16)
-    axes.spines[["top", "right"]].set_visible(False)
+    xlabel = f"{unit}; dotted: what a card of so many GB leaves usable"
+    plain_axes(axes, title=title, title_pad=16, xlabel=xlabel)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    # Named, because the library adds an ending of its own to a name without one.
-    ending = path.suffix.removeprefix(".").lower() or "png"
     try:
-        metadata = {"Software": None} if ending == "png" else None
-        figure.savefig(path, format=ending, metadata=metadata)
+        save_figure(figure, path)
     except OSError as error:
         raise LoramError(f"--plot {path}: cannot be written ({error.strerror})") from error
     except ValueError as error:
-        raise LoramError(f"--plot {path}: '{ending}' is no format", "name it x.png") from error
+        raise LoramError(
+            f"--plot {path}: '{path.suffix}' is not an image format", "name it x.png"
+        ) from error

@@ -24,7 +24,7 @@ class TrainingSetup:
         quantize: ``nf4`` holds the frozen decoder linears in 4 bits.
         micro_batch: Sequences per forward pass.
         length: Tokens per sequence, padding included.
-        gradient_checkpointing: Keep the input of each decoder layer alone, and run it again.
+        gradient_checkpointing: Keep only the input of each decoder layer, and run it again.
         attention: ``sdpa`` and ``flash`` never hold the matrix of attention weights.
         cross_entropy: ``full`` holds all logits at once, as transformers' own loss does.
         optimizer: ``adamw`` has two fp32 moments, ``paged_adamw_8bit`` two of a byte each.
@@ -67,7 +67,7 @@ class TrainingSetup:
 
 
 def usual_attention(config: Mapping[str, Any]) -> Attention:
-    """The kernel that a model trains with unless told; capped weights are in ``eager`` alone.
+    """The kernel that a model trains with by default; only ``eager`` has capped weights.
 
     Args:
         config: Its ``config.json``.

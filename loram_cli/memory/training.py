@@ -81,7 +81,7 @@ class TrainingMemory:
 def training_memory(
     family: Family, config: Mapping[str, Any], setup: TrainingSetup
 ) -> TrainingMemory:
-    """Peak memory of a LoRA training, from the config alone.
+    """Peak memory of a LoRA training, from only the config.
 
     Args:
         family: The model's family.

@@ -1,12 +1,13 @@
 """NF4 quantization of a pruned base for QLoRAM. The door to bitsandbytes."""
 
+import importlib
 import importlib.util
-import logging
 from typing import Any
 
 import torch
 
 from loram_cli.errors import LoramError
+from loram_cli.quiet import quiet_libraries
 
 
 def nf4_config(compute_dtype: torch.dtype, *, skip_modules: tuple[str, ...] = ("lm_head",)) -> Any:
@@ -37,7 +38,7 @@ def nf4_config(compute_dtype: torch.dtype, *, skip_modules: tuple[str, ...] = ("
 
 
 def require_bitsandbytes() -> None:
-    """Refuse what needs bitsandbytes where it is absent, and keep it quiet where it is not.
+    """Refuse what needs bitsandbytes where it is absent.
 
     Raises:
         LoramError: It is not installed.
@@ -47,8 +48,9 @@ def require_bitsandbytes() -> None:
             "NF4 needs bitsandbytes, which is not installed here",
             "pip install bitsandbytes, or train without --quantize",
         )
-    # bitsandbytes tells of a missing optional CPU kernel when it is imported; it works without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Its first import warns of a missing optional CPU kernel, and it works without.
+    with quiet_libraries():
+        importlib.import_module("bitsandbytes")
 
 
 def nf4_linear(plain: Any, compute_dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> Any:

@@ -1,1 +1,1 @@
-"""What to keep: plans, groups, scores and slices, on tensors alone."""
+"""What to keep: plans, groups, scores and slices, tensors only."""

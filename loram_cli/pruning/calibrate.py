@@ -40,7 +40,7 @@ def calibration_windows(
     if available < samples:
         raise LoramError(
             f"calibration text has {len(ids)} tokens: {available} windows of {length}, "
-            f"{samples} are wanted",
+            f"expected {samples}",
             "pass more text, or lower --calibration-samples or --calibration-length",
         )
     windows = torch.tensor(ids[: available * length]).reshape(available, length)

@@ -61,7 +61,7 @@ class RatioPlan:
             UsageError: An unknown key, a wrong type, a ratio out of range, a layer named twice.
         """
         if not isinstance(data, Mapping):
-            raise UsageError(f"{where}: a mapping of layers to ratios is wanted", _EXAMPLE)
+            raise UsageError(f"{where}: expected a mapping of layers to ratios", _EXAMPLE)
         raw = spec_from_mapping(_PlanFile, {str(k): v for k, v in data.items()}, where)
         if raw.default is None and not raw.layers:
             raise UsageError(f"{where}: neither 'default' nor 'layers' is given", _EXAMPLE)
@@ -137,7 +137,7 @@ def _ratio(value: Any, where: str) -> LayerRatio:
 def _indices(key: str, where: str) -> range:
     match = _LAYERS.fullmatch(key)
     if match is None:
-        raise UsageError(f"{where}: is no layer", "write an index such as 7, or a range, 4-9")
+        raise UsageError(f"{where}: not a layer", "write an index such as 7, or a range, 4-9")
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
         raise UsageError(f"{where}: the range ends before it begins")

@@ -57,7 +57,7 @@ def lowest_of_four(scores: torch.Tensor) -> torch.Tensor:
 
 
 def magnitude_mask(weight: torch.Tensor, sparsity: float, *, semi: bool) -> torch.Tensor:
-    """Where a weight becomes zero by its magnitude alone.
+    """Where a weight becomes zero by its magnitude only.
 
     Args:
         weight: Shape (rows, columns).

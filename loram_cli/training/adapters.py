@@ -48,7 +48,7 @@ def lora_config(
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise UsageError(
             f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: "
-            "rank from 1, alpha above 0, dropout from 0 to below 1 are wanted"
+            "expected rank from 1, alpha above 0, dropout from 0 to below 1"
         )
     with quiet_libraries():
         from peft import LoraConfig
@@ -131,7 +131,6 @@ def save_adapter(
     model: Any,
     out: Path,
     *,
-    base_model: str | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the adapter as PEFT does, without the embeddings and the same bytes each time.
@@ -139,15 +138,12 @@ def save_adapter(
     Args:
         model: A ``PeftModel``.
         out: Directory to write into.
-        base_model: Stated as ``base_model_name_or_path``; None keeps what PEFT states.
         weights: The factors, where those in the model are slices.
     """
     with quiet_libraries():
         model.save_pretrained(out, save_embedding_layers=False, state_dict=weights)
     path = out / "adapter_config.json"
     config = json.loads(path.read_text("utf-8"))
-    if base_model is not None:
-        config["base_model_name_or_path"] = base_model
     # PEFT keeps targets in a set, whose order changes from process to process.
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError
+from loram_cli.figures import BLUE, INK, RED, figure_svg, new_figure, plain_axes, save_figure
 from loram_cli.training.loop.options import LossRow
 
-_TRAIN_COLOUR, _EVAL_COLOUR, _INK = "#4878a8", "#c8553d", "#333333"
 _COLUMNS = ("step", "split", "loss", "learning_rate")
-# The figure that tells best how an objective beyond supervised tuning goes, and its axis.
+# The figure that shows best how an objective beyond supervised tuning goes, and its axis.
 _SHOWN = {"reward": "mean reward", "reward_accuracy": "preference accuracy"}
 # From this many points on a smoothed line is drawn over the raw one.
 _SMOOTH_FROM = 30
@@ -59,8 +59,7 @@ def draw_curve(rows: Sequence[LossRow], path: Path, title: str) -> None:
         path: The picture's file.
         title: What was trained.
     """
-    # Without the library's version in the file, the same curve gives the same bytes.
-    _figure(rows, title).savefig(path, metadata={"Software": None})
+    save_figure(_figure(rows, title), path)
 
 
 def curve_svg(rows: Sequence[LossRow], title: str, salt: str) -> str:
@@ -71,26 +70,12 @@ def curve_svg(rows: Sequence[LossRow], title: str, salt: str) -> str:
         title: What was trained.
         salt: Makes the element ids of two pictures on a page differ.
     """
-    import io
-
-    from matplotlib import rc_context
-
-    out = io.StringIO()
-    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
-        _figure(rows, title).savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+    return figure_svg(_figure(rows, title), salt)
 
 
 def _figure(rows: Sequence[LossRow], title: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Figure without pyplot: no global state, and no window system is asked for.
     shown = next((name for name in _SHOWN if any(name in row.figures for row in rows)), None)
-    height = 4.2 if shown is None else 6.6
-    figure = Figure(figsize=(7.2, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.2, 4.2 if shown is None else 6.6)
     panels = [("loss" if shown else "loss (nats per token)", [(r, r.loss) for r in rows])]
     if shown is not None:
         points = [(row, row.figures[shown]) for row in rows if shown in row.figures]
@@ -98,35 +83,28 @@ def _figure(rows: Sequence[LossRow], title: str) -> Any:
         panels.insert(0, (_SHOWN[shown], points))
     for i, (label, points) in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, i + 1)
-        _draw_panel(axes, label, points)
-        if i == 0:
-            axes.set_title(title, loc="left", fontsize=11, color=_INK)
-    axes.set_xlabel("optimizer step", color=_INK)
+        _draw_panel(axes, points)
+        heading = {"title": title, "title_size": 11} if i == 0 else {}
+        plain_axes(axes, ylabel=label, grid="y", integers="x", **heading)
+    axes.set_xlabel("optimizer step", color=INK)
     return figure
 
 
-def _draw_panel(axes: Any, label: str, points: Sequence[tuple[LossRow, float]]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
+def _draw_panel(axes: Any, points: Sequence[tuple[LossRow, float]]) -> None:
     train = [(row.step, value) for row, value in points if row.split == "train"]
     evaluation = [(row.step, value) for row, value in points if row.split == "eval"]
     if len(train) >= _SMOOTH_FROM:
-        axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, alpha=0.25, linewidth=1)
-        axes.plot(*zip(*_smoothed(train), strict=True), color=_TRAIN_COLOUR, linewidth=1.8,
+        axes.plot(*zip(*train, strict=True), color=BLUE, alpha=0.25, linewidth=1)
+        axes.plot(*zip(*_smoothed(train), strict=True), color=BLUE, linewidth=1.8,
                   label="train (smoothed)")  # fmt: skip
     elif train:
-        axes.plot(*zip(*train, strict=True), color=_TRAIN_COLOUR, linewidth=1.8, label="train")
+        axes.plot(*zip(*train, strict=True), color=BLUE, linewidth=1.8, label="train")
     if evaluation:
-        # A line between start and end alone would show a course that nobody measured.
+        # A line between only start and end would show a course that nobody measured.
         style = {"linestyle": "-" if len(evaluation) > 2 else "none", "markersize": 6}
         last = f"eval (last {evaluation[-1][1]:.3f})"
-        axes.plot(*zip(*evaluation, strict=True), color=_EVAL_COLOUR, linewidth=1.8, marker="o",
+        axes.plot(*zip(*evaluation, strict=True), color=RED, linewidth=1.8, marker="o",
                   label=last, **style)  # fmt: skip
-    axes.set_ylabel(label, color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
     axes.legend(frameon=False)
 

@@ -1,4 +1,4 @@
-"""Several processes on one training: starting them, and what the first one tells the others.
+"""Several processes on one training: starting them, and what the first one sends to the others.
 
 The launcher (``torchrun``, ``accelerate launch``) has started the processes; the first one locks,
 writes and speaks, the others compute. With one process everything here does nothing.
@@ -35,7 +35,7 @@ def share(value: Any) -> Any:
     """The first process's value, on every process.
 
     Args:
-        value: Looked at on the first process alone.
+        value: Used on the first process, ignored on the others.
     """
     if process_count() == 1:
         return value

@@ -73,7 +73,7 @@ def fit_preferences(
         how: Of the objective.
         options: Of the fit; a batch counts pairs.
         work_dir: Where checkpoints are kept.
-        reporter: Told of progress.
+        reporter: Progress and warnings.
 
     Raises:
         LoramError: As :func:`.loop.fit_job`.
@@ -138,7 +138,7 @@ def fit_rewards(
         how: Of the objective.
         options: Of the fit; a batch counts completions.
         work_dir: Where checkpoints are kept.
-        reporter: Told of progress.
+        reporter: Progress and warnings.
 
     Raises:
         LoramError: As :func:`.loop.fit_job`.

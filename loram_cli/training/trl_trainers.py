@@ -3,7 +3,6 @@
 The version is pinned, because more of its trainers is used than their public face.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from loram_cli.modeling.chunked_loss import install_token_scores
+from loram_cli.quiet import quiet_trl
 from loram_cli.training.loop.job import TrainerParts
 from loram_cli.training.loop.trainer import LeanCheckpoints
 
@@ -21,7 +21,7 @@ _COMMON = {"gradient_checkpointing": False, "disable_dropout": True}
 
 
 class _Quiet(LeanCheckpoints):
-    """Tells no one of the training, and writes no card beside checkpoints."""
+    """Sends no telemetry, and writes no card beside checkpoints."""
 
     def _send_telemetry(self) -> None:
         pass
@@ -30,9 +30,8 @@ class _Quiet(LeanCheckpoints):
         """Nothing: the stage writes its own card."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent, without its talk of names that TRL has yet to follow transformers in."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
+        """As the parent."""
+        with quiet_trl():
             return super().train(*args, **kwargs)
 
 
@@ -146,7 +145,7 @@ def reward_trainer(
         arguments_class=GRPOConfig,
         beta=beta,
         num_generations=generations,
-        # One draw tells the mean reward as well as several, for as many questions more.
+        # One draw per question estimates the mean reward as well as several of fewer questions.
         num_generations_eval=1,
         max_completion_length=max_completion_length,
         temperature=temperature,

@@ -10,6 +10,7 @@ from loram_cli.evaluation import requests
 from loram_cli.evaluation.engine import Engine
 from loram_cli.evaluation.harness import evaluate_model
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
+from loram_cli.quiet import quiet_lm_eval
 from loram_cli.reporting import NullReporter
 from loram_cli.training.data.documents import Example, load_instructions
 from loram_cli.training.data.records import read_records
@@ -165,14 +166,14 @@ def test_gsm8k_prompts_are_lm_evals_own(shared_file, monkeypatch, tmp_path, num_
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    from loram_cli.evaluation import lmeval, silence
+    from loram_cli.evaluation import lmeval
 
     test_file, train_file = (
         shared_file("data/gsm8k_test.jsonl"),
         shared_file("data/gsm8k_train.jsonl"),
     )
     request = TaskRequest("gsm8k", test_file, train_file=train_file, num_fewshot=num_fewshot)
-    with silence.quiet():
+    with quiet_lm_eval():
         ours = lmeval.build_tasks(request, None, 1024, seed=1234)["tasks"]["gsm8k"]
         config = load_yaml(lmeval._TASKS_DIR / "gsm8k" / "gsm8k.yaml", resolve_func=True)
         files = {"test": str(test_file), "train": str(train_file)}
@@ -195,10 +196,10 @@ def test_gsm8k_prompts_are_lm_evals_own(shared_file, monkeypatch, tmp_path, num_
 
 
 def test_humaneval_prompts_are_the_documents_own(shared_file):
-    from loram_cli.evaluation import lmeval, silence
+    from loram_cli.evaluation import lmeval
 
     path = shared_file("data/HumanEval.jsonl.gz")
-    with silence.quiet():
+    with quiet_lm_eval():
         task = lmeval.build_tasks(TaskRequest("humaneval", path, num_fewshot=5), None, 4096, 0)
         task = task["tasks"]["humaneval"]
         task.build_all_requests(rank=0, world_size=1)
@@ -215,11 +216,11 @@ def test_humaneval_prompts_are_the_documents_own(shared_file):
 def test_examples_from_the_same_file_leave_the_asked_one_out(
     evaluate, model, tokenizer, write_jsonl
 ):
-    from loram_cli.evaluation import lmeval, silence
+    from loram_cli.evaluation import lmeval
 
     records = [{"question": f"q{i}?", "answer": f"a{i}\n#### {i}"} for i in range(4)]
     path = write_jsonl("few.jsonl", records)
-    with silence.quiet():
+    with quiet_lm_eval():
         task = lmeval.build_tasks(TaskRequest("gsm8k", path, num_fewshot=3), None, 1024, 1)
         task = task["tasks"]["gsm8k"]
         task.build_all_requests(rank=0, world_size=1)
@@ -227,7 +228,7 @@ def test_examples_from_the_same_file_leave_the_asked_one_out(
         assert instance.args[0].endswith(f"Question: {record['question']}\nAnswer:")
         assert sorted(instance.args[0].count(r["question"]) for r in records) == [1] * 4
         assert record["answer"] not in instance.args[0]
-    with pytest.raises(UsageError, match="5 few-shot examples are wanted and 3 are there"):
+    with pytest.raises(UsageError, match="expected 5 few-shot examples, found 3"):
         evaluate(model, tokenizer, [TaskRequest("gsm8k", path)])
 
 

@@ -9,6 +9,18 @@ from loram_cli.evaluation import requests
 from loram_cli.evaluation.catalog import CSR
 from loram_cli.evaluation.harness import evaluate_model
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
+from loram_cli.quiet import quiet_lm_eval
+from loram_cli.reporting import NullReporter
+
+
+class Told(NullReporter):
+    """Keeps the warnings."""
+
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, line):
+        self.warnings.append(line)
 
 
 def documents(task, count):
@@ -70,10 +82,10 @@ def compare(monkeypatch, tmp_path, request, shots, limit=None):
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    from loram_cli.evaluation import lmeval, silence
+    from loram_cli.evaluation import lmeval
 
     name = request.lm_eval_name
-    with silence.quiet():
+    with quiet_lm_eval():
         (ours,) = lmeval.build_tasks(request, None, 4096, seed=1234)["tasks"].values()
         config = load_yaml(lmeval._TASKS_DIR / lmeval._FILES[name], resolve_func=True)
         test = str(request.data_file)
@@ -137,7 +149,7 @@ def test_published_gsm8k_is_asked_as_lm_eval_asks(
 def test_more_examples_than_published_are_refused(engine_of, model, tokenizer, write_jsonl):
     data = {"gsm8k": write_jsonl("test.jsonl", documents("gsm8k", 3))}
     asked = resolve_tasks(["gsm8k"], data, prefer_bundled=True, num_fewshot=9)
-    with pytest.raises(UsageError, match="9 few-shot examples are wanted and 8 are there"):
+    with pytest.raises(UsageError, match="expected 9 few-shot examples, found 8"):
         evaluate_model(engine_of(model, tokenizer), asked)
 
 
@@ -204,3 +216,31 @@ def test_offline_without_data_names_the_flag(name, model, tokenizer, engine_of, 
     asked = resolve_tasks([name], {}, prefer_bundled=False)
     with pytest.raises(LoramError, match=f"--task-data {asked[0].name}=FILE"):
         evaluate_model(engine_of(model, tokenizer), asked)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "label"), [("piqa", "label", 2), ("hellaswag", "label", "-1")]
+)
+def test_a_label_that_is_no_choice_is_named_and_not_scored_as_wrong(
+    task, field, label, engine_of, model, tokenizer, write_jsonl
+):
+    records = documents(task, 3)
+    records[1][field] = label
+    path = write_jsonl("test.jsonl", records)
+    with pytest.raises(LoramError, match=rf"test.jsonl, document 2: the label .*{label}.* choices"):
+        evaluate_model(engine_of(model, tokenizer), [TaskRequest(task, path, num_fewshot=0)])
+
+
+def test_choices_beyond_the_context_are_cut_with_a_warning(
+    engine_of, model, tokenizer, write_jsonl
+):
+    records = documents("piqa", 2)
+    records[1]["goal"] = "long " * 300
+    path = write_jsonl("test.jsonl", records)
+    told = Told()
+    request = TaskRequest("piqa", path, num_fewshot=0)
+    evaluate_model(engine_of(model, tokenizer), [request], reporter=told)
+    assert told.warnings == [
+        "piqa: 2 of 4 prompts exceed 1025 tokens and lost their start "
+        "(ask for fewer few-shot examples)"
+    ]

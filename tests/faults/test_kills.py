@@ -99,7 +99,7 @@ def test_signals_stop_cleanly_and_the_same_command_goes_on(workshop, kind: int, 
     assert not workshop.out("train").exists()
     assert workshop.stage("train")["code"] == 0, workshop.log
     done = "3" if place == "checkpoint-2" else "5"
-    assert f"going on from the checkpoint of step {done} of 5" in workshop.log
+    assert f"resuming at step {done} of 5" in workshop.log
     workshop.assert_same("train")
     workshop.assert_nothing_beside()
 

@@ -42,14 +42,14 @@ def test_query_heads_go_with_their_group():
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ([0.5], "plan own.yaml: a mapping of layers to ratios is wanted"),
+        ([0.5], "plan own.yaml: expected a mapping of layers to ratios"),
         ({}, "neither 'default' nor 'layers'"),
         ({"layer": {}}, "plan own.yaml: unknown key 'layer'\ndid you mean 'layers'"),
         ({"layers": {"2": {"head": 0.5}}}, "layers.2: unknown key 'head'\ndid you mean 'heads'"),
         ({"layers": {"2": {"heads": "much"}}}, "layers.2: heads: a number is wanted, not 'much'"),
         ({"layers": {"2": 1.0}}, "layers.2: heads: a ratio of 1.0 is outside"),
         ({"layers": {"2": {"mlp": -0.1}}}, "layers.2: mlp: a ratio of -0.1 is outside"),
-        ({"layers": {"two": 0.5}}, "layers.two: is no layer"),
+        ({"layers": {"two": 0.5}}, "layers.two: not a layer"),
         ({"layers": {"3-2": 0.5}}, "layers.3-2: the range ends before it begins"),
         ({"layers": {"1-3": 0.5, "3": 0}}, "layers.3: layer 3 is in layers.1-3 already"),
         ({"layers": {"4-6": 0.5}}, "layers.4-6: the model's layers are 0 to 5"),

@@ -36,7 +36,7 @@ def load_preset(name: str, where: str = "--preset") -> dict[str, Any]:
         where: Who asks, for the error.
 
     Raises:
-        UsageError: There is no such preset; the nearest name is told.
+        UsageError: There is no such preset; names the nearest one.
     """
     if name not in preset_names():
         raise unknown_name("preset", name, preset_names(), where)

@@ -10,19 +10,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from loram_cli.errors import LoramError
-from loram_cli.modeling.layerwise.states import Boundary, BoundaryPool
+from loram_cli.modeling.layerwise.states import BoundaryPool
 from loram_cli.modeling.layerwise.stream import DecoderLayer, LayerStream
+from loram_cli.modeling.layerwise.walk import HiddenStates, embedded
 from loram_cli.reporting import Progress, Reporter
 
-# Tokens in one forward pass of a layer: enough to keep the arithmetic busy.
-BATCH_TOKENS = 2048
 # Logits that exist at a time; in fp32 with their gradient this is a quarter of a GiB.
 _CHUNK_LOGITS = 2**24
-
-
-def windows_per_batch(length: int) -> int:
-    """Calibration windows of ``length`` tokens that go through a layer together."""
-    return max(1, BATCH_TOKENS // length)
 
 
 def boundaries_kept(num_layers: int, first: int) -> int:
@@ -43,10 +37,10 @@ def layer_gradients(
     Args:
         stream: The base.
         windows: Token ids, shape (samples, length).
-        layers: The layers whose gradients are wanted.
+        layers: The layers to give gradients of.
         modules: Names of linear modules inside a layer, such as those of the family.
         pool: Keeps the hidden states; of shape (samples, length, hidden).
-        reporter: Told of progress.
+        reporter: Progress.
 
     Yields:
         From the last wanted layer to the first: its index, and weight and gradient by module
@@ -56,67 +50,52 @@ def layer_gradients(
     Raises:
         LoramError: The loss is not finite.
     """
-    batch = windows_per_batch(windows.shape[1])
-    starts = range(0, len(windows), batch)
     backward_layers = range(stream.num_layers - 1, layers.start - 1, -1)
     total = stream.num_layers + 1 + len(backward_layers)
     with reporter.progress("calibrate", total, "layer") as progress:
-        kept, last = _forward(stream, windows, batch, layers, pool, progress)
+        kept, last = _forward(stream, windows, layers, pool, progress)
         # From here on ``last`` holds the loss's gradient at the boundary under way.
-        loss = _head_backward(stream, windows, last, starts, batch)
+        loss = _head_backward(stream, windows, last)
         progress.detail(f"loss {loss:.3f}")
         progress.advance()
         for i in backward_layers:
             with stream.layer(i) as layer:
                 wanted = modules if i in layers else ()
                 sums = _gradient_sums(layer, wanted)
-                for start in starts:
-                    hidden = kept[i].read(start, start + batch).to(stream.device)
+                for start, hidden in kept[i].batches(progress):
                     hidden.requires_grad_(i > layers.start)
-                    gradient = last.read(start, start + batch).to(stream.device)
-                    torch.autograd.backward(layer(hidden), gradient)
+                    torch.autograd.backward(layer(hidden), last.read(start))
                     if hidden.grad is not None:
-                        last.write(start, hidden.grad)
-                    progress.advance(len(hidden) / len(windows))
-                pool.release(kept.pop(i))
+                        last.boundary.write(start, hidden.grad)
+                pool.release(kept.pop(i).boundary)
                 if wanted:
                     found = {n: (_weight(layer, n).detach(), sums.pop(n)) for n in wanted}
                     yield i, found
                     # The caller may still hold the mapping while the next layer is read.
                     found.clear()
-        pool.release(last)
+        pool.release(last.boundary)
 
 
-@torch.no_grad()
 def _forward(
     stream: LayerStream,
     windows: torch.Tensor,
-    batch: int,
     layers: range,
     pool: BoundaryPool,
     progress: Progress,
-) -> tuple[dict[int, Boundary], Boundary]:
+) -> tuple[dict[int, HiddenStates], HiddenStates]:
     """Hidden states before every layer from the first wanted one on, and after the last one."""
-    current = pool.new()
-    for start, hidden in stream.embed(windows, batch):
-        current.write(start, hidden)
-    kept: dict[int, Boundary] = {}
+    current = embedded(stream, windows, pool.new())
+    kept: dict[int, HiddenStates] = {}
     for i in range(stream.num_layers):
-        following = current
+        into = None
         if i >= layers.start:
-            kept[i], following = current, pool.new()
+            kept[i], into = current, pool.new()
         with stream.layer(i) as layer:
-            for start in range(0, len(windows), batch):
-                hidden = current.read(start, start + batch).to(stream.device)
-                following.write(start, layer(hidden))
-                progress.advance(len(hidden) / len(windows))
-        current = following
+            current = current.pass_through(layer, progress, into=into)
     return kept, current
 
 
-def _head_backward(
-    stream: LayerStream, windows: torch.Tensor, last: Boundary, starts: range, batch: int
-) -> float:
+def _head_backward(stream: LayerStream, windows: torch.Tensor, last: HiddenStates) -> float:
     """Replace the last hidden states by the loss's gradient; the loss, in nats per token.
 
     The vocabulary is wide: logits are made, and differentiated, for a chunk of tokens at a time.
@@ -125,9 +104,9 @@ def _head_backward(
     count = windows[:, 1:].numel()
     total = 0.0
     with stream.head() as logits_of:
-        for start in starts:
-            hidden = last.read(start, start + batch).to(stream.device)
-            targets = windows[start : start + batch, 1:].to(stream.device).reshape(-1)
+        for start in last.starts:
+            hidden = last.read(start)
+            targets = windows[start : start + len(hidden), 1:].to(stream.device).reshape(-1)
             # The last token of a window predicts nothing.
             tokens = hidden[:, :-1].reshape(1, -1, hidden.shape[-1])
             gradient = torch.zeros_like(tokens)
@@ -142,7 +121,7 @@ def _head_backward(
                 gradient[:, begin : begin + chunk] = part.grad
             padded = torch.zeros_like(hidden)
             padded[:, :-1] = gradient.reshape(hidden.shape[0], -1, hidden.shape[-1])
-            last.write(start, padded)
+            last.boundary.write(start, padded)
     loss = total / count
     if loss != loss or loss in (float("inf"), float("-inf")):
         raise LoramError("the base model's loss on the calibration text is not finite")

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 
 from loram_cli.modeling.layerwise.block_steps import BlockSteps, take_block_steps
-from loram_cli.modeling.layerwise.gradients import windows_per_batch
-from loram_cli.modeling.layerwise.states import Boundary, BoundaryPool
+from loram_cli.modeling.layerwise.states import BoundaryPool
 from loram_cli.modeling.layerwise.stream import DecoderLayer, LayerStream
+from loram_cli.modeling.layerwise.walk import HiddenStates, embedded
 from loram_cli.pruning.least_squares import NormalEquations
 from loram_cli.reporting import Progress, Reporter
 
@@ -103,7 +103,7 @@ def reconstruct_layers(
         pruned: The pruned layers' indices.
         known: The fit of a layer that was fitted before, else None.
         pools: Keep the hidden states of the base and of the pruned model.
-        reporter: Told of progress.
+        reporter: Progress.
         how: Ridge, targets and gradient steps.
 
     Yields:
@@ -114,11 +114,10 @@ def reconstruct_layers(
     """
     last = max(pruned)
     with reporter.progress("reconstruct", last + 1, "layer") as progress:
-        run = _Run(full, windows, how, progress)
-        pair = _Pair(pools[0].new(), pools[1].new())
-        for stream, boundary in ((full, pair.full), (small, pair.small)):
-            for start, hidden in stream.embed(windows, run.batch):
-                boundary.write(start, hidden)
+        run = _Run(full, how, progress)
+        pair = _Pair(
+            embedded(full, windows, pools[0].new()), embedded(small, windows, pools[1].new())
+        )
         for i in range(last + 1):
             with full.layer(i) as whole, small.layer(i) as narrow:
                 if i not in pruned:
@@ -127,30 +126,25 @@ def reconstruct_layers(
                     fit = run.fit(whole, narrow, pair, known(i), i)
                     progress.detail(f"error {fit.error_before:.3f} -> {fit.error_after:.3f}")
                     yield i, fit
-        pools[0].release(pair.full)
-        pools[1].release(pair.small)
+        pools[0].release(pair.full.boundary)
+        pools[1].release(pair.small.boundary)
 
 
 @dataclass(frozen=True)
 class _Pair:
     """Hidden states of both models at the layer boundary under way."""
 
-    full: Boundary
-    small: Boundary
+    full: HiddenStates
+    small: HiddenStates
 
 
 class _Run:
     """What stays the same from layer to layer."""
 
-    def __init__(
-        self, full: LayerStream, windows: torch.Tensor, how: Reconstruction, progress: Progress
-    ) -> None:
+    def __init__(self, full: LayerStream, how: Reconstruction, progress: Progress) -> None:
         self._modules = [module.name for module in full.family.modules if module.columns]
-        self.batch = windows_per_batch(windows.shape[1])
-        self._starts = range(0, len(windows), self.batch)
         self._how = how
         self._progress = progress
-        self._device = full.device
 
     def fit(
         self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, known: LayerFit | None,
@@ -170,14 +164,17 @@ class _Run:
             for position in range(len(self._modules))
         ]
         if steps is not None:
+            starts = pair.small.starts
 
             def draw(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-                mine, theirs = self._inputs(pair, self._starts[batch])
+                start = starts[batch]
+                mine = pair.small.read(start)
+                theirs = self._theirs(pair, start, mine)
                 self._progress.advance(1 / passes / steps.count)
                 with torch.no_grad():
                     return mine, whole(theirs)
 
-            take_block_steps(narrow, draw, len(self._starts), steps, seed=index)
+            take_block_steps(narrow, draw, len(starts), steps, seed=index)
         names = [f"{name}.weight" for name in self._modules]
         if steps is not None:
             names = [name for name, _ in narrow.module.named_parameters()]
@@ -193,18 +190,11 @@ class _Run:
     def advance(self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, passes: int) -> float:
         """Replace hidden states by those after the layer; the relative squared error of them."""
         error = _Error()
-        for start in self._starts:
-            mine, theirs = self._inputs(pair, start)
-            out = narrow(mine)
-            if self._how.targets == "local":
-                error.add(out, whole(theirs))
-                theirs = self._read(pair.full, start)
-            goal = whole(theirs)
-            if self._how.targets == "full":
-                error.add(out, goal)
-            pair.full.write(start, goal)
-            pair.small.write(start, out)
-            self._progress.advance(1 / passes / len(self._starts))
+        for start, mine in pair.small.batches(self._progress, 1 / passes):
+            out, goal = narrow(mine), whole(pair.full.read(start))
+            error.add(out, whole(mine) if self._how.targets == "local" else goal)
+            pair.full.boundary.write(start, goal)
+            pair.small.boundary.write(start, out)
         return error.value
 
     @torch.no_grad()
@@ -215,8 +205,8 @@ class _Run:
         module = narrow.module.get_submodule(self._modules[position])
         equations = NormalEquations(module.weight)
         error = _Error()
-        for start in self._starts:
-            mine, theirs = self._inputs(pair, start)
+        for start, mine in pair.small.batches(self._progress, 1 / passes):
+            theirs = self._theirs(pair, start, mine)
             traced, goal = self._trace(narrow, mine), self._trace(whole, theirs)
             error.add(traced.out, goal.out)
             wanted = goal.outputs[position].float()
@@ -225,17 +215,12 @@ class _Run:
             if module.bias is not None:
                 wanted = wanted - module.bias.float()
             equations.add(traced.inputs[position], wanted)
-            self._progress.advance(1 / passes / len(self._starts))
         module.weight.data.copy_(equations.solve(self._how.ridge))
         return error.value
 
-    def _inputs(self, pair: _Pair, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What goes into the pruned layer, and into the full layer that it is fitted to."""
-        mine = self._read(pair.small, start)
-        return mine, mine if self._how.targets == "local" else self._read(pair.full, start)
-
-    def _read(self, boundary: Boundary, start: int) -> torch.Tensor:
-        return boundary.read(start, start + self.batch).to(self._device)
+    def _theirs(self, pair: _Pair, start: int, mine: torch.Tensor) -> torch.Tensor:
+        """What goes into the full layer, where ``mine`` goes into the pruned one."""
+        return mine if self._how.targets == "local" else pair.full.read(start)
 
     def _trace(self, layer: DecoderLayer, hidden: torch.Tensor) -> _Trace:
         with _recorded(layer.module, self._modules) as seen:

@@ -2,9 +2,9 @@
 
 import torch
 
-from loram_cli.modeling.layerwise.gradients import windows_per_batch
 from loram_cli.modeling.layerwise.states import BoundaryPool
 from loram_cli.modeling.layerwise.stream import LayerStream
+from loram_cli.modeling.layerwise.walk import embedded
 from loram_cli.reporting import Reporter
 
 _CHUNK_TOKENS = 512
@@ -20,30 +20,22 @@ def streamed_loss(
         stream: The checkpoint.
         windows: Token ids, shape (samples, length).
         pool: Keeps the hidden states; of shape (samples, length, hidden).
-        reporter: Told of progress.
+        reporter: Progress.
     """
-    batch = windows_per_batch(windows.shape[1])
-    starts = range(0, len(windows), batch)
-    states = pool.new()
     with reporter.progress("evaluate", stream.num_layers + 1, "layer") as progress:
-        for start, hidden in stream.embed(windows, batch):
-            states.write(start, hidden)
+        states = embedded(stream, windows, pool.new())
         for i in range(stream.num_layers):
             with stream.layer(i) as layer:
-                for start in starts:
-                    states.write(start, layer(states.read(start, start + batch).to(stream.device)))
-            progress.advance()
+                states.pass_through(layer, progress)
         total = 0.0
         with stream.head() as logits_of:
-            for start in starts:
-                hidden = states.read(start, start + batch)[:, :-1].to(stream.device)
-                tokens = hidden.reshape(1, -1, hidden.shape[-1])
-                targets = windows[start : start + batch, 1:].to(stream.device).reshape(-1)
+            for start, hidden in states.batches(progress):
+                tokens = hidden[:, :-1].reshape(1, -1, hidden.shape[-1])
+                targets = windows[start : start + len(hidden), 1:].to(stream.device).reshape(-1)
                 for begin in range(0, tokens.shape[1], _CHUNK_TOKENS):
                     logits = logits_of(tokens[:, begin : begin + _CHUNK_TOKENS])[0].float()
                     chunk = targets[begin : begin + _CHUNK_TOKENS]
                     loss = torch.nn.functional.cross_entropy(logits, chunk, reduction="sum")
                     total += loss.item()
-        progress.advance()
-    pool.release(states)
+    pool.release(states.boundary)
     return total / windows[:, 1:].numel()

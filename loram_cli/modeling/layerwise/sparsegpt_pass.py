@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from loram_cli.modeling.layerwise.gradients import windows_per_batch
 from loram_cli.modeling.layerwise.states import BoundaryPool
 from loram_cli.modeling.layerwise.stream import DecoderLayer, LayerStream
+from loram_cli.modeling.layerwise.walk import embedded
 from loram_cli.pruning.sparsegpt import Hessian
 from loram_cli.reporting import Reporter
 
@@ -35,24 +35,19 @@ def changed_layers(
         modules: Names of linear modules inside a layer.
         change: Gives new weights, in the type in which they will be written.
         pool: Keeps the hidden states of one boundary.
-        reporter: Told of progress.
+        reporter: Progress.
 
     Yields:
         New weights by tensor name, from the first layer to the last.
     """
-    batch = windows_per_batch(windows.shape[1])
-    starts = range(0, len(windows), batch)
-    boundary = pool.new()
-    for start, hidden in stream.embed(windows, batch):
-        boundary.write(start, hidden)
+    states = embedded(stream, windows, pool.new())
     with reporter.progress("reconstruct", stream.num_layers, "layer") as progress:
         for i in range(stream.num_layers):
             with stream.layer(i) as layer:
                 inputs = _LayerInputs(layer, modules, stream.device)
-                for start in starts:
-                    layer(boundary.read(start, start + batch).to(stream.device))
+                for _, hidden in states.batches(progress, 0.4):
+                    layer(hidden)
                     inputs.next_batch()
-                    progress.advance(0.4 / len(starts))
                 changed: dict[str, torch.Tensor] = {}
                 for names, hessian in inputs.take():
                     weights = {
@@ -63,12 +58,12 @@ def changed_layers(
                         weights[tensor_name].copy_(new)
                         changed[tensor_name] = new
                     progress.advance(0.4 * len(names) / len(modules))
-                for start in starts if i + 1 < stream.num_layers else ():
-                    hidden = boundary.read(start, start + batch).to(stream.device)
-                    boundary.write(start, layer(hidden))
-                progress.advance(0.2)
+                if i + 1 < stream.num_layers:
+                    states.pass_through(layer, progress, 0.2)
+                else:
+                    progress.advance(0.2)
                 yield changed
-    pool.release(boundary)
+    pool.release(states.boundary)
 
 
 class _LayerInputs:

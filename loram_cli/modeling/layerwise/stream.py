@@ -151,7 +151,7 @@ class LayerStream:
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             self._head_in = hidden
             try:
-                # The embeddings passed are not looked at: the last layer gives ``_head_in``.
+                # The embeddings passed are ignored: the last layer gives ``_head_in``.
                 return self._model(inputs_embeds=hidden.detach(), use_cache=False).logits
             finally:
                 self._head_in = None

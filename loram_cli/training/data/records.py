@@ -9,9 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from loram_cli.demo.problems import load_demo
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.hub import offline_libraries, unreachable
-from loram_cli.quiet import quiet_libraries
+from loram_cli.quiet import no_progress_bars, quiet_libraries
 
 DEMO_PREFIX = "demo:"
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -92,8 +93,6 @@ def _has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 
 def _demo_records(source: str) -> Iterator[Record]:
-    from loram_cli.demo.problems import load_demo
-
     try:
         loaded = load_demo(source.removeprefix(DEMO_PREFIX))
     except ValueError as error:
@@ -176,11 +175,13 @@ def _hub_records(source: str, *, streaming: bool) -> Iterator[Record]:
         raise LoramError(f"{source}: neither a file nor a hub data set id", f"wanted: {_FORMATS}")
     split = match["split"] or "train"
     silence = unreachable()
-    with quiet_libraries(), offline_libraries(silence is not None):
+    with (
+        quiet_libraries(),
+        offline_libraries(silence is not None),
+        no_progress_bars("datasets"),
+    ):
         import datasets
 
-        bars = datasets.are_progress_bars_disabled()
-        datasets.disable_progress_bars()
         try:
             rows = datasets.load_dataset(
                 match["path"],
@@ -202,9 +203,6 @@ def _hub_records(source: str, *, streaming: bool) -> Iterator[Record]:
                 f"{source}: not a local file, and the hub did not give it ({_first_line(error)})",
                 "check the id (owner/name[:config][@split]), or pass a local file",
             ) from error
-        finally:
-            if not bars:
-                datasets.enable_progress_bars()
 
 
 def _parse(line: str, path: Path, number: int) -> Any:

@@ -6,13 +6,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loram_cli.schema import digest_of, spec_to_mapping
-
-if TYPE_CHECKING:
-    from loram_cli.training.loop.job import Job
-    from loram_cli.training.loop.options import FitOptions
+from loram_cli.training.loop.options import FitOptions
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WHOLE = "whole"
@@ -34,9 +31,9 @@ class Found:
     """What an earlier start left behind.
 
     Attributes:
-        path: The checkpoint to go on from; None to start from nothing.
+        path: The checkpoint to resume from; None to start from nothing.
         step: Its step; 0 without one.
-        differs: Where there were checkpoints that cannot be gone on from, what of their run is
+        differs: Where there were checkpoints that cannot be resumed, what of their run is
             not as it is now; ``("unknown",)`` where that cannot be told.
     """
 
@@ -59,20 +56,20 @@ class Found:
 
 
 def fingerprint(
-    options: "FitOptions",
+    options: FitOptions,
     precision: str,
-    job: "Job",
+    data: str,
     trainable: Mapping[str, tuple[int, ...]],
     shared: bool,
 ) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be worth going on from, by name.
+    """What must be the same for a checkpoint to be resumed, by name.
 
     The number of processes is not in it: they share a batch, and what it teaches stays the same.
 
     Args:
         options: Of the fit.
         precision: ``fp32`` or ``bf16``.
-        job: Data and objective.
+        data: Digest of data and objective.
         trainable: Shapes of the trained parameters.
         shared: Whether the model is shared out: a checkpoint of slices is another set of files.
     """
@@ -82,7 +79,7 @@ def fingerprint(
     return {
         "settings": digest_of(plain),
         "precision": precision,
-        "data": job.digest,
+        "data": data,
         "trained weights": digest_of(shapes),
         "fsdp": shared,
     }

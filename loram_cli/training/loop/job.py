@@ -44,7 +44,7 @@ class Job:
     Attributes:
         label: Of the progress bar.
         rows: Training examples.
-        digest: Of data and objective: a checkpoint of another one is not gone on from.
+        digest: Of data and objective: a checkpoint of another one is not resumed.
         evaluates: Whether an evaluation split is there.
         highest_token: The largest token id in the data.
         longest: Tokens of the longest sequence.

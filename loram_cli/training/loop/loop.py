@@ -1,7 +1,7 @@
 """Trains a model: full parameters on text (alignment), or a LoRA adapter on examples.
 
 Both go through transformers' Trainer. A run leaves checkpoints in ``work_dir/checkpoints`` and
-goes on from the newest whole one when it is started again with the same settings and data.
+resumes at the newest whole one when it is started again with the same settings and data.
 """
 
 import json
@@ -56,7 +56,7 @@ def fit_causal_text(
         evaluation: Blocks set aside; may be empty.
         options: How.
         work_dir: Where checkpoints are kept.
-        reporter: Told of progress.
+        reporter: Progress and warnings.
         train_lm_head: Train the output head as well.
         masked: Names of weights whose zeros are to stay, see :mod:`.masks`.
         teaching: The full model to learn from; None learns the text itself. Evaluation losses
@@ -99,7 +99,7 @@ def fit_lora(
         evaluation: Rows set aside; may be empty.
         options: How.
         work_dir: Where checkpoints are kept.
-        reporter: Told of progress.
+        reporter: Progress and warnings.
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.
@@ -143,7 +143,7 @@ def fit_job(
         job: Data and objective.
         options: How.
         work_dir: Where checkpoints are kept.
-        reporter: Told of progress.
+        reporter: Progress and warnings.
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.
@@ -163,10 +163,10 @@ def fit_job(
         steps = total_steps(options, job.rows)
         warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
         folder = work_dir / "checkpoints"
-        same = fingerprint(options, precision, job, trainable, shared)
+        same = fingerprint(options, precision, job.digest, trainable, shared)
         found = share(newest_checkpoint(folder, same) if is_main_process() else None)
         if found.path is not None:
-            reporter.note(f"going on from the checkpoint of step {found.step} of {steps}")
+            reporter.note(f"resuming at step {found.step} of {steps}")
         elif found.differs:
             reporter.warn(found.begins_anew(shared))
         arguments = partial(
@@ -219,7 +219,7 @@ def fit_job(
                 restore_forward(model)
         if interruption.requested:
             # After the last step as well: what is asked to stop must not exit with success.
-            reporter.note(f"stopped at step {done} of {steps}; the same command goes on from there")
+            reporter.note(f"stopped at step {done} of {steps}; the same command resumes there")
             interruption.act()
         # Takes off the mixed-precision wrapper that the trainer put around forward.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

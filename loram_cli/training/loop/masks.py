@@ -2,7 +2,7 @@
 
 The zeros in the weights are the mask, so it needs no memory of its own and comes back with any
 checkpoint. A weight that is zero gets no gradient; Adam's moments of it then stay zero, its step is
-zero and weight decay keeps it where it is. Clipping also sees the gradient of live weights alone.
+zero and weight decay keeps it where it is. Clipping also sees the gradient of live weights only.
 """
 
 from collections.abc import Iterable

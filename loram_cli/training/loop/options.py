@@ -40,7 +40,7 @@ class FitOptions:
         gradient_checkpointing: Recompute activations instead of keeping them.
         cross_entropy: ``chunked`` never holds all logits, ``full`` is transformers' own loss.
         checkpoint_steps: Write a checkpoint every so many steps.
-        eval_steps: Evaluate every so many steps, besides start and end; None for these two alone.
+        eval_steps: Evaluate every so many steps, besides start and end; None for these two only.
         seed: Decides data order and dropout.
         report_to: Trackers that get the losses as well.
     """
@@ -168,15 +168,13 @@ def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf1
     return "fp32"
 
 
-def weights_dtype(precision: Precision, device: str, *, full_parameters: bool) -> torch.dtype:
-    """The type to load a model's weights in before training it.
+def weights_dtype(precision: Precision, device: str) -> torch.dtype:
+    """The type to load frozen weights in: that of the computation.
 
-    Trained parameters are kept in fp32 whatever the computation, since bf16 has too few digits
-    for the small steps of a small learning rate; frozen ones follow the computation.
+    Trained parameters are kept in fp32, since bf16 has too few digits for the small steps of a
+    small learning rate.
     """
-    if full_parameters or resolve_precision(precision, device) == "fp32":
-        return torch.float32
-    return torch.bfloat16
+    return torch.float32 if resolve_precision(precision, device) == "fp32" else torch.bfloat16
 
 
 def curve_rows(log_history: list[dict[str, Any]]) -> tuple[LossRow, ...]:

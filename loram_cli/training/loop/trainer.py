@@ -22,7 +22,7 @@ from loram_cli.training.loop.options import FitOptions
 
 # Shown beside the loss, where an objective has them.
 _TOLD = {"rewards/accuracies": "preference accuracy", "reward": "reward"}
-# After so many steps without any reward, the user is told.
+# After so many steps without any reward, the user is warned.
 _STEPS_WITHOUT_REWARD = 10
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
 _SAME_CTRL_C_SECONDS = 2.0
@@ -148,7 +148,7 @@ class StepCallback(TrainerCallback):
                 self._reporter.warn(
                     f"no completion has earned a reward in the first {_STEPS_WITHOUT_REWARD} "
                     "steps, so nothing is learnt: teach the answers' format first "
-                    "(train --objective sft), and go on from that adapter (--from-adapter)"
+                    "(train --objective sft), then start from that adapter (--from-adapter)"
                 )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -226,7 +226,7 @@ class StepTrainer(LeanCheckpoints, Trainer):
             total, count = self.accelerator.reduce(sums, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / count}
         self.log(metrics)
-        # Tells the loop that this step has been evaluated.
+        # The loop then knows that this step has been evaluated.
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -248,7 +248,7 @@ def training_arguments(
         precision: ``fp32`` or ``bf16``.
         device: ``cpu``, ``cuda``, ...
         evaluates: Whether there is an evaluation split.
-        fresh: Whether no checkpoint is gone on from.
+        fresh: Whether training starts without a checkpoint.
         shared: Whether the model is shared out among processes.
         arguments_class: The objective's own.
         more: The objective's own settings.

@@ -10,7 +10,7 @@ from helpers.whole_model import whole_model_gradients
 
 from loram_cli.arch.registry import families
 from loram_cli.errors import LoramError
-from loram_cli.modeling.layerwise import gradients
+from loram_cli.modeling.layerwise import gradients, walk
 from loram_cli.modeling.layerwise.gradients import layer_gradients
 from loram_cli.modeling.layerwise.states import BoundaryPool
 from loram_cli.modeling.layerwise.stream import LayerStream
@@ -50,7 +50,7 @@ def check_equal(model: Path, found, tolerance: float) -> None:
 @pytest.mark.parametrize("family", families(), ids=lambda f: f.family)
 def test_equal_to_the_whole_model_in_every_family(family, tied, tmp_path, monkeypatch):
     # Two windows a batch and several chunks of logits, with a rest in both.
-    monkeypatch.setattr(gradients, "BATCH_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr(walk, "BATCH_TOKENS", 2 * LENGTH)
     monkeypatch.setattr(gradients, "_CHUNK_LOGITS", 7 * 258)
     model = make_model(family, tmp_path / "base", tie_word_embeddings=tied)
     check_equal(model, streamed(model, tmp_path), 1e-5)

@@ -112,7 +112,7 @@ def test_a_killed_training_goes_on_with_more_or_fewer_processes(
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=60)
     _, err = finished(started(after, "two"))
-    assert err.count("going on from the checkpoint of step") == 1
+    assert err.count("resuming at step") == 1
     same_curve(curve(tmp_path / "one"), curve(tmp_path / "two"))
     assert not list(tmp_path.glob(".*"))
 

@@ -50,7 +50,7 @@ def test_a_killed_training_goes_on(launch, tmp_path, way, kind):
     process.communicate(timeout=60)
     assert not (tmp_path / "two").exists()
     _, err = finished(launch(way, kind, "two", steps=16))
-    assert err.count("going on from the checkpoint of step") == 1
+    assert err.count("resuming at step") == 1
     same_curve(curve(tmp_path / "one"), curve(tmp_path / "two"))
     assert not list(tmp_path.glob(".*"))
 

@@ -328,9 +328,8 @@ def test_options_out_of_range(bad):
 def test_precision():
     assert resolve_precision("auto", "cpu") == "fp32"
     assert resolve_precision("bf16", "cpu") == "bf16"
-    assert weights_dtype("bf16", "cpu", full_parameters=True) == torch.float32
-    assert weights_dtype("bf16", "cpu", full_parameters=False) == torch.bfloat16
-    assert weights_dtype("fp32", "cuda", full_parameters=False) == torch.float32
+    assert weights_dtype("bf16", "cpu") == torch.bfloat16
+    assert weights_dtype("fp32", "cuda") == torch.float32
 
 
 KILLED = """
