@@ -8,9 +8,12 @@ from string import Template
 from typing import Any
 
 from loram_cli.errors import LoramError
+from loram_cli.evaluation.comparison import score_text
+from loram_cli.evaluation.requests import TaskScore
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.rundir import OUTPUTS
-from loram_cli.stages.evaluate.stage import RESULTS_NAME
+from loram_cli.stages.core.results import EvalResult, PruneResult, TrainResult, result_of
+from loram_cli.stages.evaluate.results import read_results
 from loram_cli.tools.inspect import Inspection, inspect
 from loram_cli.units import format_bytes, format_params, format_seconds
 
@@ -67,17 +70,16 @@ def _by_stage(manifests: Mapping[str, Manifest], stage: str) -> Manifest | None:
 
 def _tiles(manifests: Mapping[str, Manifest]) -> Iterator[str]:
     tiles: list[tuple[str, str]] = []
-    pruned, trained = _by_stage(manifests, "prune"), _by_stage(manifests, "train")
-    if pruned is not None:
-        r = pruned.results
-        arrow = f"{format_params(r['base_params'])} → {format_params(r['pruned_params'])}"
-        tiles.append((arrow, f"parameters, {r['reduction']:.2f}x smaller"))
-    if trained is not None:
-        r = trained.results
-        tiles.append((format_params(r["lora_params"]), "LoRA parameters trained"))
-        memory = format_bytes(trained.peak_memory_increase_bytes)
-        tiles.append((memory, "peak memory of training, above the start"))
-        tiles.append((format_seconds(trained.wall_seconds), "time of training"))
+    results = {m.stage: (result_of(m), m) for m in reversed(manifests.values())}
+    for result, manifest in (results[name] for name in ("prune", "train") if name in results):
+        if isinstance(result, PruneResult):
+            arrow = f"{format_params(result.base_params)} → {format_params(result.pruned_params)}"
+            tiles.append((arrow, f"parameters, {result.reduction:.2f}x smaller"))
+        if isinstance(result, TrainResult):
+            tiles.append((format_params(result.lora_params), "LoRA parameters trained"))
+            memory = format_bytes(manifest.peak_memory_increase_bytes)
+            tiles.append((memory, "peak memory of training, above the start"))
+            tiles.append((format_seconds(manifest.wall_seconds), "time of training"))
     if tiles:
         cells = (
             f'<div class="tile"><b>{escape(figure)}</b><span>{escape(said)}</span></div>'
@@ -87,20 +89,13 @@ def _tiles(manifests: Mapping[str, Manifest]) -> Iterator[str]:
 
 
 def _scores(run: Path, manifests: Mapping[str, Manifest]) -> Iterator[str]:
-    evaluation = _by_stage(manifests, "eval")
-    from loram_cli.checkpoint.index import read_json
-    from loram_cli.evaluation.comparison import score_text
-
-    rows = evaluation.results.get("rows") if evaluation is not None else None
-    if not rows:
+    if _by_stage(manifests, "eval") is None:
         return
     # The manifest is written with sorted keys; the results keep the order of the comparison.
-    order = list(read_json(run / OUTPUTS["eval"] / RESULTS_NAME).get("rows", rows))
-    rows = {label: rows[label] for label in order if label in rows}
-    scores = {
-        label: {(s["task"], s["metric"]): s for s in row["scores"]} for label, row in rows.items()
-    }
-    columns = list(dict.fromkeys(column for row in scores.values() for column in row))
+    found = read_results(run / OUTPUTS["eval"])
+    if not found.rows:
+        return
+    columns = list(dict.fromkeys((score.task, score.metric) for score in found.scores()))
     yield "<h2>Held-out results</h2>"
     heads = "".join(
         f"<th>{escape(task)}{'' if task == metric else f'<br>{escape(metric)}'}</th>"
@@ -110,35 +105,39 @@ def _scores(run: Path, manifests: Mapping[str, Manifest]) -> Iterator[str]:
         '<div class="scroll"><table><tr><th>model</th><th>trained on</th><th>training memory</th>'
         f"<th>training time</th>{heads}</tr>"
     )
-    best = {column: _best([row.get(column) for row in scores.values()]) for column in columns}
-    for label, row in rows.items():
-        training = row.get("training") or {}
+    best = {key: _best([row.find(*key) for row in found.rows.values()]) for key in columns}
+    for label, row in found.rows.items():
+        cost = row.training
         cells = [
-            format_params(training["trained_on_params"]) if training else "-",
-            format_bytes(training["peak_memory_increase_bytes"]) if training else "-",
-            format_seconds(training["wall_seconds"]) if training else "-",
+            format_params(cost.trained_on_params or 0) if cost else "-",
+            format_bytes(cost.peak_memory_increase_bytes) if cost else "-",
+            format_seconds(cost.wall_seconds) if cost else "-",
         ]
         line = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        for column in columns:
-            score = scores[label].get(column)
-            value = score["value"] if score else None
-            mark = ' class="best"' if value is not None and value == best[column] else ""
+        for key in columns:
+            score = row.find(*key)
+            value = score.value if score else None
+            mark = ' class="best"' if value is not None and value == best[key] else ""
             line += f"<td{mark}>{escape(score_text(score))}</td>"
         yield f"<tr><td>{escape(label)}</td>{line}</tr>"
     yield "</table></div>"
+    yield from _score_notes(found)
+
+
+def _score_notes(found: EvalResult) -> Iterator[str]:
     yield '<p class="note">±: 95% confidence; shares in percent.</p>'
-    if evaluation is not None and evaluation.results.get("bundled"):
+    if found.bundled:
         yield '<p class="note">Bundled sample, not the published benchmark.</p>'
-    if evaluation is not None and evaluation.results.get("quantize"):
+    if found.quantize:
         yield '<p class="note">Every row was run with its weights in NF4.</p>'
 
 
-def _best(column: list[Mapping[str, Any] | None]) -> float | None:
-    told = [score for score in column if score and score["value"] is not None]
+def _best(column: list[TaskScore | None]) -> float | None:
+    told = [score for score in column if score and score.value is not None]
     if len(told) < 2:
         return None
-    pick = max if told[0]["higher_is_better"] else min
-    return pick(score["value"] for score in told)
+    values = [score.value for score in told if score.value is not None]
+    return max(values) if told[0].higher_is_better else min(values)
 
 
 def _curves(outputs: tuple[Inspection, ...]) -> Iterator[str]:

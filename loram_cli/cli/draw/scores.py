@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -10,11 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from loram_cli.cli.draw.console import stdout_console
+from loram_cli.evaluation.comparison import (
+    Column,
+    remarks,
+    score_columns,
+    title,
+    training_columns,
+)
+from loram_cli.evaluation.results import EvalResult
+from loram_cli.evaluation.samples import Document
 from loram_cli.stages.core.lifecycle import StageResult
-
-if TYPE_CHECKING:
-    from loram_cli.evaluation.comparison import Column
-    from loram_cli.evaluation.samples import Document
+from loram_cli.stages.evaluate.results import read_results
 
 WIDTH = 100
 _PROMPT_CHARS = 700
@@ -24,12 +30,9 @@ _ROWS_ACROSS = 3
 
 def show_scores(result: StageResult) -> None:
     """Print the comparison of an evaluation, and the remarks under it."""
-    from loram_cli.checkpoint.index import read_json
-    from loram_cli.evaluation.comparison import remarks
-
     console = stdout_console()
     # The manifest is written with sorted keys; the results keep the order of the rows.
-    results = read_json(result.wrote / "results.json")
+    results = read_results(result.wrote)
     for table in score_tables(results):
         console.print(table)
     for remark in remarks(results):
@@ -37,11 +40,9 @@ def show_scores(result: StageResult) -> None:
     console.print(f"saved: {result.wrote}/results.md, .csv, .json, .png; loram eval --show")
 
 
-def score_tables(results: Mapping[str, Any]) -> list[Table]:
+def score_tables(results: EvalResult) -> list[Table]:
     """The comparison: a row per model, a column per score; a table more where one is too wide."""
-    from loram_cli.evaluation.comparison import score_columns, title, training_columns
-
-    labels = list(results["rows"])
+    labels = list(results.rows)
     label_width = max(len("model"), *map(len, labels))
     groups: list[list[Column]] = [[]]
     used = label_width + 2
@@ -65,7 +66,7 @@ def score_tables(results: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def show_documents(documents: Sequence["Document"]) -> None:
+def show_documents(documents: Sequence[Document]) -> None:
     """Print documents with what each row made of them, rows side by side."""
     console = Console(highlight=False, markup=False, width=min(stdout_console().width, 130))
     if not documents:
@@ -92,7 +93,7 @@ def show_documents(documents: Sequence["Document"]) -> None:
             console.print(table)
 
 
-def documents_mapping(documents: Sequence["Document"]) -> list[dict[str, Any]]:
+def documents_mapping(documents: Sequence[Document]) -> list[dict[str, Any]]:
     """Plain form for ``--json``."""
     return [asdict(document) for document in documents]
 

@@ -1,6 +1,5 @@
 """Evaluate several models on the same tasks, into one table."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,26 +7,22 @@ from pathlib import Path
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.evaluation.comparison import to_csv, to_markdown
-from loram_cli.evaluation.plot import draw_comparison
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 from loram_cli.evaluation.results import EvalResult
 from loram_cli.evaluation.vllm_backend import check_available
 from loram_cli.modeling.load import usable_device
 from loram_cli.reporting import Reporter
 from loram_cli.runs.staging import look_up
-from loram_cli.schema import plain
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.plan import StagePlan, find_finished, free_disk, is_done
 from loram_cli.stages.evaluate.models import check_adapters, check_row, model_bytes
+from loram_cli.stages.evaluate.results import write_results
 from loram_cli.stages.evaluate.rows import eval_inputs, score_row, warn_of_tokenizers
 from loram_cli.stages.evaluate.spec import EvalSpec
 from loram_cli.training.data.documents import load_instructions
 
 __all__ = ["EvalSpec", "plan", "run"]
 
-RESULTS_NAME = "results.json"
-PLOT_NAME = "results.png"
 ANSWERS_NAME = "responses"
 EXPORTS = (".md", ".csv", ".json", ".png")
 _DEMO_TASKS = ("gsm8k", "perplexity")
@@ -119,7 +114,7 @@ def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
             quantize=spec.quantize,
             rows=rows,
         )
-        _write_results(result, opened.path)
+        write_results(result, opened.path)
         return opened.commit(result)
 
 
@@ -138,13 +133,6 @@ def export_results(result: StageResult, file: Path) -> None:
         shutil.copyfile(source, file)
     except OSError as error:
         raise LoramError(f"--export {file}: cannot be written ({error.strerror})") from error
-
-
-def _write_results(result: EvalResult, path: Path) -> None:
-    (path / RESULTS_NAME).write_text(json.dumps(plain(result), indent=1) + "\n", "utf-8")
-    (path / "results.md").write_text(to_markdown(result), "utf-8")
-    (path / "results.csv").write_text(to_csv(result), "utf-8")
-    draw_comparison(result, path / PLOT_NAME)
 
 
 def _check_readable(flag: str, file: Path) -> None:
