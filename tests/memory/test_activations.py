@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.live import LiveStorage, SavedTensors
+from helpers.tensor_storage import LiveStorage, SavedTensors
 
 from loram_cli.arch.registry import families, family_for
 from loram_cli.memory.activations import activations
