@@ -15,6 +15,8 @@ from loram_cli.modeling.quantize import prepare_for_training
 from loram_cli.modeling.random_model import random_causal_lm
 from loram_cli.training.adapters import attach_lora, lora_config
 
+pytestmark = pytest.mark.integration
+
 CONFIG = {
     "model_type": "llama", "vocab_size": 900, "hidden_size": 128, "intermediate_size": 344,
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 48,
