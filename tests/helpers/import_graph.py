@@ -107,7 +107,7 @@ def report(graph: Graph) -> str:
     parts = _strong_parts(graph)
     lines = []
     for part in parts:
-        lines.append(f"{len(part)} files in circles: {', '.join(sorted(part))}")
+        lines.append(f"{len(part)} in circles: {', '.join(sorted(part))}")
         lines.append("  such as " + " -> ".join(_shortest_circle(graph, part)))
     return "\n".join(lines)
 
