@@ -77,9 +77,9 @@ def test_the_default_tests_are_collected_beside_a_run_and_settings(hostile_folde
 
 @pytest.mark.integration
 def test_tests_pass_beside_a_run_and_settings(hostile_folder: Path):
-    """Those that read settings and run directories; ``test_memory`` once found ./loram-run."""
+    """``test_memory`` once found ./loram-run, and gave the report of that."""
     before = listing(hostile_folder)
-    places = ("cli/draw/test_memory.py", "config", "test_isolation.py")
+    places = ("cli/draw/test_memory.py", "test_isolation.py")
     words = [ROOT / "tests" / place for place in places]
     out = pytest_there(hostile_folder, *words, "-m", "not slow and not integration")
     assert re.search(r"\d+ passed|100%", out)
