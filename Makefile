@@ -4,18 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread of torch for each worker: more would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+BENCHMARKS := tests/benchmarks
 
-.PHONY: help demo test test-slow lint bench bench-huge bench-quality bench-objectives clean
+.PHONY: help demo test test-fast test-slow lint docs clean
+.PHONY: bench bench-huge bench-quality bench-objectives
 
-help:
-	@echo "make demo       install, then the whole pipeline on the embedded demo base"
-	@echo "make test       install, then lint and the default tests"
-	@echo "make test-slow  the slow tests"
-	@echo "make docs       the pages of the commands, from their help"
-	@echo "make bench      streaming against cp, Taylor, SparseGPT, running layer by layer: memory and time (9 GB of disk)"
-	@echo "make bench-huge the same on a checkpoint larger than its memory limit (23 GB of disk)"
-	@echo "make bench-objectives  DPO and GRPO after SFT on the demo base, beside full LoRA"
-	@echo "make bench-quality  how much of full LoRA's gain is kept (hours; ARGS=--quick: minutes)"
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; \
+		do printf 'make %-18s%s\n' "$$name" "$$text"; done
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,38 +19,41 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed ## the whole pipeline on the embedded demo base
 	$(BIN)/loram run recipes/demo.yaml
 
-test: $(VENV)/installed lint
-	$(PYTEST)
+test: $(VENV)/installed lint ## lint and the default tests: all but the slow ones
+	$(PYTEST) $(ARGS)
 
-test-slow: $(VENV)/installed
+test-fast: $(VENV)/installed ## unit tests only, for the working loop
+	$(PYTEST) -m "not slow and not integration" --durations=5 $(ARGS)
+
+test-slow: $(VENV)/installed ## the slow tests (ARGS=--slow-minutes=8: as many as that allows)
 	$(PYTEST) -m slow $(ARGS)
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed ## style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-docs: $(VENV)/installed
+docs: $(VENV)/installed ## the pages of the commands, from their help
 	$(BIN)/python -m loram_cli.cli.command_pages
 
-bench: $(VENV)/installed
-	$(BIN)/python tests/benchmarks/stream.py
-	$(BIN)/python tests/benchmarks/taylor.py
-	$(BIN)/python tests/benchmarks/sparsity.py
-	$(BIN)/python tests/benchmarks/decode.py
-	$(BIN)/python tests/benchmarks/quantized_load.py
-	$(BIN)/python tests/benchmarks/offload.py
+bench: $(VENV)/installed ## streaming against cp, Taylor, SparseGPT, decoding, offload (9 GB of disk)
+	$(BIN)/python $(BENCHMARKS)/stream.py
+	$(BIN)/python $(BENCHMARKS)/taylor.py
+	$(BIN)/python $(BENCHMARKS)/sparsity.py
+	$(BIN)/python $(BENCHMARKS)/decode.py
+	$(BIN)/python $(BENCHMARKS)/quantized_load.py
+	$(BIN)/python $(BENCHMARKS)/offload.py
 
-bench-huge: $(VENV)/installed
-	$(BIN)/python tests/benchmarks/huge.py
+bench-huge: $(VENV)/installed ## streaming a checkpoint larger than its memory limit (23 GB of disk)
+	$(BIN)/python $(BENCHMARKS)/huge.py $(ARGS)
 
-bench-quality: $(VENV)/installed
-	$(BIN)/python tests/benchmarks/quality.py $(ARGS)
+bench-quality: $(VENV)/installed ## how much of full LoRA's gain is kept (hours; ARGS=--quick: minutes)
+	$(BIN)/python $(BENCHMARKS)/quality.py $(ARGS)
 
-bench-objectives: $(VENV)/installed
-	$(BIN)/python tests/benchmarks/objectives.py loram-objectives $(ARGS)
+bench-objectives: $(VENV)/installed ## DPO and GRPO after SFT on the demo base, beside full LoRA
+	$(BIN)/python $(BENCHMARKS)/objectives.py loram-objectives $(ARGS)
 
-clean:
+clean: ## remove the environment, builds and ./loram-run
 	rm -rf $(VENV) loram-run build dist *.egg-info

@@ -1,25 +1,37 @@
 """Models and data that many tests share."""
 
+import contextlib
 import json
+import os
 import random
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
-from helpers.tiny import make_base
+from helpers.isolation import is_ours, isolated
+from helpers.tiny_models import make_base
+
+ROOT = Path(__file__).resolve().parents[1]
 
 STARTED = pytest.StashKey[float]()
 # A test that is begun at the last moment may take so long.
 LONGEST_SECONDS = 1200
+
+# Tests that get a finished run, and tests of stages and of faults that get a model, run commands:
+# they are marked here, others by their file or themselves.
+INTEGRATION_FOLDERS = ("faults", "stages")
+MODEL_FIXTURES = frozenset({"base", "shared", "shared_file"})
 
 # A test's time says how busy the machine is, not whether the code is right; and every run tries
 # the same examples.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = ROOT.parent / "shared"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.slow_order is None:
         config.option.slow_order = int(time.time() // 86400)
     config.stash[STARTED] = time.monotonic()
+    # Here, since libraries read some of these variables when test files import them.
+    home = tempfile.TemporaryDirectory(prefix="loram-tests-home-")
+    config.add_cleanup(home.cleanup)
+    environment = isolated(os.environ, Path(home.name), ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def pytest_terminal_summary(
@@ -45,7 +63,19 @@ def pytest_terminal_summary(
         )
 
 
+def runs_commands(item: pytest.Item) -> bool:
+    """Whether a test's place and its fixtures tell that it runs stages."""
+    fixtures = set(getattr(item, "fixturenames", ()))
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    on_a_model = folder in INTEGRATION_FOLDERS and not MODEL_FIXTURES.isdisjoint(fixtures)
+    return "finished_run" in fixtures or on_a_model
+
+
+# First: the marks decide what -m keeps.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in filter(runs_commands, items):
+        item.add_marker(pytest.mark.integration)
     if config.option.slow_minutes is None:
         return
     files = sorted({item.path for item in items})
@@ -62,6 +92,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("may take longer than there is time for slow tests (--slow-minutes)")
     if time.monotonic() - item.config.stash[STARTED] > minutes * 60:
         pytest.skip("the time for slow tests is up (--slow-minutes)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_working_directory() -> Iterator[None]:
+    """An empty working directory for the fixtures that many tests share."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def working_directory(shared_working_directory: None) -> Iterator[None]:
+    """An empty working directory for every test, and no setting that an earlier one left."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+    ):
+        for name in filter(is_ours, list(os.environ)):
+            patch.delenv(name)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ import pytest
 
 from loram_cli import api
 
+pytestmark = pytest.mark.integration
+
 
 def test_the_stages_run_from_python(base: Path, instructions: Path, tmp_path: Path):
     keep = {"keep_first": 1, "keep_last": 1, "ratio": 0.5, "strategy": "rand"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from measure import options
 
 import loram_cli
 from loram_cli.evaluation.decode import Decoder, Generation
@@ -30,6 +31,7 @@ class StopPerRow(transformers.StoppingCriteria):
 
 
 def main():
+    options(__doc__).parse_args()
     torch.set_num_threads(1)
     base = Path(loram_cli.__file__).parent / "demo" / "base"
     model, tokenizer = load_causal_lm(base, dtype="float32", device="cpu"), load_tokenizer(base)

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from measure import options
 from quality import Cell, answer_loss, parse_methods
 
 from loram_cli.arch.registry import family_for
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     add = parser.add_argument
     add("work", type=Path, help="the work folder of quality.py's --out")
     add("--base", type=Path, required=True)

@@ -5,10 +5,10 @@ python tests/benchmarks/generate.py adapter PRUNED DIRECTORY
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
+from measure import options
 
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
@@ -72,4 +72,8 @@ def adapter(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    {"checkpoint": checkpoint, "adapter": adapter}[sys.argv[1]](*sys.argv[2:])
+    parser = options(__doc__)
+    parser.add_argument("kind", choices=("checkpoint", "adapter"))
+    parser.add_argument("words", nargs="+", help="what the function of that name takes")
+    asked = parser.parse_args()
+    {"checkpoint": checkpoint, "adapter": adapter}[asked.kind](*asked.words)

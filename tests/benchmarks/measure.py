@@ -4,6 +4,7 @@ Imports nothing heavy: a child's ``ru_maxrss`` begins at its parent's peak, so t
 measures must be small.
 """
 
+import argparse
 import json
 import os
 import re
@@ -21,6 +22,19 @@ from typing import Any
 
 MIB = 2**20
 GIB = 2**30
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a script's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def environment_with(*folders: Path) -> dict[str, str]:
+    """This environment, with folders that a child process may import from before all others."""
+    path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 @dataclass(frozen=True)
@@ -201,7 +215,7 @@ def told_by(code: str, *words: object) -> dict[str, Any]:
     """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env=environment_with(Path(__file__).parent),
         capture_output=True,
         text=True,
         check=True,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import options
 
 from loram_cli.cli.app import run_command
 from loram_cli.config.defaults import model_dir
@@ -144,7 +145,7 @@ def pair_text(values: torch.Tensor, margins: torch.Tensor) -> str:
 
 def main() -> None:
     """Train, recover and measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--sft", default="--steps 5 --warmup-steps 2 --eval-steps 5")
     parser.add_argument("--dpo", default=f"{SHORT} --learning-rate 1e-3")

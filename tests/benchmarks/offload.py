@@ -9,11 +9,10 @@ process of its own; memory is anonymous memory above the start, sampled every fe
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-from measure import GIB, MIB, folder_bytes, generate, told_by
+from measure import GIB, MIB, folder_bytes, generate, options, told_by
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8000,
@@ -67,8 +66,9 @@ print("\\n" + json.dumps(told | {"logits": last, "disk": on_disk}))
 
 def main() -> None:
     """Print the table; fail where what is computed differs, or more than the budget is held."""
-    places = [Path(sys.argv[1])] if len(sys.argv) > 1 else []
-    with tempfile.TemporaryDirectory(dir=places[0] if places else None) as folder:
+    parser = options(__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, help="where to work, instead of /tmp")
+    with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
         config, model = Path(folder) / "config.json", Path(folder) / "model"
         config.write_text(json.dumps(CONFIG))
         generate("checkpoint", config, model, 800 * MIB)

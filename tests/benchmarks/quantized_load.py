@@ -8,11 +8,10 @@ thread samples every few milliseconds.
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-from measure import GIB, MIB, folder_bytes, generate, told_by
+from measure import GIB, MIB, folder_bytes, generate, options, told_by
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
@@ -42,8 +41,9 @@ print("\\n" + json.dumps(told))
 
 def main() -> None:
     """Print the table; fail where NF4 held as much as the bf16 model."""
-    places = [Path(sys.argv[1])] if len(sys.argv) > 1 else []
-    with tempfile.TemporaryDirectory(dir=places[0] if places else None) as folder:
+    parser = options(__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, help="where to work, instead of /tmp")
+    with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
         config, model = Path(folder) / "config.json", Path(folder) / "model"
         config.write_text(json.dumps(CONFIG))
         generate("checkpoint", config, model, 800 * MIB)

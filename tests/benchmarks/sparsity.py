@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from measure import options
 
 from loram_cli.config.defaults import model_dir
 from loram_cli.demo.problems import corpus
@@ -51,6 +52,7 @@ def row(label: str, base: Path, calibration: str, length: int, text: str) -> Non
 
 
 def main() -> None:
+    options(__doc__).parse_args()
     demo = model_dir("demo")
     print(
         f"perplexity; half of the decoder linears' weights zero; {EVALUATED_CHARS:,} characters at most"

@@ -21,6 +21,7 @@ from measure import (
     folder_bytes,
     forget,
     generate,
+    options,
     remove,
     repeat,
     run,
@@ -37,6 +38,7 @@ TIMES = 3
 
 
 def main() -> None:
+    options(__doc__).parse_args()
     with tempfile.TemporaryDirectory(prefix="loram-bench-") as name:
         root = Path(name)
         base, out = root / "base", root / "out"

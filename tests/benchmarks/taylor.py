@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measure import environment_with, options
 
 DEPTHS = (4, 8, 16, 32)
 SAMPLES, LENGTH = 6, 128
@@ -68,7 +68,7 @@ def score(way: str, base: Path, out: Path) -> None:
     )
     scores = {}
     if way == "whole":
-        from helpers.whole_model import whole_model_gradients
+        from helpers.whole_model_gradients import whole_model_gradients
 
         names = list(family.linear_names(len(layers)))
         gradients = whole_model_gradients(base, windows, names)
@@ -98,8 +98,10 @@ def score(way: str, base: Path, out: Path) -> None:
 def measure(way: str, base: Path, out: Path) -> tuple[float, float]:
     """Peak resident MiB and CPU seconds of a child process."""
     # One thread each: more of them, on a machine that others use, measure the waiting.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, __file__, way, base, out], env=environment)
+    # The whole-model way is the one that tests compare with: tests/helpers.
+    environment = {**environment_with(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, __file__, "--child", way, base, out]
+    process = subprocess.Popen(words, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {way}")
@@ -143,7 +145,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        score(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    parser = options(__doc__)
+    parser.add_argument("--child", nargs=3, metavar=("WAY", "BASE", "OUT"), help="one measurement")
+    asked = parser.parse_args()
+    if asked.child:
+        score(asked.child[0], *map(Path, asked.child[1:]))
     else:
         main()

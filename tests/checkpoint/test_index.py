@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import make_base
+from helpers.tiny_models import make_base
 from safetensors.torch import load_file, save_file
 
 from loram_cli.checkpoint.index import INDEX_NAME, CheckpointIndex, read_config

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.family_models import make_model
-from helpers.tiny import make_base
+from helpers.tiny_models import make_base
 from safetensors.torch import load_file, save_file
 
 import loram_cli

@@ -12,6 +12,8 @@ from loram_cli import pipeline
 from loram_cli.cli.app import run_command
 from loram_cli.config.recipe import load_recipe
 
+pytestmark = pytest.mark.integration
+
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 FLAGS = ["--keep-first", "1", "--keep-last", "1", "--ratio", "0.5"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import make_adapter
+from helpers.tiny_models import make_adapter
 from safetensors.torch import load_file, save_file
 
 from loram_cli.cli.app import run_command

@@ -11,6 +11,8 @@ from loram_cli.cli import options
 from loram_cli.cli.app import MODULES, run_command
 from loram_cli.config.recipe import SPECS, setting_types
 
+pytestmark = pytest.mark.integration
+
 KEEP = {"LORAM_PRUNE_KEEP_FIRST": "1", "LORAM_PRUNE_KEEP_LAST": "1"}
 
 

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from helpers.tiny import llama_like_tokenizer
+from helpers.tiny_models import llama_like_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@ import torch
 
 from loram_cli.evaluation.decode import Decoder, Generation, _filtered, stream_seed
 
+pytestmark = pytest.mark.integration
+
 PROMPTS = ["a", "Question: how many?\nAnswer:", "xyz " * 9]
 
 

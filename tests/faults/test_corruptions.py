@@ -92,7 +92,7 @@ def test_many_corruptions(number: int, finished_run, base, tmp_path, capsys):
 
 
 def test_an_adapter_of_another_base_is_refused(finished_run, base, tmp_path, capsys):
-    from helpers.tiny import make_base
+    from helpers.tiny_models import make_base
 
     other = make_base(tmp_path / "other", seed=7)
     words = ["recover", "--model", other, "--in", finished_run / "adapter"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers.tiny import save_tokenizer
+from helpers.tiny_models import save_tokenizer
 
 TINY = {
     "vocab_size": 258, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 4,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.live import LiveStorage, SavedTensors
+from helpers.tensor_storage import LiveStorage, SavedTensors
 
 from loram_cli.arch.registry import families, family_for
 from loram_cli.memory.activations import activations
@@ -14,6 +14,8 @@ from loram_cli.modeling.chunked_loss import chunked_loss
 from loram_cli.modeling.quantize import prepare_for_training
 from loram_cli.modeling.random_model import random_causal_lm
 from loram_cli.training.adapters import attach_lora, lora_config
+
+pytestmark = pytest.mark.integration
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 900, "hidden_size": 128, "intermediate_size": 344,

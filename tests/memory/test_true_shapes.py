@@ -6,7 +6,7 @@ and backward pass runs on any machine, and what would be held is counted as it i
 
 import pytest
 import torch
-from helpers.live import LiveStorage
+from helpers.tensor_storage import LiveStorage
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loram_cli.arch.registry import family_for

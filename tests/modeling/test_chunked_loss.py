@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.tiny import make_base
+from helpers.tiny_models import make_base
 from helpers.variants import VARIANTS, Variant
 
 from loram_cli.modeling.chunked_loss import (

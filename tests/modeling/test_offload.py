@@ -21,6 +21,8 @@ from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import load_adapter
 
+pytestmark = pytest.mark.integration
+
 HOW = {"dtype": torch.float32, "device": "cpu"}
 SILENT = NullReporter()
 IDS = torch.arange(3, 43).view(2, 20)

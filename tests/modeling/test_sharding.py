@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 from helpers.variants import VARIANTS
 
-SCRIPT = Path(__file__).with_name("compare_shared.py")
+SCRIPT = Path(helpers.__file__).with_name("sharding_check.py")
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 

@@ -1,7 +1,7 @@
 """The wheel, in an environment of its own, and on every Python that is supported.
 
-Interpreters are looked for as ``python3.12`` and so on, among pyenv's, and in
-``LORAM_TEST_PYTHONS``: paths of executables, separated by colons.
+Interpreters are looked for as ``python3.12`` and so on, among pyenv's (``PYENV_ROOT``), and in
+``TEST_PYTHONS``: paths of executables, separated by colons.
 """
 
 import os
@@ -24,11 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def start(*words: object, **options) -> subprocess.CompletedProcess:
-    # Commands read variables with our prefix as settings, and pip takes what lies on the path for
-    # installed.
-    environment = {
-        k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("LORAM_")
-    }
+    # pip takes what lies on the path for installed.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
         [str(word) for word in words], capture_output=True, text=True, env=environment, **options
     )
@@ -104,12 +101,13 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path):
 
 def python_of(version: str) -> str:
     """An interpreter of a version that can make an environment, or a skip."""
-    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [
-        *filter(None, os.environ.get("LORAM_TEST_PYTHONS", "").split(os.pathsep)),
+        *os.environ.get("TEST_PYTHONS", "").split(os.pathsep),
         shutil.which(f"python{version}"),
-        *sorted(map(str, pyenv.glob(f"{version}.*/bin/python")), reverse=True),
     ]
+    if "PYENV_ROOT" in os.environ:
+        installed = Path(os.environ["PYENV_ROOT"], "versions").glob(f"{version}.*/bin/python")
+        candidates += sorted(map(str, installed), reverse=True)
     probe = "import ensurepip, ssl, sys; print('%d.%d' % sys.version_info[:2])"
     for candidate in filter(None, candidates):
         # pyenv's own python3.12 is a script that fails unless that version is chosen.
@@ -119,7 +117,7 @@ def python_of(version: str) -> str:
             continue
         if done.returncode == 0 and done.stdout.strip() == version:
             return candidate
-    pytest.skip(f"python {version} is not installed here; LORAM_TEST_PYTHONS may name it")
+    pytest.skip(f"python {version} is not installed here; TEST_PYTHONS may name it")
 
 
 @pytest.mark.parametrize("version", PYTHONS)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.listening import Listening
-from helpers.stopping import Stop, Stopping
-from helpers.tiny import make_base
+from helpers.reporters import Interrupter, Interruption, WarningRecorder
+from helpers.tiny_models import make_base
 from safetensors.torch import load_file
 
 from loram_cli.errors import LoramError, UsageError
@@ -21,6 +20,8 @@ from loram_cli.stages.prune import stage as prune
 from loram_cli.stages.recover import merge
 from loram_cli.stages.recover import stage as recover
 from loram_cli.stages.train import stage as train
+
+pytestmark = pytest.mark.integration
 
 SILENT = NullReporter()
 IDS = torch.arange(2, 34).reshape(2, 16)
@@ -197,8 +198,8 @@ def test_a_killed_training_goes_on_to_the_same_adapter(
     train.run(whole, SILENT)
     cut = train_spec(chain / "pruned", tmp_path / "cut", instructions, **changes)
 
-    with pytest.raises(Stop):
-        train.run(cut, Stopping(5))
+    with pytest.raises(Interruption):
+        train.run(cut, Interrupter(5))
     assert not (tmp_path / "cut").exists()
     train.run(cut, SILENT)
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
@@ -252,7 +253,7 @@ def test_diverging_training_says_so(chain: Path, instructions: Path, tmp_path: P
 def test_a_training_that_memory_will_not_hold_is_told_at_its_start(
     chain: Path, instructions: Path, text_file: Path, tmp_path: Path, monkeypatch
 ):
-    reporter = Listening()
+    reporter = WarningRecorder()
     free = "loram_cli.modeling.free_memory.free_memory_bytes"
     monkeypatch.setattr(free, lambda _: 10**6)
     spec = train_spec(chain / "pruned", tmp_path / "adapter", instructions, quantize="nf4")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.variants import VARIANTS, Variant
-from helpers.whole_way import (
+from helpers.recovery_chain import (
     IDS,
     SILENT,
     check_training_and_recovery,
@@ -15,11 +14,14 @@ from helpers.whole_way import (
     logits,
     recovered_and_merged,
 )
+from helpers.variants import VARIANTS, Variant
 
 from loram_cli.modeling.load import load_causal_lm
 from loram_cli.stages.align import stage as align
 from loram_cli.stages.prune import stage as prune
 from loram_cli.stages.train import stage as train
+
+pytestmark = pytest.mark.integration
 
 STRATEGIES = ("rand", "l2", "taylor")
 EVERY = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from helpers.tiny import make_adapter, make_base
+from helpers.tiny_models import make_adapter, make_base
 
 from loram_cli.cli.app import run_command
 from loram_cli.reporting import NullReporter
@@ -20,6 +20,8 @@ from loram_cli.runs.manifest import MANIFEST_NAME
 from loram_cli.stages.prune import stage as prune
 from loram_cli.stages.recover import merge
 from loram_cli.stages.recover import stage as recover
+
+pytestmark = pytest.mark.integration
 
 COUNTED = ("write", "fsync", "fdatasync", "rename", "unlink", "mkdir", "rmdir")
 SILENT = NullReporter()

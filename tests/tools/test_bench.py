@@ -23,6 +23,8 @@ from loram_cli.tools.bench import (
     with_speedups,
 )
 
+pytestmark = pytest.mark.integration
+
 
 def test_rows_are_a_preset_a_ratio_and_a_precision():
     models = [BenchModel.parse(row) for row in PAPER_ROWS]

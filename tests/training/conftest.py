@@ -4,7 +4,7 @@ import json
 from contextlib import contextmanager
 
 import pytest
-from helpers.tiny import llama_like_tokenizer
+from helpers.tiny_models import llama_like_tokenizer
 
 NARROW_LAYER = {
     "num_attention_heads": 2,

@@ -11,6 +11,8 @@ from loram_cli.reporting import NullReporter
 from loram_cli.training.loop.loop import fit_lora
 from loram_cli.training.loop.options import FitOptions
 
+pytestmark = pytest.mark.integration
+
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )

@@ -22,6 +22,8 @@ from loram_cli.training.trl_jobs import (
     fit_rewards,
 )
 
+pytestmark = pytest.mark.integration
+
 OPTIONS = FitOptions(
     learning_rate=5e-3, steps=6, batch=8, micro_batch=4, warmup_steps=1, checkpoint_steps=2, seed=7
 )

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.family_models import LENGTH, SAMPLES, make_model, windows
-from helpers.tiny import make_base
-from helpers.whole_model import whole_model_gradients
+from helpers.tiny_models import make_base
+from helpers.whole_model_gradients import whole_model_gradients
 
 from loram_cli.arch.registry import families
 from loram_cli.errors import LoramError

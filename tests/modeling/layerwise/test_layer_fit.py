@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.family_models import LENGTH, SAMPLES, make_model, windows
-from helpers.tiny import save_tokenizer
+from helpers.tiny_models import save_tokenizer
 
 from loram_cli.arch.registry import families
 from loram_cli.modeling.layerwise.layer_fit import Reconstruction, reconstruct_layers
@@ -16,6 +16,8 @@ from loram_cli.modeling.layerwise.stream import LayerStream
 from loram_cli.modeling.load import load_causal_lm
 from loram_cli.reporting import NullReporter
 from loram_cli.stages.prune import stage as prune
+
+pytestmark = pytest.mark.integration
 
 SILENT = NullReporter()
 

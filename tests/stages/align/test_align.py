@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import make_base
+from helpers.tiny_models import make_base
 from safetensors.torch import load_file
 
 from loram_cli.errors import LoramError, UsageError
@@ -17,6 +17,8 @@ from loram_cli.stages.align import stage as align
 from loram_cli.stages.prune import stage as prune
 from loram_cli.stages.recover import stage as recover
 from loram_cli.stages.train import stage as train
+
+pytestmark = pytest.mark.integration
 
 SILENT = NullReporter()
 KEEP = {"keep_first": 1, "keep_last": 1}

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.listening import Listening
-from helpers.tiny import make_base
+from helpers.reporters import WarningRecorder
+from helpers.tiny_models import make_base
 
 from loram_cli.cli.app import run_command
 from loram_cli.errors import LoramError, UsageError
@@ -101,7 +101,7 @@ def test_same_inputs_are_done_already_and_changed_ones_are_not(
 def test_a_model_that_does_not_fit_is_read_layer_by_layer_and_answers_the_same(
     spec_of, loads, monkeypatch
 ):
-    reporter = Listening()
+    reporter = WarningRecorder()
     whole = evaluate.run(spec_of(), SILENT)
     assert len(loads) == 2
     small = spec_of(weights_memory=160_000, force=True)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.launching import children, curve, errors, finished, same_curve, wait_for_checkpoint
+from helpers.processes import children, curve, errors, finished, same_curve, wait_for_checkpoint
 
 from loram_cli.runs.manifest import Manifest
 

@@ -5,8 +5,9 @@ import os
 import signal
 from pathlib import Path
 
+import helpers
 import pytest
-from helpers.launching import children, curve, errors, finished, same_curve, wait_for_checkpoint
+from helpers.processes import children, curve, errors, finished, same_curve, wait_for_checkpoint
 
 from loram_cli.runs.manifest import Manifest
 
@@ -75,7 +76,7 @@ def test_ctrl_c_stops_every_process_at_the_same_step(launch, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("fault", ["1 step", "1 data", "0 step", "1 killed"])
 def test_what_fails_on_one_process_ends_all_with_one_line(launch, tmp_path, kind, fault):
-    program = (Path(__file__).with_name("launched_with_faults.py"),)
+    program = (Path(helpers.__file__).with_name("faulty_rank.py"),)
     process = launch("train", kind, "out", program=program, env={"FAULT": fault}.items())
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import make_base
+from helpers.tiny_models import make_base
 from helpers.variants import VARIANTS
 from safetensors.torch import load_file
 

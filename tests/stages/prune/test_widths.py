@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.whole_way import SILENT, check_training_and_recovery, keep_of
+from helpers.recovery_chain import SILENT, check_training_and_recovery, keep_of
 
 from loram_cli import pipeline
 from loram_cli.arch.registry import family_for
@@ -54,7 +54,7 @@ def test_a_global_ranking_is_trained_recovered_and_merged(
     base: Path, instructions: Path, tmp_path: Path
 ):
     # One layer with larger weights than the others must lose less.
-    from helpers.tiny import make_base
+    from helpers.tiny_models import make_base
     from safetensors.torch import load_file, save_file
 
     uneven = make_base(tmp_path / "uneven")

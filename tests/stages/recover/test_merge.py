@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.tiny import make_base
+from helpers.tiny_models import make_base
 from safetensors.torch import load_file
 
 from loram_cli.checkpoint import reader

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.stopping import Stop, Stopping
+from helpers.reporters import Interrupter, Interruption
 from safetensors.torch import load_file
 
 from loram_cli.cli.app import run_command
@@ -107,8 +107,8 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
     changes = {"objective": objective, "from_adapter": run_copy / "adapter", **more}
 
     cut = spec_of(run_copy, data, "cut", **changes)
-    with pytest.raises(Stop):
-        train.run(cut, Stopping(3))
+    with pytest.raises(Interruption):
+        train.run(cut, Interrupter(3))
     assert not (run_copy / "cut").exists()
     train.run(cut, SILENT)
     train.run(spec_of(run_copy, data, "whole", **changes), SILENT)

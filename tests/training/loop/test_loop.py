@@ -16,6 +16,8 @@ from loram_cli.training.loop.checkpoints import Found, newest_checkpoint
 from loram_cli.training.loop.loop import fit_causal_text, fit_lora, save_causal_lm, total_steps
 from loram_cli.training.loop.options import FitOptions, resolve_precision, weights_dtype
 
+pytestmark = pytest.mark.integration
+
 OPTIONS = FitOptions(
     learning_rate=5e-3, steps=6, batch=8, micro_batch=4, warmup_steps=1, checkpoint_steps=2, seed=7
 )
