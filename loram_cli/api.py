@@ -19,29 +19,18 @@ from typing import Any
 
 from loram_cli.config.recipe import Recipe, load_recipe
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.evaluation.results import Answer
 from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.rundir import RunDirectory
-from loram_cli.stages.align import stage as _align
-from loram_cli.stages.align.stage import AlignSpec
+from loram_cli.stages.align.spec import AlignSpec
 from loram_cli.stages.core.lifecycle import StageResult
-from loram_cli.stages.evaluate import generate as _generate
-from loram_cli.stages.evaluate import stage as _evaluate
-from loram_cli.stages.evaluate.generate import Answer, GenerateSpec
-from loram_cli.stages.evaluate.stage import EvalSpec
-from loram_cli.stages.prune import stage as _prune
-from loram_cli.stages.prune.stage import PruneSpec
-from loram_cli.stages.recover import merge as _merge
-from loram_cli.stages.recover import stage as _recover
-from loram_cli.stages.recover.merge import MergeSpec
-from loram_cli.stages.recover.stage import RecoverSpec
-from loram_cli.stages.train import stage as _train
-from loram_cli.stages.train.stage import TrainSpec
-from loram_cli.tools import memory_report as _report
-from loram_cli.tools import verify as _verify
+from loram_cli.stages.evaluate.spec import EvalSpec, GenerateSpec
+from loram_cli.stages.prune.spec import PruneSpec
+from loram_cli.stages.recover.spec import MergeSpec, RecoverSpec
+from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.tools.inspect import Inspection, inspect
-from loram_cli.tools.memory_report import MemoryReportSpec
-from loram_cli.tools.verify import VerifyReport, VerifySpec
+from loram_cli.tools.specs import MemoryReportSpec, VerifyReport, VerifySpec
 
 __all__ = [
     "AlignSpec",
@@ -81,56 +70,74 @@ __all__ = [
 
 def prune(spec: PruneSpec, reporter: Reporter | None = None) -> StageResult:
     """Prune a base, as ``loram prune``."""
-    return _prune.run(spec, reporter or NullReporter())
+    from loram_cli.stages.prune.stage import run
+
+    return run(spec, reporter or NullReporter())
 
 
 def align(spec: AlignSpec, reporter: Reporter | None = None) -> StageResult:
     """Align a pruned model, as ``loram align``."""
-    return _align.run(spec, reporter or NullReporter())
+    from loram_cli.stages.align.stage import run
+
+    return run(spec, reporter or NullReporter())
 
 
 def train(spec: TrainSpec, reporter: Reporter | None = None) -> StageResult:
     """Train a LoRA adapter, as ``loram train``."""
-    return _train.run(spec, reporter or NullReporter())
+    from loram_cli.stages.train.stage import run
+
+    return run(spec, reporter or NullReporter())
 
 
 def recover(spec: RecoverSpec, reporter: Reporter | None = None) -> StageResult:
     """Bring an adapter to the base's shapes, as ``loram recover``."""
-    return _recover.run(spec, reporter or NullReporter())
+    from loram_cli.stages.recover.stage import run
+
+    return run(spec, reporter or NullReporter())
 
 
 def merge(spec: MergeSpec, reporter: Reporter | None = None) -> StageResult:
     """Write base and adapter as one checkpoint, as ``loram recover --merge``."""
-    return _merge.run(spec, reporter or NullReporter())
+    from loram_cli.stages.recover.merge import run
+
+    return run(spec, reporter or NullReporter())
 
 
 def evaluate(spec: EvalSpec, reporter: Reporter | None = None) -> StageResult:
     """Score models on the same tasks, as ``loram eval``."""
-    return _evaluate.run(spec, reporter or NullReporter())
+    from loram_cli.stages.evaluate.stage import run
+
+    return run(spec, reporter or NullReporter())
 
 
 def generate(spec: GenerateSpec, reporter: Reporter | None = None) -> list[Answer]:
     """Ask models, as ``loram generate``; what does not fit the device is read as it runs."""
-    return _generate.run(spec, reporter or NullReporter())
+    from loram_cli.stages.evaluate.generate import run
+
+    return run(spec, reporter or NullReporter())
 
 
 def memory_report(spec: MemoryReportSpec, reporter: Reporter | None = None) -> Mapping[str, Any]:
     """Parameters and memory by arithmetic, as ``loram memory-report --json``."""
-    return _report.run(spec, reporter or NullReporter()).to_mapping()
+    from loram_cli.tools.memory_report import run
+
+    return run(spec, reporter or NullReporter()).to_mapping()
 
 
 def verify(spec: VerifySpec, reporter: Reporter | None = None) -> VerifyReport:
     """Check a directory against what was recorded, as ``loram verify``."""
-    return _verify.run(spec, reporter or NullReporter())
+    from loram_cli.tools.verify import run
+
+    return run(spec, reporter or NullReporter())
 
 
 def run_recipe(
     recipe: Recipe, run: Path, *, force: bool = False, reporter: Reporter | None = None
 ) -> list[StageResult]:
     """Run every stage of a recipe into a run directory, as ``loram run``."""
-    from loram_cli import pipeline
+    from loram_cli.pipeline import run as run_all
 
-    return pipeline.run(
+    return run_all(
         recipe,
         RunDirectory(run),
         force=force,

@@ -72,7 +72,7 @@ def default_text(field: "Field[Any]", told: Setting) -> str:
     if told.default_text is not None:
         return told.default_text
     value = field.default
-    if value is MISSING or value is None or value is False or value == () or told.switch:
+    if value is MISSING or value is None or isinstance(value, bool) or value == ():
         return ""
     if isinstance(value, Bytes | Params):
         return value.text

@@ -1,7 +1,7 @@
-"""What an evaluation found: per row its scores, and what it cost to train."""
+"""What an evaluation found: scores, what rows cost to train, answers."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from loram_cli.evaluation.requests import TaskScore
 
@@ -57,3 +57,24 @@ class EvalResult:
         """Every score of every row."""
         for row in self.rows.values():
             yield from row.scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a row wrote.
+
+    Attributes:
+        row: Its name.
+        prompt: As it was asked for.
+        rendered: What the model was given.
+        text: What it wrote.
+    """
+
+    row: str
+    prompt: str
+    rendered: str
+    text: str
+
+    def to_mapping(self) -> dict[str, str]:
+        """Plain form for ``--json``."""
+        return asdict(self)

@@ -13,21 +13,11 @@ from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.errors import LoramError
-from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, LoraAdapter
+from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-
-
-def is_checkpoint(directory: Path) -> bool:
-    """Whether the directory claims to hold a model."""
-    return (directory / "config.json").is_file()
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether the directory claims to hold a PEFT adapter."""
-    return (directory / CONFIG_NAME).is_file()
 
 
 def check_files(directory: Path, manifest: Manifest) -> Iterator[str]:

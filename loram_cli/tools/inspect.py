@@ -14,7 +14,6 @@ from loram_cli.errors import LoramError
 from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.rundir import OUTPUTS, STATE_NAME, RunDirectory
-from loram_cli.tools import checks
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,16 @@ class Inspection:
         return plain
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether the directory claims to hold a model."""
+    return (directory / "config.json").is_file()
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether the directory claims to hold a PEFT adapter."""
+    return (directory / CONFIG_NAME).is_file()
+
+
 def inspect(directory: Path) -> Inspection:
     """Tell what a directory is: a run, an output of ours, or a plain model or adapter.
 
@@ -90,9 +99,9 @@ def inspect(directory: Path) -> Inspection:
             "spec": dict(manifest.spec),
             "results": dict(manifest.results),
         }
-    if checks.is_adapter(directory):
+    if is_adapter(directory):
         return Inspection(directory, "adapter", **{**parts, **_adapter(directory, parts)})
-    if checks.is_checkpoint(directory):
+    if is_checkpoint(directory):
         return Inspection(directory, "checkpoint", **parts, **_checkpoint(directory))
     if manifest is not None:
         return Inspection(directory, "evaluation", **parts)

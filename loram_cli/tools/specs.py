@@ -224,3 +224,26 @@ class VerifySpec(Spec):
     )
     values: bool = setting(False, switch=True, help="Also read every weight: no NaN, no infinity.")
     ancestry: bool = setting(True, help="Follow inputs to the directories that they name.")
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found.
+
+    Attributes:
+        directories: Every directory that was looked at, the asked one first.
+        problems: One line each, naming the file.
+        notes: What could not be checked, and why.
+    """
+
+    directories: tuple[Path, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain form for ``--json``."""
+        return {
+            "directories": [str(path) for path in self.directories],
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+        }

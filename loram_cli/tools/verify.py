@@ -1,7 +1,6 @@
 """Verify: a directory and all that it descends from, against what was recorded."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,8 @@ from loram_cli.stages.core.lineage import PARTS, TEMPLATE, differences
 from loram_cli.stages.core.plan import recorded_key
 from loram_cli.stages.specs import SPECS
 from loram_cli.tools import checks
-from loram_cli.tools.specs import VerifySpec
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What was found.
-
-    Attributes:
-        directories: Every directory that was looked at, the asked one first.
-        problems: One line each, naming the file.
-        notes: What could not be checked, and why.
-    """
-
-    directories: tuple[Path, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain form for ``--json``."""
-        return {
-            "directories": [str(path) for path in self.directories],
-            "problems": list(self.problems),
-            "notes": list(self.notes),
-        }
+from loram_cli.tools.inspect import is_adapter, is_checkpoint
+from loram_cli.tools.specs import VerifyReport, VerifySpec
 
 
 def run(spec: VerifySpec, reporter: Reporter) -> VerifyReport:
@@ -73,7 +50,7 @@ def _roots(directory: Path) -> list[Path]:
 
 
 def _holds_weights(directory: Path) -> bool:
-    return checks.is_checkpoint(directory) or checks.is_adapter(directory)
+    return is_checkpoint(directory) or is_adapter(directory)
 
 
 class _Walk:
@@ -101,11 +78,11 @@ class _Walk:
                 self.problems.append(
                     f"{directory / MANIFEST_NAME}: its key does not follow from spec and inputs"
                 )
-        if checks.is_checkpoint(directory):
+        if is_checkpoint(directory):
             self.problems += checks.check_checkpoint(
                 directory, keep, self._reporter, values=self._spec.values
             )
-        if checks.is_adapter(directory):
+        if is_adapter(directory):
             model = self._model_of(directory, manifest)
             stage = manifest.stage if manifest else None
             self.problems += checks.check_adapter(directory, keep, stage, model)
@@ -134,7 +111,7 @@ class _Walk:
             record = manifest.inputs.get("source" if manifest.stage == "train" else "base", {})
             named = str(record.get("path"))
         model = locate(named, directory)
-        if model is None or not checks.is_checkpoint(model):
+        if model is None or not is_checkpoint(model):
             self.notes.append(f"{directory}: shapes not compared, {named} is not here")
             return None
         return model
@@ -162,11 +139,11 @@ def _input_problems(
         if "key" in record and Manifest.read(path).key != record["key"]:
             yield f"{about} was made anew since, with other settings or inputs"
         # An adapter as input has its file's digest under 'weights', or 'adapter' in evaluations.
-        if checks.is_adapter(path):
+        if is_adapter(path):
             recorded = record.get("adapter") or record.get("weights")
             if recorded not in (None, file_digest(path / WEIGHTS_NAME)):
                 yield f"{about} is another adapter than the one that was used"
-        elif is_first and checks.is_checkpoint(path):
+        elif is_first and is_checkpoint(path):
             identity = Model.open(path).identity.to_mapping()
             known = {part: said for part, said in (PARTS | TEMPLATE).items() if record.get(part)}
             for said in differences(record, identity, known):

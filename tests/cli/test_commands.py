@@ -11,6 +11,8 @@ import pytest
 from loram_cli import pipeline
 from loram_cli.cli.app import run_command
 from loram_cli.config.recipe import load_recipe
+from loram_cli.reporting import NullReporter
+from loram_cli.runs.rundir import RunDirectory
 
 pytestmark = pytest.mark.integration
 
@@ -90,12 +92,13 @@ def test_dry_run_writes_nothing(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
-def test_recipes_open_with_their_launch_line_and_dry_run(recipe: Path, capsys):
+def test_recipes_open_with_their_launch_line_and_dry_run(recipe: Path, tmp_path, capsys):
     lines = recipe.read_text().splitlines()
     assert lines[0] == f"# loram run recipes/{recipe.name}"
     assert any("Memory:" in line for line in lines[:8])
-    plan = pipeline.dry_run(load_recipe(recipe))
-    assert plan.pruned_params < plan.base_params
+    plan = pipeline.plan(load_recipe(recipe), RunDirectory(tmp_path / "run"), NullReporter())[0]
+    pruned = plan.figures["result"]
+    assert pruned.pruned_params < pruned.base_params
     assert loram("run", recipe, "--dry-run") == 0
     assert "prune" in capsys.readouterr().out
 
@@ -107,7 +110,7 @@ def test_unknown_recipe_keys_get_a_suggestion(tmp_path, capsys):
     assert "did you mean 'ratio'" in capsys.readouterr().err
     file.write_text("model: demo\nprune:\n  ratio: high\n")
     assert loram("run", file) == 2
-    assert "a number is wanted, not 'high'" in capsys.readouterr().err
+    assert "expected a number, not 'high'" in capsys.readouterr().err
 
 
 def test_interrupt_is_130_and_leaves_nothing_half_written(base, text_file, tmp_path):

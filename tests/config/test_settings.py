@@ -5,6 +5,7 @@ import pytest
 from loram_cli.config.recipe import Recipe, setting_types
 from loram_cli.config.settings import load_settings
 from loram_cli.errors import UsageError
+from loram_cli.schema import Bytes
 
 FILE = """\
 run: from-file
@@ -98,13 +99,13 @@ def test_without_any_file_nothing_is_set(tmp_path: Path):
     [
         ("trian:\n  steps: 3\n", {}, "loram.yaml: unknown key 'trian'.*did you mean 'train'"),
         ("train:\n  step: 3\n", {}, "unknown key 'step'.*did you mean 'steps'"),
-        ("train:\n  steps: many\n", {}, "steps: a whole number is wanted, not 'many'"),
-        ("train: 3\n", {}, "a mapping is wanted"),
+        ("train:\n  steps: many\n", {}, "steps: expected a whole number, not 'many'"),
+        ("train: 3\n", {}, "expected a mapping"),
         ("train:\n  out: here\n", {}, "unknown key 'out'"),
         ("- a\n", {}, "a settings file is a mapping"),
         ("a: [", {}, "not valid YAML"),
         ("", {"LORAM_TRAIN_STEP": "3"}, "unknown variable.*did you mean 'LORAM_TRAIN_STEPS'"),
-        ("", {"LORAM_TRAIN_STEPS": "many"}, "LORAM_TRAIN_STEPS: a whole number is wanted"),
+        ("", {"LORAM_TRAIN_STEPS": "many"}, "LORAM_TRAIN_STEPS: expected a whole number"),
         ("", {"LORAM_TRAIN_QUANTIZE": "nf5"}, "unknown value 'nf5'.*did you mean 'nf4'"),
         ("", {"LORAM_CONFIG": "/gone.yaml"}, "settings cannot be read"),
     ],
@@ -116,6 +117,6 @@ def test_mistakes_are_named(tmp_path: Path, text, environ, message):
 
 
 def test_every_setting_has_a_type():
-    assert setting_types("recover") == {"merge": bool}
+    assert setting_types("recover") == {"merge": bool, "max_shard_bytes": Bytes}
     assert {"steps", "report_to", "seed"} <= set(setting_types("train"))
     assert "out" not in setting_types("train")

@@ -8,7 +8,7 @@ import torch
 
 from loram_cli.arch.registry import family_for
 from loram_cli.cli.app import run_command
-from loram_cli.cli.commands.bench import bench_table
+from loram_cli.cli.draw.bench import bench_table
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_params
 from loram_cli.modeling.random_model import random_causal_lm

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from loram_cli.cli.app import run_command
-from loram_cli.cli.commands.inspect import layer_lines
+from loram_cli.cli.draw.inspection import layer_lines
 from loram_cli.errors import LoramError
 from loram_cli.tools.inspect import LayerWidth, inspect
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.checkpoint.sources import hub_id
+from loram_cli.schema import plain, settings_of
 from loram_cli.units import format_params
 
 CARD_NAME = "README.md"
@@ -54,18 +55,13 @@ _KINDS: dict[str, tuple[str, str, str, str]] = {
 
 
 def model_card(
-    stage: str,
-    spec: Mapping[str, Any],
-    out: str,
-    base: Mapping[str, Any],
-    results: Mapping[str, Any],
+    stage: str, spec: Any, base: Mapping[str, Any], results: Mapping[str, Any]
 ) -> str | None:
     """The card of a stage's output, without times or local paths; None for evaluations.
 
     Args:
         stage: Which stage made the output.
-        spec: What of its plain spec may be published: no local paths.
-        out: Where the output goes.
+        spec: Its spec, with ``out``; what only says where things lie is left out.
         base: The base's record in the manifest.
         results: What the stage measured.
     """
@@ -75,7 +71,10 @@ def model_card(
     path = Path(str(base.get("path", "")))
     published = hub_id(path)
     name = published or path.name or "the base"
-    this = f"./{Path(out).name}"
+    this = f"./{spec.out.name}"
+    shown = {
+        f.name: plain(getattr(spec, f.name)) for f, told in settings_of(spec) if not told.private
+    }
     lines = [
         _front_matter(library, published, relation),
         f"# {kind[0].upper()}{kind[1:]} of {name}",
@@ -87,7 +86,7 @@ def model_card(
         "",
         "## How it was made",
         "",
-        *_table("setting", spec),
+        *_table("setting", shown),
         *_table("result", results),
     ]
     return "\n".join(lines).rstrip() + "\n"

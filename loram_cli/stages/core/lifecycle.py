@@ -10,7 +10,7 @@ from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.meter import Meter
 from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.runs.staging import StagedDirectory, partial_directory, staged_directory
-from loram_cli.schema import plain, settings_of, spec_to_mapping
+from loram_cli.schema import plain, spec_to_mapping
 from loram_cli.stages.core.card import CARD_NAME, model_card
 from loram_cli.stages.core.plan import StagePlan, key_of
 from loram_cli.stages.core.results import Result, result_of
@@ -58,11 +58,11 @@ class StageRun:
         planned: StagePlan[Any],
         staged: StagedDirectory,
         record: Mapping[str, Any],
-        private: frozenset[str],
+        spec: Any,
         read: Path,
     ) -> None:
         self._planned = planned
-        self._private = private
+        self._spec = spec
         self._staged = staged
         self._record = record
         self._read = read
@@ -97,8 +97,7 @@ class StageRun:
             digests: SHA-256 in hex of files that were hashed while they were written.
         """
         planned, results = self._planned, plain(result)
-        shown = {k: v for k, v in self._record["spec"].items() if k not in self._private}
-        card = model_card(planned.stage, shown, self._record["spec"]["out"], planned.base, results)
+        card = model_card(planned.stage, self._spec, planned.base, results)
         if card is not None:
             (self.path / CARD_NAME).write_text(card, "utf-8")
         manifest = Manifest(
@@ -178,8 +177,7 @@ def stage_run(
             from loram_cli.training.distributed import share
 
             share(staged.finished is not None)
-        private = frozenset(field.name for field, told in settings_of(spec) if told.private)
-        yield StageRun(planned, staged, record, private, read)
+        yield StageRun(planned, staged, record, spec, read)
 
 
 def _is_older(out: Path, stage: str, key: str) -> bool:

@@ -1,11 +1,10 @@
 """Generate: what the models of a run answer to a prompt."""
 
-from dataclasses import asdict, dataclass
-
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.decode import Decoder, Generation, stream_seed
 from loram_cli.evaluation.perplexity import context_length
+from loram_cli.evaluation.results import Answer
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lineage import trained_layout
 from loram_cli.stages.evaluate.models import check_row, opened_model, row_tokenizer
@@ -13,27 +12,6 @@ from loram_cli.stages.evaluate.spec import GenerateSpec
 from loram_cli.training.data.layouts import Chat, Layout, asked
 
 __all__ = ["Answer", "GenerateSpec", "run"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a row wrote.
-
-    Attributes:
-        row: Its name.
-        prompt: As it was asked for.
-        rendered: What the model was given.
-        text: What it wrote.
-    """
-
-    row: str
-    prompt: str
-    rendered: str
-    text: str
-
-    def to_mapping(self) -> dict[str, str]:
-        """Plain form for ``--json``."""
-        return asdict(self)
 
 
 def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:

@@ -1,5 +1,6 @@
 """Alignment by reconstruction, distillation and their chains; pre-training is in test_chain."""
 
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
-from loram_cli.stages.align import methods as align_methods
 from loram_cli.stages.align import stage as align
+from loram_cli.stages.align.methods import reconstruct
+from loram_cli.stages.align.methods.table import METHODS
 from loram_cli.stages.prune import stage as prune
 from loram_cli.stages.recover import stage as recover
 from loram_cli.stages.train import stage as train
@@ -117,7 +119,7 @@ def test_an_interrupted_chain_goes_on_to_the_same_model(pruned, text_file, tmp_p
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    write, written = align_methods._write_fit, []
+    write, written = reconstruct._write_fit, []
 
     def write_one(fit, file):
         if written:
@@ -126,14 +128,14 @@ def test_an_interrupted_chain_goes_on_to_the_same_model(pruned, text_file, tmp_p
         write(fit, file)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(align_methods, "_write_fit", write_one)
+        patch.setattr(reconstruct, "_write_fit", write_one)
         align.run(cut, SILENT)
     assert written[0].is_file()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(align_methods.METHODS, "pretrain", stop)
+        patch.setitem(METHODS, "pretrain", replace(METHODS["pretrain"], act=stop))
         align.run(cut, SILENT)
     with monkeypatch.context() as patch:
-        patch.setitem(align_methods.METHODS, "reconstruct", stop)
+        patch.setitem(METHODS, "reconstruct", replace(METHODS["reconstruct"], act=stop))
         align.run(cut, SILENT)
     whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())

@@ -4,6 +4,8 @@ import yaml
 
 from loram_cli.checkpoint.sources import hub_id
 from loram_cli.stages.core.card import model_card
+from loram_cli.stages.recover.spec import RecoverSpec
+from loram_cli.stages.train.spec import TrainSpec
 
 CACHED = "/home/me/.cache/huggingface/hub/models--meta-llama--Llama-2-13b-hf/snapshots/abc"
 RESULTS = {"small_params": 1000, "training": {"wall_seconds": 1.0}, "modules": 3}
@@ -32,20 +34,23 @@ def test_every_model_output_has_a_card_with_front_matter(finished_run: Path):
 
 
 def test_a_base_from_the_hub_is_named_as_there():
-    spec = {"adapter": "/secret/adapter", "model": CACHED, "out": "/secret/recovered", "rank": 8}
+    spec = RecoverSpec(
+        adapter=Path("/secret/adapter"), model=Path(CACHED), out=Path("/secret/recovered")
+    )
     card = model_card("recover", spec, {"path": CACHED}, RESULTS)
     matter = front_matter(card)
     assert matter["base_model"] == "meta-llama/Llama-2-13b-hf"
     assert matter["base_model_relation"] == "adapter"
     assert "/secret" not in card
     assert "/home/me" not in card
-    assert "| rank | 8 |" in card
     assert 'from_pretrained("meta-llama/Llama-2-13b-hf")' in card
 
 
 def test_data_is_named_by_its_file_alone():
-    spec = {"data": "/home/me/private/train.jsonl", "learning_rate": 1e-5}
+    data = "/home/me/private/train.jsonl"
+    spec = TrainSpec(source=Path("/home/me/pruned"), out=Path("/home/me/adapter"), data=data)
     card = model_card("train", spec, {"path": "/models/base"}, {})
+    assert "| rank | 8 |" in card
     assert "| data | train.jsonl |" in card
     assert "/home/me" not in card
 

@@ -10,6 +10,7 @@ import pytest
 from helpers.reporters import WarningRecorder
 from helpers.tiny_models import make_base
 
+from loram_cli.checkpoint.model import Model
 from loram_cli.cli.app import run_command
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation.samples import load_documents
@@ -148,7 +149,9 @@ def test_an_adapters_scaling_is_an_input(base, tmp_path):
     for alpha, named in ((16, "a"), (16, "b"), (32, "a")):
         config = {"lora_alpha": alpha, "base_model_name_or_path": named}
         (adapter / "adapter_config.json").write_text(json.dumps(config))
-        record = eval_rows.eval_inputs({"r": (base, adapter)}, [])["row r"]
+        record = eval_rows.eval_inputs({"r": (base, adapter)}, {base: Model.open(base)}, [])[
+            "row r"
+        ]
         digests.append(record["adapter_config"])
     assert digests[0] == digests[1] != digests[2]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loram_cli import api
+from loram_cli.checkpoint.model import Model
 from loram_cli.cli.app import run_command
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation.decode import Decoder, Generation, end_tokens
@@ -87,7 +88,8 @@ def test_every_end_token_of_the_generation_config_ends_an_answer(base, spec_of, 
 
     chatty = shutil.copytree(base, tmp_path / "chatty")
     (chatty / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 77]}))
-    with opened_model(spec_of(rows={"base": (chatty,)}, **way), "base", NullReporter()) as model:
+    spec = spec_of(rows={"base": (chatty,)}, **way)
+    with opened_model(spec, "base", Model.open(chatty), NullReporter()) as model:
         assert end_tokens(model, load_tokenizer(base)) == {0, 77}
 
 
@@ -100,9 +102,9 @@ def test_a_row_is_gone_when_the_next_one_is_opened(base, finished_run, spec_of, 
     real = generate.opened_model
 
     @contextmanager
-    def watched(spec, label, reporter):
+    def watched(spec, label, opening, reporter):
         alive.append([model() is not None for model in opened])
-        with real(spec, label, reporter) as model:
+        with real(spec, label, opening, reporter) as model:
             opened.append(weakref.ref(model))
             yield model
 

@@ -20,7 +20,6 @@ from loram_cli.runs.processes import (
     process_count,
     process_rank,
 )
-from loram_cli.schema import spec_to_mapping
 from loram_cli.stages.core.lifecycle import key_of
 from loram_cli.stages.fit.launchers import as_launched
 from loram_cli.stages.fit.run import fit_device
@@ -80,7 +79,7 @@ def test_fsdp_wants_several_processes_and_a_plain_optimizer(launched, tmp_path):
 
 def test_whether_the_model_is_shared_out_is_not_in_the_key(tmp_path):
     spec = TrainSpec(source=tmp_path, out=tmp_path / "out", data="x")
-    keys = {key_of("train", spec_to_mapping(each), {}) for each in (spec, replace(spec, fsdp=True))}
+    keys = {key_of("train", each, {}) for each in (spec, replace(spec, fsdp=True))}
     assert len(keys) == 1
 
 
@@ -196,9 +195,9 @@ def test_a_dry_run_tells_what_each_process_holds(launched, finished_run, instruc
     words = ["train", "--run", finished_run, "--data", instructions, "--dry-run", "--json"]
     words = [*map(str, words), "--out", str(finished_run / "other"), "--device", "cpu"]
     assert run_command(words) == 0
-    alone = json.loads(capsys.readouterr().out)
+    (alone,) = json.loads(capsys.readouterr().out)["plans"]
     assert run_command([*words, "--fsdp"]) == 0
-    shared = json.loads(capsys.readouterr().out)
+    (shared,) = json.loads(capsys.readouterr().out)["plans"]
     assert shared["processes"] == 2
     assert shared["memory_bytes"] < alone["memory_bytes"]
-    assert shared["lora_params"] == alone["lora_params"]
+    assert shared["figures"]["lora_params"] == alone["figures"]["lora_params"]

@@ -184,7 +184,7 @@ def test_magnitude_keeps_the_largest(base: Path, tmp_path: Path, strategy: str):
 def test_activations_on_disk_change_no_byte(base: Path, text_file: Path, tmp_path: Path):
     spec = prune_spec(base, tmp_path / "a", text_file)
     prune.run(spec, SILENT)
-    prune.run(prune_spec(base, tmp_path / "b", text_file, calibration_memory_bytes=0), SILENT)
+    prune.run(prune_spec(base, tmp_path / "b", text_file, calibration_memory=0), SILENT)
     a, b = ((tmp_path / n / "model.safetensors").read_bytes() for n in "ab")
     assert a == b
 
@@ -207,15 +207,15 @@ def test_the_plan_tells_the_memory_of_the_hessians_that_are_summed(
     told = []
     monkeypatch.setattr(reconstruction, "Hessian", Counted)
     monkeypatch.setattr(
-        "loram_cli.pruning.sparsegpt.working_bytes",
+        "loram_cli.stages.prune.calibration.working_bytes",
         lambda inputs: told.append([columns for columns, _ in inputs]) or working_bytes(inputs),
     )
     base = variant.save(tmp_path / "base")
     spec = prune_spec(base, tmp_path / "pruned", text_file)
-    needs = prune.plan(spec).calibration
+    needs = prune.plan(spec, SILENT).work.calibration
     (columns,) = told
     assert needs.hessian_bytes >= 4 * sum(c * c for c in columns) > 0
-    assert needs.to_mapping()["hessian_memory_bytes"] == needs.hessian_bytes
+    assert needs.figures().hessian_memory_bytes == needs.hessian_bytes
     prune.run(spec, SILENT)
     layers = read_config(base)["num_hidden_layers"]
     assert summed == columns * layers
@@ -253,27 +253,29 @@ def test_what_does_not_go_together(changes, said, tmp_path):
 def test_widths_that_2_4_does_not_fit(tmp_path: Path):
     odd = make_base(tmp_path / "odd", intermediate_size=42)
     with pytest.raises(UsageError, match=r"down_proj\.weight has 42 columns"):
-        prune.plan(prune_spec(odd, tmp_path / "p", strategy="semi", importance="l2"))
+        prune.plan(prune_spec(odd, tmp_path / "p", strategy="semi", importance="l2"), SILENT)
 
 
 def test_too_little_text_and_too_long_windows(base: Path, text_file: Path, tmp_path: Path):
     with pytest.raises(LoramError, match="lower --calibration-samples"):
         prune.run(prune_spec(base, tmp_path / "p", text_file, calibration_samples=5000), SILENT)
     with pytest.raises(UsageError, match="exceeds the model's 256 positions"):
-        prune.plan(prune_spec(base, tmp_path / "p", text_file, calibration_length=300))
+        prune.plan(prune_spec(base, tmp_path / "p", text_file, calibration_length=300), SILENT)
     with pytest.raises(LoramError, match="no such file"):
-        prune.plan(prune_spec(base, tmp_path / "p", calibration=str(tmp_path / "none.txt")))
+        prune.plan(prune_spec(base, tmp_path / "p", calibration=str(tmp_path / "none.txt")), SILENT)
     assert not (tmp_path / "p").exists()
 
 
 def test_flags_fill_in_what_the_strategy_settles(base: Path, tmp_path: Path):
     run = RunDirectory(tmp_path / "run")
-    semi = resolve.prune_spec(run, str(base), {"strategy": "semi", "importance": "l2"})
-    assert semi.ratio == 0.5
-    demo = resolve.prune_spec(run, DEMO_MODEL, {"strategy": "unst"})
+    semi = resolve.prune_spec(
+        resolve.Place(run, str(base)), {"strategy": "semi", "importance": "l2"}
+    )
+    assert semi.settled().ratio == 0.5
+    demo = resolve.prune_spec(resolve.Place(run, DEMO_MODEL), {"strategy": "unst"})
     assert (demo.ratio, demo.calibration, demo.method) == (0.5, "demo:corpus", "sparsegpt")
     with pytest.raises(UsageError, match="--keep-first does not go with --strategy unst"):
-        resolve.prune_spec(run, DEMO_MODEL, {"strategy": "unst", "keep_first": 2})
+        resolve.prune_spec(resolve.Place(run, DEMO_MODEL), {"strategy": "unst", "keep_first": 2})
 
 
 @pytest.mark.slow
@@ -301,8 +303,8 @@ def test_the_whole_chain_by_recipe(model, strategy, base, text_file, instruction
             "task_data": {} if on_demo else {"perplexity": str(instructions)},
         },
     )
-    plan = pipeline.dry_run(recipe)
     run = RunDirectory(tmp_path / "run")
+    plan = pipeline.plan(recipe, run, SILENT)[0].figures["result"]
     results = pipeline.run(recipe, run, force=False, reporter=SILENT, on_result=lambda _: None)
     assert [r.stage for r in results] == ["prune", "align", "train", "recover", "merge", "eval"]
     assert results[0].manifest.results["pruned_params"] == plan.pruned_params

@@ -21,6 +21,9 @@ from loram_cli.memory.setup import TrainingSetup
 from loram_cli.memory.training import USABLE_SHARE, training_memory
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.rundir import RunDirectory
+from loram_cli.schema import Bytes, spec_from_mapping
+from loram_cli.stages.core.results import PruneResult
 from loram_cli.stages.prune import stage as prune
 from loram_cli.stages.prune.widths import choose_widths
 
@@ -29,7 +32,8 @@ PLAN = {"default": 0.5, "layers": {0: {"mlp": 0.25}, "2-2": {"heads": 0.75, "mlp
 
 def spec_of(base: Path, out: Path, **changes: object) -> prune.PruneSpec:
     settings = {"strategy": "stru", "importance": "l2", "keep_first": 1, "keep_last": 1}
-    return prune.PruneSpec(model=base, out=out, **{**settings, **changes})
+    values = {"model": base, "out": out, **settings, **changes}
+    return spec_from_mapping(prune.PruneSpec, values, "prune")
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_a_global_ranking_is_trained_recovered_and_merged(
     results = Manifest.read(tmp_path / "pruned").results
     least, most = results["widths"]["1"], results["widths"]["2"]
     assert least[1] <= most[1] and least[2] < most[2]
-    even = prune.plan(spec_of(uneven, tmp_path / "even", ratio=0.5)).pruned_params
+    even = prune.plan(spec_of(uneven, tmp_path / "even", ratio=0.5), SILENT).work.pruned_params
     one_head = 2 * 2 * 4 * 32 * 2
     assert even - one_head < results["pruned_params"] <= even
     assert CheckpointIndex.open(tmp_path / "pruned").num_params == results["pruned_params"]
@@ -100,11 +104,13 @@ def test_a_budget_is_met_in_multiples(base, tmp_path, scope):
 def test_a_multiple_that_keeps_everything_is_refused(base, tmp_path):
     spec = spec_of(base, tmp_path / "out", ratio=0.1, multiple_of=64)
     with pytest.raises(UsageError, match="--multiple-of 64 keeps everything"):
-        prune.plan(spec)
+        prune.plan(spec, SILENT)
 
 
 def test_a_plan_is_rounded_too(base, plan_file, tmp_path):
-    widths = prune.plan(spec_of(base, tmp_path / "out", plan=plan_file, multiple_of=16)).after
+    widths = prune.plan(
+        spec_of(base, tmp_path / "out", plan=plan_file, multiple_of=16), SILENT
+    ).work.after
     assert [layer.intermediate_size for layer in widths] == [32, 32, 16, 40]
 
 
@@ -113,9 +119,16 @@ def test_a_plan_is_rounded_too(base, plan_file, tmp_path):
     [(4838, 13824, True), (4840, 13824, False), (179, 512, False), (4838, 13827, False)],
 )
 def test_widths_that_a_gpu_multiplies_slowly_are_told(channels, base_channels, said):
-    results = {"widths": {"0": [8, 8, 4864], "1": [8, 8, channels]}}
-    results["base_widths"] = {"0": [8, 8, 4864], "1": [8, 8, base_channels]}
-    advice = width_advice(results)
+    result = PruneResult(
+        base_params=2,
+        pruned_params=1,
+        reduction=2.0,
+        removed_share=0.5,
+        weight_bytes=2,
+        widths={"0": (8, 8, 4864), "1": (8, 8, channels)},
+        base_widths={"0": (8, 8, 4864), "1": (8, 8, base_channels)},
+    )
+    advice = width_advice(result)
     assert bool(advice) == said
     assert all("4838 MLP channels" in line and "--multiple-of 64" in line for line in advice)
 
@@ -176,7 +189,7 @@ def test_70b_in_24_gib_on_nf4_takes_the_smallest_ratio_that_fits():
     spec = prune.PruneSpec(
         model=Path(),
         out=Path(),
-        fit_memory="24GiB",
+        fit_memory=Bytes.parse("24GiB"),
         quantize="nf4",
         strategy="rand",
         gradient_checkpointing=True,
@@ -192,12 +205,12 @@ def test_70b_in_24_gib_on_nf4_takes_the_smallest_ratio_that_fits():
     [
         ({"ratio": 0.5, "target_params": "40K"}, "--ratio and --target-params exclude each other"),
         ({"plan": Path("x"), "fit_memory": "1GiB"}, "--plan and --fit-memory exclude each other"),
-        ({"target_params": "six"}, "--target-params: 'six' is not a count of parameters"),
-        ({"fit_memory": "6 parsecs"}, "--fit-memory: '6 parsecs' is not an amount"),
+        ({"target_params": "six"}, "target_params: 'six' is not a count of parameters"),
+        ({"fit_memory": "6 parsecs"}, "fit_memory: '6 parsecs' is not an amount"),
         ({"target_params": 0}, "--target-params must be above 0"),
         ({"quantize": "nf4"}, "--quantize tells --fit-memory"),
         ({"micro_batch": 2}, "--micro-batch tells --fit-memory"),
-        ({"fit_memory": 10**9, "max_length": 0}, "--max-length 0 is too low"),
+        ({"fit_memory": 10**9, "max_length": 0}, "--max-length must be above 0"),
         ({"scope": "global", "strategy": "rand", "importance": None}, "draws them"),
         ({"scope": "global", "plan": Path("x")}, "says what each loses"),
         ({"multiple_of": 0}, "--multiple-of must be above 0"),
@@ -219,7 +232,7 @@ def test_what_excludes_each_other_is_refused(base, tmp_path, changes, said):
 )
 def test_budgets_that_ask_nothing_or_too_much(base, tmp_path, budget, said):
     with pytest.raises(UsageError, match=said):
-        prune.plan(spec_of(base, tmp_path / "out", **budget))
+        prune.plan(spec_of(base, tmp_path / "out", **budget), SILENT)
 
 
 def test_another_plan_in_the_same_file_is_another_pruning(base, plan_file, tmp_path):
@@ -239,7 +252,7 @@ def test_plans_that_cannot_be_used(base, tmp_path, text):
     if text is not None:
         file.write_text(text)
     with pytest.raises(UsageError, match=r"plan\.yaml"):
-        prune.plan(spec_of(base, tmp_path / "out", plan=file))
+        prune.plan(spec_of(base, tmp_path / "out", plan=file), SILENT)
 
 
 def test_a_picture_and_the_same_bytes_twice(base, plan_file, tmp_path):
@@ -262,7 +275,8 @@ def test_recipes_take_plans_and_budgets(plan_file, tmp_path):
             yaml.safe_dump({"model": "x/y", "preset": "llama2-70b", "prune": prune_section})
         )
         assert isinstance(load_recipe(file), Recipe)
-        planned = pipeline.dry_run(load_recipe(file))
+        run = RunDirectory(tmp_path / "run")
+        planned = pipeline.plan(load_recipe(file), run, SILENT)[0].figures["result"]
         assert planned.pruned_params < planned.base_params
         if "target_params" in section:
             assert 0.98 * 40e9 < planned.pruned_params <= 40e9
@@ -293,7 +307,7 @@ def test_the_command_shows_what_it_would_keep(base, plan_file, tmp_path, capsys,
     ] in lines
     assert run_command([*command, "--json", "--target-params", "40K", "--keep-first", "0",
                         "--keep-last", "0"]) == 0  # fmt: skip
-    planned = json.loads(capsys.readouterr().out)
+    planned = json.loads(capsys.readouterr().out)["plans"][0]["figures"]["result"]
     assert planned["pruned_params"] <= 40_000
     assert 0 < planned["ratio"] < 1
     assert run_command([*command, "--ratio", "0.5", "--target-params", "40K"]) == 2

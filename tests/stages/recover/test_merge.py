@@ -6,7 +6,7 @@ from helpers.tiny_models import make_base
 from safetensors.torch import load_file
 
 from loram_cli.checkpoint import reader
-from loram_cli.checkpoint.index import CheckpointIndex
+from loram_cli.checkpoint.model import Model
 from loram_cli.lora.adapter import LoraAdapter, LoraPair
 from loram_cli.lora.scatter import add_update
 from loram_cli.reporting import NullReporter
@@ -45,8 +45,7 @@ def test_merged_checkpoint_agrees_with_peft(tmp_path, monkeypatch, dtype):
     (tmp_path / "merged").mkdir()
     spec = MergeSpec(adapter=tmp_path / "adapter", model=base, out=tmp_path / "merged")
     adapter = LoraAdapter.read(tmp_path / "adapter")
-    index = CheckpointIndex.open(base)
-    merge_weights(spec, adapter, index, tmp_path / "merged", NullReporter())
+    merge_weights(spec, adapter, Model.open(base), tmp_path / "merged", NullReporter())
     ours = load_file(tmp_path / "merged" / "model.safetensors")
 
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
