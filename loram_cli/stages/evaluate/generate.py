@@ -64,7 +64,7 @@ def _ask(
     examples = [asked(prompt, layout, chat, learnt=layout == learnt) for prompt in spec.prompts]
     chat.warn_of_fallback(reporter)
     ids = [
-        tokenizer(example.prompt, add_special_tokens=example.special_tokens)["input_ids"]
+        encode_prompt(example.prompt, tokenizer, special_tokens=example.special_tokens)
         for example in examples
     ]
     reporter.note(f"asking {label} ({' + '.join(map(str, parts))}), layout {layout}")
