@@ -91,12 +91,8 @@ def read_pieces(path: Path) -> Iterator[str]:
                 yield piece
             yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        start = error.object.rfind(b"\n", 0, error.start) + 1
         line += error.object.count(b"\n", 0, error.start)
-        inside = UnicodeDecodeError(
-            "utf-8", error.object[start:], error.start - start, error.end - start, error.reason
-        )
-        raise _not_utf8(path, line, inside) from error
+        raise _not_utf8(path, line, error) from error
     except _BROKEN as error:
         raise LoramError(f"{path}: cannot be read after line {line} ({error})") from error
 
@@ -118,7 +114,6 @@ def _opened(path: Path) -> IO[bytes]:
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> LoramError:
     return LoramError(
-        f"{path}, line {line}: not UTF-8 (byte {error.start} of the line is "
-        f"0x{error.object[error.start]:02x})",
+        f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})",
         "convert the file to UTF-8",
     )

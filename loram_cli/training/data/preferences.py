@@ -14,7 +14,7 @@ from loram_cli.training.data.fields import as_text, is_absent, present
 from loram_cli.training.data.json_text import decoded_turns
 from loram_cli.training.data.layouts import examples_of
 from loram_cli.training.data.records import Record, read_records
-from loram_cli.training.data.sources import load_sources
+from loram_cli.training.data.sources import Exhausted, load_sources
 from loram_cli.training.data.tally import UnusableRecord
 from loram_cli.training.data.tokens import encode_examples
 
@@ -60,6 +60,8 @@ def load_preferences(
     tokenizer: Any | None = None,
     limit: int | None = None,
     reporter: Reporter | None = None,
+    seed: int = 0,
+    exhausted: Exhausted = "stop",
 ) -> list[Preference]:
     """Preferences of a source, in the layouts of TRL's and LLaMA-Factory's data sets.
 
@@ -68,6 +70,8 @@ def load_preferences(
         tokenizer: Whose chat template renders messages.
         limit: Read at most so many records.
         reporter: Told of pairs that are left out.
+        seed: Of the order in which several sources are mixed.
+        exhausted: Whether sources that are used up first are repeated, see :func:`.sources.mix`.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
@@ -76,7 +80,7 @@ def load_preferences(
     def load(name: str) -> list[Preference]:
         return _load(name, tokenizer, limit, reporter or NullReporter())
 
-    return load_sources(source, load, limit=limit)
+    return load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
 
 
 def _load(

@@ -9,7 +9,7 @@ from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.fields import as_text, is_absent
 from loram_cli.training.data.layouts import examples_of
 from loram_cli.training.data.records import Record, read_records
-from loram_cli.training.data.sources import load_sources
+from loram_cli.training.data.sources import Exhausted, load_sources
 from loram_cli.training.data.tally import UnusableRecord
 
 _MARK = "####"
@@ -30,7 +30,12 @@ class Question:
 
 
 def load_questions(
-    source: str, *, limit: int | None = None, reporter: Reporter | None = None
+    source: str,
+    *,
+    limit: int | None = None,
+    reporter: Reporter | None = None,
+    seed: int = 0,
+    exhausted: Exhausted = "stop",
 ) -> list[Question]:
     """Word problems in GSM8K's layout.
 
@@ -38,6 +43,8 @@ def load_questions(
         source: As :func:`.data.load_instructions` takes it, such as ``demo:train``.
         limit: Read at most so many records.
         reporter: Told of what is left out.
+        seed: Of the order in which several sources are mixed.
+        exhausted: Whether sources that are used up first are repeated, see :func:`.sources.mix`.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
@@ -46,7 +53,7 @@ def load_questions(
     def load(name: str) -> list[Question]:
         return _load(name, limit, reporter or NullReporter())
 
-    return load_sources(source, load, limit=limit)
+    return load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
 
 
 def _load(source: str, limit: int | None, reporter: Reporter) -> list[Question]:

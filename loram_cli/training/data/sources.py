@@ -45,7 +45,7 @@ def parse_sources(data: str) -> tuple[Source, ...]:
         UsageError: A name is empty, a weight is 0 or no decimal number, or some sources have a
             weight and others have none.
     """
-    if kind_at(Path(data)) is not None:
+    if data and kind_at(Path(data)) is not None:
         return (Source(data),)
     sources = tuple(_source(part.strip()) for part in data.split(","))
     unweighted = [source.name for source in sources if source.weight is None]
@@ -131,6 +131,8 @@ def mix(
         UsageError: A weight leaves a source without a single item, or has one repeated more than
             a thousand times.
     """
+    if not all(parts):
+        raise UsageError("a source of the mixture holds nothing", "leave it out")
     total = sum(weights)
     shares = [weight / total for weight in weights]
     ends = [len(part) / share for part, share in zip(parts, shares, strict=True)]
@@ -159,7 +161,7 @@ def mix(
 
 
 def _source(part: str) -> Source:
-    if kind_at(Path(part)) is not None:
+    if part and kind_at(Path(part)) is not None:
         return Source(part)
     match = _WEIGHTED.fullmatch(part)
     if match is None:

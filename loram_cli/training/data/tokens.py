@@ -136,8 +136,12 @@ def tokenize_examples(
         reporter.warn("the tokenizer has no end-of-sequence token: answers will not learn to end")
     done = tokenize_rows(examples, tokenizer, sequence_length, loss_on_prompt=loss_on_prompt)
     cut = sum(length > sequence_length for length in done.lengths)
+    dropped = len(examples) - len(done.rows)
+    if dropped and not cut:
+        reporter.warn(
+            f"{dropped} of {len(examples)} examples dropped: no token of theirs is learnt"
+        )
     if cut:
-        dropped = len(examples) - len(done.rows)
         reporter.warn(
             f"{cut} of {len(examples)} examples are longer than {sequence_length} tokens and were "
             f"cut, {dropped} of them dropped because no answer was left"
