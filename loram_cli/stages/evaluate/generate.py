@@ -10,7 +10,9 @@ from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lineage import trained_layout
 from loram_cli.stages.evaluate.models import check_row, opened_model, row_tokenizer
 from loram_cli.stages.evaluate.spec import GenerateSpec
-from loram_cli.training.data.layouts import Chat, Layout, asked
+from loram_cli.training.data.chat import Chat
+from loram_cli.training.data.layouts import Layout, asked
+from loram_cli.training.data.tokens import encode_prompt
 
 __all__ = ["Answer", "GenerateSpec", "run"]
 
