@@ -165,9 +165,11 @@ class _Window:
                 cut = error.msg.startswith("Unterminated") or (
                     error.pos >= len(self._text) - _CUT_MARGIN
                 )
+                # Before more is read, which forgets the lines that its place counts from.
+                broken = self._broken(error)
                 if cut and self._fill(len(self._text) - self._at):
                     continue
-                raise self._broken(error) from error
+                raise broken from error
             except (ValueError, RecursionError) as error:
                 raise _fault(self.path, line, error) from error
             self._at = end

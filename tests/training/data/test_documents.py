@@ -208,6 +208,8 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', r"no message of the assis"),
         ("a.jsonl", "[" * 100_000, r"line 1: JSON is nested too deeply"),
         ("a.json", '[{"prompt": "a",\n "completion" "b"}]', r"a\.json, line 2: broken JSON"),
+        ("a.json", '[\n\n{"prompt": }]', r"a\.json, line 3: broken JSON"),
+        ("a.json", GOOD + '\n{"prompt": "a",\n]', r"a\.json, line 4: broken JSON"),
         ("a.json", '"prompt"', r"expected a list of records, not text"),
         ("a.json", '[{"text": "a"}', r"a\.json, line 1: broken JSON \(Expecting ','"),
         ("a.json", '[{"text": "a"}] 1', r"a\.json, line 1: text after the end of the list"),
