@@ -7,7 +7,10 @@ from typing import Any
 
 from loram_cli.errors import LoramError
 from loram_cli.training.data.documents import Example, load_instructions, load_text
-from loram_cli.training.data.records import Record, is_text_file, read_records, read_text_file
+from loram_cli.training.data.examples import single_turns
+from loram_cli.training.data.files import is_text_file, read_text_file
+from loram_cli.training.data.layouts import layout_of
+from loram_cli.training.data.records import Record, read_records
 
 # Fields that the task's prompts and scoring need; checked before the first forward pass.
 _REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
@@ -75,9 +78,10 @@ def perplexity_data(
         if is_text_file(path):
             return [], [read_text_file(path)]
         first = next(iter(read_records(str(path), limit=1)), None)
-        if first is not None and "text" in first.fields:
+        if first is not None and layout_of(first.fields) == "text":
             return [], load_text(str(path), limit=limit)
-        return load_instructions(str(path), tokenizer=tokenizer, limit=limit), []
+        found = load_instructions(str(path), tokenizer=tokenizer, limit=limit)
+        return [turn for example in found for turn in single_turns(example)], []
     except LoramError as error:
         raise LoramError(f"--task-data perplexity: {error.message}", error.hint) from error
 

@@ -229,9 +229,7 @@ def count_documents(source: str, reporter: Reporter) -> int | None:
 
 
 def _is_small(source: str) -> bool:
-    from loram_cli.training.data.records import DEMO_PREFIX, local_files
+    from loram_cli.training.data.sources import data_files
 
-    if source.startswith(DEMO_PREFIX):
-        return True
-    files = local_files(source)
+    files = data_files(source)
     return files is not None and sum(f.stat().st_size for f in files) <= _COUNTED_BYTES

@@ -9,7 +9,9 @@ from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lineage import trained_layout
 from loram_cli.stages.evaluate.models import check_row, opened_model, row_tokenizer
 from loram_cli.stages.evaluate.spec import GenerateSpec
-from loram_cli.training.data.layouts import Chat, Layout, asked
+from loram_cli.training.data.chat import Chat
+from loram_cli.training.data.layouts import Layout, asked
+from loram_cli.training.data.tokens import encode_prompt
 
 __all__ = ["Answer", "GenerateSpec", "run"]
 
@@ -42,7 +44,7 @@ def _ask(
     examples = [asked(prompt, layout, chat, learnt=layout == learnt) for prompt in spec.prompts]
     chat.warn_of_fallback(reporter)
     ids = [
-        tokenizer(example.prompt, add_special_tokens=example.special_tokens)["input_ids"]
+        encode_prompt(example.prompt, tokenizer, special_tokens=example.special_tokens)
         for example in examples
     ]
     reporter.note(f"asking {label} ({' + '.join(map(str, parts))}), layout {layout}")

@@ -16,7 +16,7 @@ from loram_cli.pruning.sparsegpt import working_bytes
 from loram_cli.stages.core.results import CalibrationFigures
 from loram_cli.stages.prune.spec import PruneSpec
 from loram_cli.training.data.documents import load_text
-from loram_cli.training.data.records import DEMO_PREFIX, local_files
+from loram_cli.training.data.sources import data_files
 
 # Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults.
 _DEFAULT_WINDOWS = {"taylor": (10, 128), "sparsegpt": (128, 2048)}
@@ -72,8 +72,7 @@ def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
         UsageError: A window is longer than the model's context.
     """
     assert spec.calibration is not None and spec.method is not None
-    if not spec.calibration.startswith(DEMO_PREFIX):
-        local_files(spec.calibration)
+    data_files(spec.calibration)
     config = model.config
     samples, length = _DEFAULT_WINDOWS[spec.method]
     positions = config.get("max_position_embeddings") or length

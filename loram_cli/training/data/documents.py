@@ -3,38 +3,36 @@
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter, Reporter
-from loram_cli.training.data.layouts import (
-    LAYOUTS,
-    Chat,
-    Example,
-    Layout,
-    examples_of,
-    layout_of,
-    text_field,
-)
-from loram_cli.training.data.records import (
-    DEMO_PREFIX,
-    Record,
-    is_text_file,
-    local_files,
-    read_records,
-    read_text_file,
-)
+from loram_cli.training.data.chat import Chat
+from loram_cli.training.data.conversations import TrainOn
+from loram_cli.training.data.examples import Example
+from loram_cli.training.data.fields import present
+from loram_cli.training.data.files import is_text_file, read_pieces
+from loram_cli.training.data.layouts import LAYOUTS, Layout, examples_of, layout_of, text_field
+from loram_cli.training.data.records import DEMO_PREFIX, Record, local_files, read_records
+from loram_cli.training.data.sources import Exhausted, load_sources, parse_sources
+from loram_cli.training.data.tally import Tally, UnusableRecord
 
 T = TypeVar("T")
 
+_END_OF_TEXT = "<|endoftext|>"
 # Two or more blank lines part documents; one blank line parts paragraphs of the same document.
 _DOCUMENT_BREAK = re.compile(r"\n[^\S\n]*\n[^\S\n]*\n\s*|<\|endoftext\|>")
 _MAX_DOCUMENT_CHARS = 20_000
 
 
 def load_text(
-    source: str, *, limit: int | None = None, reporter: Reporter | None = None
+    source: str,
+    *,
+    limit: int | None = None,
+    reporter: Reporter | None = None,
+    seed: int = 0,
+    exhausted: Exhausted = "stop",
 ) -> list[str]:
     """Documents to continue pre-training, or to calibrate, on.
 
@@ -43,17 +41,30 @@ def load_text(
     instruction layout give prompt and completion as one text.
 
     Args:
-        source: A .txt, .jsonl(.gz), .json or .parquet file, a folder of those, ``demo:corpus``,
-            ``demo:calibration``, or a hub data set id ``owner/name[:config][@split]``.
+        source: A .txt, .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a folder of
+            those, ``demo:corpus``, ``demo:calibration``, a hub data set id
+            ``owner/name[:config][@split]``, or several with weights, see
+            :func:`.sources.parse_sources`.
         limit: Take at most so many documents.
-        reporter: Told of documents left out because they are empty.
+        reporter: Told of documents that are left out.
+        seed: Of the order in which several sources are mixed.
+        exhausted: Whether sources that are used up first are repeated, see :func:`.sources.mix`.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
+
+    def load(name: str) -> list[str]:
+        return _load_text(name, limit, reporter or NullReporter())
+
+    return load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
+
+
+def _load_text(source: str, limit: int | None, reporter: Reporter) -> list[str]:
     texts: list[str] = []
+    tally = Tally()
     empty = 0
-    for text in _documents(source, limit):
+    for text in _documents(source, limit, tally):
         if not text.strip():
             empty += 1
             continue
@@ -61,9 +72,10 @@ def load_text(
         if limit is not None and len(texts) >= limit:
             break
     if empty:
-        (reporter or NullReporter()).warn(f"{source}: {empty} empty documents left out")
+        reporter.warn(f"{source}: {empty} empty documents left out")
     if not texts:
-        raise LoramError(f"{source}: no text in it")
+        raise tally.nothing_left(source, "text", "pass data with text in it")
+    tally.tell(source, reporter)
     return texts
 
 
@@ -73,55 +85,77 @@ def load_instructions(
     tokenizer: Any | None = None,
     limit: int | None = None,
     reporter: Reporter | None = None,
+    train_on: TrainOn = "all",
+    seed: int = 0,
+    exhausted: Exhausted = "stop",
 ) -> list[Example]:
     """Examples to fine-tune on; each record's layout is told by its fields.
 
     ``question``/``answer`` is rendered exactly as lm-eval's gsm8k does, ``instruction``/``output``
-    by Alpaca's template, ``messages`` by the tokenizer's chat template: one example for each of
-    the assistant's turns.
+    by Alpaca's template, ``messages`` by the tokenizer's chat template, a whole conversation as
+    one example; ``text`` is learnt whole.
 
     Args:
-        source: A .jsonl(.gz), .json or .parquet file, a folder of those, ``demo:train``,
-            ``demo:validation``, ``demo:test``, or a hub id ``owner/name[:config][@split]``.
+        source: A .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a folder of those,
+            ``demo:train``, ``demo:validation``, ``demo:test``, a hub id
+            ``owner/name[:config][@split]``, or several with weights, see
+            :func:`.sources.parse_sources`.
         tokenizer: Whose chat template renders messages.
         limit: Read at most so many records.
-        reporter: Told of what is left out or rendered without a chat template.
+        reporter: Told of what is left out, changed or not used, each once with its count.
+        train_on: Learn all turns of the assistant, or only the last.
+        seed: Of the order in which several sources are mixed.
+        exhausted: Whether sources that are used up first are repeated, see :func:`.sources.mix`.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
-    reporter = reporter or NullReporter()
-    chat = Chat(tokenizer)
-    examples: list[Example] = []
-    empty = 0
+
+    def load(name: str) -> list[Example]:
+        chat = Chat(tokenizer)
+        found = [
+            example for _, example in read_examples(name, chat, limit=limit, train_on=train_on)
+        ]
+        if not found:
+            raise chat.tally.nothing_left(name, "examples", f"layouts: {LAYOUTS}")
+        chat.tally.tell(name, reporter or NullReporter())
+        chat.warn_of_fallback(reporter or NullReporter())
+        return found
+
+    return load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
+
+
+def read_examples(
+    source: str, chat: Chat, *, limit: int | None = None, train_on: TrainOn = "all"
+) -> Iterator[tuple[str, Example]]:
+    """Examples of one source with their places; what is left out is counted in ``chat.tally``.
+
+    Raises:
+        LoramError: Missing, unreadable or malformed; names file and line.
+    """
     for record in read_records(source, limit=limit):
-        for example in examples_of(record, chat):
-            if example.completion.strip():
-                examples.append(example)
-            else:
-                empty += 1
-    if empty:
-        reporter.warn(f"{source}: {empty} examples with an empty answer left out")
-    chat.warn_of_fallback(reporter)
-    if not examples:
-        raise LoramError(f"{source}: no examples in it", f"layouts: {LAYOUTS}")
-    return examples
+        try:
+            for example in examples_of(record, chat, train_on=train_on):
+                yield record.where, example
+        except UnusableRecord as unusable:
+            chat.tally.leave_out(unusable)
 
 
 def source_layout(source: str) -> Layout | None:
     """The layout of the first record: in which a model that learnt from it is to be asked.
 
     Args:
-        source: As for :func:`load_instructions`.
+        source: As for :func:`load_instructions`; of several, the first counts.
 
     Returns:
         None where it is neither an instruction layout nor a pair of preferences.
     """
-    first = next(iter(read_records(source, limit=1)), None)
+    name = parse_sources(source)[0].name
+    first = next(iter(read_records(name, limit=1)), None)
     if first is None:
         return None
     fields = first.fields
-    if "chosen" in fields:
+    if fields.get("chosen") is not None:
         # A conversation may leave its prompt to both answers.
         return "messages" if isinstance(fields["chosen"], list) else "prompt"
     return layout_of(fields)
@@ -143,7 +177,7 @@ def split_eval(items: Sequence[T], fraction_or_count: float, seed: int) -> tuple
     """
     wanted = fraction_or_count
     if wanted < 0 or (wanted >= 1 and wanted != int(wanted)):
-        raise UsageError(f"evaluation split {wanted:g}: a share below 1 or a whole count is wanted")
+        raise UsageError(f"evaluation split {wanted:g}: expected a share below 1 or a whole count")
     count = int(wanted) if wanted >= 1 else round(wanted * len(items))
     if 0 < wanted < 1:
         count = max(1, count)
@@ -159,38 +193,70 @@ def split_eval(items: Sequence[T], fraction_or_count: float, seed: int) -> tuple
     )
 
 
-def _documents(source: str, limit: int | None) -> Iterator[str]:
+def _documents(source: str, limit: int | None, tally: Tally) -> Iterator[str]:
     is_demo = source.startswith(DEMO_PREFIX)
     files = None if is_demo else local_files(source)
     if files is None:
-        yield from (_text_of(record) for record in read_records(source, limit=limit))
+        yield from _texts_of(read_records(source, limit=limit), tally)
         return
     for file in files:
         if is_text_file(file):
-            yield from _split_documents(read_text_file(file))
+            yield from _split_documents(read_pieces(file))
         else:
-            yield from (_text_of(record) for record in read_records(os.fspath(file)))
+            yield from _texts_of(read_records(os.fspath(file)), tally)
 
 
-def _split_documents(text: str) -> Iterator[str]:
-    for document in _DOCUMENT_BREAK.split(text.replace("\r\n", "\n")):
-        rest = document
-        while len(rest) > _MAX_DOCUMENT_CHARS:
-            cut = rest.rfind("\n", 0, _MAX_DOCUMENT_CHARS) + 1 or _MAX_DOCUMENT_CHARS
+def _split_documents(pieces: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for piece in pieces:
+        rest = (rest + piece).replace("\r\n", "\n")
+        start = 0
+        for found in _DOCUMENT_BREAK.finditer(rest):
+            # A break at the very end may go on in the next piece.
+            if found.end() == len(rest):
+                break
+            yield from _cut(rest[start : found.start()])
+            start = found.end()
+        rest = rest[start:]
+        while len(rest.rstrip()) > _MAX_DOCUMENT_CHARS + len(_END_OF_TEXT):
+            cut = _line_end(rest)
             yield rest[:cut]
             rest = rest[cut:]
-        if rest.strip():
-            yield rest
+    for document in _DOCUMENT_BREAK.split(rest):
+        yield from _cut(document)
 
 
-def _text_of(record: Record) -> str:
-    if "text" in record.fields:
-        return text_field(record, "text")
+def _cut(document: str) -> Iterator[str]:
+    while len(document) > _MAX_DOCUMENT_CHARS:
+        cut = _line_end(document)
+        yield document[:cut]
+        document = document[cut:]
+    if document.strip():
+        yield document
+
+
+def _line_end(document: str) -> int:
+    return document.rfind("\n", 0, _MAX_DOCUMENT_CHARS) + 1 or _MAX_DOCUMENT_CHARS
+
+
+def _texts_of(records: Iterable[Record], tally: Tally) -> Iterator[str]:
+    chat = Chat(None)
+    for record in records:
+        try:
+            yield _text_of(record, chat, tally)
+        except UnusableRecord as unusable:
+            tally.leave_out(unusable)
+
+
+def _text_of(record: Record, chat: Chat, tally: Tally) -> str:
+    if "text" in present(record.fields):
+        return text_field(record, "text", tally)
     try:
-        examples = examples_of(record, Chat(None))
+        (example,) = examples_of(record, chat)
+    except UnusableRecord:
+        raise
     except LoramError:
         raise LoramError(
             f"{record.where}: no field 'text' (fields: {', '.join(record.fields) or 'none'})"
         ) from None
-    # Turns share their beginnings; the last prompt holds all of them.
-    return examples[-1].prompt + examples[-1].completion
+    return example.text

@@ -1,94 +1,88 @@
 """Layouts of instruction records: what each one teaches, as prompt and completion."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from loram_cli.errors import LoramError
-from loram_cli.reporting import Reporter
-from loram_cli.training.data.records import Record
-
-# The template of Stanford Alpaca, with and without an input, to the letter.
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+from loram_cli.training.data.chat import Chat
+from loram_cli.training.data.conversations import (
+    CONVERSATION_KEYS,
+    SYSTEM_KEYS,
+    TrainOn,
+    read_conversation,
 )
-_ALPACA = (
+from loram_cli.training.data.examples import Example, example_of_spans
+from loram_cli.training.data.fields import Fields, present
+from loram_cli.training.data.json_text import decoded, decoded_turns
+from loram_cli.training.data.records import Record
+from loram_cli.training.data.tally import Tally, UnusableRecord
+
+# The template of Stanford Alpaca, with and without an input, to the letter. A record's own system
+# prompt takes the place of the sentences before it, as in axolotl.
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request."
+)
+_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    "the request."
 )
 LAYOUTS = (
-    "prompt/completion, instruction(+input)/output, question/answer, messages or conversations"
+    "prompt/completion, instruction(+input)/output, question/answer, messages or conversations, "
+    "text"
 )
-Layout = Literal["messages", "prompt", "instruction", "question"]
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-_ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+Layout = Literal["messages", "prompt", "instruction", "question", "text"]
+_INSTRUCTION = ("instruction", "query", "input")
+_CONTEXT = ("input", "context")
+_ANSWERS: dict[Layout, tuple[str, ...]] = {
+    "prompt": ("completion", "response", "output", "answer"),
+    "instruction": ("output", "response", "completion", "answer"),
+    "question": ("answer", "response", "output", "completion"),
+}
 
 
-@dataclass(frozen=True)
-class Example:
-    """One thing to learn: given ``prompt``, write ``completion``.
+def examples_of(record: Record, chat: Chat, *, train_on: TrainOn = "all") -> list[Example]:
+    """What a record teaches, its layout told by its fields; nearly always one example.
 
-    Attributes:
-        prompt: Text that is given.
-        completion: Text that is learnt; the end-of-sequence token follows it.
-        special_tokens: Whether the tokenizer adds its own (bos); not after a chat template,
-            which has written them already.
-    """
-
-    prompt: str
-    completion: str
-    special_tokens: bool = True
-
-
-def examples_of(record: Record, chat: "Chat") -> list[Example]:
-    """What a record teaches, its layout told by its fields.
+    Args:
+        record: The record.
+        chat: Renders messages; its tally counts what was changed and what was not used.
+        train_on: Learn all turns of the assistant, or only the last.
 
     Raises:
-        LoramError: No known layout; names file and line.
+        UnusableRecord: There is nothing to learn in it, because of a null for instance.
+        LoramError: No known layout, or a message that is not text; names file and line.
     """
-    fields = record.fields
-    layout = layout_of(fields)
+    fields = Fields(record, chat.tally)
+    layout = layout_of(record.fields)
+    if layout is None:
+        raise _unknown(record)
     if layout == "messages":
-        if "prompt" in fields and not {"messages", "conversations"} & set(fields):
-            turns = [*fields["prompt"], *_as_list(fields["completion"])]
-            return chat.render(_messages(record, "prompt", turns), record.where)[-1:]
-        key = "messages" if "messages" in fields else "conversations"
-        return chat.render(_messages(record, key, fields[key]), record.where)
-    if layout == "prompt":
-        return [Example(text_field(record, "prompt"), text_field(record, "completion"))]
-    if layout == "instruction":
-        instruction = text_field(record, "instruction")
-        context = text_field(record, "input") if fields.get("input") is not None else ""
-        template = _ALPACA_WITH_INPUT if context.strip() else _ALPACA
-        answer = text_field(record, "output" if "output" in fields else "response")
-        return [
-            Example(template.format_map({"instruction": instruction, "input": context}), answer)
-        ]
-    if layout == "question":
-        question, answer = text_field(record, "question"), text_field(record, "answer")
-        return [Example(f"Question: {question}\nAnswer:", f" {answer}")]
-    raise LoramError(
-        f"{record.where}: no known layout (fields: {', '.join(map(str, fields)) or 'none'})",
-        f"layouts: {LAYOUTS}",
-    )
+        examples = _conversation(fields, chat, train_on)
+    elif layout == "instruction":
+        examples = [_instruction(fields, chat, train_on)]
+    elif layout == "text":
+        examples = [Example("", fields.text("text"))]
+    else:
+        prompt = fields.text("prompt" if layout == "prompt" else "question")
+        answer = fields.text(_answer_of(fields, layout))
+        if layout == "question":
+            prompt, answer = f"Question: {prompt}\nAnswer:", f" {answer}"
+        system = fields.text_if_any(*SYSTEM_KEYS)
+        examples = [Example(f"{system}\n\n{prompt}" if system.strip() else prompt, answer)]
+    if not any(example.completion.strip() for example in examples):
+        raise UnusableRecord(record.where, "the answer is empty")
+    fields.tell_unused()
+    return examples
 
 
 def layout_of(fields: Mapping[str, Any]) -> Layout | None:
-    """Which layout a record's fields are of; None where it is none."""
-    if "messages" in fields or "conversations" in fields:
-        return "messages"
-    if "prompt" in fields and "completion" in fields:
-        return "messages" if isinstance(fields["prompt"], list) else "prompt"
-    if "instruction" in fields and ("output" in fields or "response" in fields):
-        return "instruction"
-    if "question" in fields and "answer" in fields:
-        return "question"
-    return None
+    """Which layout a record's fields are of, nulls not counted; None where it is none."""
+    return _layout(present(fields))
 
 
-def asked(text: str, layout: Layout, chat: "Chat", *, learnt: bool = True) -> Example:
+def asked(text: str, layout: Layout, chat: Chat, *, learnt: bool = True) -> Example:
     """A user's text as the prompt of an example of a layout, its completion yet to be written.
 
     Args:
@@ -100,6 +94,8 @@ def asked(text: str, layout: Layout, chat: "Chat", *, learnt: bool = True) -> Ex
     """
     if layout == "messages" and not learnt and chat.has_template:
         return chat.opened(text)
+    if layout == "text":
+        return Example(text, "")
     fields: dict[Layout, dict[str, Any]] = {
         "messages": {
             "messages": [
@@ -112,91 +108,113 @@ def asked(text: str, layout: Layout, chat: "Chat", *, learnt: bool = True) -> Ex
         "question": {"question": text, "answer": "."},
     }
     [example] = examples_of(Record(fields[layout], "the prompt"), chat)
-    return replace(example, completion="")
+    return replace(example, completion="", given=())
 
 
-def text_field(record: Record, key: str) -> str:
-    """A field that must be text.
+def text_field(record: Record, key: str, tally: Tally) -> str:
+    """A field's text; a number is turned to text and counted.
 
     Raises:
-        LoramError: It is something else; names file and line.
+        UnusableRecord: It is something else.
     """
-    value = record.fields[key]
-    if not isinstance(value, str):
-        raise LoramError(f"{record.where}: field '{key}' must be text, not {value!r:.60}")
-    return value
+    return Fields(record, tally).text(key)
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _layout(fields: Mapping[str, Any]) -> Layout | None:
+    if any(key in fields for key in CONVERSATION_KEYS):
+        return "messages"
+    if "prompt" in fields and any(key in fields for key in _ANSWERS["prompt"]):
+        return "messages" if isinstance(decoded_turns(fields["prompt"]), list) else "prompt"
+    if "question" in fields and "instruction" not in fields:
+        if any(key in fields for key in _ANSWERS["question"]):
+            return "question"
+    elif any(_instructs(fields, key) for key in _INSTRUCTION):
+        return "instruction"
+    return "text" if "text" in fields else None
 
 
-def _messages(record: Record, key: str, turns: Any) -> list[dict[str, str]]:
-    if not isinstance(turns, list) or not turns:
-        raise LoramError(f"{record.where}: field '{key}' must be a list of messages")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        turn = turn if isinstance(turn, Mapping) else {}
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise LoramError(
-                f"{record.where}: message {number} of '{key}' needs 'role' and 'content' as text"
-            )
-        messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
-    if all(message["role"] != "assistant" for message in messages):
-        raise LoramError(f"{record.where}: '{key}' has no message of the assistant to learn from")
-    return messages
+def _instructs(fields: Mapping[str, Any], key: str) -> bool:
+    return key in fields and any(answer in fields for answer in _ANSWERS["instruction"])
 
 
-class Chat:
-    """Renders conversations, by the tokenizer's template where it has one."""
-
-    def __init__(self, tokenizer: Any | None) -> None:
-        self._tokenizer = tokenizer
-        self.has_template = getattr(tokenizer, "chat_template", None) is not None
-        self._used_fallback = False
-
-    def render(self, messages: list[dict[str, str]], where: str) -> list[Example]:
-        """One example for each turn of the assistant."""
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if self.has_template:
-            return [self._by_template(messages[: i + 1], where) for i in turns]
-        self._used_fallback = True
-        return [_plain_turn(messages[: i + 1]) for i in turns]
-
-    def opened(self, text: str) -> Example:
-        """A message of the user, and the turn of the assistant begun by the template."""
-        message = {"role": "user", "content": text}
-        return Example(self._applied([message], "the prompt", begun=True), "", special_tokens=False)
-
-    def warn_of_fallback(self, reporter: Reporter) -> None:
-        """Tell of conversations that were rendered without a template."""
-        if self._used_fallback:
-            reporter.warn(
-                "the tokenizer has no chat template: "
-                "messages are rendered as 'User: .. Assistant: ..'"
-            )
-
-    def _by_template(self, messages: list[dict[str, str]], where: str) -> Example:
-        prompt = self._applied(messages[:-1], where, begun=True)
-        whole = self._applied(messages, where, begun=False)
-        # Some templates write a turn that is asked for differently from one that is there.
-        shared = 0
-        while shared < min(len(prompt), len(whole)) and prompt[shared] == whole[shared]:
-            shared += 1
-        return Example(whole[:shared], whole[shared:], special_tokens=False)
-
-    def _applied(self, messages: list[dict[str, str]], where: str, *, begun: bool) -> str:
-        import jinja2
-
-        apply = self._tokenizer.apply_chat_template
-        try:
-            return apply(messages, tokenize=False, add_generation_prompt=begun)
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise LoramError(f"{where}: the chat template refuses it ({error})") from error
+def _unknown(record: Record) -> LoramError:
+    """Why a record has no layout: a null where its field should be, or other fields."""
+    nulls = [str(key) for key in record.fields if key not in present(record.fields)]
+    if nulls and _layout(record.fields) is not None:
+        return UnusableRecord(record.where, f"'{nulls[0]}' is null")
+    return LoramError(
+        f"{record.where}: no known layout (fields: {', '.join(map(str, record.fields)) or 'none'})",
+        f"layouts: {LAYOUTS}",
+    )
 
 
-def _plain_turn(messages: list[dict[str, str]]) -> Example:
-    lines = [f"{_ROLE_NAMES.get(m['role'], m['role'])}: {m['content']}\n" for m in messages[:-1]]
-    return Example("".join(lines) + "Assistant:", f" {messages[-1]['content']}")
+def _answer_of(fields: Fields, layout: Layout) -> str:
+    key = fields.first_of(_ANSWERS[layout])
+    assert key is not None, "the layout is told by its answer"
+    return key
+
+
+def _conversation(fields: Fields, chat: Chat, train_on: TrainOn) -> list[Example]:
+    key = fields.first_of(CONVERSATION_KEYS)
+    given = 0
+    if key is not None:
+        turns = decoded(fields.value(key))
+    else:
+        key = "prompt"
+        prompt = decoded_turns(fields.value("prompt"))
+        answer = decoded_turns(fields.value(_answer_of(fields, "prompt")))
+        if not isinstance(answer, list | Mapping):
+            answer = {"role": "assistant", "content": answer}
+        given = len(prompt)
+        turns = [*prompt, *(answer if isinstance(answer, list) else [answer])]
+    conversation = read_conversation(fields, turns, key, given=given, train_on=train_on)
+    return chat.render(conversation)
+
+
+def _instruction(fields: Fields, chat: Chat, train_on: TrainOn) -> Example:
+    """Alpaca's layout; earlier turns of a ``history`` stand before it, and are learnt as well."""
+    key = fields.first_of(_INSTRUCTION)
+    assert key is not None, "the layout is told by it"
+    instruction = fields.text(key)
+    context = fields.text_if_any(*(k for k in _CONTEXT if k != key))
+    opening = fields.text_if_any(*SYSTEM_KEYS)
+    if not opening.strip():
+        opening = _WITH_INPUT if context.strip() else _WITHOUT_INPUT
+    text = f"{opening}\n\n"
+    spans: list[tuple[int, int]] = []
+    for question, answer in _history(fields):
+        text += f"### Instruction:\n{question}\n\n### Response:\n"
+        begin = len(text)
+        text += f"{answer}{chat.turn_end()}"
+        if train_on == "all" and answer.strip():
+            spans.append((begin, len(text)))
+        text += "\n\n"
+    text += f"### Instruction:\n{instruction}\n\n"
+    if context.strip():
+        text += f"### Input:\n{context}\n\n"
+    text += "### Response:\n"
+    begin = len(text)
+    text += fields.text(_answer_of(fields, "instruction"))
+    if not text[begin:].strip():
+        raise UnusableRecord(fields.where, "the answer is empty")
+    spans.append((begin, len(text)))
+    return example_of_spans(text, tuple(spans), special_tokens=True)
+
+
+def _history(fields: Fields) -> list[tuple[str, str]]:
+    """Earlier instructions and answers.
+
+    Raises:
+        UnusableRecord: They are no list of pairs of texts.
+    """
+    turns = decoded(fields.value("history")) or []
+    pairs = []
+    for turn in turns if isinstance(turns, list) else [turns]:
+        if (
+            not isinstance(turn, list)
+            or len(turn) != 2
+            or not all(isinstance(t, str) for t in turn)
+        ):
+            raise UnusableRecord(fields.where, "field 'history' must be a list of pairs of texts")
+        pairs.append((turn[0], turn[1]))
+    return pairs

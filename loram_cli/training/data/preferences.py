@@ -8,11 +8,18 @@ import numpy as np
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import NullReporter, Reporter
-from loram_cli.training.data.layouts import Chat, Example, examples_of
+from loram_cli.training.data.chat import Chat
+from loram_cli.training.data.examples import Example
+from loram_cli.training.data.fields import as_text, is_absent, present
+from loram_cli.training.data.json_text import decoded_turns
+from loram_cli.training.data.layouts import examples_of
 from loram_cli.training.data.records import Record, read_records
+from loram_cli.training.data.sources import Exhausted, load_sources
+from loram_cli.training.data.tally import UnusableRecord
 from loram_cli.training.data.tokens import encode_examples
 
 _SIDES = ("chosen", "rejected")
+_PROMPTS = ("prompt", "question", "instruction", "input", "output", "messages", "conversations")
 _LAYOUTS = (
     "prompt, chosen and rejected, each text or a list of messages; the prompt may also be "
     "instruction(+input), question, messages or conversations, or the beginning of both answers"
@@ -53,6 +60,8 @@ def load_preferences(
     tokenizer: Any | None = None,
     limit: int | None = None,
     reporter: Reporter | None = None,
+    seed: int = 0,
+    exhausted: Exhausted = "stop",
 ) -> list[Preference]:
     """Preferences of a source, in the layouts of TRL's and LLaMA-Factory's data sets.
 
@@ -61,16 +70,31 @@ def load_preferences(
         tokenizer: Whose chat template renders messages.
         limit: Read at most so many records.
         reporter: Told of pairs that are left out.
+        seed: Of the order in which several sources are mixed.
+        exhausted: Whether sources that are used up first are repeated, see :func:`.sources.mix`.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
-    reporter = reporter or NullReporter()
+
+    def load(name: str) -> list[Preference]:
+        return _load(name, tokenizer, limit, reporter or NullReporter())
+
+    return load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
+
+
+def _load(
+    source: str, tokenizer: Any | None, limit: int | None, reporter: Reporter
+) -> list[Preference]:
     chat = Chat(tokenizer)
     pairs: list[Preference] = []
     equal: list[str] = []
     for record in read_records(source, limit=limit):
-        pair = Preference(*(_example(record, side, chat) for side in _SIDES))
+        try:
+            pair = Preference(*(_example(record, side, chat) for side in _SIDES))
+        except UnusableRecord as unusable:
+            chat.tally.leave_out(unusable)
+            continue
         if pair.chosen.completion.strip() == pair.rejected.completion.strip():
             equal.append(record.where)
         else:
@@ -80,9 +104,10 @@ def load_preferences(
             f"{source}: {len(equal)} pairs left out, chosen and rejected are the same "
             f"(the first: {equal[0]})"
         )
-    chat.warn_of_fallback(reporter)
     if not pairs:
-        raise LoramError(f"{source}: no preferences in it", f"layout: {_LAYOUTS}")
+        raise chat.tally.nothing_left(source, "preferences", f"layout: {_LAYOUTS}")
+    chat.tally.tell(source, reporter)
+    chat.warn_of_fallback(reporter)
     return pairs
 
 
@@ -109,8 +134,9 @@ def tokenize_pairs(
     ]
     rows: list[PairRow] = []
     cut = dropped = 0
-    for (chosen, start), (rejected, other) in zip(*sides, strict=True):
-        start = min(start, other)
+    for better, worse in zip(*sides, strict=True):
+        chosen, rejected = better.ids, worse.ids
+        start = min(better.start, worse.start)
         ids = []
         for side in (chosen, rejected):
             whole = side if eos is None or eos in side[start:] else [*side, eos]
@@ -137,42 +163,49 @@ def _example(record: Record, side: str, chat: Chat) -> Example:
     """The record as if one of its answers were the only one."""
     fields = record.fields
     for name in _SIDES:
-        if fields.get(name) is None:
+        if name not in fields:
             raise LoramError(
                 f"{record.where}: field '{name}' of a preference is missing "
                 f"(fields: {', '.join(map(str, fields)) or 'none'})",
                 f"layout: {_LAYOUTS}",
             )
-    answer = fields[side]
-    if not isinstance(answer, str | list | Mapping):
-        raise LoramError(f"{record.where}: field '{side}' must be text or messages")
-    plain = _plain(fields, answer)
+        if is_absent(fields[name]):
+            raise UnusableRecord(record.where, f"'{name}' is null")
+    answer = decoded_turns(fields[side])
+    if not isinstance(answer, list | Mapping):
+        answer = as_text(answer, f"field '{side}'", record.where, chat.tally)
+    plain = _plain(present(fields), answer)
     if plain is None:
         raise LoramError(
             f"{record.where}: no prompt beside '{side}' "
             f"(fields: {', '.join(map(str, fields)) or 'none'})",
             f"layout: {_LAYOUTS}",
         )
-    return examples_of(Record(plain, record.where), chat)[-1]
+    # Only the last turn is an answer that was preferred; those before it are the prompt.
+    return examples_of(Record(plain, record.where), chat, train_on="last")[-1]
 
 
 def _plain(fields: Mapping[str, Any], answer: Any) -> dict[str, Any] | None:
     """Fields of supervised tuning that say the same; None where there is no prompt."""
+    rest = {k: v for k, v in fields.items() if k not in (*_SIDES, *_PROMPTS)}
+    prompt = decoded_turns(fields.get("prompt"))
     turns = [answer] if isinstance(answer, Mapping) else answer
     if isinstance(answer, str):
-        if isinstance(fields.get("prompt"), str):
-            return {"prompt": fields["prompt"], "completion": answer}
-        if fields.get("question") is not None:
-            return {"question": fields["question"], "answer": answer}
-        if fields.get("instruction") is not None:
-            return {**fields, "output": answer}
+        if prompt is not None and not isinstance(prompt, list):
+            return {**rest, "prompt": fields["prompt"], "completion": answer}
+        if "question" in fields:
+            return {**rest, "question": fields["question"], "answer": answer}
+        if "instruction" in fields:
+            kept = {k: fields[k] for k in ("instruction", "input") if k in fields}
+            return {**rest, **kept, "output": answer}
         turns = [{"role": "assistant", "content": answer}]
     for key in ("prompt", "messages", "conversations"):
-        if isinstance(fields.get(key), list):
-            return {"messages": [*fields[key], *turns]}
+        before = decoded_turns(fields.get(key))
+        if isinstance(before, list):
+            return {**rest, "messages": [*before, *turns]}
     if len(turns) > 1:
         # Both answers are whole conversations; a prompt beside them repeats their beginning.
-        return {"messages": turns}
-    if isinstance(fields.get("prompt"), str):
-        return {"messages": [{"role": "user", "content": fields["prompt"]}, *turns]}
+        return {**rest, "messages": turns}
+    if isinstance(prompt, str):
+        return {**rest, "messages": [{"role": "user", "content": prompt}, *turns]}
     return None

@@ -4,11 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loram_cli.errors import LoramError
-from loram_cli.reporting import Reporter
-from loram_cli.training.data.layouts import Chat, examples_of, text_field
-from loram_cli.training.data.records import read_records
+from loram_cli.reporting import NullReporter, Reporter
+from loram_cli.training.data.chat import Chat
+from loram_cli.training.data.fields import as_text, is_absent
+from loram_cli.training.data.layouts import examples_of
+from loram_cli.training.data.records import Record, read_records
+from loram_cli.training.data.sources import Exhausted, load_sources
+from loram_cli.training.data.tally import UnusableRecord
 
 _MARK = "####"
+_LAYOUT = "grpo takes word problems: question, and answer ending in '#### N'"
 
 
 @dataclass(frozen=True)
@@ -24,36 +29,72 @@ class Question:
     answer: str
 
 
-def load_questions(source: str, *, limit: int | None = None) -> list[Question]:
+def load_questions(
+    source: str,
+    *,
+    limit: int | None = None,
+    reporter: Reporter | None = None,
+    seed: int = 0,
+    exhausted: Exhausted = "stop",
+) -> list[Question]:
     """Word problems in GSM8K's layout.
 
     Args:
         source: As :func:`.data.load_instructions` takes it, such as ``demo:train``.
         limit: Read at most so many records.
+        reporter: Told of what is left out.
+        seed: Of the order in which several sources are mixed.
+        exhausted: Whether sources that are used up first are repeated, see :func:`.sources.mix`.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
-    questions = []
+
+    def load(name: str) -> list[Question]:
+        return _load(name, limit, reporter or NullReporter())
+
+    return load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
+
+
+def _load(source: str, limit: int | None, reporter: Reporter) -> list[Question]:
+    questions: list[Question] = []
+    chat = Chat(None)
     for record in read_records(source, limit=limit):
-        for name in ("question", "answer"):
-            if record.fields.get(name) is None:
-                raise LoramError(
-                    f"{record.where}: field '{name}' is missing "
-                    f"(fields: {', '.join(map(str, record.fields)) or 'none'})",
-                    "grpo wants word problems: question, and answer ending in '#### N'",
-                )
-        answer = text_field(record, "answer")
-        if not any(c.isdigit() for c in answer.rpartition(_MARK)[2]) or _MARK not in answer:
-            raise LoramError(
-                f"{record.where}: the answer does not end in '{_MARK} N', so that no number can "
-                "be checked"
-            )
-        (example,) = examples_of(record, Chat(None))
-        questions.append(Question(example.prompt, answer))
+        try:
+            questions.append(_question(record, chat))
+        except UnusableRecord as unusable:
+            chat.tally.leave_out(unusable)
     if not questions:
-        raise LoramError(f"{source}: no questions in it")
+        raise chat.tally.nothing_left(source, "questions", _LAYOUT)
+    chat.tally.tell(source, reporter)
     return questions
+
+
+def _question(record: Record, chat: Chat) -> Question:
+    fields = record.fields
+    for name in ("question", "answer"):
+        if name not in fields:
+            raise LoramError(
+                f"{record.where}: field '{name}' is missing "
+                f"(fields: {', '.join(map(str, fields)) or 'none'})",
+                _LAYOUT,
+            )
+        if is_absent(fields[name]):
+            raise UnusableRecord(record.where, f"'{name}' is null")
+    answer = fields["answer"]
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        # The number alone is all that is compared.
+        chat.tally.change("a numeric answer was read as '#### N'", record.where)
+        answer = f"{_MARK} {answer:g}" if isinstance(answer, float) else f"{_MARK} {answer}"
+    answer = as_text(answer, "field 'answer'", record.where, chat.tally)
+    if not any(c.isdigit() for c in answer.rpartition(_MARK)[2]) or _MARK not in answer:
+        raise LoramError(
+            f"{record.where}: the answer does not end in '{_MARK} N', so that no number can "
+            "be checked"
+        )
+    asked_for = {"question": fields["question"], "answer": answer}
+    (example,) = examples_of(Record(asked_for, record.where), chat)
+    return Question(example.prompt, answer)
 
 
 def fitting_questions(

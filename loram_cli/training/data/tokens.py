@@ -1,6 +1,7 @@
 """Training data as token ids: packed blocks, rows with a masked prompt, padded batches."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from loram_cli.errors import LoramError
 from loram_cli.quiet import quiet_libraries
 from loram_cli.reporting import Reporter
-from loram_cli.training.data.documents import Example
+from loram_cli.training.data.examples import Example
 
 IGNORED_LABEL = -100
 _TEXTS_AT_A_TIME = 256
@@ -24,10 +25,54 @@ class TokenRow:
     Attributes:
         input_ids: Token ids, shape (length,), int32.
         answer_start: Tokens before this index carry no loss; 0 means that all do.
+        given: Ranges of later tokens that carry none either, in order: the user's turns between
+            the assistant's.
     """
 
     input_ids: np.ndarray
     answer_start: int = 0
+    given: tuple[tuple[int, int], ...] = ()
+
+    def labels(self) -> np.ndarray:
+        """The ids, int64, with ``IGNORED_LABEL`` in place of those that carry no loss."""
+        labels = self.input_ids.astype(np.int64)
+        for begin, end in ((0, self.answer_start), *self.given):
+            labels[begin:end] = IGNORED_LABEL
+        return labels
+
+    def learnt_tokens(self) -> int:
+        """Tokens that carry loss; the first has nothing to be predicted from."""
+        return int((self.labels()[1:] != IGNORED_LABEL).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An example as token ids.
+
+    Attributes:
+        ids: Of the whole text.
+        start: The index at which the completion begins.
+        given: Ranges of later tokens that are given as well, in order.
+    """
+
+    ids: list[int]
+    start: int
+    given: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """Examples as rows.
+
+    Attributes:
+        rows: Those that keep something to learn.
+        kept: For each row, the index of its example.
+        lengths: Tokens of every example before it was cut, in the order of the examples.
+    """
+
+    rows: list[TokenRow]
+    kept: list[int]
+    lengths: list[int]
 
 
 def pack_tokens(texts: Iterable[str], tokenizer: Any, block_length: int) -> list[TokenRow]:
@@ -52,6 +97,7 @@ def pack_tokens(texts: Iterable[str], tokenizer: Any, block_length: int) -> list
     with quiet_libraries():
         for chunk in _chunks(texts):
             for ids in tokenizer(chunk)["input_ids"]:
+                ids = ids[doubled_bos(ids, tokenizer) :]
                 ends = eos is None or (ids and ids[-1] == eos)
                 parts.append(np.array(ids if ends else [*ids, eos], dtype=np.int32))
     run = np.concatenate(parts) if parts else np.empty(0, np.int32)
@@ -86,34 +132,53 @@ def tokenize_examples(
     Raises:
         LoramError: No row is left.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
+    if tokenizer.eos_token_id is None:
         reporter.warn("the tokenizer has no end-of-sequence token: answers will not learn to end")
-    rows: list[TokenRow] = []
-    cut = dropped = 0
-    for chunk in _chunks(examples):
-        for ids, start in encode_examples(chunk, tokenizer):
-            if eos is not None and eos not in ids[start:]:
-                ids = [*ids, eos]
-            if len(ids) > sequence_length:
-                cut += 1
-                ids = ids[:sequence_length]
-            # The first token of a sequence has nothing to be predicted from.
-            if len(ids) <= max(start, 1):
-                dropped += 1
-                continue
-            rows.append(TokenRow(np.array(ids, np.int32), 0 if loss_on_prompt else start))
+    done = tokenize_rows(examples, tokenizer, sequence_length, loss_on_prompt=loss_on_prompt)
+    cut = sum(length > sequence_length for length in done.lengths)
+    dropped = len(examples) - len(done.rows)
+    if dropped and not cut:
+        reporter.warn(
+            f"{dropped} of {len(examples)} examples dropped: no token of theirs is learnt"
+        )
     if cut:
         reporter.warn(
             f"{cut} of {len(examples)} examples are longer than {sequence_length} tokens and were "
             f"cut, {dropped} of them dropped because no answer was left"
         )
-    if not rows:
+    if not done.rows:
         raise LoramError(
             f"no example keeps an answer within {sequence_length} tokens",
             "pass a longer --max-length",
         )
-    return rows
+    return done.rows
+
+
+def tokenize_rows(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    sequence_length: int,
+    *,
+    loss_on_prompt: bool = False,
+) -> Tokenized:
+    """As :func:`tokenize_examples`, telling which examples keep something to learn."""
+    eos = tokenizer.eos_token_id
+    done = Tokenized([], [], [])
+    for chunk in _chunks(enumerate(examples)):
+        encoded = encode_examples([example for _, example in chunk], tokenizer)
+        for (place, _), one in zip(chunk, encoded, strict=True):
+            ids = one.ids
+            # Each turn before the last ends as the template, or the layout, ends it.
+            last_turn = max([one.start, *(end for _, end in one.given if end < len(ids))])
+            if eos is not None and eos not in ids[last_turn:]:
+                ids = [*ids, eos]
+            done.lengths.append(len(ids))
+            row = TokenRow(np.array(ids[:sequence_length], np.int32), one.start, one.given)
+            if not row.learnt_tokens():
+                continue
+            done.kept.append(place)
+            done.rows.append(TokenRow(row.input_ids) if loss_on_prompt else row)
+    return done
 
 
 def without_loss(row: TokenRow) -> TokenRow:
@@ -142,7 +207,7 @@ class PadCollator:
         for i, row in enumerate(rows):
             length = len(row.input_ids)
             ids[i, :length] = row.input_ids
-            labels[i, row.answer_start : length] = row.input_ids[row.answer_start :]
+            labels[i, :length] = row.labels()
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
 
@@ -152,20 +217,65 @@ def _chunks(items: Iterable[Any]) -> Iterable[list[Any]]:
         yield chunk
 
 
-def encode_examples(examples: Sequence[Example], tokenizer: Any) -> Iterable[tuple[list[int], int]]:
-    """Ids of each whole text and the index at which its completion begins."""
+def encode_examples(examples: Sequence[Example], tokenizer: Any) -> Iterator[Encoded]:
+    """Ids of each whole text, and which of them are given.
+
+    A prompt that begins with the beginning-of-sequence token, as a template wrote it, gets no
+    second one. A token that spans the border to what is learnt is learnt.
+    """
     for special in (True, False):
         if all(example.special_tokens == special for example in examples):
+            several = any(example.given for example in examples)
+            extra = {"return_offsets_mapping": True} if several else {}
             with quiet_libraries():
-                whole = tokenizer(
-                    [e.prompt + e.completion for e in examples], add_special_tokens=special
-                )["input_ids"]
+                whole = tokenizer([e.text for e in examples], add_special_tokens=special, **extra)
                 prompts = tokenizer([e.prompt for e in examples], add_special_tokens=special)
-            for ids, prompt in zip(whole, prompts["input_ids"], strict=True):
-                yield ids, _common_length(ids, prompt)
+            for i, example in enumerate(examples):
+                drop = doubled_bos(whole["input_ids"][i], tokenizer)
+                ids = whole["input_ids"][i][drop:]
+                prompt = prompts["input_ids"][i]
+                start = _common_length(ids, prompt[doubled_bos(prompt, tokenizer) :])
+                given: tuple[tuple[int, int], ...] = ()
+                if example.given:
+                    given = _given_tokens(whole["offset_mapping"][i][drop:], example.spans)
+                yield Encoded(ids, start, given)
             return
     for example in examples:
         yield from encode_examples([example], tokenizer)
+
+
+def encode_prompt(prompt: str, tokenizer: Any, *, special_tokens: bool = True) -> list[int]:
+    """Ids of a prompt, without a second beginning-of-sequence token where it has written one.
+
+    Args:
+        prompt: The text.
+        tokenizer: A Hugging Face tokenizer.
+        special_tokens: Whether the tokenizer adds its own.
+    """
+    ids = list(tokenizer(prompt, add_special_tokens=special_tokens, verbose=False)["input_ids"])
+    return ids[doubled_bos(ids, tokenizer) :]
+
+
+def doubled_bos(ids: Sequence[int], tokenizer: Any) -> int:
+    """1 where the ids begin with the beginning-of-sequence token twice, else 0."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return int(bos is not None and list(ids[:2]) == [bos, bos])
+
+
+def _given_tokens(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """Ranges of tokens between and behind the spans of characters that are learnt."""
+    # Special tokens that the tokenizer adds stand at 0: those at the end belong to the last span.
+    starts = np.maximum.accumulate(np.array([begin for begin, _ in offsets], np.int64))
+    ends = np.maximum.accumulate(np.array([end for _, end in offsets], np.int64))
+    learnt = [
+        (int(np.searchsorted(ends, begin, "right")), int(np.searchsorted(starts, end, "left")))
+        for begin, end in spans
+    ]
+    given = [(end, begin) for (_, end), (begin, _) in itertools.pairwise(learnt)]
+    given.append((learnt[-1][1], len(offsets)))
+    return tuple((begin, end) for begin, end in given if begin < end)
 
 
 def _common_length(left: list[int], right: list[int]) -> int:

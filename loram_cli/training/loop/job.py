@@ -80,7 +80,8 @@ def text_job(
     for rows in (train, evaluation):
         data.update(f"{len(rows)};".encode())
         for row in rows:
-            data.update(f"{len(row.input_ids)},{row.answer_start};".encode())
+            given = f",{row.given}" if row.given else ""
+            data.update(f"{len(row.input_ids)},{row.answer_start}{given};".encode())
             data.update(row.input_ids.tobytes())
     every = [row.input_ids for row in (*train, *evaluation)]
 

@@ -51,7 +51,8 @@ def test_an_adapter_remembers_how_to_ask_it(base, finished_run):
         ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, "messages"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "prompt"),
         ({"chosen": [{"role": "user", "content": "a"}], "rejected": []}, "messages"),
-        ({"text": "a"}, None),
+        ({"text": "a"}, "text"),
+        ({"body": "a"}, None),
     ],
 )
 def test_data_tells_how_its_pupils_are_asked(record, layout, tmp_path):

@@ -6,13 +6,14 @@ import pytest
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.training.data import records
+from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.documents import (
     Example,
     load_instructions,
     load_text,
     split_eval,
 )
-from loram_cli.training.data.layouts import Chat, asked
+from loram_cli.training.data.layouts import asked
 
 
 @pytest.fixture
@@ -133,10 +134,11 @@ MESSAGES = [
 def test_messages_without_template_fall_back_and_warn(write, tokenizer, reporter):
     source = write("a.jsonl", [{"messages": MESSAGES}])
     examples = load_instructions(source, tokenizer=tokenizer, reporter=reporter)
-    assert examples == [
-        Example("System: Be brief.\nUser: Hi\nAssistant:", " Hello"),
-        Example("System: Be brief.\nUser: Hi\nAssistant: Hello\nUser: Bye\nAssistant:", " Ciao"),
-    ]
+    (example,) = examples
+    assert example.text == (
+        "System: Be brief.\nUser: Hi\nAssistant: Hello</s>\nUser: Bye\nAssistant: Ciao"
+    )
+    assert [example.text[a:b] for a, b in example.spans] == [" Hello</s>", " Ciao"]
     assert "no chat template" in reporter.warnings[0]
 
 
@@ -185,7 +187,7 @@ def test_a_template_that_refuses_is_one_clear_line(write, tokenizer):
 def test_empty_answers_are_left_out_with_a_warning(write, reporter):
     records = [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "b"}]
     assert len(load_instructions(write("a.jsonl", records), reporter=reporter)) == 1
-    assert "1 examples with an empty answer" in reporter.warnings[0]
+    assert "1 left out: the answer is empty" in reporter.warnings[0]
 
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
@@ -195,22 +197,34 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
     ("name", "content", "says"),
     [
         ("a.jsonl", GOOD + '{"prompt": \n', r"a\.jsonl, line 2: broken JSON"),
-        ("a.jsonl", GOOD + "\n[1]\n", r"line 3: an object .* not a list"),
+        ("a.jsonl", GOOD + "\n[1]\n", r"line 3: expected an object .* not a list"),
         ("a.jsonl", GOOD + '{"promt": "a", "completion": "b"}', r"line 2: no known layout \(fie"),
-        ("a.jsonl", '{"prompt": "a", "completion": 3}', r"line 1: field 'completion' must be text"),
-        ("a.jsonl", '{"question": null, "answer": "3"}', r"line 1: field 'question' must be text"),
+        ("a.jsonl", '{"prompt": "a", "completion": {}}', r"line 1: field 'completion' must be te"),
+        ("a.jsonl", '{"question": null, "answer": "3"}', r"line 1: 'question' is null"),
         ("a.jsonl", GOOD.encode() + b'{"prompt": "\xff"}', r"line 2: not UTF-8 .*0xff"),
         ("a.jsonl", "", r"a\.jsonl: no examples"),
         ("a.jsonl", '{"messages": []}', r"line 1: field 'messages' must be a list of messages"),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}', r"line 1: message 1 .* needs 'role'"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', r"line 1, message 1: .* needs 'role'"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', r"no message of the assis"),
         ("a.jsonl", "[" * 100_000, r"line 1: JSON is nested too deeply"),
         ("a.json", '[{"prompt": "a",\n "completion" "b"}]', r"a\.json, line 2: broken JSON"),
-        ("a.json", '{"prompt": "a", "completion": "b"}', r"a list of records is wanted, not"),
+        ("a.json", '[\n\n{"prompt": }]', r"a\.json, line 3: broken JSON"),
+        ("a.json", GOOD + '\n{"prompt": "a",\n]', r"a\.json, line 4: broken JSON"),
+        ("a.json", '"prompt"', r"expected a list of records, not text"),
+        ("a.json", '[{"text": "a"}', r"a\.json, line 1: broken JSON \(Expecting ','"),
+        ("a.json", '[{"text": "a"}] 1', r"a\.json, line 1: text after the end of the list"),
+        ("a.json", "[" * 100_000, r"line 1: JSON is nested too deeply"),
+        ("a.json", "", r"a\.json, line 1: broken JSON"),
+        ("a.jsonl", GOOD + '{"prompt": "a", "completion": "\\ud800"}', r"line 2: text with half"),
+        ("a.json", '[{"prompt": "a",\n "completion": "\\udc00"}]', r"line 1: text with half"),
+        ("a.jsonl", '{"prompt": "a", "completion": %s}' % ("1" * 5000), r"line 1: a whole number"),
+        ("a.csv", 'prompt,completion\na,b\na,b,c\n', r"a\.csv, line 3: 3 cells, .* 2 columns"),
+        ("a.csv", 'prompt,completion\na,"b', r"a\.csv, line 2: not a readable table"),
+        ("a.csv", 'prompt,prompt\na,b', r"a\.csv, line 1: two columns of the same name"),
         ("a.parquet", "no parquet at all", r"a\.parquet: not a readable parquet file"),
         ("a.jsonl.gz", None, r"a\.jsonl\.gz: cannot be read"),
-        ("a.txt", "plain", r"a\.txt: plain text where records are wanted"),
-        ("a.csv", "x", r"a\.csv: unknown kind of data file"),
+        ("a.txt", "plain", r"a\.txt: plain text where records are expected"),
+        ("a.xml", "x", r"a\.xml: unknown kind of data file"),
     ],
 )  # fmt: skip
 def test_bad_instruction_data_is_one_clear_line(tmp_path, name, content, says):

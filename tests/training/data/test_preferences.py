@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -86,15 +87,36 @@ def test_prompts_and_answers_read_as_in_supervised_tuning(write, row, same_as):
         ({"prompt": "a", "chosen": "b"}, "line 2: field 'rejected' of a preference is missing"),
         ({"prompt": "a", "rejected": "b"}, "line 2: field 'chosen' of a preference is missing"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "line 2: no prompt"),
-        ({"prompt": "a", "chosen": 1, "rejected": "b"}, "line 2: field 'chosen' must be text"),
-        ({"prompt": 1, **SIDES}, "line 2: .*prompt"),
-        ({"prompt": [user("a")], "chosen": [{"x": 1}], "rejected": "b"}, "line 2: message 2"),
     ],
 )
 def test_what_is_missing_is_named_with_its_line(write, row, said):
     source = write({"prompt": "a", **SIDES}, row)
     with pytest.raises(LoramError, match=said):
         load_preferences(source)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "chosen": None, "rejected": "b"}, "1 left out: 'chosen' is null .*line 2"),
+        ({"prompt": [user("a")], "chosen": [{"x": 1}], "rejected": "b"}, "line 2, message 2"),
+    ],
+)
+def test_what_cannot_be_learnt_is_left_out_and_counted(write, reporter, row, said):
+    source = write({"prompt": "a", **SIDES}, row)
+    assert len(load_preferences(source, reporter=reporter)) == 1
+    assert re.search(said, reporter.warnings[0])
+
+
+def test_numbers_are_read_as_text(write, reporter):
+    source = write({"prompt": 1, "chosen": 2, "rejected": "no", "system": "Be brief."})
+    assert sides(load_preferences(source, reporter=reporter)[0]) == ("Be brief.\n\n1", "2", "no")
+    assert any("field 'chosen' is no text" in line for line in reporter.warnings)
+
+
+def test_an_answer_that_looks_like_json_is_text(write):
+    source = write({"prompt": "[1, 2]", "chosen": '{"a": 1}', "rejected": '[{"b": 2}]'})
+    assert sides(load_preferences(source)[0]) == ("[1, 2]", '{"a": 1}', '[{"b": 2}]')
 
 
 def test_pairs_without_a_difference_are_left_out_with_a_warning(write, reporter):
@@ -173,12 +195,18 @@ def test_questions_are_rendered_as_in_supervised_tuning(write):
         ({"prompt": "a", "completion": "b"}, "line 2: field 'question' is missing"),
         ({"question": "a", "answer": "two"}, "line 2: the answer does not end in '#### N'"),
         ({"question": "a", "answer": "#### none"}, "line 2: the answer does not end in '#### N'"),
-        ({"question": "a", "answer": 2}, "line 2: field 'answer' must be text"),
     ],
 )
 def test_answers_that_cannot_be_checked_are_named(write, row, said):
     with pytest.raises(LoramError, match=said):
         load_questions(write({"question": "a", "answer": "#### 1"}, row))
+
+
+def test_a_number_is_an_answer_and_a_null_is_left_out(write, reporter):
+    source = write({"question": "a", "answer": 2}, {"question": "b", "answer": None})
+    assert [q.answer for q in load_questions(source, reporter=reporter)] == ["#### 2"]
+    assert "1 left out: 'answer' is null" in reporter.warnings[0]
+    assert "read as '#### N' (1 times" in reporter.warnings[1]
 
 
 def test_questions_too_long_are_left_out(reporter):

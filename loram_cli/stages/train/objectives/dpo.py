@@ -37,7 +37,7 @@ def _check(spec: TrainSettings) -> None:
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
     from loram_cli.training.data.preferences import load_preferences
 
-    return partial(load_preferences, tokenizer=tokenizer, reporter=reporter)
+    return partial(load_preferences, tokenizer=tokenizer, reporter=reporter, seed=spec.seed)
 
 
 def _prepare(

@@ -1,6 +1,7 @@
 """Objective ``grpo``: draws answers and learns from those that are right (arXiv 2402.03300)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def _check(spec: TrainSettings) -> None:
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
     from loram_cli.training.data.questions import load_questions
 
-    return load_questions
+    return partial(load_questions, reporter=reporter, seed=spec.seed)
 
 
 def _prepare(

@@ -20,7 +20,7 @@ def _settings(spec: TrainSettings) -> Mapping[str, Any]:
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
     from loram_cli.training.data.documents import load_instructions
 
-    return partial(load_instructions, tokenizer=tokenizer, reporter=reporter)
+    return partial(load_instructions, tokenizer=tokenizer, reporter=reporter, seed=spec.seed)
 
 
 def _prepare(
