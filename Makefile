@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 BENCHMARKS := tests/benchmarks
 
 .PHONY: help demo test test-fast test-slow lint docs clean
-.PHONY: bench bench-huge bench-quality bench-objectives
+.PHONY: bench bench-huge bench-quality bench-objectives bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; \
@@ -54,6 +54,9 @@ bench-quality: $(VENV)/installed ## how much of full LoRA's gain is kept (hours;
 
 bench-objectives: $(VENV)/installed ## DPO and GRPO after SFT on the demo base, beside full LoRA
 	$(BIN)/python $(BENCHMARKS)/objectives.py loram-objectives $(ARGS)
+
+bench-gpu: $(VENV)/installed ## all of it on one 80 GB GPU, 8 minutes (ARGS=--cpu-rehearsal: without one)
+	$(BIN)/python $(BENCHMARKS)/gpu $(ARGS)
 
 clean: ## remove the environment, builds and ./loram-run
 	rm -rf $(VENV) loram-run build dist *.egg-info

@@ -96,6 +96,7 @@ def _train(spec: BenchSpec, config: dict[str, Any], setup: TrainingSetup) -> lis
     family = family_for(config, "bench")
     dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
     model = random_causal_lm(
+        family,
         config,
         dtype=dtype,
         device=str(spec.device),

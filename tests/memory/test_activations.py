@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.checkpointing import enable_checkpointing
 from helpers.tensor_storage import LiveStorage, SavedTensors
 
 from loram_cli.arch.registry import families, family_for
@@ -55,7 +56,7 @@ def build(setup, config):
     ).train()
     model.config.use_cache = False
     if setup.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     return model
 
 

@@ -6,6 +6,7 @@ and backward pass runs on any machine, and what would be held is counted as it i
 
 import pytest
 import torch
+from helpers.checkpointing import enable_checkpointing
 from helpers.tensor_storage import LiveStorage
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,7 +30,7 @@ def without_data(config, setup):
         model = attach_lora(model, lora_config(targets, rank=setup.rank), seed=0).train()
     model.config.use_cache = False
     if setup.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     return model
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.checkpointing import enable_checkpointing
 from helpers.tiny_models import make_base
 from helpers.variants import VARIANTS, Variant
 
@@ -62,7 +63,7 @@ def test_loss_and_gradients_equal_the_plain_ones(base, batch, nf4, items, checkp
         pytest.importorskip("bitsandbytes")
     model = lora_model(base, nf4=nf4)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     more = {} if items is None else {"num_items_in_batch": items}
     plain = gradients(model, batch, **more)
     with chunked_loss(model, chunk=4):

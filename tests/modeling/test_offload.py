@@ -5,10 +5,12 @@ import os
 import shutil
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.fake_copies import FakeCopies
 from helpers.variants import VARIANTS
 
 from loram_cli.arch.registry import family_for
@@ -52,6 +54,18 @@ def held_bytes(model) -> int:
     return sum(p.nbytes for p in model.parameters() if any(p.stride()))
 
 
+def watched_by(copies: FakeCopies, skeleton: SkeletonModel, stay: int) -> None:
+    """Every layer that is brought tells which weights it reads."""
+
+    def tell(slots, *_):
+        for slot in slots:
+            for module, kind in slot.places:
+                copies.reading(module._parameters[kind])
+
+    for layer, slots in list(skeleton.layers())[stay:]:
+        layer.register_forward_pre_hook(partial(tell, slots))
+
+
 def open_files() -> set[str]:
     return {file.name for file in Path("/proc/self/fd").iterdir()}
 
@@ -71,6 +85,56 @@ def test_the_same_to_the_bit_however_many_layers_stay(base, finished_run, part, 
             with loaded_within(skeleton, stay, SILENT, host_bytes=host_bytes):
                 for _ in range(2):
                     assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("pins", [True, False], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
+def test_copies_beside_the_computation_keep_their_order(base, finished_run, nf4, pins):
+    adapter = finished_run / "recovered"
+    expected = whole_logits(base, adapter, nf4)
+    for stay in (0, 1, 3, 4):
+        for host_bytes in (0, 20_000, 10**9):
+            skeleton = skeleton_of(base, nf4=nf4)
+            model = load_adapter(skeleton.model, adapter)
+            copies = FakeCopies(pins)
+            with loaded_within(skeleton, stay, SILENT, host_bytes=host_bytes, copies=copies):
+                watched_by(copies, skeleton, stay)
+                for _ in range(3):
+                    assert torch.equal(logits_of(model), expected)
+                if host_bytes != 20_000:
+                    assert len(copies.pinned) == (4 - stay) * (pins and host_bytes > 0)
+            assert copies.broken == [] and copies.pinned == set()
+            # Each layer at each pass, and the one that was copied ahead of a fourth one.
+            ahead = int(stay < 3)
+            assert copies.blocks == 3 * (4 - stay) + ahead
+
+
+def test_copies_out_of_order_are_noticed(base, monkeypatch):
+    """What the books of the stand-in are worth: without its events, the rules break."""
+    for rule, method in (("overwritten", "computed"), ("read before", "wait")):
+        skeleton = skeleton_of(base)
+        copies = FakeCopies()
+        monkeypatch.setattr(copies, method, lambda *_: None)
+        with loaded_within(skeleton, 0, SILENT, host_bytes=10**9, copies=copies):
+            watched_by(copies, skeleton, 0)
+            logits_of(skeleton.model)
+        assert any(found.startswith(rule) for found in copies.broken)
+
+
+def test_a_pass_that_fails_leaves_the_order_of_copies_whole(base):
+    skeleton = skeleton_of(base)
+    copies = FakeCopies()
+    layers = [layer for layer, _ in skeleton.layers()]
+    expected = whole_logits(base, None, nf4=False)
+    with loaded_within(skeleton, 0, SILENT, host_bytes=10**9, copies=copies):
+        watched_by(copies, skeleton, 0)
+        for failing in (2, 1, 0, 3):
+            handle = layers[failing].mlp.register_forward_hook(raising("out of memory"))
+            with pytest.raises(RuntimeError, match="out of memory"):
+                logits_of(skeleton.model)
+            handle.remove()
+            assert torch.equal(logits_of(skeleton.model), expected)
+    assert copies.broken == []
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)

@@ -224,7 +224,7 @@ def fit_job(
         # Takes off the mixed-precision wrapper that the trainer put around forward.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if options.gradient_checkpointing:
-            model.activation_checkpointing_disable()
+            _disable_checkpointing(model)
     model.eval()
     return FitResult(
         steps=done,
@@ -246,6 +246,12 @@ def _check_tokens(model: Any, job: Job, reporter: Reporter) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and job.longest > positions:
         reporter.warn(f"sequences of {job.longest} tokens exceed the model's {positions} positions")
+
+
+def _disable_checkpointing(model: Any) -> None:
+    # Renamed in transformers 5.2x, where the older name warns.
+    disable = getattr(model, "activation_checkpointing_disable", None)
+    (disable or model.gradient_checkpointing_disable)()
 
 
 def _is_shared(model: Any) -> bool:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +271,6 @@ def training_arguments(
         accelerator_config=_each_micro_batch() if shared else None,
         bf16=precision == "bf16",
         use_cpu=device == "cpu",
-        activation_checkpointing=options.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -286,11 +285,19 @@ def training_arguments(
         disable_tqdm=True,
         report_to="none",
         seed=options.seed,
-        **more,
+        # TRL's own default, which its trainers are told off, may have the same name.
+        **{**more, **_checkpointing(arguments_class, options.gradient_checkpointing)},
     )
     # Several visible GPUs would be wrapped in DataParallel, which a model placed on one cannot use.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _checkpointing(arguments_class: type[TrainingArguments], enabled: bool) -> dict[str, Any]:
+    # Renamed in transformers 5.2x; TrainingArguments of before know the older name alone.
+    known = {field.name for field in fields(arguments_class)}
+    name = f"{'activation' if 'activation_checkpointing' in known else 'gradient'}_checkpointing"
+    return {name: enabled, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _each_micro_batch() -> dict[str, Any]:
