@@ -89,7 +89,7 @@ def _check(values: Mapping[str, Any], where: str) -> None:
         highest = _HIGHEST.get(key, _HIGHEST_ELSE)
         if type(value) is not int or not 0 < value <= highest:
             raise LoramError(
-                f"{where}: {key} is {_short(value)}, a whole number from 1 to {highest} is wanted"
+                f"{where}: {key} is {_short(value)}, expected a whole number from 1 to {highest}"
             )
 
 

@@ -25,9 +25,9 @@ def check_push(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UsageError(f"--push {repository}: OWNER/NAME is wanted") from error
+        raise UsageError(f"--push {repository}: expected OWNER/NAME") from error
     if repository.count("/") != 1:
-        raise UsageError(f"--push {repository}: OWNER/NAME is wanted")
+        raise UsageError(f"--push {repository}: expected OWNER/NAME")
     offline = unreachable()
     if offline is not None:
         raise LoramError(f"--push {repository}: {offline}", "push again where there is a network")

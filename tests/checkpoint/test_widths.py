@@ -27,7 +27,7 @@ def test_what_is_sound_passes():
     ("change", "message"),
     [
         ({"hidden_size": 10**5000}, "hidden_size is a number of many digits, a whole number from"),
-        ({"num_hidden_layers": 10**9}, "a whole number from 1 to 10000 is wanted"),
+        ({"num_hidden_layers": 10**9}, "expected a whole number from 1 to 10000"),
         ({"vocab_size": True}, "vocab_size is True"),
         ({"head_dim": 0}, "head_dim is 0"),
         ({"hidden_size": None}, "hidden_size is None"),

@@ -14,7 +14,7 @@ from loram_cli.arch.registry import family_for
 from loram_cli.memory.setup import TrainingSetup
 from loram_cli.memory.training import training_memory
 from loram_cli.modeling.meta_model import meta_causal_lm, native_config
-from loram_cli.tools.bench import BenchModel
+from loram_cli.tools.specs import BenchModel
 from loram_cli.training.adapters import attach_lora, lora_config
 
 

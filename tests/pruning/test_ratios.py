@@ -46,7 +46,7 @@ def test_query_heads_go_with_their_group():
         ({}, "neither 'default' nor 'layers'"),
         ({"layer": {}}, "plan own.yaml: unknown key 'layer'\ndid you mean 'layers'"),
         ({"layers": {"2": {"head": 0.5}}}, "layers.2: unknown key 'head'\ndid you mean 'heads'"),
-        ({"layers": {"2": {"heads": "much"}}}, "layers.2: heads: a number is wanted, not 'much'"),
+        ({"layers": {"2": {"heads": "much"}}}, "layers.2: heads: expected a number, not 'much'"),
         ({"layers": {"2": 1.0}}, "layers.2: heads: a ratio of 1.0 is outside"),
         ({"layers": {"2": {"mlp": -0.1}}}, "layers.2: mlp: a ratio of -0.1 is outside"),
         ({"layers": {"two": 0.5}}, "layers.two: not a layer"),
@@ -54,7 +54,7 @@ def test_query_heads_go_with_their_group():
         ({"layers": {"1-3": 0.5, "3": 0}}, "layers.3: layer 3 is in layers.1-3 already"),
         ({"layers": {"4-6": 0.5}}, "layers.4-6: the model's layers are 0 to 5"),
         ({"layers": {"1": {"mlp": 0.99}}}, "layers.1 leaves 4 key/value heads and 0 MLP channels"),
-        ({"default": True}, "default: heads: a number is wanted"),
+        ({"default": True}, "default: heads: expected a number"),
     ],
 )
 def test_what_is_wrong_in_a_plan_is_named_by_its_key(data, said):

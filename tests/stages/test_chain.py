@@ -233,10 +233,10 @@ def test_pruned_models_and_overlaps_are_refused(chain: Path, base: Path, tmp_pat
 
 
 def test_steps_out_of_order(chain: Path, base: Path, tmp_path: Path, text_file: Path):
-    with pytest.raises(LoramError, match="'prune' output is wanted"):
+    with pytest.raises(LoramError, match="expected an output of 'prune'"):
         spec = align.AlignSpec(source=chain / "aligned", out=tmp_path / "x", data=str(text_file))
         align.run(spec, SILENT)
-    with pytest.raises(LoramError, match="'train' output is wanted"):
+    with pytest.raises(LoramError, match="expected an output of 'train'"):
         places = {"adapter": chain / "pruned", "model": base, "out": tmp_path / "x"}
         recover.run(recover.RecoverSpec(**places), SILENT)
 

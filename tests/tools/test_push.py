@@ -69,7 +69,7 @@ def test_a_name_that_is_none_is_refused_before_the_work(
     words = ["recover", "--run", str(run_copy), "--force", f"--push={name}"]
     before = (run_copy / "recovered" / "loram.json").read_bytes()
     assert run_command(words) == 2
-    assert "OWNER/NAME is wanted" in capsys.readouterr().err
+    assert "expected OWNER/NAME" in capsys.readouterr().err
     assert (run_copy / "recovered" / "loram.json").read_bytes() == before
 
 

@@ -70,8 +70,8 @@ def test_accelerate_launch_does_what_its_config_file_says(launch, tmp_path, kind
     same_curve(curve(tmp_path / "one"), curve(tmp_path / "two"))
     assert Manifest.read(tmp_path / "two").spec["fsdp"] == (kind == "FSDP")
     # It would have scaled the loss by what fp16 wants.
-    assert err.count("mixed precision fp16 is not looked at") == 1
-    assert err.count("fsdp_activation_checkpointing is not looked at") == (kind == "FSDP")
+    assert err.count("mixed precision fp16 is ignored") == 1
+    assert err.count("fsdp_activation_checkpointing is ignored") == (kind == "FSDP")
 
 
 def test_accelerate_launch_says_that_it_starts_one_process_on_a_cpu(launch, tmp_path):
@@ -123,7 +123,7 @@ def test_checkpoints_of_slices_are_of_no_use_to_whole_models(launch, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     _, err = finished(launch("train", "one", "out", steps=40))
-    assert "going on" not in err
+    assert "resuming" not in err
     assert "were written with --fsdp, and this runs without: starting over" in err
 
 

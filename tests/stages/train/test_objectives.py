@@ -91,7 +91,7 @@ def test_two_ends_of_training_are_not_guessed_between(
         mine = Manifest.read(run_copy / f"adapter-{name}")
         inputs = {**mine.inputs, "adapter": {"path": "x", "key": mine.key}}
         replace(mine, key=name, inputs=inputs).write(run_copy / f"adapter-{name}")
-    with pytest.raises(UsageError, match="adapter-dpo and adapter-grpo, and neither goes on"):
+    with pytest.raises(UsageError, match="adapter-dpo and adapter-grpo, and neither resumes"):
         resolve.trained(RunDirectory(run_copy))
     shutil.rmtree(run_copy / "adapter-grpo")
     assert resolve.trained(RunDirectory(run_copy)) == run_copy / "adapter-dpo"
@@ -139,7 +139,7 @@ def test_sft_goes_on_from_an_adapter_too(run_copy: Path, instructions: Path):
     ("changes", "said"),
     [
         ({"source": "pruned"}, "was trained on another model: weights differ"),
-        ({"from_adapter": "recovered"}, "was made by 'recover', an output of 'train' is wanted"),
+        ({"from_adapter": "recovered"}, "was made by 'recover', expected an output of 'train'"),
         ({"rank": 4}, "--rank 4 is not that of .* \\(8\\)"),
         ({"alpha": 3}, "--alpha 3 is not that of .* \\(16\\)"),
         ({"targets": ("q_proj",)}, "--targets are not those of"),
@@ -167,10 +167,10 @@ def test_an_adapter_that_does_not_fit_is_refused(
         ({"temperature": 1.0}, "--temperature does not go with --objective dpo"),
         ({"beta": 0.0}, "--beta must be above 0"),
         ({"dropout": 0.1}, "--dropout does not go with --objective dpo"),
-        ({"objective": "sft", "dropout": 1.0}, "--dropout 1.0 is outside"),
+        ({"objective": "sft", "dropout": 1.0}, "--dropout 1 is outside"),
         ({"loss_on": "all"}, "--loss-on all does not go with"),
-        ({"objective": "grpo", "beta": -1.0}, "--beta must be 0 or more"),
-        ({"objective": "grpo", "generations": 1}, "--generations must be 2 or more"),
+        ({"objective": "grpo", "beta": -1.0}, "--beta cannot be negative"),
+        ({"objective": "grpo", "generations": 1}, "--generations must be at least 2"),
         ({"objective": "grpo", "generations": 3}, "--batch 4 is no multiple of --generations 3"),
         ({"objective": "grpo", "generations": 2, "temperature": 0.0}, "--temperature must be"),
         (
@@ -220,12 +220,13 @@ def test_dry_run_counts_the_reference_and_the_completions(
 
 
 def test_the_demo_needs_no_flags(tmp_path):
-    values = resolve.stage_defaults("demo", "train", {"objective": "dpo"})
+    demo = resolve.Place(RunDirectory(tmp_path / "run"), "demo")
+    values = resolve.stage_defaults(demo, "train", {"objective": "dpo"})
     assert values["data"] == "demo:preferences"
-    assert resolve.stage_defaults("demo", "train", {})["data"] == "demo:train"
-    assert resolve.stage_defaults("demo", "train", {"objective": "grpo"})["data"] == "demo:train"
+    assert resolve.stage_defaults(demo, "train", {})["data"] == "demo:train"
+    assert resolve.stage_defaults(demo, "train", {"objective": "grpo"})["data"] == "demo:train"
     for name in ("sft", "dpo", "grpo"):
-        values = resolve.stage_defaults("demo", "train", {"objective": name})
+        values = resolve.stage_defaults(demo, "train", {"objective": name})
         train.TrainSpec(source=tmp_path, out=tmp_path / "x", objective=name, **values)
 
 
