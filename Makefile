@@ -34,6 +34,7 @@ test-slow: $(VENV)/installed ## the slow tests (ARGS=--slow-minutes=8: as many a
 lint: $(VENV)/installed ## style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(VENV)/installed ## the pages of the commands, from their help
 	$(BIN)/python -m loram_cli.cli.command_pages
