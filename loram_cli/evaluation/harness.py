@@ -129,16 +129,9 @@ def _seeded(seed: int) -> Iterator[None]:
 def _skipped(request: TaskRequest, reason: str) -> TaskScore:
     metric = "pass@1" if request.lm_eval_name == "humaneval" else ""
     return TaskScore(
-        request.name,
-        metric,
-        None,
-        None,
-        0,
-        request.bundled,
-        skipped=reason,
-        variant=request.variant,
-        group=request.group,
-    )
+        request.name, metric, None, None, 0, request.bundled,
+        skipped=reason, variant=request.variant, group=request.group,
+    )  # fmt: skip
 
 
 def _perplexity_data(

@@ -16,8 +16,6 @@ from loram_cli.training.loop.job import TrainerParts
 from loram_cli.training.loop.trainer import LeanCheckpoints
 
 _REFERENCE = "ref"
-# TRL's own default is to checkpoint gradients; the loop's argument decides here.
-_COMMON = {"gradient_checkpointing": False, "disable_dropout": True}
 
 
 class _Quiet(LeanCheckpoints):
@@ -95,23 +93,11 @@ def preference_trainer(
         keep: The reference is a frozen copy of the adapter as it is; else the adapter switched
             off, which is the same for a fresh one and takes no memory.
     """
-    arguments = parts.arguments(
-        arguments_class=DPOConfig,
-        beta=beta,
-        # Rows are cut already, and the user told.
-        max_length=None,
-        pad_to_multiple_of=8 if parts.device == "cuda" else None,
-        **_COMMON,
-    )
+    # Rows are cut already, and the user told.
+    settings = {"arguments_class": DPOConfig, "beta": beta, "max_length": None}
+    given = _given(parts, tokenizer, train, evaluation, settings)
     with _accepted_by_trl(parts, keep=keep, temperature=1.0):
-        return PreferenceTrainer(
-            model=parts.model,
-            args=arguments,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            callbacks=parts.callbacks,
-        )
+        return PreferenceTrainer(**given)
 
 
 def reward_trainer(
@@ -141,27 +127,38 @@ def reward_trainer(
         max_completion_length: Tokens of a completion.
         temperature: Completions are drawn at it.
     """
-    arguments = parts.arguments(
-        arguments_class=GRPOConfig,
-        beta=beta,
-        num_generations=generations,
+    settings = {
+        "arguments_class": GRPOConfig,
+        "beta": beta,
+        "num_generations": generations,
         # One draw per question estimates the mean reward as well as several of fewer questions.
-        num_generations_eval=1,
-        max_completion_length=max_completion_length,
-        temperature=temperature,
-        pad_to_multiple_of=8 if parts.device == "cuda" else None,
-        **_COMMON,
-    )
+        "num_generations_eval": 1,
+        "max_completion_length": max_completion_length,
+        "temperature": temperature,
+    }
+    given = _given(parts, tokenizer, train, evaluation, settings)
     with _accepted_by_trl(parts, keep=keep and beta > 0, temperature=temperature):
-        return RewardTrainer(
-            model=parts.model,
-            args=arguments,
-            reward_funcs=reward,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            callbacks=parts.callbacks,
-        )
+        return RewardTrainer(reward_funcs=reward, **given)
+
+
+def _given(
+    parts: TrainerParts, tokenizer: Any, train: Any, evaluation: Any, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What both trainers are made of."""
+    return {
+        "model": parts.model,
+        "args": parts.arguments(
+            pad_to_multiple_of=8 if parts.device == "cuda" else None,
+            # TRL's own default is to checkpoint gradients; the loop's argument decides here.
+            gradient_checkpointing=False,
+            disable_dropout=True,
+            **settings,
+        ),
+        "train_dataset": train,
+        "eval_dataset": evaluation,
+        "processing_class": tokenizer,
+        "callbacks": parts.callbacks,
+    }
 
 
 def drop_reference(model: Any) -> None:
