@@ -101,9 +101,7 @@ def adapter_tensors(
     return shared, tensors
 
 
-def check_shapes(
-    adapter: LoraAdapter, shapes: Mapping[str, tuple[int, ...]], where: str
-) -> None:
+def check_shapes(adapter: LoraAdapter, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise if a module's factors do not fit the base's weight.
 
     Args:

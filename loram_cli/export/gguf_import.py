@@ -14,6 +14,7 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.export.gguf_file import GgufFile, refuse_existing
 from loram_cli.export.gguf_merge import gguf_names
 from loram_cli.export.gguf_types import is_quantized
+from loram_cli.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.schema import unknown_name
 
@@ -104,13 +105,14 @@ def _convert(source: Path, out: Path, dtype: str) -> None:
 
     where: dict[str, Any] = {"gguf_file": source.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            dtype=getattr(torch, dtype),
-            quantization_config=GgufConfig(dequantize=True),
-            **where,
-        )
+        with quiet_libraries(), no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
+            model = AutoModelForCausalLM.from_pretrained(
+                source.parent,
+                dtype=getattr(torch, dtype),
+                quantization_config=GgufConfig(dequantize=True),
+                **where,
+            )
     # The reader raises whatever the step that fails raises.
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
@@ -124,5 +126,6 @@ def _convert(source: Path, out: Path, dtype: str) -> None:
             delattr(holder, name)
     model.is_quantized = False
     model.config.dtype = dtype
-    model.save_pretrained(out)
+    with no_progress_bars():
+        model.save_pretrained(out)
     tokenizer.save_pretrained(out)

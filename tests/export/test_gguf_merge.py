@@ -6,6 +6,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from helpers.gguf_files import (
     TEMPLATE,
+    TOKENS,
     gguf_weights,
     make_adapter,
     make_model,
@@ -109,7 +110,7 @@ def test_touched_tensors_get_the_type_asked_for(tmp_path, kind, own):
             assert file.tensors[name].kind == GgufFile.open(base).tensors[name].kind
             assert bytes_of(out, name) == bytes_of(base, name)
     assert file.value("tokenizer.chat_template") == TEMPLATE
-    assert theirs.fields["tokenizer.ggml.tokens"].contents() == [f"t{i}" for i in range(7)]
+    assert theirs.fields["tokenizer.ggml.tokens"].contents() == TOKENS
     assert theirs.fields["general.file_type"].contents() == {
         "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_0": 2, "q4_1": 3,
     }[kind]  # fmt: skip
@@ -150,7 +151,8 @@ def test_a_tied_head_gets_a_tensor_of_its_own(tmp_path):
     adapter = LoraAdapter.read(make_adapter(model, tmp_path / "adapter"))
     assert "output.weight" not in GgufFile.open(base).tensors
     run(adapter, base, tmp_path / "merged.gguf", kind="f32")
-    after, embedding = weights_of(tmp_path / "merged.gguf"), gguf_weights(model)["token_embd.weight"]
+    after = weights_of(tmp_path / "merged.gguf")
+    embedding = gguf_weights(model)["token_embd.weight"]
     pair = adapter.pairs["lm_head"]
     want = embedding.half().float() + adapter.scaling("lm_head") * pair.lora_b @ pair.lora_a
     torch.testing.assert_close(after["output.weight"], want)

@@ -210,9 +210,7 @@ def test_the_merged_file_answers_as_peft_does(world, plain, adapter):
 def test_a_quantized_merge_loses_what_quantizing_the_base_loses(world, adapter, kind):
     quantized = all_as(world.gguf, world.folder / f"base-{kind}.gguf", Type[kind.upper()])
     own = compare(world, world.base, quantized)
-    found = compare(
-        world, world.adapted, merged(world, adapter, f"merged-{kind}", quantized, None)
-    )
+    found = compare(world, world.adapted, merged(world, adapter, f"merged-{kind}", quantized, None))
     assert found.mean < 2 * own.mean, (found, own)
 
 

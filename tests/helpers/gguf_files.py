@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter
 from gguf.quants import quantize
 from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
 
 from loram_cli.arch.registry import family_for
 from loram_cli.export.gguf_file import GgufFile, PlannedTensor, padding, write_header
@@ -18,6 +19,8 @@ from loram_cli.export.gguf_types import decode, encode
 from loram_cli.lora.adapter import LoraAdapter, LoraPair
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+# Bytes as GPT-2 spells them, and one pair of them: a byte-level vocabulary of 259.
+TOKENS = ["<eos>", "<pad>", *sorted(ByteLevel.alphabet()), "th"]
 NORMS = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -116,7 +119,21 @@ def write_gguf(directory: Path, out: Path, kind: Type = Type.F32, **metadata: in
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_token_list([f"t{i}" for i in range(7)])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, *(1 for _ in TOKENS[2:])])
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(1)
     writer.add_array("test.numbers", [1, 2, 3])
     writer.add_bool("test.yes", True)
     writer.add_chat_template(TEMPLATE)

@@ -24,7 +24,9 @@ class Engine:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
         self._server = xllamacpp.Server(params)
 
-    def answer(self, ids: list[int], count: int, top: int = 20) -> tuple[list[int], dict[int, float]]:
+    def answer(
+        self, ids: list[int], count: int, top: int = 20
+    ) -> tuple[list[int], dict[int, float]]:
         """The greedy next tokens, and the first one's likeliest tokens with log-probabilities."""
         told = self._server.handle_completions(
             {
