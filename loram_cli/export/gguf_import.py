@@ -2,7 +2,9 @@
 
 import shutil
 from collections import Counter
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,8 @@ def _convert(source: Path, out: Path, dtype: str) -> None:
 
     where: dict[str, Any] = {"gguf_file": source.name}
     try:
-        with quiet_libraries(), no_progress_bars():
+        # Its reader draws a bar of its own, which no switch of transformers turns off.
+        with quiet_libraries(), no_progress_bars(), redirect_stderr(StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
             model = AutoModelForCausalLM.from_pretrained(
                 source.parent,
