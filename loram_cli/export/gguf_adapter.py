@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from gguf import GGUFType, GGUFWriter, Keys
 
-from loram_cli.arch.registry import family_for
-from loram_cli.checkpoint.index import read_config
+from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
 from loram_cli.export.gguf_file import refuse_existing, whole_file
 from loram_cli.export.gguf_names import GgufNames, LayerHeads, gguf_facts
@@ -25,17 +24,23 @@ class AdapterExport:
         path: The GGUF file.
         architecture: The GGUF architecture that it states.
         modules: How many modules have factors.
-        num_bytes: Of the file.
+        num_bytes: Of the file; None where it was only checked.
     """
 
     path: Path
     architecture: str
     modules: int
-    num_bytes: int
+    num_bytes: int | None
 
 
 def export_adapter(
-    adapter: Path, model: Path, out: Path, *, kind: str = "f32", force: bool = False
+    adapter: Path,
+    model: Path,
+    out: Path,
+    *,
+    kind: str = "f32",
+    force: bool = False,
+    dry_run: bool = False,
 ) -> AdapterExport:
     """Write a recovered adapter as a GGUF LoRA file.
 
@@ -45,6 +50,7 @@ def export_adapter(
         out: The file.
         kind: ``f32``, ``f16`` or ``bf16``.
         force: Replace an existing file.
+        dry_run: Check everything and write nothing.
 
     Raises:
         LoramError: The adapter belongs to another base, changes a tied head, or has values that
@@ -53,15 +59,16 @@ def export_adapter(
     """
     number_type = type_named(kind, FLOATS)
     refuse_existing(out, force=force)
-    config = read_config(model)
-    family = family_for(config, str(model))
-    architecture = gguf_facts(family).architecture
+    base = Model.open(model)
+    architecture = gguf_facts(base.family).architecture
     factors = LoraAdapter.read(adapter)
-    check_shapes(factors, family.tensor_shapes(config), str(model))
-    geometry = family.geometry(config)
-    heads = (LayerHeads(g.num_attention_heads, g.num_key_value_heads) for g in geometry.layers)
-    names = GgufNames(family, tuple(heads))
+    check_shapes(factors, base.family.tensor_shapes(base.config), str(model))
+    layers = base.geometry.layers
+    heads = (LayerHeads(g.num_attention_heads, g.num_key_value_heads) for g in layers)
+    names = GgufNames(base.family, tuple(heads))
     alpha, tensors = adapter_tensors(factors, names)
+    if dry_run:
+        return AdapterExport(out, architecture, len(factors.pairs), None)
     with whole_file(out, force=force) as file:
         # The package opens the file itself, by the temporary name.
         writer = GGUFWriter(file.name, architecture)

@@ -3,15 +3,14 @@
 import shutil
 from collections import Counter
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from gguf import GGMLQuantizationType
 
-from loram_cli.arch.registry import family_for
-from loram_cli.checkpoint.index import read_config
+from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.export.gguf_file import GgufFile, refuse_existing
 from loram_cli.export.gguf_merge import gguf_names
@@ -38,6 +37,10 @@ class GgufImport:
     family: str
     dtype: str
     quantized: dict[str, int]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {**asdict(self), "path": str(self.path)}
 
 
 def import_gguf(
@@ -78,7 +81,7 @@ def import_gguf(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _convert(source, partial, chosen)
-        family = family_for(read_config(partial), str(source))
+        family = Model.open(partial).family
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     except OSError as error:
