@@ -2,9 +2,7 @@
 
 import shutil
 from collections import Counter
-from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.export.gguf_file import GgufFile, refuse_existing
 from loram_cli.export.gguf_merge import gguf_names
 from loram_cli.export.gguf_types import is_quantized
-from loram_cli.quiet import no_progress_bars, quiet_libraries
+from loram_cli.quiet import no_progress_bars, quiet_gguf, quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.schema import unknown_name
 
@@ -110,11 +108,11 @@ def _convert(source: Path, out: Path, dtype: str) -> None:
 
     where: dict[str, Any] = {"gguf_file": source.name}
     try:
-        # Its reader draws a bar of its own, which no switch of transformers turns off.
-        with quiet_libraries(), no_progress_bars(), redirect_stderr(StringIO()):
+        with quiet_libraries(), no_progress_bars(), quiet_gguf():
             tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, told = AutoModelForCausalLM.from_pretrained(
                 source.parent,
+                output_loading_info=True,
                 dtype=getattr(torch, dtype),
                 quantization_config=GgufConfig(dequantize=True),
                 **where,
@@ -126,6 +124,12 @@ def _convert(source: Path, out: Path, dtype: str) -> None:
             f"{source}: transformers cannot read it ({reason})",
             "take the original checkpoint, or a newer transformers",
         ) from error
+    missing = sorted(told["missing_keys"])
+    if missing:
+        raise LoramError(
+            f"{source}: {len(missing)} tensors are missing, such as {missing[0]}",
+            "take a whole GGUF file, or the original checkpoint",
+        )
     # Its weights are plain now.
     for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, name):

@@ -87,4 +87,7 @@ def test_what_cannot_be_read_leaves_nothing_behind(tmp_path):
     broken.write_bytes(base.read_bytes().replace(b"tokenizer.ggml.model", b"tokenizer.ggml.xxxxx"))
     with pytest.raises(LoramError, match=r"broken\.gguf: transformers cannot read it"):
         import_gguf(broken, tmp_path / "out", NullReporter())
+    broken.write_bytes(base.read_bytes().replace(b"blk.1.ffn_up.", b"blk.1.ffn_xx."))
+    with pytest.raises(LoramError, match=r"1 tensors are missing, such as \S+1\.mlp\.up_proj"):
+        import_gguf(broken, tmp_path / "out", NullReporter())
     assert {p.name for p in tmp_path.iterdir()} == {"model", "base.gguf", "broken.gguf"}
