@@ -2,11 +2,12 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType
+from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
@@ -17,6 +18,11 @@ from loram_cli.quiet import no_progress_bars, quiet_gguf, quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.schema import unknown_name
 
+_ROTARY_FACTORS = (
+    MODEL_TENSOR.ROPE_FREQS,
+    MODEL_TENSOR.ROPE_FACTORS_LONG,
+    MODEL_TENSOR.ROPE_FACTORS_SHORT,
+)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -51,7 +57,7 @@ def import_gguf(
     Args:
         source: The GGUF file.
         out: The directory.
-        reporter: Gets a warning where the file is quantized.
+        reporter: Gets a warning where the file is quantized, or its rotary scaling is lost.
         dtype: Of the weights; None for the file's own, and bfloat16 where it is quantized.
         force: Replace an existing directory.
 
@@ -79,7 +85,13 @@ def import_gguf(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _convert(source, partial, chosen)
-        family = Model.open(partial).family
+        made = Model.open(partial)
+        family = made.family
+        if scales_rotation(file) and not _keeps_scaling(made.config):
+            reporter.warn(
+                f"{source}: scales its rotary frequencies, which transformers' reader leaves out. "
+                f"Copy rope_parameters (or rope_scaling) from the original model's config.json."
+            )
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     except OSError as error:
@@ -100,6 +112,20 @@ def dtype_of(kinds: Counter[GGMLQuantizationType]) -> str:
         GGMLQuantizationType.BF16: "bfloat16",
     }
     return names.get(kinds.most_common(1)[0][0], "bfloat16") if kinds else "bfloat16"
+
+
+def scales_rotation(file: GgufFile) -> bool:
+    """Whether the model scales its rotary frequencies, as Llama 3.1 does to read longer texts."""
+    stated = file.value(f"{file.architecture}.rope.scaling.type", "none")
+    factors = (f"{TENSOR_NAMES[tensor]}.weight" for tensor in _ROTARY_FACTORS)
+    return stated != "none" or any(name in file.tensors for name in factors)
+
+
+def _keeps_scaling(config: Mapping[str, Any]) -> bool:
+    """Whether a config states another rotary type than the plain one, for any kind of layer."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [found, *(part for part in found.values() if isinstance(part, Mapping))]
+    return any(kind.get("rope_type", "default") != "default" for kind in kinds)
 
 
 def _convert(source: Path, out: Path, dtype: str) -> None:

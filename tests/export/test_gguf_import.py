@@ -67,6 +67,14 @@ def test_a_quantized_file_is_warned_about(tmp_path):
     assert torch.equal(weights(told.path)[name], through(weights(model)[name], Type.Q4_0))
 
 
+def test_rotary_scaling_that_the_reader_leaves_out_is_warned_about(tmp_path):
+    _, base = made(tmp_path, Type.F32, llama__rope__scaling__type="linear")
+    ears = Ears()
+    import_gguf(base, tmp_path / "out", ears)
+    [warning] = ears.warnings
+    assert "scales its rotary frequencies" in warning
+
+
 def test_existing_directories_stay_unless_forced(tmp_path):
     _, base = made(tmp_path, Type.F32)
     (tmp_path / "out").mkdir()
