@@ -7,6 +7,8 @@ from helpers.gguf_files import TOKENS, make_adapter, make_model, write_gguf
 from loram_cli.cli.app import run_command
 from loram_cli.export.gguf_file import GgufFile
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.export.gguf_import import import_gguf
 from loram_cli.reporting import NullReporter
 
+pytestmark = pytest.mark.integration
+
 
 class Ears(NullReporter):
     def __init__(self):

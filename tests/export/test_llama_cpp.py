@@ -17,7 +17,7 @@ from loram_cli.export.gguf_types import decode, encode
 from loram_cli.lora.adapter import LoraAdapter
 from loram_cli.reporting import NullReporter
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PROMPTS, TOKENS, TOP = 20, 24, 20
 
 

@@ -12,19 +12,19 @@ SHARED = Path(__file__).parents[3] / "shared"
 
 
 def shared_folder() -> Path:
-    """The folder of models and data beside the repository; LORAM_SHARED names another."""
-    folder = Path(os.environ.get("LORAM_SHARED", SHARED))
+    """The folder of models and data beside the repository; SHARED_FOLDER names another."""
+    folder = Path(os.environ.get("SHARED_FOLDER", SHARED))
     if not folder.is_dir():
-        pytest.skip(f"{folder} is absent; name the folder in LORAM_SHARED")
+        pytest.skip(f"{folder} is absent; name the folder in SHARED_FOLDER")
     return folder
 
 
 def smollm2(work: Path) -> tuple[Path, Path]:
     """SmolLM2-135M-Instruct as a Hugging Face directory and as a GGUF file (Q4_1).
 
-    ``LORAM_SMOLLM2`` names a directory that was made before, with its GGUF file beside it.
+    ``SMOLLM2_FOLDER`` names a directory that was made before, with its GGUF file beside it.
     """
-    made = Path(os.environ.get("LORAM_SMOLLM2", work / "smollm2"))
+    made = Path(os.environ.get("SMOLLM2_FOLDER", work / "smollm2"))
     gguf = made.with_name(made.name + ".gguf")
     if not (made.is_dir() and gguf.is_file()):
         script = shared_folder() / "models" / "make_smollm2.py"
