@@ -9,7 +9,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any, Literal
 
 _TRAINING = (
@@ -49,8 +50,9 @@ def quiet_libraries() -> Iterator[None]:
 
     Checks silenced with them, and where loram makes them:
 
-    - transformers: tensors that are missing, misshapen or unexpected: ``modeling.load``; the
-      readers of single tensors compare name and shape with the config.
+    - transformers: tensors that are missing, misshapen or unexpected: ``modeling.load``, and
+      ``export.gguf_import`` for GGUF; the readers of single tensors compare name and shape with
+      the config.
     - transformers: more tokens than the model has positions: ``training.loop.loop``;
       ``evaluation.harness`` for prompts.
     - PEFT: LoRA on a tied head: ``arch.targets``.
@@ -85,6 +87,16 @@ def no_progress_bars(
     finally:
         if drawn:
             on()
+
+
+@contextmanager
+def quiet_gguf() -> Iterator[None]:
+    """Keep transformers' GGUF reader from drawing its bar, which no switch of its own turns off.
+
+    Nothing is checked by it. Errors are exceptions and pass.
+    """
+    with redirect_stderr(StringIO()):
+        yield
 
 
 @contextmanager

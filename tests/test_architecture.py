@@ -25,7 +25,7 @@ FLOORS = (
     {"evaluation"},
     {"training"},
     {"modeling"},
-    {"pruning", "memory", "demo"},
+    {"pruning", "memory", "demo", "export"},
     {"lora"},
     {"checkpoint"},
     {"runs", "arch"},

@@ -85,6 +85,22 @@ class Geometry:
         )
 
 
+@dataclass(frozen=True)
+class GgufFacts:
+    """What llama.cpp's converter does to a family's tensors.
+
+    Source: ``convert_hf_to_gguf.py`` of llama.cpp. Tensor names come from the gguf package.
+
+    Attributes:
+        architecture: The value of ``general.architecture``.
+        rotary_permuted: Modules whose rows are reordered head by head, since llama.cpp rotates
+            neighbouring rows where transformers rotates the halves of a head.
+    """
+
+    architecture: str
+    rotary_permuted: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """A decoder family: which tensor is what.
@@ -104,6 +120,7 @@ class Family:
         ignored: Derived buffers that old checkpoints hold.
         config_defaults: What a key means that ``config.json`` leaves out, where that is neither
             false nor derived from another key: files written by older tools lack such keys.
+        gguf: How the family's GGUF files differ; None where llama.cpp does not know it.
     """
 
     family: str
@@ -118,6 +135,7 @@ class Family:
     layer_norms: Mapping[str, Literal["hidden", "head"]]
     ignored: tuple[str, ...]
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
+    gguf: GgufFacts | None = None
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> "Family":
@@ -132,7 +150,11 @@ class Family:
             for module in data["modules"]
         )
         plain = {key: tuple(data[key]) for key in ("model_types", "norms", "ignored")}
-        return cls(**{**data, **plain, "modules": modules})
+        gguf = data.get("gguf")
+        if gguf is not None:
+            permuted = tuple(gguf.get("rotary_permuted", ()))
+            gguf = GgufFacts(**{**gguf, "rotary_permuted": permuted})
+        return cls(**{**data, **plain, "modules": modules, "gguf": gguf})
 
     @cached_property
     def lora_targets(self) -> tuple[str, ...]:

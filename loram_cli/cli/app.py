@@ -12,7 +12,9 @@ from loram_cli.cli.commands import (
     align,
     bench,
     evaluate,
+    export,
     generate,
+    import_gguf,
     inspect,
     memory_report,
     prune,
@@ -44,8 +46,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 MODULES = (
-    prune, align, train, recover, evaluate, generate, memory_report, bench, run, report, verify,
-    inspect,
+    prune, align, train, recover, evaluate, generate, export, memory_report, bench, run, report,
+    verify, inspect, import_gguf,
 )  # fmt: skip
 _ON_SEVERAL_PROCESSES = (train.NAME, align.NAME)
 for module in MODULES:

@@ -9,6 +9,7 @@ from loram_cli.checkpoint.sources import resolve_model
 from loram_cli.config.recipe import demo_recipe
 from loram_cli.config.rows import FULL_LORA, run_rows
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.export.specs import ExportSpec
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.processes import process_count
 from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory, demo_base
@@ -181,6 +182,20 @@ def merge_spec(place: Place, recover: RecoverSpec) -> MergeSpec | None:
         max_shard_bytes=recover.max_shard_bytes,
         force=recover.force,
     )
+
+
+def export_spec(place: Place, values: Values) -> ExportSpec:
+    """The spec of ``export``; it reads what ``recover`` wrote.
+
+    Raises:
+        LoramError: Nothing was recovered.
+    """
+    name = "recovered.gguf" if values.get("merge_into") is None else "merged.gguf"
+    model = model_dir(place.model, config_only=True)
+    filled = {"model": model, "out": place.run.path / name, **values}
+    if "adapter" not in filled:
+        filled["adapter"] = place.run.require("recover")
+    return spec_from_mapping(ExportSpec, filled, "export")
 
 
 def eval_spec(place: Place, values: Values) -> EvalSpec:

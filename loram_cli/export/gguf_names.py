@@ -1,0 +1,131 @@
+"""What a module of a Hugging Face model is called in a GGUF file, and how its rows lie there."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
+
+from loram_cli.arch.registry import families
+from loram_cli.arch.spec import Family, GgufFacts
+from loram_cli.errors import LoramError
+from loram_cli.lora.adapter import LoraPair
+
+HEAD = "output.weight"
+EMBEDDING = "token_embd.weight"
+
+
+@dataclass(frozen=True)
+class LayerHeads:
+    """How many heads one layer's queries and its keys have."""
+
+    query: int
+    key_value: int
+
+
+@dataclass(frozen=True)
+class GgufNames:
+    """A model's tensors by the names of both worlds.
+
+    Attributes:
+        family: Of the model.
+        heads: Of each layer.
+    """
+
+    family: Family
+    heads: tuple[LayerHeads, ...]
+
+    def tensor(self, module: str) -> str:
+        """The name of a module's weight in a GGUF file.
+
+        Args:
+            module: Such as ``model.layers.3.self_attn.q_proj``.
+
+        Raises:
+            LoramError: The architecture has no such tensor.
+        """
+        found = self.family.module_named(module)
+        is_known = module == self.family.lm_head or (
+            found is not None and found[0] < len(self.heads)
+        )
+        name = self._names.get_name(f"{module}.weight", (".weight",)) if is_known else None
+        if name is None:
+            raise LoramError(
+                f"adapter module {module}: no such tensor in GGUF's architecture "
+                f"'{gguf_facts(self.family).architecture}' with {len(self.heads)} layers",
+                "export an adapter that was made for this model",
+            )
+        return name
+
+    def reordered(self, module: str, pair: LoraPair) -> LoraPair:
+        """The factors of a module, with ``lora_B``'s rows as GGUF orders them."""
+        found = self.family.module_named(module)
+        if found is None or found[1].name not in gguf_facts(self.family).rotary_permuted:
+            return pair
+        layer, linear = found
+        heads = getattr(self.heads[layer], linear.rows[0])
+        rows = pair.lora_b.shape[0]
+        if rows % (2 * heads):
+            raise LoramError(
+                f"adapter module {module}: {rows} rows do not make {heads} heads of even width",
+                "export an adapter that was made for this model",
+            )
+        return LoraPair(pair.lora_a, pair.lora_b[rotary_order(rows, heads)])
+
+    @cached_property
+    def _names(self) -> TensorNameMap:
+        names = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+        return get_tensor_name_map(names[gguf_facts(self.family).architecture], len(self.heads))
+
+
+def rotary_order(rows: int, heads: int) -> torch.Tensor:
+    """Which row of a Hugging Face weight each row of a GGUF weight is.
+
+    transformers rotates row ``i`` of a head with row ``i + width / 2``; llama.cpp's ``llama``
+    architecture rotates rows ``2 i`` and ``2 i + 1``. Source: ``LlamaModel.permute`` in
+    llama.cpp's ``convert_hf_to_gguf.py``.
+
+    Args:
+        rows: Of the weight.
+        heads: How many heads these are.
+
+    Returns:
+        Indices, shape (rows,): ``gguf = huggingface[rotary_order(rows, heads)]``.
+    """
+    return torch.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def gguf_facts(family: Family) -> GgufFacts:
+    """How the family's GGUF files differ.
+
+    Raises:
+        LoramError: The family's file does not say.
+    """
+    if family.gguf is None:
+        raise LoramError(
+            f"family '{family.family}' is not known in GGUF files",
+            f'add the key "gguf" to loram_cli/arch/families/{family.family}.json',
+        )
+    return family.gguf
+
+
+def family_for_gguf(architecture: str, where: str) -> Family:
+    """A family whose GGUF files state this architecture.
+
+    Families that share one, as Llama and Mistral do, also share what their files say of GGUF.
+
+    Args:
+        architecture: The value of ``general.architecture``.
+        where: What to name in the error.
+
+    Raises:
+        LoramError: No family does.
+    """
+    known = {f.gguf.architecture: f for f in families() if f.gguf is not None}
+    if architecture not in known:
+        raise LoramError(
+            f"{where}: architecture '{architecture}' is not a known family "
+            f"(known: {', '.join(sorted(known))})",
+            "a family is one JSON file in loram_cli/arch/families/",
+        )
+    return known[architecture]

@@ -1,0 +1,58 @@
+"""One export from its spec: the adapter as a file of its own, or added to a model."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loram_cli.export.gguf_adapter import export_adapter
+from loram_cli.export.gguf_merge import merge, modelfile_path, plan_merge
+from loram_cli.export.specs import ExportSpec
+from loram_cli.lora.adapter import LoraAdapter
+from loram_cli.reporting import Reporter
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, or would be.
+
+    Attributes:
+        path: The GGUF file.
+        modelfile: Ollama's Modelfile beside it; None for an adapter alone.
+        modules: Modules of the adapter.
+        num_bytes: Of the file; None for an adapter that is not written yet.
+    """
+
+    path: Path
+    modelfile: Path | None
+    modules: int
+    num_bytes: int | None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def run(spec: ExportSpec, reporter: Reporter, *, dry_run: bool = False) -> Exported:
+    """Export an adapter.
+
+    Args:
+        spec: What, and where to.
+        reporter: Progress.
+        dry_run: Check all that can be known beforehand, and write nothing.
+
+    Raises:
+        LoramError: See :func:`.export_adapter` and :func:`.plan_merge`.
+        UsageError: The same.
+    """
+    if spec.merge_into is None:
+        kind = spec.type or "f32"
+        written = export_adapter(
+            spec.adapter, spec.model, spec.out, kind=kind, force=spec.force, dry_run=dry_run
+        )
+        return Exported(spec.out, None, written.modules, written.num_bytes)
+    adapter = LoraAdapter.read(spec.adapter)
+    planned = plan_merge(adapter, spec.merge_into, spec.out, kind=spec.type, force=spec.force)
+    if not dry_run:
+        merge(adapter, planned, spec.out, reporter, force=spec.force)
+    size_bytes = planned.num_bytes if dry_run else spec.out.stat().st_size
+    return Exported(spec.out, modelfile_path(spec.out), planned.touched, size_bytes)

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from helpers.gguf_files import permuted
+
+from loram_cli.arch.registry import families
+from loram_cli.errors import LoramError
+from loram_cli.export.gguf_names import (
+    GgufNames,
+    LayerHeads,
+    family_for_gguf,
+    gguf_facts,
+    rotary_order,
+)
+from loram_cli.lora.adapter import LoraPair
+
+FAMILIES = {family.family: family for family in families()}
+
+
+def names(family: str, layers: int = 3) -> GgufNames:
+    return GgufNames(FAMILIES[family], (LayerHeads(4, 2),) * layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_module_has_a_name_of_its_own(family):
+    modules = [n.removesuffix(".weight") for n in FAMILIES[family].linear_names(3)]
+    found = [names(family).tensor(m) for m in modules]
+    assert len(set(found)) == len(modules)
+    assert all(n.startswith("blk.") and n.endswith(".weight") for n in found)
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"gemma2"}))
+def test_the_head_has_a_name(family):
+    assert names(family).tensor(FAMILIES[family].lm_head) == "output.weight"
+
+
+def test_a_head_that_llama_cpp_always_ties_is_refused():
+    with pytest.raises(LoramError, match="adapter module lm_head: no such tensor"):
+        names("gemma2").tensor("lm_head")
+
+
+def test_the_names_are_llama_cpps():
+    of_it = names("llama")
+    assert of_it.tensor("model.layers.2.self_attn.q_proj") == "blk.2.attn_q.weight"
+    assert of_it.tensor("model.layers.0.mlp.down_proj") == "blk.0.ffn_down.weight"
+    assert names("phi3").tensor("model.layers.1.mlp.gate_up_proj") == "blk.1.ffn_up.weight"
+
+
+@pytest.mark.parametrize(
+    "module", ["model.layers.3.self_attn.q_proj", "model.layers.0.mlp.other", "score"]
+)
+def test_an_unknown_module_is_refused(module):
+    with pytest.raises(LoramError, match=rf"adapter module {module}: no such tensor"):
+        names("llama").tensor(module)
+
+
+def test_families_that_share_an_architecture_agree():
+    for family in families():
+        assert gguf_facts(family_for_gguf(gguf_facts(family).architecture, "")) == family.gguf
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(LoramError, match=r"x.gguf: architecture 'rwkv7' is not a known family"):
+        family_for_gguf("rwkv7", "x.gguf")
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(64, 4), (24, 3), (8, 1)])
+def test_rows_go_where_the_converter_puts_them(rows, heads):
+    weight = torch.randn(rows, 5)
+    assert torch.equal(weight[rotary_order(rows, heads)], permuted(weight, heads))
+
+
+def test_only_rotated_rows_of_b_move():
+    pair = LoraPair(torch.randn(2, 8), torch.randn(64, 2))
+    query = names("llama").reordered("model.layers.0.self_attn.q_proj", pair)
+    assert torch.equal(query.lora_b, permuted(pair.lora_b, 4))
+    key = names("mistral").reordered("model.layers.0.self_attn.k_proj", pair)
+    assert torch.equal(key.lora_b, permuted(pair.lora_b, 2))
+    assert query.lora_a is pair.lora_a
+    for family, module in (("llama", "self_attn.v_proj"), ("qwen3", "self_attn.q_proj")):
+        assert names(family).reordered(f"model.layers.0.{module}", pair) is pair
+
+
+def test_heads_of_odd_width_are_refused():
+    pair = LoraPair(torch.randn(2, 8), torch.randn(12, 2))
+    with pytest.raises(LoramError, match="12 rows do not make 4 heads of even width"):
+        names("llama").reordered("model.layers.0.self_attn.q_proj", pair)
