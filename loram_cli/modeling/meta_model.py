@@ -40,10 +40,17 @@ def meta_causal_lm(family: Family, config: Any, device: str, **settings: Any) ->
         model = narrow_class(family)._from_config(config, **settings)
     model.tie_weights()
     model.eval().requires_grad_(False)
-    for module in model.modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in names:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if names:
+    # A module's buffers may be its parents' to fill.
+    filled = {""}
+    for path, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if not buffer.is_meta:
+            continue
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, torch.empty_like(buffer, device=device))
+        while owner:
+            filled.add(owner)
+            owner = owner.rpartition(".")[0]
+    for path, module in model.named_modules():
+        if path in filled:
             model._init_weights(module)
     return model
