@@ -8,6 +8,8 @@ import torch
 from loram_cli.arch.spec import Family
 from loram_cli.modeling.load import narrow_class
 
+_FLOAT_KEY = "__float__"
+
 
 def native_config(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The transformers config of a ``config.json``, whose layers may differ in width.
@@ -18,10 +20,22 @@ def native_config(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """
     import transformers
 
-    settings = {name: value for name, value in config.items() if name != "model_type"}
+    settings = {name: _decoded(value) for name, value in config.items() if name != "model_type"}
     settings["allow_global_per_layer_attribute_access"] = True
     settings["dtype"] = dtype
     return transformers.AutoConfig.for_model(config["model_type"], **settings)
+
+
+def _decoded(value: Any) -> Any:
+    """A value of ``config.json``: transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        is_number = value.keys() == {_FLOAT_KEY}
+        return (
+            float(value[_FLOAT_KEY])
+            if is_number
+            else {key: _decoded(item) for key, item in value.items()}
+        )
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def meta_causal_lm(family: Family, config: Any, device: str, **settings: Any) -> Any:
