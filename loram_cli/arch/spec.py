@@ -1,12 +1,40 @@
-"""What a decoder family's tensors are: names, coupled axes and shapes, read from data."""
+"""What a decoder family's tensors are: names, coupled axes and shapes, read from data.
 
+A family is one file in ``families/``. Its keys are the attributes of :class:`Family`; a module's
+are those of :class:`LinearModule`, a norm's those of :class:`LayerTensor`. What runs over what is
+said in *widths*:
+
+=====================  ===========================================================================
+``hidden``             the residual stream; what an empty list of a module's rows means
+``query``              query heads times the width of a head
+``key_value``          key/value heads times the width of a head
+``query_heads``        one entry a query head (attention sinks, gates)
+``key_value_heads``    one entry a key/value head
+``head``               the width of one head
+``intermediate``       MLP channels
+``2*a*b+c``            numbers and config keys, multiplied and added: an axis that stays whole
+=====================  ===========================================================================
+"""
+
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-Axis = Literal["query", "key_value", "intermediate"]
-"""What one axis of a weight runs over; ``None`` in its place means that it is never pruned."""
+from loram_cli.errors import LoramError
+
+Axis = str
+"""What one axis of a weight runs over: a pruned width, or a product that is never pruned."""
+
+ATTENTION_AXES = frozenset({"query", "key_value", "query_heads", "key_value_heads"})
+"""Axes that are cut with the key/value heads."""
+
+PRUNED_AXES = ATTENTION_AXES | {"intermediate"}
+"""Axes that pruning cuts."""
+
+Condition = Mapping[str, Any]
+"""Config keys and the values that they must all have."""
 
 
 @dataclass(frozen=True)
@@ -19,52 +47,171 @@ class LinearModule:
             Fused projections have several segments.
         columns: Segments along the input axis; empty when it is the hidden width.
         bias: Whether a bias exists, or the config key that says so.
+        interleaved: Whether the segments of ``rows`` alternate from one key/value head to the
+            next (``q0 k0 v0 q1 k1 v1``), in place of one after the other.
+        kinds: The kinds of layer that have it; empty when all have.
+        lora: Whether it can have LoRA factors: fused kernels read some weights past their module.
     """
 
     name: str
     rows: tuple[Axis, ...] = ()
     columns: tuple[Axis, ...] = ()
     bias: bool | str = False
+    interleaved: bool = False
+    kinds: tuple[str, ...] = ()
+    lora: bool = True
+
+
+@dataclass(frozen=True)
+class LayerTensor:
+    """A norm's weight or bias, or another tensor of a layer that is no linear's.
+
+    Attributes:
+        name: Full name inside the layer, such as ``self_attn.q_norm.weight``.
+        shape: Width of every axis; only the first is ever cut.
+        when: What the config must say for it to exist; empty: it always does.
+        kinds: The kinds of layer that have it; empty when all have.
+    """
+
+    name: str
+    shape: tuple[Axis | int, ...]
+    when: Condition = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
+
+    @classmethod
+    def from_data(cls, name: str, data: Any) -> "LayerTensor":
+        """From a width, a list of widths, or an object with ``shape`` and the other keys."""
+        data = data if isinstance(data, Mapping) else {"shape": data}
+        shape = data["shape"] if isinstance(data["shape"], list) else [data["shape"]]
+        return cls(name, tuple(shape), data.get("when", {}), tuple(data.get("kinds", ())))
+
+
+@dataclass(frozen=True)
+class LayerKinds:
+    """How a config says of which kind each layer is.
+
+    Attributes:
+        keys: Config keys that list the layers' kinds, or spell them, one letter a layer; the first
+            that is there counts.
+        names: Other names and letters of kinds.
+        every: The config key of a period, where the others are absent: each such layer is of kind
+            ``then``, the others of kind ``otherwise``.
+        then: See ``every``.
+        otherwise: See ``every``.
+    """
+
+    keys: tuple[str, ...]
+    names: Mapping[str, str] = field(default_factory=dict)
+    every: str | None = None
+    then: str = ""
+    otherwise: str = ""
+
+    def of(self, config: Mapping[str, Any]) -> list[str]:
+        """The kind of every layer.
+
+        Raises:
+            KeyError: The config does not say.
+        """
+        for key in self.keys:
+            if config.get(key) is not None:
+                return [self.names.get(kind, kind) for kind in config[key]]
+        period, count = config[self.every or self.keys[0]], config["num_hidden_layers"]
+        return [self.otherwise if (i + 1) % period else self.then for i in range(count)]
 
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """Widths of one decoder layer."""
+    """Widths of one decoder layer.
+
+    Attributes:
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key/value heads; each has as many query heads.
+        head_dim: Width of a head.
+        intermediate_size: MLP channels.
+        kind: Of the layer, where a family has several kinds.
+        has_attention: Whether the layer has heads that can be pruned.
+        has_mlp: Whether the layer has channels that can be pruned.
+        fixed: Products of config keys that its tensors run over, with their value.
+    """
 
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     intermediate_size: int
+    kind: str = ""
+    has_attention: bool = True
+    has_mlp: bool = True
+    fixed: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def queries_per_key_value(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
 
     def axis_units(self, axis: Axis) -> int:
-        """How many indices an axis has: heads times head_dim, or MLP channels."""
-        if axis == "query":
-            return self.num_attention_heads * self.head_dim
-        if axis == "key_value":
-            return self.num_key_value_heads * self.head_dim
-        return self.intermediate_size
+        """How many indices an axis has: heads times head_dim, heads, MLP channels, or a product.
+
+        Raises:
+            KeyError: No family of this layer has such an axis.
+        """
+        units = {
+            "query": self.num_attention_heads * self.head_dim,
+            "key_value": self.num_key_value_heads * self.head_dim,
+            "query_heads": self.num_attention_heads,
+            "key_value_heads": self.num_key_value_heads,
+            "head": self.head_dim,
+            "intermediate": self.intermediate_size,
+        }
+        return units[axis] if axis in units else dict(self.fixed)[axis]
+
+
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+"""The widths of a layer that ``per_layer_config`` may state."""
+
+# A layer class that derives a head's width from the head count would take the pruned count for the
+# base's: such a config keeps its own keys as they were, and the kept counts stand beside them.
+_KEPT_KEYS: dict[str, str | None] = {
+    "num_attention_heads": "kept_attention_heads",
+    "num_key_value_heads": "kept_key_value_heads",
+    "intermediate_size": "kept_intermediate_size",
+    "head_dim": None,
+}
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Widths of a whole model, layer by layer, as its ``config.json`` states them."""
+    """Widths of a whole model, layer by layer, as its ``config.json`` states them.
+
+    Attributes:
+        hidden_size: Width of the residual stream.
+        vocab_size: Tokens.
+        tied_embeddings: Whether the head is the embedding.
+        layers: Widths of every layer.
+        keys: Keys of ``per_layer_config`` that differ from the widths' names; None where a width
+            is never written.
+    """
 
     hidden_size: int
     vocab_size: int
     tied_embeddings: bool
     layers: tuple[LayerGeometry, ...]
+    keys: Mapping[str, str | None] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Geometry":
+    def from_config(
+        cls, config: Mapping[str, Any], keys: Mapping[str, str | None] | None = None
+    ) -> "Geometry":
         """Read a Hugging Face config, with or without ``per_layer_config``.
 
         Args:
             config: The parsed ``config.json``, with the family's defaults where it leaves
                 something open: see :meth:`Family.geometry`.
+            keys: See :attr:`keys`.
 
         Raises:
             KeyError: A required width is absent.
         """
+        keys = keys or {}
         heads = config["num_attention_heads"]
         base = LayerGeometry(
             num_attention_heads=heads,
@@ -73,15 +220,15 @@ class Geometry:
             intermediate_size=config["intermediate_size"],
         )
         overrides = {int(i): widths for i, widths in (config.get("per_layer_config") or {}).items()}
-        fields = LayerGeometry.__dataclass_fields__
         return cls(
             hidden_size=config["hidden_size"],
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             layers=tuple(
-                replace(base, **{k: v for k, v in overrides.get(i, {}).items() if k in fields})
+                _overridden(base, overrides.get(i, {}), keys)
                 for i in range(config["num_hidden_layers"])
             ),
+            keys=keys,
         )
 
 
@@ -101,6 +248,13 @@ class GgufFacts:
     rotary_permuted: tuple[str, ...] = ()
 
 
+def _overridden(
+    base: LayerGeometry, stated: Mapping[str, Any], keys: Mapping[str, str | None]
+) -> LayerGeometry:
+    """One layer's widths: those that its entry states, else the base's."""
+    return replace(base, **{w: stated[key] for w in WIDTHS if (key := keys.get(w, w)) in stated})
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """A decoder family: which tensor is what.
@@ -109,32 +263,57 @@ class Family:
         family: Its name, and its file's.
         model_types: The ``model_type`` values of its configs.
         architecture: The causal LM class in transformers.
-        decoder_layer: Full name of the decoder layer's class.
         layers: Full name of the module list of decoder layers.
         embedding: Full name of the input embedding.
         lm_head: Full name of the output head.
-        norms: Norm weights outside the layers.
+        norms: Norm weights and biases outside the layers, of the hidden width.
         modules: The linear modules of a decoder layer.
-        layer_norms: Norm weights of a decoder layer, and whether they run over the hidden width
-            or over one head.
+        layer_norms: Norm weights and biases of a decoder layer.
+        layer_tensors: What else a layer holds: attention sinks, convolutions, learned scalars.
         ignored: Derived buffers that old checkpoints hold.
+        lm_head_bias: Whether the head has a bias.
         config_defaults: What a key means that ``config.json`` leaves out, where that is neither
-            false nor derived from another key: files written by older tools lack such keys.
+            false nor derived from another key: files written by older tools lack such keys. A text
+            is a product of numbers and other keys.
+        config_aliases: Keys that stand for another one, and win over it where both are stated.
+        config_keys: The config's own keys of widths that it names otherwise.
+        config_rules: Objects with ``when`` and ``set``: what keys mean where a config says
+            something else that decides them.
+        stored_names: Beginnings of tensor names in published files, and of the module's name.
+        requires: Keys and the one value that is supported.
+        layer_kinds: How the config tells layers of different kinds apart; None where all are alike.
+        attributes: Set for a family whose layer class cannot be built from its own widths (it
+            derives the head's width from the head count): attributes inside a layer, by dotted
+            name, and the width that each holds. Linears are cut to size.
+        logits_multiplier: Config key of a factor on the logits.
+        logits_divisor: Config key of what the logits are divided by.
+        tuple_output: Whether the layer class returns a tuple, hidden states first.
         gguf: How the family's GGUF files differ; None where llama.cpp does not know it.
     """
 
     family: str
     model_types: tuple[str, ...]
     architecture: str
-    decoder_layer: str
     layers: str
     embedding: str
     lm_head: str
     norms: tuple[str, ...]
     modules: tuple[LinearModule, ...]
-    layer_norms: Mapping[str, Literal["hidden", "head"]]
-    ignored: tuple[str, ...]
+    layer_norms: tuple[LayerTensor, ...]
+    ignored: tuple[str, ...] = ()
+    layer_tensors: tuple[LayerTensor, ...] = ()
+    lm_head_bias: bool = False
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
+    config_aliases: Mapping[str, str] = field(default_factory=dict)
+    config_keys: Mapping[str, str] = field(default_factory=dict)
+    config_rules: tuple[Mapping[str, Condition], ...] = ()
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    requires: Condition = field(default_factory=dict)
+    layer_kinds: LayerKinds | None = None
+    attributes: Mapping[str, str] | None = None
+    logits_multiplier: str | None = None
+    logits_divisor: str | None = None
+    tuple_output: bool = False
     gguf: GgufFacts | None = None
 
     @classmethod
@@ -146,25 +325,51 @@ class Family:
                 rows=tuple(module.get("rows", ())),
                 columns=tuple(module.get("columns", ())),
                 bias=module.get("bias", False),
+                interleaved=module.get("interleaved", False),
+                kinds=tuple(module.get("kinds", ())),
+                lora=module.get("lora", True),
             )
             for module in data["modules"]
         )
-        plain = {key: tuple(data[key]) for key in ("model_types", "norms", "ignored")}
-        gguf = data.get("gguf")
-        if gguf is not None:
+        lists = {
+            key: tuple(data.get(key, ()))
+            for key in ("model_types", "norms", "ignored", "config_rules")
+        }
+        tensors = {
+            key: tuple(LayerTensor.from_data(*item) for item in data.get(key, {}).items())
+            for key in ("layer_norms", "layer_tensors")
+        }
+        kinds, gguf = data.get("layer_kinds"), data.get("gguf")
+        if kinds:
+            kinds = LayerKinds(**{**kinds, "keys": tuple(kinds["keys"])})
+        if gguf:
             permuted = tuple(gguf.get("rotary_permuted", ()))
             gguf = GgufFacts(**{**gguf, "rotary_permuted": permuted})
-        return cls(**{**data, **plain, "modules": modules, "gguf": gguf})
+        return cls(
+            **{
+                **data,
+                **lists,
+                **tensors,
+                "modules": modules,
+                "layer_kinds": kinds,
+                "gguf": gguf,
+            }
+        )
 
     @cached_property
     def lora_targets(self) -> tuple[str, ...]:
-        """Last name parts of every decoder linear, as PEFT's ``target_modules`` wants them."""
-        return tuple(module.name.rsplit(".", 1)[-1] for module in self.modules)
+        """Last name parts of the decoder linears, as PEFT's ``target_modules`` wants them."""
+        return tuple(dict.fromkeys(m.name.rsplit(".", 1)[-1] for m in self.modules if m.lora))
 
     @cached_property
     def lm_head_target(self) -> str:
         """The output head's name as a PEFT target."""
         return self.lm_head.rsplit(".", 1)[-1]
+
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of layer that the file tells apart; empty when all layers are alike."""
+        return frozenset(kind for module in self.modules for kind in module.kinds)
 
     def geometry(self, config: Mapping[str, Any]) -> Geometry:
         """The widths that a config of this family states or implies.
@@ -174,12 +379,76 @@ class Family:
 
         Raises:
             KeyError: A required width is absent.
+            LoramError: The config asks for what the family's file does not cover.
         """
-        return Geometry.from_config({**self.config_defaults, **config})
+        full = self.full_config(config)
+        for key, value in self.requires.items():
+            if not _holds({key: value}, full):
+                raise LoramError(
+                    f"config.json: {key} {full.get(key)!r} is not supported for the family "
+                    f"{self.family} (expected {value!r})"
+                )
+        keys = self.config_keys if self.attributes is None else _KEPT_KEYS
+        geometry = Geometry.from_config(full, keys)
+        kinds = [""] * len(geometry.layers)
+        if self.layer_kinds is not None:
+            kinds = self.layer_kinds.of(full)
+            unknown = set(kinds) - self.kinds
+            if unknown:
+                raise LoramError(
+                    f"config.json: layers of kind {', '.join(sorted(unknown))} are not supported "
+                    f"for the family {self.family}"
+                )
+        # A product is the same in every layer, and dearer to work out than to look up.
+        fixed = tuple((axis, _product(axis, full)) for axis in self._products)
+        layers = tuple(
+            replace(
+                layer,
+                kind=kind,
+                has_attention=bool(self._axes_of(kind) & ATTENTION_AXES),
+                has_mlp="intermediate" in self._axes_of(kind),
+                fixed=fixed,
+            )
+            for layer, kind in zip(geometry.layers, kinds, strict=True)
+        )
+        return replace(geometry, layers=layers)
+
+    def full_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config with what it leaves out: aliases, defaults and rules applied.
+
+        Args:
+            config: The parsed ``config.json``.
+        """
+        full = dict(config)
+        for key, own in self.config_keys.items():
+            # A stray key of the common name says nothing of such a model.
+            full.pop(key, None)
+            if full.get(own) is not None:
+                full[key] = full[own]
+        for alias, key in self.config_aliases.items():
+            if full.get(alias) is not None:
+                full[key] = full[alias]
+        for key, value in self.config_defaults.items():
+            if key not in full:
+                full[key] = _product(value, full) if isinstance(value, str) else value
+        if self.layer_kinds is not None and "num_hidden_layers" not in full:
+            full["num_hidden_layers"] = len(self.layer_kinds.of(full))
+        for rule in self.config_rules:
+            if _holds(rule["when"], full):
+                full.update(rule["set"])
+        return full
 
     def layer_prefix(self, layer: int) -> str:
         """Prefix of a layer's tensors, such as ``model.layers.3.``."""
         return f"{self.layers}.{layer}."
+
+    def layer_modules(self, layer: LayerGeometry) -> tuple[LinearModule, ...]:
+        """The linear modules that a layer of this kind has.
+
+        Args:
+            layer: Its widths.
+        """
+        return tuple(m for m in self.modules if not m.kinds or layer.kind in m.kinds)
 
     def module_named(self, name: str) -> tuple[int, LinearModule] | None:
         """The layer index and module behind a full module name, or None if there is none.
@@ -187,14 +456,19 @@ class Family:
         Args:
             name: Such as ``model.layers.3.self_attn.q_proj`` (no ``.weight``).
         """
-        prefix = f"{self.layers}."
-        if not name.startswith(prefix):
-            return None
-        index, _, rest = name[len(prefix) :].partition(".")
-        for module in self.modules:
-            if index.isdigit() and rest == module.name:
-                return int(index), module
-        return None
+        index, rest = self._split(name)
+        module = self._modules_by_name.get(rest)
+        return None if index is None or module is None else (index, module)
+
+    def tensor_named(self, name: str) -> tuple[int, LayerTensor] | None:
+        """The layer index and tensor behind a full name that is no linear's, or None.
+
+        Args:
+            name: Such as ``model.layers.3.self_attn.q_norm.weight``.
+        """
+        index, rest = self._split(name)
+        tensor = self._tensors_by_name.get(rest)
+        return None if index is None or tensor is None else (index, tensor)
 
     def is_ignored(self, name: str) -> bool:
         """Whether a checkpoint tensor is a derived buffer that is safe to leave out."""
@@ -207,18 +481,26 @@ class Family:
         """
         geometry = self.geometry(config)
         hidden = geometry.hidden_size
-        shapes = {f"{self.embedding}.weight": (geometry.vocab_size, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{self.embedding}.weight": (geometry.vocab_size, hidden)
+        }
         for i, layer in enumerate(geometry.layers):
             shapes.update(self.layer_shapes(i, layer, config))
         shapes.update(dict.fromkeys(self.norms, (hidden,)))
         if not geometry.tied_embeddings:
             shapes[f"{self.lm_head}.weight"] = (geometry.vocab_size, hidden)
+        if self.lm_head_bias:
+            shapes[f"{self.lm_head}.bias"] = (geometry.vocab_size,)
         return shapes
 
-    def linear_names(self, num_hidden_layers: int) -> Iterator[str]:
-        """Full names of every decoder linear's weight."""
-        for i in range(num_hidden_layers):
-            for module in self.modules:
+    def linear_names(self, config: Mapping[str, Any]) -> Iterator[str]:
+        """Full names of every decoder linear's weight.
+
+        Args:
+            config: The parsed ``config.json``.
+        """
+        for i, layer in enumerate(self.geometry(config).layers):
+            for module in self.layer_modules(layer):
                 yield f"{self.layer_prefix(i)}{module.name}.weight"
 
     def layer_shapes(
@@ -231,18 +513,66 @@ class Family:
             layer: Its widths.
             config: The parsed ``config.json``.
         """
-        hidden = config["hidden_size"]
+        full = self.full_config(config)
+        hidden = full["hidden_size"]
         prefix = self.layer_prefix(index)
         shapes: dict[str, tuple[int, ...]] = {}
-        for module in self.modules:
+        for module in self.layer_modules(layer):
             rows = sum(layer.axis_units(axis) for axis in module.rows) or hidden
             columns = sum(layer.axis_units(axis) for axis in module.columns) or hidden
             shapes[f"{prefix}{module.name}.weight"] = (rows, columns)
-            has_bias = (
-                config.get(module.bias, False) if isinstance(module.bias, str) else module.bias
-            )
-            if has_bias:
+            if full.get(module.bias, False) if isinstance(module.bias, str) else module.bias:
                 shapes[f"{prefix}{module.name}.bias"] = (rows,)
-        for name, width in self.layer_norms.items():
-            shapes[f"{prefix}{name}"] = (hidden if width == "hidden" else layer.head_dim,)
+        for tensor in (*self.layer_norms, *self.layer_tensors):
+            if _holds(tensor.when, full) and (not tensor.kinds or layer.kind in tensor.kinds):
+                shapes[f"{prefix}{tensor.name}"] = tuple(
+                    axis
+                    if isinstance(axis, int)
+                    else (hidden if axis == "hidden" else layer.axis_units(axis))
+                    for axis in tensor.shape
+                )
         return shapes
+
+    @cached_property
+    def _products(self) -> tuple[str, ...]:
+        """Axes of the file that are products of config keys."""
+        axes = [axis for m in self.modules for axis in (*m.rows, *m.columns)]
+        axes += [a for t in (*self.layer_norms, *self.layer_tensors) for a in t.shape]
+        known = PRUNED_AXES | {"hidden", "head"}
+        return tuple(dict.fromkeys(a for a in axes if isinstance(a, str) and a not in known))
+
+    @cached_property
+    def _modules_by_name(self) -> dict[str, LinearModule]:
+        return {module.name: module for module in self.modules}
+
+    @cached_property
+    def _tensors_by_name(self) -> dict[str, LayerTensor]:
+        return {tensor.name: tensor for tensor in (*self.layer_norms, *self.layer_tensors)}
+
+    def _axes_of(self, kind: str) -> frozenset[str]:
+        """Axes that the modules of a kind of layer run over."""
+        found = [m for m in self.modules if not m.kinds or kind in m.kinds]
+        return frozenset(axis for m in found for axis in (*m.rows, *m.columns))
+
+    def _split(self, name: str) -> tuple[int | None, str]:
+        prefix = f"{self.layers}."
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        return (int(index), rest) if name.startswith(prefix) and index.isdigit() else (None, "")
+
+
+def _holds(condition: Condition, config: Mapping[str, Any]) -> bool:
+    """Whether a config has all of the values."""
+    # An absent switch, and one that is null, is off.
+    return all((config.get(key) or False) == value for key, value in condition.items())
+
+
+def _product(axis: str, config: Mapping[str, Any]) -> int:
+    """A sum of products of numbers and config keys, such as ``2*num_groups*state_size+width``.
+
+    Raises:
+        KeyError: The config lacks one of the keys.
+    """
+    return sum(
+        math.prod(int(f) if f.isdigit() else config[f] for f in term.split("*"))
+        for term in axis.split("+")
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loram_cli.arch.registry import families
 from loram_cli.checkpoint.header import TensorEntry, read_header
 from loram_cli.checkpoint.widths import check_required, check_widths
 from loram_cli.errors import LoramError
@@ -45,7 +46,7 @@ class CheckpointIndex:
                 raise LoramError(
                     f"{directory / shard_name}: tensor {name} is missing from the shard"
                 )
-        return cls(directory, tensors)
+        return cls(directory, _with_module_names(directory, tensors))
 
     @property
     def num_bytes(self) -> int:
@@ -106,6 +107,26 @@ class CheckpointIndex:
                     f"{self.tensors[name].file}: tensor {name} is not known to this model family",
                     "refused rather than dropped: the family's JSON file must name it",
                 )
+
+
+def _with_module_names(directory: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Tensors under their modules' names, where published files of a family have others."""
+    config = directory / "config.json"
+    model_type = read_json(config).get("model_type") if config.is_file() else None
+    names = {
+        stored: module
+        for family in families()
+        if model_type in family.model_types
+        for stored, module in family.stored_names.items()
+    }
+
+    def renamed(name: str) -> str:
+        for stored, module in names.items():
+            if name.startswith(stored):
+                return module + name.removeprefix(stored)
+        return name
+
+    return {renamed(name): entry for name, entry in tensors.items()} if names else tensors
 
 
 def read_config(directory: Path) -> dict[str, Any]:

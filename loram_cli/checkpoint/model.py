@@ -119,7 +119,7 @@ class Model:
     @property
     def linear_names(self) -> tuple[str, ...]:
         """Names of every decoder linear's weight, in the order of the layers."""
-        return tuple(self.family.linear_names(self.num_layers))
+        return tuple(self.family.linear_names(self.config))
 
     def check_whole(self, *, tokenizer: bool = True) -> None:
         """Check that all of a model is there: headers, every shape, and the tokenizer.

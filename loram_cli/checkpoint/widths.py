@@ -44,8 +44,12 @@ def check_required(config: Mapping[str, Any], where: str) -> None:
     """
     for family in families():
         if config.get("model_type") in family.model_types:
+            try:
+                full = family.full_config(config)
+            except KeyError as error:
+                raise LoramError(f"{where}: has no {error.args[0]}") from error
             for key in _REQUIRED:
-                if key not in config and key not in family.config_defaults:
+                if key not in full:
                     raise LoramError(f"{where}: has no {key}")
 
 

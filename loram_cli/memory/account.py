@@ -37,7 +37,7 @@ class ParamCount:
         decoder_linear: Weights of the linear modules of all decoder layers.
         embedding: The input embedding.
         lm_head: The output head; 0 when it is tied to the embedding.
-        norms: All norm weights.
+        norms: All norm weights and biases, and what else the layers hold.
         biases: Biases of the linear modules.
     """
 
@@ -197,7 +197,7 @@ def _count(family: Family, config: Mapping[str, Any], sparsity: float) -> ParamC
             counts["decoder_linear"] += params - math.floor(params * share)
         elif name == f"{family.embedding}.weight":
             counts["embedding"] += params
-        elif name == f"{family.lm_head}.weight":
+        elif name.startswith(f"{family.lm_head}."):
             counts["lm_head"] += params
         elif f"{name.removesuffix('.bias')}.weight" in linears:
             counts["biases"] += params
@@ -208,7 +208,7 @@ def _count(family: Family, config: Mapping[str, Any], sparsity: float) -> ParamC
 
 def _linear_names(family: Family, config: Mapping[str, Any]) -> dict[str, None]:
     # A dict for its order and its quick lookup.
-    return dict.fromkeys(family.linear_names(len(family.geometry(config).layers)))
+    return dict.fromkeys(family.linear_names(config))
 
 
 def _last(tensor_name: str) -> str:

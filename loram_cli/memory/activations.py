@@ -115,24 +115,31 @@ def _layer_kept(
     first: bool,
 ) -> int:
     """Bytes kept for one decoder layer; the first one's input wants no gradient."""
-    norms = [width == "hidden" for width in family.layer_norms.values()]
-    hidden_norms = sum(norms) - (1 if first else 0)
+    norms = [
+        norm.shape == ("hidden",)
+        for norm in family.layer_norms
+        if norm.name.endswith(".weight") and (not norm.kinds or layer.kind in norm.kinds)
+    ]
+    hidden_norms = sum(norms) - (1 if first and any(norms) else 0)
     per_token = hidden_norms * (hidden + 1) * FP32_BYTES
     if not all(norms):
         # Norms over heads, of queries and of keys.
         heads = layer.num_attention_heads + layer.num_key_value_heads
         per_token += (heads * layer.head_dim + heads) * FP32_BYTES
     per_token += _attention_kept(layer, setup)
-    per_token += 3 * layer.intermediate_size * setup.compute_bytes
+    # The activation's input and output, and in gated MLPs what it is multiplied with.
+    modules = family.layer_modules(layer)
+    branches = sum(module.rows.count("intermediate") for module in modules)
+    per_token += (branches + 1) * layer.intermediate_size * setup.compute_bytes
     shared: dict[str, int] = {}
-    for module in family.modules:
+    for module in modules:
         if _target(module.name) in targets:
             from_outside = not module.columns and "intermediate" not in module.rows
             needs_grad = not (first and from_outside)
             per_token += _lora_kept(module, layer, hidden, setup, shared, needs_grad=needs_grad)
     copies = sum(
         _factor_params(module, layer, hidden, setup.rank)
-        for module in family.modules
+        for module in modules
         if _target(module.name) in targets
     )
     mask = setup.compute_bytes * setup.length if setup.padded and setup.attention == "sdpa" else 0
@@ -212,7 +219,7 @@ def _passing(family: Family, layer: LayerGeometry, hidden: int, setup: TrainingS
     widest = max(
         (sum(layer.axis_units(axis) for axis in module.rows) or hidden)
         * (sum(layer.axis_units(axis) for axis in module.columns) or hidden)
-        for module in family.modules
+        for module in family.layer_modules(layer)
     )
     return in_flight + widest * setup.compute_bytes
 

@@ -50,7 +50,7 @@ def shared_weight_bytes(family: Family, config: Mapping[str, Any], setup: Traini
         config: Its ``config.json``.
         setup: How it is trained.
     """
-    linears = set(family.linear_names(len(family.geometry(config).layers)))
+    linears = set(family.linear_names(config))
     sliced = constants = 0
 
     def held(name: str, params: int) -> int:

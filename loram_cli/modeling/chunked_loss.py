@@ -194,9 +194,16 @@ def _parts(model: Any) -> tuple[Any, Any, Callable[[torch.Tensor], torch.Tensor]
     family = inner.family
     stack = inner.get_submodule(family.layers.rpartition(".")[0])
     cap = getattr(inner.config, "final_logit_softcapping", None)
+    factor = 1.0
+    if family.logits_multiplier is not None:
+        factor *= getattr(inner.config, family.logits_multiplier)
+    if family.logits_divisor is not None:
+        factor /= getattr(inner.config, family.logits_divisor)
 
     def logits_of(rows: torch.Tensor) -> torch.Tensor:
         logits = inner.get_submodule(family.lm_head)(rows)
+        if factor != 1.0:
+            logits = logits * factor
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     return inner, stack, logits_of

@@ -6,15 +6,15 @@ config keeps the family's ``model_type``, so that the directory loads without th
 modelling half of transformers lands.
 """
 
-import importlib
 import importlib.util
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loram_cli.arch.spec import Family
+from loram_cli.arch.spec import Family, LayerGeometry
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.quiet import no_progress_bars, quiet_libraries
@@ -29,22 +29,47 @@ def narrow_class(family: Family) -> type:
     import transformers
 
     parent = getattr(transformers, family.architecture)
-    module_name, _, layer_name = family.decoder_layer.rpartition(".")
-    layer_class = getattr(importlib.import_module(module_name), layer_name)
-    stack_path, _, stack_attribute = family.layers.rpartition(".")
 
     def __init__(self: Any, config: Any) -> None:
         parent.__init__(self, config)
         if config.is_heterogeneous:
-            layers = [
-                layer_class(config.per_layer_config[i], i)
-                for i in range(len(config.per_layer_config))
-            ]
-            setattr(self.get_submodule(stack_path), stack_attribute, torch.nn.ModuleList(layers))
+            layers = self.get_submodule(family.layers)
+            plain = config.to_dict()
+            for i, widths in enumerate(family.geometry(plain).layers):
+                if family.attributes is None:
+                    # Layers of different kinds may be of different classes.
+                    layers[i] = type(layers[i])(config.per_layer_config[i], i)
+                _cut_to_size(layers[i], family, widths, plain)
             self.post_init()
 
-    members = {"__init__": __init__, "__module__": __name__, "family": family}
+    # In its parent's module: transformers renames a published file's tensors for its own alone.
+    members = {"__init__": __init__, "__module__": parent.__module__, "family": family}
     return type(family.architecture, (parent,), members)
+
+
+def _cut_to_size(
+    layer: Any, family: Family, widths: LayerGeometry, config: Mapping[str, Any]
+) -> None:
+    """Linears and attributes of a layer whose class does not take all of its widths.
+
+    Args:
+        layer: The layer's module; changed in place.
+        family: Tells the shapes, and which attributes hold widths.
+        widths: What the layer is to have.
+        config: The parsed ``config.json``.
+    """
+    for path, width in (family.attributes or {}).items():
+        owner, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(owner), name, getattr(widths, width))
+    shapes = family.layer_shapes(0, widths, config)
+    for module in family.layer_modules(widths):
+        rows, columns = shapes[f"{family.layer_prefix(0)}{module.name}.weight"]
+        linear = layer.get_submodule(module.name)
+        if (linear.out_features, linear.in_features) != (rows, columns):
+            # Of the same class: some families have a linear of their own.
+            cut = type(linear)(columns, rows, bias=linear.bias is not None)
+            owner, _, name = module.name.rpartition(".")
+            setattr(layer.get_submodule(owner), name, cut.to(linear.weight.dtype))
 
 
 def load_causal_lm(

@@ -8,6 +8,8 @@ import torch
 from loram_cli.arch.spec import Family
 from loram_cli.modeling.load import narrow_class
 
+_FLOAT_KEY = "__float__"
+
 
 def native_config(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The transformers config of a ``config.json``, whose layers may differ in width.
@@ -18,10 +20,22 @@ def native_config(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """
     import transformers
 
-    settings = {name: value for name, value in config.items() if name != "model_type"}
+    settings = {name: _decoded(value) for name, value in config.items() if name != "model_type"}
     settings["allow_global_per_layer_attribute_access"] = True
     settings["dtype"] = dtype
     return transformers.AutoConfig.for_model(config["model_type"], **settings)
+
+
+def _decoded(value: Any) -> Any:
+    """A value of ``config.json``: transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        is_number = value.keys() == {_FLOAT_KEY}
+        return (
+            float(value[_FLOAT_KEY])
+            if is_number
+            else {key: _decoded(item) for key, item in value.items()}
+        )
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def meta_causal_lm(family: Family, config: Any, device: str, **settings: Any) -> Any:
@@ -40,10 +54,17 @@ def meta_causal_lm(family: Family, config: Any, device: str, **settings: Any) ->
         model = narrow_class(family)._from_config(config, **settings)
     model.tie_weights()
     model.eval().requires_grad_(False)
-    for module in model.modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in names:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if names:
+    # A module's buffers may be its parents' to fill.
+    filled = {""}
+    for path, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if not buffer.is_meta:
+            continue
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, torch.empty_like(buffer, device=device))
+        while owner:
+            filled.add(owner)
+            owner = owner.rpartition(".")[0]
+    for path, module in model.named_modules():
+        if path in filled:
             model._init_weights(module)
     return model

@@ -54,7 +54,7 @@ def random_causal_lm(
             family, native, device, attn_implementation=attention_kernel(attention), dtype=dtype
         )
     generator = torch.Generator(device).manual_seed(seed)
-    linears = set(family.linear_names(config["num_hidden_layers"]))
+    linears = set(family.linear_names(config))
     done: dict[int, torch.nn.Parameter] = {}
     for module_name, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -5,7 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loram_cli.arch.spec import Axis, Family, LayerGeometry, LinearModule
+from loram_cli.arch.spec import (
+    PRUNED_AXES,
+    Axis,
+    Family,
+    LayerGeometry,
+    LayerTensor,
+    LinearModule,
+)
 from loram_cli.errors import LoramError
 
 
@@ -44,16 +51,14 @@ class LayerKeep:
         """Kept indices along an axis of the *unpruned* layer.
 
         Args:
-            axis: ``query``, ``key_value`` or ``intermediate``.
+            axis: A width, or a product, which stays whole.
             layer: The layer's widths before pruning.
         """
         if axis == "intermediate":
             return list(self.intermediate)
-        heads_per_group = (
-            layer.num_attention_heads // layer.num_key_value_heads if axis == "query" else 1
-        )
-        width = heads_per_group * layer.head_dim
-        return [group * width + i for group in self.key_value_heads for i in range(width)]
+        if axis not in PRUNED_AXES:
+            return list(range(layer.axis_units(axis)))
+        return self._of_heads(layer.axis_units(axis) // layer.num_key_value_heads)
 
     def widths(self, layer: LayerGeometry) -> LayerGeometry:
         """The layer's widths once the rest is gone.
@@ -61,24 +66,35 @@ class LayerKeep:
         Args:
             layer: The layer's widths before pruning.
         """
-        queries_per_kv = layer.num_attention_heads // layer.num_key_value_heads
         return replace(
             layer,
-            num_attention_heads=len(self.key_value_heads) * queries_per_kv,
+            num_attention_heads=len(self.key_value_heads) * layer.queries_per_key_value,
             num_key_value_heads=len(self.key_value_heads),
             intermediate_size=len(self.intermediate),
         )
 
     def rows(self, module: LinearModule, layer: LayerGeometry) -> list[int] | None:
         """Kept output features of a module, or None when all stay."""
+        if module.interleaved:
+            units = sum(layer.axis_units(axis) for axis in module.rows)
+            return self._of_heads(units // layer.num_key_value_heads)
         return self._segments(module.rows, layer)
 
     def columns(self, module: LinearModule, layer: LayerGeometry) -> list[int] | None:
         """Kept input features of a module, or None when all stay."""
         return self._segments(module.columns, layer)
 
+    def tensor_rows(self, tensor: LayerTensor, layer: LayerGeometry) -> list[int] | None:
+        """Kept indices along the first axis of a norm or the like, or None when all stay."""
+        axis = tensor.shape[0]
+        return self._segments((axis,), layer) if isinstance(axis, str) else None
+
+    def _of_heads(self, width: int) -> list[int]:
+        """Kept indices of an axis that has ``width`` of them for each key/value head."""
+        return [group * width + i for group in self.key_value_heads for i in range(width)]
+
     def _segments(self, axes: tuple[Axis, ...], layer: LayerGeometry) -> list[int] | None:
-        if not axes:
+        if PRUNED_AXES.isdisjoint(axes):
             return None
         indices: list[int] = []
         start = 0
@@ -99,7 +115,8 @@ def params_per_group(
         layer: The layer's widths before pruning.
 
     Returns:
-        For ``key_value`` (a head with its query heads) and for ``intermediate``.
+        For ``key_value`` (a head with its query heads) and for ``intermediate``, as far as the
+        layer has them.
     """
 
     def params(kept: LayerGeometry) -> int:
@@ -107,10 +124,12 @@ def params_per_group(
         return sum(math.prod(shape) for shape in shapes.values())
 
     whole = params(layer)
-    one_head = LayerKeep((0,), tuple(range(layer.intermediate_size))).widths(layer)
-    one_channel = LayerKeep(tuple(range(layer.num_key_value_heads)), (0,)).widths(layer)
     heads, channels = layer.num_key_value_heads - 1, layer.intermediate_size - 1
-    return {
-        "key_value": (whole - params(one_head)) // heads if heads else 1,
-        "intermediate": (whole - params(one_channel)) // channels if channels else 1,
-    }
+    freed = {}
+    if layer.has_attention:
+        one_head = LayerKeep((0,), tuple(range(layer.intermediate_size))).widths(layer)
+        freed["key_value"] = (whole - params(one_head)) // heads if heads else 1
+    if layer.has_mlp:
+        one_channel = LayerKeep(tuple(range(layer.num_key_value_heads)), (0,)).widths(layer)
+        freed["intermediate"] = (whole - params(one_channel)) // channels if channels else 1
+    return freed

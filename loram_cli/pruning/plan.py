@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loram_cli.arch.spec import Geometry, LayerGeometry
+from loram_cli.arch.spec import WIDTHS, Geometry, LayerGeometry
 from loram_cli.errors import UsageError
 
 # 0.95 * 20 is 18.999999999999996 in binary floating point; floor must still give 19.
@@ -53,9 +53,10 @@ def narrowed(
         UsageError: Nothing would be left of the heads or of the MLP.
     """
     mlp_ratio = heads_ratio if mlp_ratio is None else mlp_ratio
-    kv = layer.num_key_value_heads
-    kv_heads = kv - math.floor(kv * heads_ratio + _EPSILON)
-    intermediate = math.floor(layer.intermediate_size * (1 - mlp_ratio) + _EPSILON)
+    kv, intermediate = layer.num_key_value_heads, layer.intermediate_size
+    kv_heads = kv - math.floor(kv * heads_ratio + _EPSILON) if layer.has_attention else kv
+    if layer.has_mlp:
+        intermediate = math.floor(intermediate * (1 - mlp_ratio) + _EPSILON)
     if kv_heads < 1 or intermediate < 1:
         raise UsageError(
             f"{where or f'--ratio {heads_ratio}'} leaves {kv_heads} key/value heads and "
@@ -63,10 +64,9 @@ def narrowed(
             "pass a lower --ratio" if where is None else "write a lower ratio",
         )
     rounded_up = -(-intermediate // multiple_of) * multiple_of
-    queries_per_kv = layer.num_attention_heads // layer.num_key_value_heads
     return replace(
         layer,
-        num_attention_heads=kv_heads * queries_per_kv,
+        num_attention_heads=kv_heads * layer.queries_per_key_value,
         num_key_value_heads=kv_heads,
         intermediate_size=min(rounded_up, layer.intermediate_size),
     )
@@ -108,11 +108,14 @@ def pruned_config(
         geometry: The base's widths.
         widths: Widths of every layer after pruning.
     """
+    # A width may only differ per layer if it also stands for the whole model, and configs of
+    # families that derive the head's width leave it out.
+    stated = {"head_dim": geometry.layers[0].head_dim}
+    if geometry.keys:
+        stated = _stated(geometry.layers[0], geometry.keys)
     return {
         **config,
-        # A width may only differ per layer if it also stands for the whole model, and configs of
-        # families that derive the head's width leave it out.
-        "head_dim": geometry.layers[0].head_dim,
+        **stated,
         "per_layer_config": per_layer_config(geometry, widths),
         # Family configs check their global widths on load; without this, reading them is refused.
         "allow_global_per_layer_attribute_access": True,
@@ -127,13 +130,17 @@ def per_layer_config(
     ``head_dim`` is written for every changed layer, since transformers would otherwise derive it
     from the changed head count.
     """
-    changed = {}
-    for i, (before, after) in enumerate(zip(geometry.layers, widths, strict=True)):
-        if before != after:
-            changed[str(i)] = {
-                "num_attention_heads": after.num_attention_heads,
-                "num_key_value_heads": after.num_key_value_heads,
-                "head_dim": after.head_dim,
-                "intermediate_size": after.intermediate_size,
-            }
-    return changed
+    return {
+        str(i): _stated(after, geometry.keys)
+        for i, (before, after) in enumerate(zip(geometry.layers, widths, strict=True))
+        if before != after
+    }
+
+
+def _stated(layer: LayerGeometry, keys: Mapping[str, str | None]) -> dict[str, int]:
+    """A layer's widths under the keys that ``per_layer_config`` has for them."""
+    return {
+        key: getattr(layer, width)
+        for width in WIDTHS
+        if (key := keys.get(width, width)) is not None
+    }

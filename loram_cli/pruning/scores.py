@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from loram_cli.arch.spec import Axis, Family, LayerGeometry, LinearModule
+from loram_cli.arch.spec import PRUNED_AXES, Axis, Family, LayerGeometry, LinearModule
 
 LayerScores = dict[str, torch.Tensor]
 """``key_value``: shape (num_key_value_heads,); ``intermediate``: shape (intermediate_size,)."""
@@ -79,14 +79,29 @@ def layer_scores_from_sums(
         "key_value": torch.zeros(layer.num_key_value_heads, dtype=torch.float64),
         "intermediate": torch.zeros(layer.intermediate_size, dtype=torch.float64),
     }
-    for module in family.modules:
-        if not module.rows and not module.columns:
-            continue
+    for module in scored_modules(family, layer):
         by_row, by_column = sums(module)
-        for axes, totals in ((module.rows, by_row), (module.columns, by_column)):
-            if axes:
-                _add_segments(scores, axes, layer, totals)
+        if module.interleaved:
+            heads = by_row.reshape(layer.num_key_value_heads, -1)
+            scores["key_value"] += heads.sum(dim=1)
+        else:
+            _add_segments(scores, module.rows, layer, by_row)
+        _add_segments(scores, module.columns, layer, by_column)
     return scores
+
+
+def scored_modules(family: Family, layer: LayerGeometry) -> tuple[LinearModule, ...]:
+    """The modules of a layer that pruning cuts, whose saliences make the scores.
+
+    Args:
+        family: Of the model.
+        layer: The layer's widths before pruning.
+    """
+    return tuple(
+        module
+        for module in family.layer_modules(layer)
+        if not PRUNED_AXES.isdisjoint((*module.rows, *module.columns))
+    )
 
 
 def _add_segments(
@@ -95,7 +110,9 @@ def _add_segments(
     start = 0
     for axis in axes:
         units = layer.axis_units(axis)
+        start += units
+        if axis not in PRUNED_AXES:
+            continue
         kind = "intermediate" if axis == "intermediate" else "key_value"
         groups = scores[kind].shape[0]
-        scores[kind] += sums[start : start + units].reshape(groups, -1).sum(dim=1)
-        start += units
+        scores[kind] += sums[start - units : start].reshape(groups, -1).sum(dim=1)

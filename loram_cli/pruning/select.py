@@ -56,7 +56,8 @@ def keep_global(
 
     Args:
         scores: Group scores of every layer that is pruned.
-        params_per_group: Per layer and axis, the parameters that dropping one group frees.
+        params_per_group: Per layer and axis, the parameters that dropping one group frees; what
+            is absent stays whole.
         remove_params: How many must go; at least as many do, unless every layer is down to one
             head and one channel before. Ties go to the lower layer, heads first, lower index.
         multiple_of: Channels of a layer go so many at a time, ranked by their mean, so that what
@@ -66,6 +67,8 @@ def keep_global(
         What stays of each layer: at least one key/value head, and ``multiple_of`` channels.
     """
     places = [(i, kind) for i in sorted(scores) for kind in ("key_value", "intermediate")]
+    whole = {p: tuple(range(len(scores[p[0]][p[1]]))) for p in places}
+    places = [(i, kind) for i, kind in places if kind in params_per_group[i]]
     ascending, blocks, means = {}, {}, []
     for place in places:
         i, kind = place
@@ -88,7 +91,7 @@ def keep_global(
         if dropped[place] < len(blocks[place]) - 1:
             removed += blocks[place][dropped[place]] * params_per_group[i][kind]
             dropped[place] += 1
-    kept = {
+    kept = whole | {
         place: tuple(sorted(ascending[place][sum(blocks[place][: dropped[place]]) :].tolist()))
         for place in places
     }

@@ -43,6 +43,10 @@ def read_kept(
         layer, module = found
         rows = keep[layer].rows(module, geometry.layers[layer])
         columns = keep[layer].columns(module, geometry.layers[layer])
+    other = family.tensor_named(name)
+    if other is not None and other[0] in keep:
+        layer, tensor = other
+        rows = keep[layer].tensor_rows(tensor, geometry.layers[layer])
     wanted = None if columns is None or kind != "weight" else torch.tensor(columns)
     for _, chunk in reader.read_chunks(name, rows):
         yield chunk if wanted is None else _gather_columns(chunk, wanted)

@@ -5,12 +5,23 @@ from pathlib import Path
 
 import torch
 
+from loram_cli.arch.registry import families
+
 SAMPLES, LENGTH = 5, 24
 SMALL = {
     "vocab_size": 258, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 1,
     "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+
+
+# Families whose configs name the plain widths and whose layers are alike; what the others are about
+# is tried on models of their own (``variants.py``).
+PLAIN_FAMILIES = tuple(
+    family
+    for family in families()
+    if family.layer_kinds is None and family.attributes is None and not family.config_keys
+)
 
 
 def make_model(family, directory: Path, dtype=torch.float32, **changes) -> Path:

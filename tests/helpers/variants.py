@@ -27,6 +27,9 @@ _LLAMA3_ROPE = {
 }  # fmt: skip
 # A head width that is not hidden / heads, a scale of its own, a window shorter than the text.
 _GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 8}
+# Falcon's own names of its widths; the plain ones would be stray keys.
+_FALCON = {"ffn_hidden_size": 24, "num_kv_heads": 2, "new_decoder_architecture": True}
+_NO_FALCON_KEYS = ("intermediate_size", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -104,4 +107,67 @@ VARIANTS = (
     Variant("phi4-mini", "phi3",
             {**TIED, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                          "partial_rotary_factor": 0.5}}),
+    Variant("arcee", "arcee", {"mlp_bias": True}),
+    Variant("cohere", "cohere", {**TIED, "use_qk_norm": True}),
+    Variant("cohere-plain", "cohere", {"attention_bias": True}),
+    Variant("cohere2", "cohere2", {**TIED, "sliding_window": 8}),
+    Variant("cwm", "cwm", {"head_dim": 12, "sliding_window": 8}),
+    Variant("ernie4_5", "ernie4_5", {"head_dim": 12, "use_bias": True}),
+    Variant("exaone4", "exaone4", {"head_dim": 12, "sliding_window": 8}),
+    Variant("falcon", "falcon", _FALCON, drops=_NO_FALCON_KEYS),
+    Variant("falcon-7b", "falcon", {**_FALCON, "new_decoder_architecture": False},
+            drops=_NO_FALCON_KEYS),
+    Variant("falcon-11b", "falcon", {**_FALCON, "num_ln_in_parallel_attn": 1, "bias": True},
+            drops=_NO_FALCON_KEYS),
+    Variant("falcon-sequential", "falcon",
+            {**_FALCON, "new_decoder_architecture": False, "multi_query": False,
+             "parallel_attn": False, "num_kv_heads": 4}, drops=_NO_FALCON_KEYS),
+    Variant("falcon_h1", "falcon_h1", {
+        "head_dim": 12, "lm_head_multiplier": 0.5, "key_multiplier": 0.7, "mamba_n_heads": 4,
+        "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_d_state": 8, "mamba_chunk_size": 8}),
+    Variant("gemma", "gemma", {**TIED, "head_dim": 12}),
+    Variant("glm", "glm", {"head_dim": 12, "pad_token_id": 1}),
+    Variant("glm4", "glm4", {"head_dim": 12, "attention_bias": False}),
+    Variant("gpt_neox", "gpt_neox"),
+    Variant("gpt_neox-sequential", "gpt_neox",
+            {"use_parallel_residual": False, "attention_bias": False}),
+    Variant("granite", "granite", {"logits_scaling": 4.0, "residual_multiplier": 0.3,
+                                   "embedding_multiplier": 6.0, "attention_multiplier": 0.2}),
+    Variant("granite_swa", "granite_swa", {**TIED, "head_dim": 12, "sliding_window": 8}),
+    Variant("granitemoehybrid", "granitemoehybrid", {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention",
+                        "full_attention"], "shared_intermediate_size": 24, "mamba_n_heads": 8,
+        "num_local_experts": 0, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8,
+        "logits_scaling": 3.0}, drops=("intermediate_size",)),
+    Variant("helium", "helium", {"head_dim": 8}),
+    Variant("hunyuan_v1_dense", "hunyuan_v1_dense", {"head_dim": 12}),
+    Variant("hyperclovax", "hyperclovax", {"logits_scaling": 0.5, "head_dim": 12}),
+    Variant("hyperclovax-plain", "hyperclovax", {"use_post_norm": False}),
+    Variant("internlm3", "internlm3", {"head_dim": 12}),
+    Variant("iquestcoder", "iquestcoder", {"head_dim": 12}),
+    Variant("jais2", "jais2", {"head_dim": 12}),
+    Variant("ministral", "ministral", {"head_dim": 12, "sliding_window": 8}),
+    Variant("ministral3", "ministral3", {"head_dim": 12}),
+    Variant("nanochat", "nanochat"),
+    Variant("nemotron", "nemotron", {"head_dim": 12}),
+    Variant("nemotron_h", "nemotron_h", {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "head_dim": 12,
+        "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8,
+        "chunk_size": 8}),
+    Variant("olmo", "olmo"),
+    Variant("olmo2", "olmo2"),
+    Variant("olmo3", "olmo3", {"sliding_window": 8}),
+    Variant("phi", "phi"),
+    Variant("qwen3_5", "qwen3_5_text", {
+        "head_dim": 12, "layer_types": ["linear_attention", "linear_attention", "full_attention",
+                                        "full_attention"],
+        "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_num_value_heads": 4,
+        "linear_value_head_dim": 8}),
+    Variant("seed_oss", "seed_oss", {"head_dim": 12, "attention_out_bias": True}),
+    Variant("smollm3", "smollm3", {**TIED, "no_rope_layers": [1, 0, 1, 0]}),
+    Variant("stablelm", "stablelm", {"use_qkv_bias": True}),
+    Variant("stablelm-parallel", "stablelm", {"use_parallel_residual": True}),
+    Variant("starcoder2", "starcoder2", {**TIED, "sliding_window": 8}),
+    Variant("starcoder2-plain", "starcoder2", {"use_bias": False}),
+    Variant("vaultgemma", "vaultgemma", {**_GEMMA, **TIED}),
 )  # fmt: skip

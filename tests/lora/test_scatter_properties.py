@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.family_models import PLAIN_FAMILIES
 from helpers.variants import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from loram_cli.arch.registry import families, family_for
+from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint import reader
 from loram_cli.checkpoint.header import DTYPES
 from loram_cli.checkpoint.index import SINGLE_NAME, CheckpointIndex
@@ -19,7 +20,7 @@ from loram_cli.lora.scatter import gather, scatter_columns, scatter_rows
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.pruning.slicing import read_kept, split_parameter_name
 
-FAMILIES = sorted(family.model_types[0] for family in families())
+FAMILIES = sorted(family.model_types[0] for family in PLAIN_FAMILIES)
 FLOATS = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 RANKS = st.integers(1, 4)
 

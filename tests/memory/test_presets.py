@@ -6,11 +6,21 @@ from loram_cli.memory.account import count_params
 from loram_cli.memory.presets import load_preset, preset_names
 
 PUBLISHED_PARAMS = {
+    "gemma2-9b": 9241705984,
+    "gemma2-27b": 27227128320,
     "llama2-7b": 6738415616,
     "llama2-13b": 13015864320,
     "llama2-70b": 68976648192,
     "llama3.1-8b": 8030261248,
     "llama3.1-70b": 70553706496,
+    "mistral-7b": 7241732096,
+    "olmo-7b": 6888095744,
+    "phi2-2.7b": 2779683840,
+    "phi3-3.8b": 3821079552,
+    "phi4-14b": 14659507200,
+    "qwen3-8b": 8190735360,
+    "qwen3-14b": 14768307200,
+    "qwen3-32b": 32762123264,
 }
 
 
@@ -33,7 +43,7 @@ def test_transformers_builds_the_same_model(name):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
     expected = family_for(config, name).tensor_shapes(config)
-    assert {key: tuple(weight.shape) for key, weight in model.state_dict().items()} == expected
+    assert {key: tuple(weight.shape) for key, weight in model.named_parameters()} == expected
     assert theirs.rope_parameters == config["rope_parameters"]
     assert str(theirs.dtype).removeprefix("torch.") == config["dtype"]
 

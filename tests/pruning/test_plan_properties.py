@@ -6,11 +6,12 @@ from fractions import Fraction
 
 import pytest
 import torch
+from helpers.family_models import PLAIN_FAMILIES
 from helpers.variants import TINY
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from loram_cli.arch.registry import families, family_for
+from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Geometry, LayerGeometry
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_params
@@ -21,7 +22,7 @@ from loram_cli.pruning.plan import layer_widths, narrowed, per_layer_config, pru
 from loram_cli.pruning.ratios import RatioPlan
 from loram_cli.pruning.select import keep_global, keep_highest, keep_random
 
-FAMILIES = sorted({kind for family in families() for kind in family.model_types})
+FAMILIES = sorted({kind for family in PLAIN_FAMILIES for kind in family.model_types})
 # Ratios as people and the budget write them: decimals of up to five digits.
 DECIMALS = st.integers(1, 99_999).map(lambda n: (n, n / 100_000))
 RATIOS = st.floats(0, 1, exclude_max=True)

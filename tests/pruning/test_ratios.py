@@ -88,13 +88,16 @@ def test_a_group_frees_what_its_tensors_lose(variant):
     config = {"model_type": variant.model_type, **TINY, **variant.changes}
     family = family_for(config, "test")
     before = family.geometry(config).layers[0]
+    heads, channels = before.num_key_value_heads - 1, before.intermediate_size - 3
     keep = LayerKeep((0,), (0, 1, 2))
 
     def params(layer):
         return sum(math.prod(shape) for shape in family.layer_shapes(0, layer, config).values())
 
     freed = params_per_group(family, config, before)
-    heads = before.num_key_value_heads - 1
-    channels = before.intermediate_size - 3
-    want = freed["key_value"] * heads + freed["intermediate"] * channels
+    assert set(freed) == {
+        *(["key_value"] if before.has_attention else []),
+        *(["intermediate"] if before.has_mlp else []),
+    }
+    want = freed.get("key_value", 0) * heads + freed.get("intermediate", 0) * channels
     assert params(before) - params(keep.widths(before)) == want

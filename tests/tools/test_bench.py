@@ -121,7 +121,7 @@ def test_random_models_have_their_shapes_in_their_type(nf4):
     config = BenchModel.parse("tiny:0.5").config()
     family = family_for(config, "tiny")
     model = random_causal_lm(family, config, dtype=torch.bfloat16, device="cpu", nf4=nf4)
-    linears = set(family.linear_names(config["num_hidden_layers"]))
+    linears = set(family.linear_names(config))
     shapes = {}
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)

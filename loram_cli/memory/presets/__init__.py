@@ -1,7 +1,9 @@
 """Configs of published models, so that their memory can be told without their weights.
 
 Each file holds the fields of the model's published ``config.json``, with ``dtype`` and
-``rope_parameters`` as transformers 5 spells them.
+``rope_parameters`` as transformers 5 spells them. Those of families other than Llama hold what
+decides shapes and what is computed, as litgpt's tables (``litgpt/config.py``) quote the published
+files. All of them have the published number of parameters.
 """
 
 import json

@@ -38,7 +38,8 @@ def layer_gradients(
         stream: The base.
         windows: Token ids, shape (samples, length).
         layers: The layers to give gradients of.
-        modules: Names of linear modules inside a layer, such as those of the family.
+        modules: Names of linear modules inside a layer, such as those of the family; a layer of
+            another kind lacks some.
         pool: Keeps the hidden states; of shape (samples, length, hidden).
         reporter: Progress.
 
@@ -60,7 +61,7 @@ def layer_gradients(
         progress.advance()
         for i in backward_layers:
             with stream.layer(i) as layer:
-                wanted = modules if i in layers else ()
+                wanted = layer.present(modules) if i in layers else ()
                 sums = _gradient_sums(layer, wanted)
                 for start, hidden in kept[i].batches(progress):
                     hidden.requires_grad_(i > layers.start)

@@ -142,7 +142,8 @@ class _Run:
     """What stays the same from layer to layer."""
 
     def __init__(self, full: LayerStream, how: Reconstruction, progress: Progress) -> None:
-        self._modules = [module.name for module in full.family.modules if module.columns]
+        self._candidates = [module.name for module in full.family.modules if module.columns]
+        self._modules: list[str] = []
         self._how = how
         self._progress = progress
 
@@ -151,6 +152,7 @@ class _Run:
         index: int,
     ) -> LayerFit:  # fmt: skip
         """Fit one layer, and take both models' hidden states past it."""
+        self._modules = whole.present(self._candidates)
         if known is not None:
             for name, weight in known.weights.items():
                 narrow.module.get_parameter(name.removeprefix(narrow.prefix)).data.copy_(weight)

@@ -32,7 +32,7 @@ def changed_layers(
     Args:
         stream: The base.
         windows: Token ids, shape (samples, length).
-        modules: Names of linear modules inside a layer.
+        modules: Names of linear modules inside a layer; a layer of another kind lacks some.
         change: Gives new weights, in the type in which they will be written.
         pool: Keeps the hidden states of one boundary.
         reporter: Progress.
@@ -44,7 +44,8 @@ def changed_layers(
     with reporter.progress("reconstruct", stream.num_layers, "layer") as progress:
         for i in range(stream.num_layers):
             with stream.layer(i) as layer:
-                inputs = _LayerInputs(layer, modules, stream.device)
+                mine = layer.present(modules)
+                inputs = _LayerInputs(layer, mine, stream.device)
                 for _, hidden in states.batches(progress, 0.4):
                     layer(hidden)
                     inputs.next_batch()
@@ -57,7 +58,7 @@ def changed_layers(
                     for tensor_name, new in change(weights, hessian).items():
                         weights[tensor_name].copy_(new)
                         changed[tensor_name] = new
-                    progress.advance(0.4 * len(names) / len(modules))
+                    progress.advance(0.4 * len(names) / len(mine))
                 if i + 1 < stream.num_layers:
                     states.pass_through(layer, progress, 0.2)
                 else:

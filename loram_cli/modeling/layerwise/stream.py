@@ -7,7 +7,7 @@ A layer is then run, by the family's own layer class, with weights read from the
 long as it is needed. Nothing here knows a family.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,11 @@ class DecoderLayer:
         # The class's forward: the instance's own is the one that records.
         out = type(self.module).forward(self.module, hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def present(self, modules: Iterable[str]) -> list[str]:
+        """Those of a family's modules that a layer of this kind has, in order."""
+        found = {name for name, _ in self.module.named_modules()}
+        return [name for name in modules if name in found]
 
 
 class LayerStream:
@@ -142,9 +147,10 @@ class LayerStream:
             Logits, shape (1, tokens, vocab_size), of hidden states of shape (1, tokens, hidden).
         """
         module = self._model.get_submodule(self.family.lm_head)
-        prefix = self.family.embedding if self._source.tied_embeddings else self.family.lm_head
+        # A tied head has the embedding's weight, and a bias of its own.
+        tied = {"weight": self.family.embedding} if self._source.tied_embeddings else {}
         weights = {
-            name: self._read(f"{prefix}.{name}", parameter.shape)
+            name: self._read(f"{tied.get(name, self.family.lm_head)}.{name}", parameter.shape)
             for name, parameter in module.named_parameters()
         }
 
@@ -161,11 +167,15 @@ class LayerStream:
 
     def _record(self, index: int, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         if self._head_in is not None:
-            return self._head_in
+            return self._returned(self._head_in)
         if index == 0:
             self._stem_out = hidden_states
         self._calls[index][tuple(hidden_states.shape[:2])] = (args, kwargs)
-        return hidden_states
+        return self._returned(hidden_states)
+
+    def _returned(self, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form in which the layer class returns them."""
+        return (hidden, None) if self.family.tuple_output else hidden
 
     def _load_small_parts(self) -> None:
         """Final norms and whatever else is neither layer, embedding nor head: kept throughout."""

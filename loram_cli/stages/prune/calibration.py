@@ -109,7 +109,7 @@ def _hessian_bytes(model: Model) -> int:
         shapes = family.layer_shapes(0, layer, model.config)
         inputs: list[tuple[int, int]] = []
         before = None
-        for module in family.modules:
+        for module in family.layer_modules(layer):
             rows, columns = shapes[f"{family.layer_prefix(0)}{module.name}.weight"]
             if before is not None and before.columns == module.columns == ():
                 inputs[-1] = (columns, max(rows, inputs[-1][1]))

@@ -18,6 +18,7 @@ from loram_cli.pruning.scores import (
     l2_sums,
     layer_scores,
     layer_scores_from_sums,
+    scored_modules,
     taylor_salience,
 )
 from loram_cli.pruning.select import keep_global
@@ -129,7 +130,12 @@ def _taylor_scores(
     assert work.calibration is not None
     windows = load_windows(spec, work.calibration)
     family = work.model.family
-    modules = [module.name for module in family.modules if module.rows or module.columns]
+    # Of layers of all kinds; each layer gives those that it has.
+    modules = list(
+        dict.fromkeys(
+            module.name for layer in work.before.layers for module in scored_modules(family, layer)
+        )
+    )
     scores = {}
     with (
         LayerStream(work.model, spec.device) as stream,

@@ -39,7 +39,7 @@ def prune_spec(base: Path, out: Path, text: Path | None = None, **changes: objec
 
 def linears(directory: Path) -> dict[str, torch.Tensor]:
     config = read_config(directory)
-    names = family_for(config, "here").linear_names(config["num_hidden_layers"])
+    names = family_for(config, "here").linear_names(config)
     tensors = load_file(directory / "model.safetensors")
     return {name: tensors[name] for name in names}
 
