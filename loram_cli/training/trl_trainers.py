@@ -13,7 +13,7 @@ from trl.trainer.utils import RepeatSampler
 from loram_cli.modeling.chunked_loss import install_token_scores
 from loram_cli.quiet import quiet_trl
 from loram_cli.training.loop.job import TrainerParts
-from loram_cli.training.loop.trainer import LeanCheckpoints
+from loram_cli.training.loop.trainer import LeanCheckpoints, WholeBatches
 
 _REFERENCE = "ref"
 
@@ -33,7 +33,7 @@ class _Quiet(LeanCheckpoints):
             return super().train(*args, **kwargs)
 
 
-class PreferenceTrainer(_Quiet, DPOTrainer):
+class PreferenceTrainer(WholeBatches, _Quiet, DPOTrainer):
     """Direct preference optimization (Rafailov et al., arXiv 2305.18290)."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -181,12 +181,6 @@ def tokenize_rows(
     return done
 
 
-def without_loss(row: TokenRow) -> TokenRow:
-    """The beginning of a row, of which no token carries loss."""
-    ids = row.input_ids[:2]
-    return TokenRow(ids, len(ids))
-
-
 class PadCollator:
     """Pads rows on the right into a batch of int64 tensors, shape (batch, longest).
 

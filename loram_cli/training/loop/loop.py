@@ -138,15 +138,6 @@ def save_causal_lm(model: Any, out: Path, *, dtype: torch.dtype) -> None:
         model.save_pretrained(out, max_shard_size="5GB")
 
 
-def total_steps(options: FitOptions, rows: int) -> int:
-    """Optimizer steps of a run over ``rows`` sequences."""
-    if options.steps is not None:
-        return options.steps
-    micro_batches = math.ceil(rows / options.micro_batch)
-    per_epoch = math.ceil(micro_batches / (options.batch // options.micro_batch))
-    return max(1, math.ceil(options.epochs * per_epoch))
-
-
 def fit_job(
     model: Any, job: Job, options: FitOptions, work_dir: Path, reporter: Reporter
 ) -> FitResult:
@@ -174,15 +165,15 @@ def fit_job(
         if not shared:  # else its slices are what they are to be
             _cast_parameters(model, precision)
         trainable = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-        steps = total_steps(options, job.rows)
+        steps = options.steps
         warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
         folder = work_dir / "checkpoints"
         same = fingerprint(options, precision, job.digest, trainable, shared)
         found = share(newest_checkpoint(folder, same) if is_main_process() else None)
+        for line in found.warnings(shared):
+            reporter.warn(line)
         if found.path is not None:
             reporter.note(f"resuming at step {found.step} of {steps}")
-        elif found.differs:
-            reporter.warn(found.begins_anew(shared))
         arguments = partial(
             training_arguments,
             options,

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import Progress, Reporter
 from loram_cli.runs.processes import is_main_process, process_count, process_rank
-from loram_cli.training.data.tokens import IGNORED_LABEL, TokenRow, without_loss
-from loram_cli.training.distributed import WholeRounds, any_process, wait_for_all
+from loram_cli.training.data.tokens import IGNORED_LABEL, TokenRow
+from loram_cli.training.distributed import any_process, wait_for_all
 from loram_cli.training.loop.checkpoints import checkpoint_path, mark_whole
 from loram_cli.training.loop.options import FitOptions
+from loram_cli.training.loop.order import EndlessOrder
 
 # Shown beside the loss, where an objective has them.
 _TOLD = {"rewards/accuracies": "preference accuracy", "reward": "reward"}
@@ -171,26 +173,20 @@ class LeanCheckpoints:
         self.model.save_pretrained(output_dir or self.args.output_dir, **extra)
 
 
-class StepTrainer(LeanCheckpoints, Trainer):
-    """A Trainer that evaluates per token and keeps embeddings out of LoRA checkpoints."""
+class WholeBatches:
+    """Mixed into a Trainer: every step has exactly ``--batch`` rows."""
 
-    def get_train_dataloader(self) -> Any:
-        """The parent's, whose micro-batches are those of one process also at an epoch's end."""
-        if process_count() == 1:
-            return super().get_train_dataloader()
-        from accelerate.data_loader import SeedableRandomSampler
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        batch = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * process_count()
+        )
+        return EndlessOrder(len(rows), batch, args.seed)
 
-        rows = self.train_dataset
-        self.train_dataset = [*rows, without_loss(rows[0])]
-        try:
-            loader = super().get_train_dataloader()
-        finally:
-            self.train_dataset = rows
-        seed = loader.get_sampler().initial_seed
-        order = SeedableRandomSampler(range(len(rows)), data_seed=seed)
-        round_rows = self.args.per_device_train_batch_size * process_count()
-        loader.set_sampler(WholeRounds(order, round_rows, filler=len(rows)))
-        return loader
+
+class StepTrainer(WholeBatches, LeanCheckpoints, Trainer):
+    """A Trainer of whole batches that evaluates per token and keeps checkpoints lean."""
 
     def evaluate(
         self,
@@ -266,10 +262,10 @@ def training_arguments(
         output_dir=str(output_dir),
         max_steps=steps,
         learning_rate=options.learning_rate,
-        lr_scheduler_type=options.schedule,
+        lr_scheduler_type="cosine",
         warmup_steps=warmup_steps,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
         optim=_OPTIMIZERS[options.optimizer],
         per_device_train_batch_size=options.micro_batch,
         per_device_eval_batch_size=options.micro_batch,
