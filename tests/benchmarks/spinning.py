@@ -1,10 +1,10 @@
 """What OpenMP's waiting threads cost training on a CPU: alone, and beside a busy process.
 
-GNU's OpenMP lets a thread that waits spin for a while before it sleeps. Beside another busy
+GNU's OpenMP lets a thread that waits spin for a while before it sleeps; beside another busy
 process that time is lost to both. For each setting a process of its own trains LoRA on random
-weights of the demo base's size and of SmolLM2-135M's, first alone and then beside two threads
-that never rest. Time per step is the least of all for the first, since other load only adds to
-it, and the mean for the second. ``--rounds`` repeats all of it, settings in turn.
+weights of the demo base's size and of SmolLM2-135M's, alone and beside two threads that never
+rest. Alone, the least time of a step counts, since whatever else runs only adds to it; beside the
+busy process the mean. ``--rounds`` repeats all of it, the settings in turn.
 """
 
 import json
@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from measure import options
@@ -22,18 +22,28 @@ SIZES = {
     "demo": (128, 12, 8, 4, 320, 512, 4, 128),
     "smollm2": (576, 30, 9, 3, 1536, 49152, 1, 64),
 }
+AS_IT_COMES = "as it comes"
 SETTINGS: dict[str, dict[str, str]] = {
-    "as it comes": {},
+    AS_IT_COMES: {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 1000, 3000, 10000)},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
-LEAST_STEPS = 4
+LEAST_STEPS = 3
+_BUSY = """
+import hashlib, threading
+block = bytes(2**20)
+def run():
+    while True:
+        hashlib.sha256(block)
+for _ in range(2):
+    threading.Thread(target=run).start()
+"""
 
 
-def train(size: str, seconds: float) -> None:
-    """Print the seconds of each step, as JSON."""
+def trainer(size: str) -> Callable[[], None]:
+    """A function that does one step of training."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -51,64 +61,77 @@ def train(size: str, seconds: float) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     ids = torch.randint(2, vocabulary, (rows, length))
-    times: list[float] = []
-    end = time.monotonic() + seconds
-    # The first step allocates.
-    while len(times) <= LEAST_STEPS or time.monotonic() < end:
-        began = time.monotonic()
+
+    def step() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return step
+
+
+def step_seconds(step: Callable[[], None], seconds: float) -> list[float]:
+    times: list[float] = []
+    end = time.monotonic() + seconds
+    while len(times) < LEAST_STEPS or time.monotonic() < end:
+        began = time.monotonic()
+        step()
         times.append(time.monotonic() - began)
-    print(json.dumps(times[1:]))
+    return times
 
 
 @contextmanager
-def busy(threads: int) -> Iterator[None]:
-    """Processor time taken by another process while the block runs."""
-    code = f"import threading, hashlib\nb = bytes(2**20)\ndef run():\n while 1: hashlib.sha256(b)\n[threading.Thread(target=run).start() for _ in range({threads})]"
-    process = subprocess.Popen([sys.executable, "-c", code])
+def busy() -> Iterator[None]:
+    """Another process keeps two threads busy while the block runs."""
+    process = subprocess.Popen([sys.executable, "-c", _BUSY])
     try:
+        time.sleep(0.5)
         yield
     finally:
         process.kill()
         process.wait()
 
 
-def steps(size: str, setting: dict[str, str], seconds: float) -> list[float]:
-    environment = {k: v for k, v in os.environ.items() if k not in OURS} | setting
-    command = [sys.executable, __file__, "--train", size, "--seconds", str(seconds)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def measured(seconds: float) -> dict[str, list[list[float]]]:
+    """Per size the seconds of each step, alone and beside the busy process."""
+    found = {}
+    for size in SIZES:
+        step = trainer(size)
+        step()  # allocates
+        alone = step_seconds(step, seconds)
+        with busy():
+            found[size] = [alone, step_seconds(step, seconds)]
+    return found
 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--train", choices=SIZES)
-    parser.add_argument("--seconds", type=float, default=6)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--child", action="store_true")
+    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--settings", default=",".join(SETTINGS), help="by commas")
     asked = parser.parse_args()
-    if asked.train:
-        train(asked.train, asked.seconds)
+    if asked.child:
+        print(json.dumps(measured(asked.seconds)))
         return
-    for size in SIZES:
-        alone: dict[str, list[float]] = {}
-        beside: dict[str, list[float]] = {}
-        for _ in range(asked.rounds):
-            for name in asked.settings.split(","):
-                alone.setdefault(name, []).extend(steps(size, SETTINGS[name], asked.seconds))
-                with busy(2):
-                    beside.setdefault(name, []).extend(steps(size, SETTINGS[name], asked.seconds))
-        print(f"{size}: seconds a step, alone and beside a busy process of two threads")
-        best = min(alone["as it comes"])
-        for name, times in alone.items():
-            mean = sum(beside[name]) / len(beside[name])
-            print(
-                f"  {name:<12} {min(times):8.3f} ({min(times) / best:4.2f} of as it comes) "
-                f"{mean:8.3f} ({mean / min(times):5.1f} times alone)",
-                flush=True,
+    plain = {key: value for key, value in os.environ.items() if key not in OURS}
+    command = [sys.executable, __file__, "--child", "--seconds", str(asked.seconds)]
+    best: dict[str, float] = {}
+    for turn in range(asked.rounds):
+        for name in asked.settings.split(","):
+            done = subprocess.run(
+                command, env=plain | SETTINGS[name], stdout=subprocess.PIPE, text=True, check=True
             )
+            for size, (alone, beside) in json.loads(done.stdout).items():
+                least, mean = min(alone), sum(beside) / len(beside)
+                if name == AS_IT_COMES:
+                    best[size] = min(least, best.get(size, least))
+                print(
+                    f"{turn + 1} {size:<8} {name:<12} alone {least:7.3f} s "
+                    f"({least / best.get(size, least):5.2f} of as it comes), beside {mean:8.3f} s "
+                    f"({mean / least:6.1f} times alone; {len(alone)} and {len(beside)} steps)",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
