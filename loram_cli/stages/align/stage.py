@@ -30,16 +30,18 @@ from loram_cli.stages.align.spec import AlignSpec
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.lineage import check_base, describe_source
 from loram_cli.stages.core.plan import (
+    TRIED_RECORDS,
     StagePlan,
     check_out_of_tree,
-    count_documents,
     make_plan,
+    reads_quickly,
 )
 from loram_cli.stages.core.results import AlignResult, MethodResult
 from loram_cli.stages.fit.launchers import as_launched
 from loram_cli.stages.fit.run import (
     check_device,
     fit_device,
+    held_out,
     plan_together,
     prepare_tracking,
     warn_of_memory,
@@ -95,7 +97,7 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         figures |= {"trained_params": model.num_params - frozen_params(spec, model)}
         figures |= {"steps": steps, "tokens": steps * spec.batch * spec.block_length}
     if count:
-        figures["documents"] = count_documents(spec.data, reporter)
+        figures |= _counted(spec, reporter)
     needs = [METHODS[method].needs(spec, model, base) for method in spec.method]
     return make_plan(
         "align",
@@ -152,6 +154,23 @@ def _check_methods(spec: AlignSpec, manifest: Manifest) -> None:
         )
 
 
+def _texts(spec: AlignSpec, reporter: Reporter, limit: int | None = None) -> list[str]:
+    return load_text(
+        spec.data, limit=limit, reporter=reporter, seed=spec.seed, exhausted=spec.exhausted
+    )
+
+
+def _counted(spec: AlignSpec, reporter: Reporter) -> dict[str, int | None]:
+    """Documents in the text and rows to learn; text that takes long to read is only tried."""
+    if not reads_quickly(spec.data):
+        _texts(spec, reporter, TRIED_RECORDS)
+        return {"documents": None}
+    texts = _texts(spec, reporter)
+    rows = len(pack_tokens(texts, load_tokenizer(spec.source), spec.block_length))
+    evaluated = held_out(spec.eval_rows, rows, "--eval-rows", reporter)
+    return {"documents": len(texts), "rows": rows - evaluated, "eval_rows": evaluated}
+
+
 def _open_base(spec: AlignSpec, manifest: Manifest) -> Model:
     base = spec.model or Path(manifest.base["path"])
     if not base.is_dir():
@@ -173,8 +192,8 @@ def _align(
 ) -> AlignResult:
     source = planned.work.source
     tokenizer = load_tokenizer(spec.source)
-    rows = pack_tokens(load_text(spec.data), tokenizer, spec.block_length)
-    held_out = min(spec.eval_rows, len(rows) // 10)
+    rows = pack_tokens(_texts(spec, reporter), tokenizer, spec.block_length)
+    evaluated = held_out(spec.eval_rows, len(rows), "--eval-rows", reporter)
     transformers.set_seed(spec.seed)
     start_meter()
     done: list[MethodResult] = []
@@ -189,8 +208,8 @@ def _align(
             device=device,
             pruned_layers=tuple(sorted(int(i) for i in planned.keep)),
             sparse=bool(planned.sparsity),
-            train_rows=rows[held_out:],
-            eval_rows=rows[:held_out],
+            train_rows=rows[evaluated:],
+            eval_rows=rows[:evaluated],
         )
         if last:
             done.append(METHODS[method].act(work, reporter))

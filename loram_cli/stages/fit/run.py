@@ -91,6 +91,23 @@ def fit_options(spec: FitSpec) -> FitOptions:
     )
 
 
+def held_out(asked: int, rows: int, flag: str, reporter: Reporter) -> int:
+    """How many of the rows to hold out: those asked for, at most a tenth.
+
+    Args:
+        asked: By the flag.
+        rows: In the data.
+        flag: To name where it is capped.
+        reporter: Told of that.
+    """
+    most = rows // 10
+    if asked > most:
+        reporter.note(
+            f"{flag} {asked} is more than a tenth of the data: holding out {most} of {rows}"
+        )
+    return min(asked, most)
+
+
 def plan_together(
     plan: Callable[[S, Reporter], StagePlan[W]], spec: S, reporter: Reporter
 ) -> StagePlan[W]:

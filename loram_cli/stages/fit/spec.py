@@ -12,6 +12,7 @@ CrossEntropy = Literal["full", "chunked"]
 Attention = Literal["auto", "sdpa", "flash", "eager"]
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
 Precision = Literal["auto", "fp32", "bf16"]
+Exhausted = Literal["stop", "repeat"]
 Tracker = Literal["tensorboard", "wandb"]
 
 # Seeds of torch, numpy and Python alike.
@@ -40,6 +41,11 @@ class FitSpec(Spec):
     )
     out: Path = setting(help=OUT_HELP, place=True, in_key=False, private=True)
     data: str = setting(help="A file, a folder or a data set id.")
+    exhausted: Exhausted = setting(
+        "stop",
+        help="With weighted sources: stop when the first is used up, or repeat it.",
+        in_key="changed",
+    )
     steps: int = setting(400, help="Optimizer steps.", at_least=1)
     learning_rate: float = setting(5e-5, help="Peak of the cosine schedule.", above=0)
     warmup_steps: int = setting(20, help="Steps of linear warm-up.", at_least=0)

@@ -31,7 +31,7 @@ from loram_cli.stages.core.lineage import (
     trained_layout,
     warn_of_other_template,
 )
-from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, count_examples, make_plan
+from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
 from loram_cli.stages.core.results import TrainResult
 from loram_cli.stages.fit.launchers import as_launched
 from loram_cli.stages.fit.run import (
@@ -43,7 +43,7 @@ from loram_cli.stages.fit.run import (
     warn_of_memory,
 )
 from loram_cli.stages.fit.spec import smaller_trainings
-from loram_cli.stages.train.data import prepare
+from loram_cli.stages.train.data import counted, prepare
 from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.adapters import attach_lora, continue_lora, lora_config, save_adapter
 from loram_cli.training.data.documents import source_layout
@@ -103,7 +103,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     figures: dict[str, Any] = {"params": model.num_params, "lora_params": lora_params}
     figures |= {"steps": spec.steps, "batch": spec.batch}
     if count:
-        figures |= _counted(spec, reporter)
+        figures |= counted(spec, reporter)
     return make_plan(
         "train",
         spec,
@@ -160,18 +160,6 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         return stage.commit(
             _train(spec, planned.work, device, stage.path, stage.restart_meter, reporter)
         )
-
-
-def _counted(spec: TrainSpec, reporter: Reporter) -> dict[str, Any]:
-    """Examples in the data, and how often each is seen."""
-    load = spec.chosen_objective.load(spec, None, reporter)
-    figures: dict[str, Any] = {"examples": count_examples(spec.data, load)}
-    if figures["examples"]:
-        passes = spec.steps * spec.batch / (spec.generations or 1)
-        figures["epochs"] = round(passes / figures["examples"], 2)
-    if spec.eval_data is not None:
-        figures["eval_examples"] = count_examples(spec.eval_data, load)
-    return figures
 
 
 def _setup(

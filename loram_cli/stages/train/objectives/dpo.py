@@ -37,7 +37,13 @@ def _check(spec: TrainSettings) -> None:
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
     from loram_cli.training.data.preferences import load_preferences
 
-    return partial(load_preferences, tokenizer=tokenizer, reporter=reporter, seed=spec.seed)
+    return partial(
+        load_preferences,
+        tokenizer=tokenizer,
+        reporter=reporter,
+        seed=spec.seed,
+        exhausted=spec.exhausted,
+    )
 
 
 def _prepare(
@@ -63,7 +69,7 @@ def _prepare(
             model, tokenizer, train_rows, eval_rows, how, options, path, reporter
         )
 
-    return Prepared(len(train_rows), fit)
+    return Prepared(len(train_rows), len(eval_rows), fit)
 
 
 def _more_bytes(

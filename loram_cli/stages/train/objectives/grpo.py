@@ -55,7 +55,7 @@ def _check(spec: TrainSettings) -> None:
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
     from loram_cli.training.data.questions import load_questions
 
-    return partial(load_questions, reporter=reporter, seed=spec.seed)
+    return partial(load_questions, reporter=reporter, seed=spec.seed, exhausted=spec.exhausted)
 
 
 def _prepare(
@@ -102,7 +102,7 @@ def _prepare(
             model, tokenizer, train, evaluation, grader, how, options, path, reporter
         )
 
-    return Prepared(len(train), fit)
+    return Prepared(len(train), len(evaluation), fit)
 
 
 def _more_bytes(

@@ -24,11 +24,13 @@ class Prepared:
 
     Attributes:
         examples: How many train.
+        eval_examples: How many are held out.
         fit: Trains a PEFT model, keeping checkpoints in a directory; where the objective can,
             layer by layer, by the pass given as ``streamed``.
     """
 
     examples: int
+    eval_examples: int
     fit: "Callable[..., FitResult]"
 
 
@@ -84,15 +86,19 @@ def check_policy(spec: TrainSettings) -> None:
     """What preferences and rewards refuse alike.
 
     Raises:
-        UsageError: Dropout, or loss on other tokens than the answer's.
+        UsageError: Dropout, or loss on other tokens than the last answer's.
     """
     if spec.dropout:
         raise UsageError(
             f"--dropout does not go with --objective {spec.objective}",
             "policy and reference are to differ by what is learnt alone",
         )
-    if spec.loss_on != "answer":
-        raise UsageError(f"--loss-on {spec.loss_on} does not go with --objective {spec.objective}")
+    for flag, value, usual in (
+        ("--loss-on", spec.loss_on, "answer"),
+        ("--train-on", spec.train_on, "all"),
+    ):
+        if value != usual:
+            raise UsageError(f"{flag} {value} does not go with --objective {spec.objective}")
 
 
 def reference_bytes(spec: TrainSettings, memory: TrainingMemory) -> int:

@@ -21,7 +21,14 @@ def _settings(spec: TrainSettings) -> Mapping[str, Any]:
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
     from loram_cli.training.data.documents import load_instructions
 
-    return partial(load_instructions, tokenizer=tokenizer, reporter=reporter, seed=spec.seed)
+    return partial(
+        load_instructions,
+        tokenizer=tokenizer,
+        reporter=reporter,
+        train_on=spec.train_on,
+        seed=spec.seed,
+        exhausted=spec.exhausted,
+    )
 
 
 def _prepare(
@@ -48,7 +55,7 @@ def _prepare(
         options = fit_options(spec)
         return fit_lora(model, train_rows, eval_rows, options, path, reporter, streamed=streamed)
 
-    return Prepared(len(train_rows), fit)
+    return Prepared(len(train_rows), len(eval_rows), fit)
 
 
 OBJECTIVE = Objective(
