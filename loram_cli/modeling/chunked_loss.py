@@ -189,11 +189,7 @@ def restore_forward(model: Any) -> None:
 
 
 def head_parts(model: Any) -> tuple[Any, Any, Callable[[torch.Tensor], torch.Tensor]]:
-    """The causal LM itself, its stack of decoder layers, and its head as a function.
-
-    Args:
-        model: A causal LM, or a PEFT model around one.
-    """
+    """The causal LM itself, its stack of decoder layers, and its head as a function."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = inner.family
     stack = inner.get_submodule(family.layers.rpartition(".")[0])

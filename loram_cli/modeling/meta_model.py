@@ -10,12 +10,7 @@ from loram_cli.modeling.load import narrow_class
 
 
 def native_config(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The transformers config of a ``config.json``, whose layers may differ in width.
-
-    Args:
-        config: A ``config.json``, with or without ``per_layer_config``.
-        dtype: Of the model that is built from it.
-    """
+    """The transformers config of a ``config.json``, whose layers may differ in width."""
     import transformers
 
     settings = {name: value for name, value in config.items() if name != "model_type"}

@@ -11,11 +11,7 @@ from loram_cli.runs.processes import is_main_process, local_device, process_coun
 
 
 def join_processes(device: str) -> None:
-    """Connect this process with the others; NCCL on GPUs, gloo on a CPU.
-
-    Args:
-        device: Where this process computes, see :func:`.processes.local_device`.
-    """
+    """Connect this process with the others; NCCL on GPUs, gloo on a CPU."""
     if process_count() == 1:
         return
     import torch
@@ -31,11 +27,7 @@ def join_processes(device: str) -> None:
 
 
 def share(value: Any) -> Any:
-    """The first process's value, on every process.
-
-    Args:
-        value: Used on the first process, ignored on the others.
-    """
+    """The first process's value, on every process."""
     if process_count() == 1:
         return value
     import torch.distributed

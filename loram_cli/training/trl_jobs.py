@@ -65,16 +65,6 @@ def fit_preferences(
 ) -> FitResult:
     """Train the factors of a PEFT model to prefer chosen answers to rejected ones.
 
-    Args:
-        model: From :mod:`.adapters`, changed in place.
-        tokenizer: Of the model.
-        train: Pairs, see :func:`.preferences.tokenize_pairs`.
-        evaluation: Pairs set aside; may be empty.
-        how: Of the objective.
-        options: Of the fit; a batch counts pairs.
-        work_dir: Where checkpoints are kept.
-        reporter: Progress and warnings.
-
     Raises:
         LoramError: As :func:`.loop.fit_job`.
         KeyboardInterrupt: As :func:`.loop.fit_job`.
@@ -129,16 +119,7 @@ def fit_rewards(
 ) -> FitResult:
     """Train the factors of a PEFT model towards completions that earn a reward.
 
-    Args:
-        model: From :mod:`.adapters`, changed in place.
-        tokenizer: Of the model.
-        train: Questions.
-        evaluation: Questions set aside; may be empty.
-        grader: A completion that it calls right is rewarded with 1, any other with 0.
-        how: Of the objective.
-        options: Of the fit; a batch counts completions.
-        work_dir: Where checkpoints are kept.
-        reporter: Progress and warnings.
+    A completion that the grader calls right is rewarded with 1, any other with 0.
 
     Raises:
         LoramError: As :func:`.loop.fit_job`.

@@ -22,6 +22,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.processes import process_count
 from loram_cli.runs.staging import SCRATCH_NAMES
+from loram_cli.runs.whole import damage, is_marked, mark_whole
 from loram_cli.schema import plain, revived
 from loram_cli.stages.align.methods.method import Alignment
 from loram_cli.stages.align.methods.pretrain import frozen_params
@@ -62,11 +63,6 @@ class AlignWork:
 
 def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[AlignWork]:
     """Check everything that can be known before a tensor is read.
-
-    Args:
-        spec: How to align.
-        reporter: Told of oddities in the text.
-        count: Read the text too, and count what is in it.
 
     Raises:
         LoramError: The source is no whole output of ``prune``, the disk is too full, or the text
@@ -222,17 +218,20 @@ def _align(
 def _remembered(work: Alignment, reporter: Reporter) -> MethodResult:
     """Do a method that is not the last one, unless it was done before an interruption."""
     record = work.out / "results.json"
-    if record.is_file():
-        known: MethodResult = revived(MethodResult, json.loads(record.read_text("utf-8")))
-        return known
+    if is_marked(work.out):
+        wrong = damage(work.out)
+        if wrong is None:
+            known: MethodResult = revived(MethodResult, json.loads(record.read_text("utf-8")))
+            return known
+        reporter.warn(f"{work.out}: damaged, {wrong}: doing '{work.method}' again")
+        shutil.rmtree(work.out)
     work.out.mkdir(parents=True, exist_ok=True)
     result = METHODS[work.method].act(work, reporter)
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(plain(result)), "utf-8")
-    partial.rename(record)
+    record.write_text(json.dumps(plain(result)), "utf-8")
     # Nothing of it has to be done again.
     for name in SCRATCH_NAMES:
         shutil.rmtree(work.out / name, ignore_errors=True)
+    mark_whole(work.out)
     return result
 
 

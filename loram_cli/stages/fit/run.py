@@ -58,10 +58,6 @@ def check_device(spec: FitSpec) -> str:
 def fit_device(spec: FitSpec, reporter: Reporter) -> str:
     """Where this process computes; with several processes it joins the others.
 
-    Args:
-        spec: How to fit.
-        reporter: Told of what the launcher asks for in vain.
-
     Raises:
         UsageError: See :func:`check_device`.
     """
@@ -123,12 +119,6 @@ def warn_of_memory(
     """Say before the first tensor is read that the device will not hold the training.
 
     It is no refusal: the prediction is an upper bound in places, and memory may become free.
-
-    Args:
-        planned: With the memory by arithmetic.
-        smaller: Flags that would make it less.
-        device: Of this process.
-        reporter: Told.
     """
     # The context is there already when a GPU is asked what it has left.
     there_bytes = CUDA_CONTEXT_BYTES if device.startswith("cuda") else 0
@@ -153,13 +143,7 @@ def prepare_tracking(spec: FitSpec) -> None:
 
 
 def finish_fit(fitted: FitResult, path: Path, title: str) -> dict[str, Any]:
-    """Draw the loss curve, and give the losses for the stage's result.
-
-    Args:
-        fitted: What the fit gave back.
-        path: The stage's directory.
-        title: Headline of the picture.
-    """
+    """Draw the loss curve, and give the losses for the stage's result."""
     if is_main_process():
         write_curve_csv(fitted.history, path / "loss.csv")
         draw_curve(fitted.history, path / "loss.png", title)

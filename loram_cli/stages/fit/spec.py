@@ -100,11 +100,7 @@ class Trained(Protocol):
 
 
 def smaller_trainings(spec: Trained) -> list[str]:
-    """Flags that make a training take less memory, and that are not in use.
-
-    Args:
-        spec: How training goes.
-    """
+    """Flags that make a training take less memory, and that are not in use."""
     flags = ("--quantize nf4", "--gradient-checkpointing", "--micro-batch 1")
     used = (spec.quantize, spec.gradient_checkpointing, spec.micro_batch == 1)
     return [flag for flag, value in zip(flags, used, strict=True) if not value]

@@ -64,11 +64,6 @@ class TrainWork:
 def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[TrainWork]:
     """Check everything that can be known before a tensor is read.
 
-    Args:
-        spec: How to train.
-        reporter: Told of oddities in the data.
-        count: Read the data too, and count what is in it.
-
     Raises:
         LoramError: The source is no whole model, the disk is too full, or the data is unusable.
         UsageError: A LoRA target that the model does not have.
@@ -122,12 +117,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
 
 
 def foresee(spec: TrainSpec, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What training on a model with a config would take, on a GPU; it need not be there.
-
-    Args:
-        spec: The settled spec.
-        config: The model's ``config.json``.
-    """
+    """What training on a model with a config would take, on a GPU; it need not be there."""
     family = family_for(config, "the model")
     tied = family.geometry(config).tied_embeddings
     targets = lora_targets(family, tied_embeddings=tied, targets=spec.targets or None)

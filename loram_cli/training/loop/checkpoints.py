@@ -1,7 +1,6 @@
 """Which checkpoints of an interrupted run are whole, and whether they belong to this run."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -9,50 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loram_cli.runs.digests import file_records
+from loram_cli.runs.whole import damage, is_marked
 from loram_cli.schema import digest_of, spec_to_mapping
 from loram_cli.training.loop.options import FitOptions
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_MARK = "whole"
 _RUN = "run.json"
-
-
-def mark_whole(folder: Path) -> None:
-    """State that every file of a folder is written and on the disk, with their digests."""
-    records = file_records(folder, leave_out=(_MARK,))
-    for name in records:
-        _to_disk(folder / name)
-    partial = folder / f"{_MARK}.partial"
-    partial.write_text(json.dumps(records), "utf-8")
-    _to_disk(partial)
-    partial.rename(folder / _MARK)
-    _to_disk(folder)
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a marked folder; None where its files are those that were marked."""
-    try:
-        marked = json.loads((folder / _MARK).read_text("utf-8"))
-        found = file_records(folder, leave_out=(_MARK,))
-        for name in sorted({*marked, *found}):
-            if name not in found:
-                return f"{name} is missing"
-            if marked.get(name) != found[name]:
-                return f"{name} has changed"
-    except FileNotFoundError:
-        return "it was not written whole"
-    except Exception:
-        return f"{_MARK} cannot be read"
-    return None
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -78,11 +39,7 @@ class Found:
     damaged: tuple[str, ...] = ()
 
     def warnings(self, shared: bool) -> list[str]:
-        """Why what is there is of no use, a line each.
-
-        Args:
-            shared: Whether this run's model is shared out among processes.
-        """
+        """Why what is there is of no use, a line each."""
         goes_on = "using the one before" if self.path else "starting over"
         lines = [f"{what}: {goes_on}" for what in self.damaged]
         if "fsdp" in self.differs:
@@ -109,12 +66,7 @@ def fingerprint(
 
     The number of processes is not in it: they share a batch, and what it teaches stays the same.
 
-    Args:
-        options: Of the fit.
-        precision: ``fp32`` or ``bf16``.
-        data: Digest of data and objective.
-        trainable: Shapes of the trained parameters.
-        shared: Whether the model is shared out: a checkpoint of slices is another set of files.
+    A checkpoint of slices (``shared``) is another set of files.
     """
     # How often a checkpoint is written, and who else hears of it, changes nothing in the result.
     plain = spec_to_mapping(replace(options, checkpoint_steps=1, report_to=()))
@@ -131,10 +83,7 @@ def fingerprint(
 def newest_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Found:
     """The newest checkpoint that is whole, after removing those that cannot be used.
 
-    Args:
-        folder: Where checkpoints are kept; made if absent.
-        fingerprint: Of settings, data and parameters, by name, as JSON has them; checkpoints of
-            another run are removed.
+    The folder is made if absent. Checkpoints of a run with another fingerprint go.
     """
     folder.mkdir(parents=True, exist_ok=True)
     theirs = _fingerprint_of(folder)
@@ -142,7 +91,7 @@ def newest_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Found:
         int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))
     }
     if theirs != fingerprint:
-        marked = [path for path in there.values() if (path / _MARK).is_file()]
+        marked = [path for path in there.values() if is_marked(path)]
         for path in there.values():
             shutil.rmtree(path)
         (folder / _RUN).write_text(json.dumps({"fingerprint": fingerprint}) + "\n", "utf-8")
@@ -150,11 +99,11 @@ def newest_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Found:
         return Found(differs=tuple(names) or ("unknown",)) if marked else Found()
     damaged: list[str] = []
     for step in sorted(there, reverse=True):
-        marked_whole, wrong = (there[step] / _MARK).is_file(), damage(there[step])
+        wrong = damage(there[step])
         if wrong is None:
             return Found(there[step], step, damaged=tuple(damaged))
         # One without its mark was cut short by a kill, which is no news.
-        if marked_whole:
+        if is_marked(there[step]):
             damaged.append(f"{there[step]}: damaged, {wrong}")
         shutil.rmtree(there[step])
     return Found(damaged=tuple(damaged))

@@ -70,15 +70,7 @@ def text_job(
     teaching: "Teaching | None" = None,
     streamed: "LoraPass | None" = None,
 ) -> Job:
-    """Next-token prediction on token rows, or a teacher's distribution over them.
-
-    Args:
-        train: Rows to learn.
-        evaluation: Rows set aside; may be empty.
-        label: Of the progress bar.
-        teaching: The full model to learn from; None learns the rows.
-        streamed: Computes losses and gradients layer by layer; None has the model resident.
-    """
+    """Next-token prediction on token rows, or a teacher's distribution over them."""
     data = hashlib.sha256()
     for rows in (train, evaluation):
         data.update(f"{len(rows)};".encode())

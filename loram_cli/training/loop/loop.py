@@ -97,16 +97,9 @@ def fit_lora(
 ) -> FitResult:
     """Train the LoRA factors of a PEFT model.
 
-    Args:
-        model: From :func:`.adapters.attach_lora`, changed in place.
-        train: Rows, see :func:`.tokens.tokenize_examples`.
-        evaluation: Rows set aside; may be empty.
-        options: How.
-        work_dir: Where checkpoints are kept.
-        reporter: Progress and warnings.
-        streamed: Computes losses and gradients layer by layer, see
-            :func:`loram_cli.modeling.layerwise.lora_pass.streamed_lora`; None has the model
-            resident. Either goes on from the other's checkpoints.
+    Layer by layer where a pass is given as ``streamed`` (see
+    :func:`loram_cli.modeling.layerwise.lora_pass.streamed_lora`), else with the model resident;
+    either resumes from the other's checkpoints.
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.
@@ -124,13 +117,7 @@ def fit_lora(
 
 
 def save_causal_lm(model: Any, out: Path, *, dtype: torch.dtype) -> None:
-    """Write a trained model as an ordinary Hugging Face directory.
-
-    Args:
-        model: From :func:`fit_causal_text`; changed in place to ``dtype``.
-        out: Directory to write into.
-        dtype: Of the tensors in the file, usually the pruned checkpoint's own.
-    """
+    """Write a trained model as an ordinary Hugging Face directory."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
@@ -142,13 +129,6 @@ def fit_job(
     model: Any, job: Job, options: FitOptions, work_dir: Path, reporter: Reporter
 ) -> FitResult:
     """Train by any objective: checkpoints, resuming, progress and interrupts are the same for all.
-
-    Args:
-        model: Its parameters that require gradients are trained, in place.
-        job: Data and objective.
-        options: How.
-        work_dir: Where checkpoints are kept.
-        reporter: Progress and warnings.
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.

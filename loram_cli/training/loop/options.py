@@ -122,10 +122,6 @@ def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf1
     """What ``auto`` means on a device.
 
     On a CPU it is fp32: bf16 there is slower unless the CPU has matrix units for it.
-
-    Args:
-        precision: As asked for.
-        device: ``cpu``, ``cuda``, ...
     """
     if precision != "auto":
         return precision

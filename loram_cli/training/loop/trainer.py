@@ -17,9 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from loram_cli.errors import LoramError
 from loram_cli.reporting import Progress, Reporter
 from loram_cli.runs.processes import is_main_process, process_count, process_rank
+from loram_cli.runs.whole import mark_whole
 from loram_cli.training.data.tokens import IGNORED_LABEL, TokenRow
 from loram_cli.training.distributed import any_process, wait_for_all
-from loram_cli.training.loop.checkpoints import checkpoint_path, mark_whole
+from loram_cli.training.loop.checkpoints import checkpoint_path
 from loram_cli.training.loop.options import FitOptions
 from loram_cli.training.loop.order import EndlessOrder
 
@@ -243,21 +244,7 @@ def training_arguments(
     device: str, evaluates: bool, fresh: bool, shared: bool = False,
     arguments_class: type[TrainingArguments] = TrainingArguments, **more: Any,
 ) -> TrainingArguments:  # fmt: skip
-    """The trainer's settings for a run of ``steps`` optimizer steps.
-
-    Args:
-        options: How to train.
-        output_dir: Where checkpoints go.
-        steps: Optimizer steps.
-        warmup_steps: Those over which the rate rises.
-        precision: ``fp32`` or ``bf16``.
-        device: ``cpu``, ``cuda``, ...
-        evaluates: Whether there is an evaluation split.
-        fresh: Whether training starts without a checkpoint.
-        shared: Whether the model is shared out among processes.
-        arguments_class: The objective's own.
-        more: The objective's own settings.
-    """
+    """The trainer's settings for a run of ``steps`` optimizer steps."""
     arguments = arguments_class(
         output_dir=str(output_dir),
         max_steps=steps,

@@ -11,11 +11,11 @@ from helpers.factors import assert_same, trained
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import NullReporter
+from loram_cli.runs.whole import mark_whole
 from loram_cli.training.data.tokens import TokenRow, pack_tokens
 from loram_cli.training.loop.checkpoints import (
     Found,
     checkpoint_path,
-    mark_whole,
     newest_checkpoint,
 )
 from loram_cli.training.loop.loop import fit_causal_text, fit_lora, save_causal_lm
@@ -363,6 +363,7 @@ from loram_cli.modeling.load import load_causal_lm
 from loram_cli.reporting import NullReporter
 from loram_cli.training.loop.loop import fit_causal_text
 from loram_cli.training.loop.options import FitOptions
+from loram_cli.runs.whole import mark_whole
 from loram_cli.training.data.tokens import TokenRow
 
 torch.set_num_threads(1)
