@@ -48,17 +48,29 @@ def chunked_cross_entropy(
     def chunk_loss(some: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return cross_entropy(logits_of(some).float(), ids, reduction="sum")
 
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    # Once even without a token, so that every factor has a gradient on every process.
-    for start in range(0, max(1, len(wanted)), chunk):
-        part = rows[start : start + chunk], wanted[start : start + chunk]
-        if torch.is_grad_enabled():
-            total = total + checkpoint(chunk_loss, *part, use_reentrant=False)
-        else:
-            total = total + chunk_loss(*part)
+    total = sum(
+        _in_chunks(chunk_loss, rows, wanted, chunk),
+        torch.zeros((), dtype=torch.float32, device=hidden.device),
+    )
     if torch.is_tensor(num_items):
         num_items = num_items.to(total.device)
     return total / (len(wanted) if num_items is None else num_items)
+
+
+def _in_chunks(
+    compute: Callable[[torch.Tensor, torch.Tensor], Any],
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    chunk: int,
+) -> Iterator[Any]:
+    """Results for some tokens at a time, computed again in the backward pass."""
+    # Once even without a token, so that every factor has a gradient on every process.
+    for start in range(0, max(1, len(ids)), chunk):
+        part = rows[start : start + chunk], ids[start : start + chunk]
+        if torch.is_grad_enabled():
+            yield checkpoint(compute, *part, use_reentrant=False)
+        else:
+            yield compute(*part)
 
 
 @contextmanager
@@ -142,14 +154,7 @@ def token_scores(
             entropy = -(log_all.exp() * log_all).sum(-1)
             return picked, entropy, logits.mean(-1), logits.argmax(-1) == ids
 
-    parts = []
-    # Once even without a token, so that every factor has a gradient on every process.
-    for start in range(0, max(1, len(wanted)), chunk):
-        part = rows[start : start + chunk], wanted[start : start + chunk]
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(score, *part, use_reentrant=False))
-        else:
-            parts.append(score(*part))
+    parts = _in_chunks(score, rows, wanted, chunk)
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     return TokenScores(*(c.new_zeros(scored.shape).masked_scatter(scored, c) for c in columns))
 

@@ -96,7 +96,6 @@ def fit_preferences(
 
     job = Job(
         label="dpo",
-        rows=len(train),
         digest=data.hexdigest(),
         evaluates=bool(evaluation),
         highest_token=highest(every),
@@ -152,7 +151,6 @@ def fit_rewards(
 
     job = Job(
         label="grpo",
-        rows=len(train) * how.generations,
         digest=digest,
         evaluates=bool(evaluation),
         highest_token=highest(ids),

@@ -18,6 +18,7 @@ from loram_cli.schema import (
     settings_of,
     spec_from_mapping,
 )
+from loram_cli.stages.fit.run import check_device
 from loram_cli.stages.specs import SPECS
 
 NUMBERS = (int, float, Bytes, Params)
@@ -102,3 +103,11 @@ def test_what_is_no_number_is_refused_in_recipes_too(stage, name, told, kind, te
 def test_messages(stage, changes, message):
     with pytest.raises(UsageError, match=message.replace("+", r"\+")):
         built(stage, **changes)
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu:0", "gpu", "cuda:99"])
+@pytest.mark.parametrize("stage", ["align", "train"])
+def test_a_device_that_cannot_train_is_refused(stage, device):
+    assert check_device(built(stage, device="cpu")) == "cpu"
+    with pytest.raises(UsageError, match=device):
+        check_device(built(stage, device=device))

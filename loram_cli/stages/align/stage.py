@@ -44,7 +44,6 @@ from loram_cli.stages.fit.run import (
     fit_device,
     held_out,
     plan_together,
-    prepare_tracking,
     warn_of_memory,
 )
 from loram_cli.training.data.documents import load_text
@@ -71,7 +70,6 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     spec = as_launched(spec)
     check_out_of_tree(spec.out, spec.source)
     check_device(spec)
-    prepare_tracking(spec)
     manifest = Manifest.read(spec.source)
     if manifest.stage != "prune":
         raise LoramError(

@@ -37,12 +37,14 @@ def check_optimizer(optimizer: str, device: str) -> None:
 
 
 def check_device(spec: FitSpec) -> str:
-    """The device of this process, once it is known to be there and to run what is asked for.
+    """The device of this process, once it and the trackers are known to do what is asked for.
 
     Raises:
+        LoramError: A tracker is not installed.
         UsageError: There is no such device, the optimizer needs a GPU, or the batch does not divide
             among the processes.
     """
+    check_trackers(spec.report_to)
     processes = process_count()
     if spec.batch % (spec.micro_batch * processes):
         raise UsageError(
@@ -50,7 +52,10 @@ def check_device(spec: FitSpec) -> str:
             f"on {processes} processes",
             f"pass a multiple of {spec.micro_batch * processes} as --batch",
         )
-    device = usable_device(local_device(spec.device or default_device()))
+    asked = spec.device or default_device()
+    if asked.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device {asked}: cannot train there", "pass cpu, cuda or cuda:1")
+    device = usable_device(local_device(asked))
     check_optimizer(spec.optimizer, device)
     return device
 
@@ -130,16 +135,6 @@ def warn_of_memory(
         f"by arithmetic this takes {format_bytes(planned.memory_bytes)}, and {device} has "
         f"{format_bytes(free_bytes)} free{ways}"
     )
-
-
-def prepare_tracking(spec: FitSpec) -> None:
-    """Refuse trackers that are not installed.
-
-    Raises:
-        LoramError: Names the package, and how to get it.
-    """
-    if spec.report_to:
-        check_trackers(spec.report_to)
 
 
 def finish_fit(fitted: FitResult, path: Path, title: str) -> dict[str, Any]:

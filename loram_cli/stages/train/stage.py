@@ -39,7 +39,6 @@ from loram_cli.stages.fit.run import (
     finish_fit,
     fit_device,
     plan_together,
-    prepare_tracking,
     warn_of_memory,
 )
 from loram_cli.stages.fit.spec import smaller_trainings
@@ -76,7 +75,6 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         )
     check_out_of_tree(spec.out, *filter(None, (spec.source, spec.from_adapter)))
     device = check_device(spec)
-    prepare_tracking(spec)
     model = Model.open(spec.source)
     model.check_whole()
     source = describe_source(model)

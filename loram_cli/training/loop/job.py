@@ -44,7 +44,6 @@ class Job:
 
     Attributes:
         label: Of the progress bar.
-        rows: Training examples.
         digest: Of data and objective: a checkpoint of another one is not resumed.
         evaluates: Whether an evaluation split is there.
         highest_token: The largest token id in the data.
@@ -54,7 +53,6 @@ class Job:
     """
 
     label: str
-    rows: int
     digest: str
     evaluates: bool
     highest_token: int
@@ -106,7 +104,6 @@ def text_job(
 
     return Job(
         label=label,
-        rows=len(train),
         digest=data.hexdigest(),
         evaluates=bool(evaluation),
         highest_token=highest(every),
