@@ -54,6 +54,36 @@ class FitOptions:
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreferenceOptions:
+    """How preferences are learnt.
+
+    Attributes:
+        beta: How much the distance to the reference costs (DPO: arXiv 2305.18290, equation 7;
+            GRPO: arXiv 2402.03300, equation 3, where 0 needs no reference).
+        keeps_reference: The reference is a frozen copy of the adapter as it is at the start; else
+            the adapter switched off, which is the same for a fresh one and takes no memory.
+    """
+
+    beta: float
+    keeps_reference: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(PreferenceOptions):
+    """How rewards are learnt.
+
+    Attributes:
+        generations: Completions per question, whose mean reward is the baseline.
+        max_completion_length: Tokens of a completion.
+        temperature: Completions are drawn at it.
+    """
+
+    generations: int
+    max_completion_length: int
+    temperature: float
+
+
 @dataclass(frozen=True)
 class LossRow:
     """One point of a loss curve.

@@ -55,7 +55,8 @@ def _prepare(
 ) -> Prepared:
     from loram_cli.stages.fit.run import fit_options
     from loram_cli.training.data.preferences import tokenize_pairs
-    from loram_cli.training.trl_jobs import PreferenceOptions, fit_preferences
+    from loram_cli.training.loop.options import PreferenceOptions
+    from loram_cli.training.trl_jobs import fit_preferences
 
     train_rows, eval_rows = (
         tokenize_pairs(pairs, tokenizer, spec.max_length, reporter) if pairs else []

@@ -68,7 +68,8 @@ def _prepare(
     from loram_cli.evaluation.grading import strict_grader
     from loram_cli.stages.fit.run import fit_options
     from loram_cli.training.data.questions import fitting_questions
-    from loram_cli.training.trl_jobs import RewardOptions, fit_rewards
+    from loram_cli.training.loop.options import RewardOptions
+    from loram_cli.training.trl_jobs import fit_rewards
 
     assert spec.generations and spec.max_completion_length and spec.temperature
     room = spec.max_length - spec.max_completion_length
