@@ -48,17 +48,29 @@ def chunked_cross_entropy(
     def chunk_loss(some: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return cross_entropy(logits_of(some).float(), ids, reduction="sum")
 
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    # Once even without a token, so that every factor has a gradient on every process.
-    for start in range(0, max(1, len(wanted)), chunk):
-        part = rows[start : start + chunk], wanted[start : start + chunk]
-        if torch.is_grad_enabled():
-            total = total + checkpoint(chunk_loss, *part, use_reentrant=False)
-        else:
-            total = total + chunk_loss(*part)
+    total = sum(
+        _in_chunks(chunk_loss, rows, wanted, chunk),
+        torch.zeros((), dtype=torch.float32, device=hidden.device),
+    )
     if torch.is_tensor(num_items):
         num_items = num_items.to(total.device)
     return total / (len(wanted) if num_items is None else num_items)
+
+
+def _in_chunks(
+    compute: Callable[[torch.Tensor, torch.Tensor], Any],
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    chunk: int,
+) -> Iterator[Any]:
+    """Results for some tokens at a time, computed again in the backward pass."""
+    # Once even without a token, so that every factor has a gradient on every process.
+    for start in range(0, max(1, len(ids)), chunk):
+        part = rows[start : start + chunk], ids[start : start + chunk]
+        if torch.is_grad_enabled():
+            yield checkpoint(compute, *part, use_reentrant=False)
+        else:
+            yield compute(*part)
 
 
 @contextmanager
@@ -71,7 +83,7 @@ def chunked_loss(model: Any, chunk: int | None = None) -> Iterator[None]:
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    inner, stack, logits_of = _parts(model)
+    inner, stack, logits_of = head_parts(model)
     plain = inner.forward
     tokens = chunk or chunk_tokens(inner.config.vocab_size)
 
@@ -142,14 +154,7 @@ def token_scores(
             entropy = -(log_all.exp() * log_all).sum(-1)
             return picked, entropy, logits.mean(-1), logits.argmax(-1) == ids
 
-    parts = []
-    # Once even without a token, so that every factor has a gradient on every process.
-    for start in range(0, max(1, len(wanted)), chunk):
-        part = rows[start : start + chunk], wanted[start : start + chunk]
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(score, *part, use_reentrant=False))
-        else:
-            parts.append(score(*part))
+    parts = _in_chunks(score, rows, wanted, chunk)
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     return TokenScores(*(c.new_zeros(scored.shape).masked_scatter(scored, c) for c in columns))
 
@@ -166,7 +171,7 @@ def install_token_scores(model: Any, *, temperature: float, chunk: int | None = 
         chunk: As in :func:`chunked_loss`.
     """
     restore_forward(model)
-    inner, stack, logits_of = _parts(model)
+    inner, stack, logits_of = head_parts(model)
     plain = inner.forward
     tokens = chunk or chunk_tokens(inner.config.vocab_size)
 
@@ -188,7 +193,7 @@ def restore_forward(model: Any) -> None:
     inner.__dict__.pop("_original_forward", None)
 
 
-def _parts(model: Any) -> tuple[Any, Any, Callable[[torch.Tensor], torch.Tensor]]:
+def head_parts(model: Any) -> tuple[Any, Any, Callable[[torch.Tensor], torch.Tensor]]:
     """The causal LM itself, its stack of decoder layers, and its head as a function."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = inner.family

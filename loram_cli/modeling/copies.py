@@ -44,11 +44,7 @@ class Copies(Protocol):
 
 
 class CudaCopies:
-    """:class:`Copies` of a GPU.
-
-    Args:
-        device: ``cuda`` or ``cuda:N``.
-    """
+    """:class:`Copies` of a GPU."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
@@ -69,11 +65,7 @@ class CudaCopies:
         return False
 
     def unpin(self, host: torch.Tensor) -> None:
-        """Undo :meth:`pin`.
-
-        Args:
-            host: As given to it.
-        """
+        """Undo :meth:`pin`."""
         torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
     def computed(self) -> torch.cuda.Event:
@@ -95,11 +87,7 @@ class CudaCopies:
         return self._stream.record_event()
 
     def wait(self, event: torch.cuda.Event) -> None:
-        """Let the stream that this thread computes on wait.
-
-        Args:
-            event: From :meth:`copied`.
-        """
+        """Let the stream that this thread computes on wait."""
         torch.cuda.current_stream(self._device).wait_event(event)
 
     def finish(self) -> None:

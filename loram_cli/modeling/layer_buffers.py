@@ -34,11 +34,7 @@ class Layout:
     num_bytes: int
 
     def views(self, buffer: torch.Tensor) -> list[Weight]:
-        """The weights that lie in a buffer, without a copy.
-
-        Args:
-            buffer: Bytes, of at least ``num_bytes``.
-        """
+        """The weights that lie in a buffer, without a copy."""
         found, place = [], 0
         for weight in self.weights:
             shapes = _parts(weight)
@@ -50,21 +46,12 @@ class Layout:
 
 
 def buffer_bytes(slots: Iterable[Slot]) -> int:
-    """Bytes of a buffer that holds the weights of these slots.
-
-    Args:
-        slots: Of one layer.
-    """
+    """Bytes of a buffer that holds the weights of these slots."""
     return sum(slot.num_bytes + _MOST_PARTS * _ALIGNMENT for slot in slots)
 
 
 def write_weights(weights: Iterable[Weight], buffer: torch.Tensor) -> Layout:
-    """Copy weights into a buffer, one by one, so that each may go before the next one is made.
-
-    Args:
-        weights: On the buffer's device.
-        buffer: Bytes, of at least :func:`buffer_bytes`.
-    """
+    """Copy weights into a buffer, one by one, so that each may go before the next one is made."""
     shapes, offsets, end = [], [], 0
     for weight in weights:
         parts = _parts(weight)

@@ -12,12 +12,7 @@ _FLOAT_KEY = "__float__"
 
 
 def native_config(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The transformers config of a ``config.json``, whose layers may differ in width.
-
-    Args:
-        config: A ``config.json``, with or without ``per_layer_config``.
-        dtype: Of the model that is built from it.
-    """
+    """The transformers config of a ``config.json``, whose layers may differ in width."""
     import transformers
 
     settings = {name: _decoded(value) for name, value in config.items() if name != "model_type"}

@@ -76,12 +76,7 @@ def nf4_linear(plain: Any, compute_dtype: torch.dtype, storage: torch.dtype = to
 
 
 def nf4_weight(weight: torch.Tensor, storage: torch.dtype = torch.uint8) -> Any:
-    """Quantize one weight where it is, with double quantization.
-
-    Args:
-        weight: Shape (out, in), on its device.
-        storage: As for :func:`nf4_linear`.
-    """
+    """Quantize one weight where it is, with double quantization."""
     import bitsandbytes
 
     return bitsandbytes.nn.Params4bit(
@@ -100,9 +95,6 @@ def keep_standard_layout(model: Any) -> None:
     time that it runs in evaluation mode. That fails for widths that are no multiple of 64, which
     pruned layers have, and rounds the block constants on the way back: an evaluation would change
     the weights that are trained on.
-
-    Args:
-        model: Loaded with :func:`nf4_config`; changed in place.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -115,9 +107,6 @@ def prepare_for_training(model: Any) -> None:
     PEFT's ``prepare_model_for_kbit_training`` raises all of them to fp32. For embedding and head
     that costs more memory than all 4-bit layers of a well pruned model; for norms it makes every
     activation behind them fp32, twice the memory, while RMS norms compute in fp32 anyway.
-
-    Args:
-        model: Loaded with :func:`nf4_config`; changed in place.
     """
     keep_standard_layout(model)
     model.requires_grad_(False)

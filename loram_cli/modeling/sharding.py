@@ -96,11 +96,6 @@ def write_whole(model: Any, out: Path, dtype: torch.dtype) -> None:
     """Write a model that is shared out as a Hugging Face directory's safetensors.
 
     One tensor at a time is whole; every process must call it, and the first one writes.
-
-    Args:
-        model: The causal LM.
-        out: Directory to write into.
-        dtype: Of the tensors in the file.
     """
     parameters = dict(model.named_parameters())
     with ExitStack() as stack:

@@ -203,12 +203,7 @@ class SkeletonModel:
 
 
 def fill(slot: Slot, weight: Weight) -> None:
-    """Put a weight where its stand-in is.
-
-    Args:
-        slot: Of the model.
-        weight: From :meth:`SkeletonModel.read`.
-    """
+    """Put a weight where its stand-in is."""
     module, kind = slot.places[0]
     if weight.quant_state is not None:
         module.quant_state = weight.quant_state
@@ -220,11 +215,7 @@ def fill(slot: Slot, weight: Weight) -> None:
 
 
 def drain(slot: Slot) -> None:
-    """Put the stand-in back; the weight's storage goes with its last user.
-
-    Args:
-        slot: Of the model.
-    """
+    """Put the stand-in back; the weight's storage goes with its last user."""
     for module, kind in slot.places:
         module._parameters[kind] = slot.stand_in
         if slot.quantized:

@@ -52,13 +52,7 @@ def read_curve_csv(path: Path) -> list[LossRow]:
 
 
 def draw_curve(rows: Sequence[LossRow], path: Path, title: str) -> None:
-    """Draw training and evaluation loss over steps as a PNG.
-
-    Args:
-        rows: The curve.
-        path: The picture's file.
-        title: What was trained.
-    """
+    """Draw training and evaluation loss over steps as a PNG."""
     save_figure(_figure(rows, title), path)
 
 

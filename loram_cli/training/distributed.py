@@ -5,18 +5,13 @@ writes and speaks, the others compute. With one process everything here does not
 """
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from loram_cli.runs.processes import is_main_process, local_device, process_count
 
 
 def join_processes(device: str) -> None:
-    """Connect this process with the others; NCCL on GPUs, gloo on a CPU.
-
-    Args:
-        device: Where this process computes, see :func:`.processes.local_device`.
-    """
+    """Connect this process with the others; NCCL on GPUs, gloo on a CPU."""
     if process_count() == 1:
         return
     import torch
@@ -32,11 +27,7 @@ def join_processes(device: str) -> None:
 
 
 def share(value: Any) -> Any:
-    """The first process's value, on every process.
-
-    Args:
-        value: Used on the first process, ignored on the others.
-    """
+    """The first process's value, on every process."""
     if process_count() == 1:
         return value
     import torch.distributed
@@ -62,33 +53,6 @@ def any_process(flag: bool) -> bool:
 def wait_for_all() -> None:
     """Go on once every process is here."""
     share(None)
-
-
-class WholeRounds:
-    """A sampler of one process's order for several, who take a micro-batch each in turn.
-
-    Where an epoch ends within a round, accelerate would begin it again to fill the round: rows
-    would count twice that count once on one process. Here a row without loss fills it.
-
-    Args:
-        order: Sampler of all rows, with ``set_epoch``.
-        rows: Of a round: the micro-batch times the processes.
-        filler: Index of the row without loss.
-    """
-
-    def __init__(self, order: Any, rows: int, filler: int) -> None:
-        self._order, self._rows, self._filler = order, rows, filler
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._order
-        yield from [self._filler] * (-len(self._order) % self._rows)
-
-    def __len__(self) -> int:
-        return -(-len(self._order) // self._rows) * self._rows
-
-    def set_epoch(self, epoch: int) -> None:
-        """Each epoch has its own order."""
-        self._order.set_epoch(epoch)
 
 
 def leave_processes() -> None:

@@ -28,10 +28,6 @@ def check_trackers(names: Sequence[Tracker]) -> None:
 def tracking_callbacks(names: Sequence[Tracker], work_dir: Path) -> list[Any]:
     """The trainer's callbacks for the trackers.
 
-    Args:
-        names: Which.
-        work_dir: The stage's directory; tensorboard's files go into a folder of it.
-
     Raises:
         LoramError: From the callback of wandb, when training begins: nobody is logged in.
     """

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +14,15 @@ from loram_cli.training.data.preferences import PairRow
 from loram_cli.training.data.questions import Question
 from loram_cli.training.loop.job import Job, TrainerParts, highest
 from loram_cli.training.loop.loop import fit_job
-from loram_cli.training.loop.options import FitOptions, FitResult
+from loram_cli.training.loop.options import (
+    FitOptions,
+    FitResult,
+    PreferenceOptions,
+    RewardOptions,
+)
 
 # Of a completion and the data set's answer: is it right?
 Grader = Callable[[str, str], bool]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceOptions:
-    """How preferences are learnt.
-
-    Attributes:
-        beta: How much the distance to the reference costs (arXiv 2305.18290, equation 7).
-        keeps_reference: The reference is the adapter as it is at the start; else, the adapter
-            being fresh, the model without it.
-    """
-
-    beta: float
-    keeps_reference: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardOptions:
-    """How rewards are learnt.
-
-    Attributes:
-        beta: Weight of the KL divergence from the reference (arXiv 2402.03300, equation 3).
-        keeps_reference: As in :class:`PreferenceOptions`.
-        generations: Completions per question, whose mean reward is the baseline.
-        max_completion_length: Tokens of a completion.
-        temperature: Completions are drawn at it.
-    """
-
-    beta: float
-    keeps_reference: bool
-    generations: int
-    max_completion_length: int
-    temperature: float
 
 
 def fit_preferences(
@@ -64,16 +36,6 @@ def fit_preferences(
     reporter: Reporter,
 ) -> FitResult:
     """Train the factors of a PEFT model to prefer chosen answers to rejected ones.
-
-    Args:
-        model: From :mod:`.adapters`, changed in place.
-        tokenizer: Of the model.
-        train: Pairs, see :func:`.preferences.tokenize_pairs`.
-        evaluation: Pairs set aside; may be empty.
-        how: Of the objective.
-        options: Of the fit; a batch counts pairs.
-        work_dir: Where checkpoints are kept.
-        reporter: Progress and warnings.
 
     Raises:
         LoramError: As :func:`.loop.fit_job`.
@@ -95,18 +57,11 @@ def fit_preferences(
     def build(parts: TrainerParts) -> Any:
         from loram_cli.training.trl_trainers import preference_trainer
 
-        return preference_trainer(
-            parts,
-            tokenizer,
-            _pair_dataset(train),
-            _pair_dataset(evaluation),
-            beta=how.beta,
-            keep=how.keeps_reference,
-        )
+        train_data, eval_data = _pair_dataset(train), _pair_dataset(evaluation)
+        return preference_trainer(parts, tokenizer, train_data, eval_data, how)
 
     job = Job(
         label="dpo",
-        rows=len(train),
         digest=data.hexdigest(),
         evaluates=bool(evaluation),
         highest_token=highest(every),
@@ -129,16 +84,7 @@ def fit_rewards(
 ) -> FitResult:
     """Train the factors of a PEFT model towards completions that earn a reward.
 
-    Args:
-        model: From :mod:`.adapters`, changed in place.
-        tokenizer: Of the model.
-        train: Questions.
-        evaluation: Questions set aside; may be empty.
-        grader: A completion that it calls right is rewarded with 1, any other with 0.
-        how: Of the objective.
-        options: Of the fit; a batch counts completions.
-        work_dir: Where checkpoints are kept.
-        reporter: Progress and warnings.
+    A completion that the grader calls right is rewarded with 1, any other with 0.
 
     Raises:
         LoramError: As :func:`.loop.fit_job`.
@@ -156,22 +102,11 @@ def fit_rewards(
     def build(parts: TrainerParts) -> Any:
         from loram_cli.training.trl_trainers import reward_trainer
 
-        return reward_trainer(
-            parts,
-            tokenizer,
-            _question_dataset(train),
-            _question_dataset(evaluation),
-            reward=exact_match,
-            beta=how.beta,
-            keep=how.keeps_reference,
-            generations=how.generations,
-            max_completion_length=how.max_completion_length,
-            temperature=how.temperature,
-        )
+        train_data, eval_data = _question_dataset(train), _question_dataset(evaluation)
+        return reward_trainer(parts, tokenizer, train_data, eval_data, how, exact_match)
 
     job = Job(
         label="grpo",
-        rows=len(train) * how.generations,
         digest=digest,
         evaluates=bool(evaluation),
         highest_token=highest(ids),

@@ -13,7 +13,8 @@ from trl.trainer.utils import RepeatSampler
 from loram_cli.modeling.chunked_loss import install_token_scores
 from loram_cli.quiet import quiet_trl
 from loram_cli.training.loop.job import TrainerParts
-from loram_cli.training.loop.trainer import LeanCheckpoints
+from loram_cli.training.loop.options import PreferenceOptions, RewardOptions
+from loram_cli.training.loop.trainer import LeanCheckpoints, WholeBatches
 
 _REFERENCE = "ref"
 
@@ -33,7 +34,7 @@ class _Quiet(LeanCheckpoints):
             return super().train(*args, **kwargs)
 
 
-class PreferenceTrainer(_Quiet, DPOTrainer):
+class PreferenceTrainer(WholeBatches, _Quiet, DPOTrainer):
     """Direct preference optimization (Rafailov et al., arXiv 2305.18290)."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -80,23 +81,13 @@ class EpochSampler(RepeatSampler):
 
 
 def preference_trainer(
-    parts: TrainerParts, tokenizer: Any, train: Any, evaluation: Any, *, beta: float, keep: bool
+    parts: TrainerParts, tokenizer: Any, train: Any, evaluation: Any, how: PreferenceOptions
 ) -> PreferenceTrainer:
-    """A DPO trainer.
-
-    Args:
-        parts: From the loop.
-        tokenizer: Of the model.
-        train: A ``datasets.Dataset`` with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
-        evaluation: The same, or None.
-        beta: How much the distance to the reference costs.
-        keep: The reference is a frozen copy of the adapter as it is; else the adapter switched
-            off, which is the same for a fresh one and takes no memory.
-    """
+    """A DPO trainer; data sets have ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``."""
     # Rows are cut already, and the user told.
-    settings = {"arguments_class": DPOConfig, "beta": beta, "max_length": None}
+    settings = {"arguments_class": DPOConfig, "beta": how.beta, "max_length": None}
     given = _given(parts, tokenizer, train, evaluation, settings)
-    with _accepted_by_trl(parts, keep=keep, temperature=1.0):
+    with _accepted_by_trl(parts, keep=how.keeps_reference, temperature=1.0):
         return PreferenceTrainer(**given)
 
 
@@ -105,39 +96,22 @@ def reward_trainer(
     tokenizer: Any,
     train: Any,
     evaluation: Any,
-    *,
+    how: RewardOptions,
     reward: Callable[..., list[float]],
-    beta: float,
-    keep: bool,
-    generations: int,
-    max_completion_length: int,
-    temperature: float,
 ) -> RewardTrainer:
-    """A GRPO trainer.
-
-    Args:
-        parts: From the loop.
-        tokenizer: Of the model.
-        train: A ``datasets.Dataset`` with ``prompt`` and what ``reward`` asks for.
-        evaluation: The same, or None.
-        reward: Called as TRL calls it.
-        beta: Weight of the KL divergence from the reference; 0 needs no reference.
-        keep: As for :func:`preference_trainer`.
-        generations: Completions per prompt.
-        max_completion_length: Tokens of a completion.
-        temperature: Completions are drawn at it.
-    """
+    """A GRPO trainer; data sets have ``prompt``, and what ``reward`` takes by name."""
     settings = {
         "arguments_class": GRPOConfig,
-        "beta": beta,
-        "num_generations": generations,
+        "beta": how.beta,
+        "num_generations": how.generations,
         # One draw per question estimates the mean reward as well as several of fewer questions.
         "num_generations_eval": 1,
-        "max_completion_length": max_completion_length,
-        "temperature": temperature,
+        "max_completion_length": how.max_completion_length,
+        "temperature": how.temperature,
     }
     given = _given(parts, tokenizer, train, evaluation, settings)
-    with _accepted_by_trl(parts, keep=keep and beta > 0, temperature=temperature):
+    keep = how.keeps_reference and how.beta > 0
+    with _accepted_by_trl(parts, keep=keep, temperature=how.temperature):
         return RewardTrainer(reward_funcs=reward, **given)
 
 

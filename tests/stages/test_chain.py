@@ -254,7 +254,7 @@ def test_a_training_that_memory_will_not_hold_is_told_at_its_start(
     chain: Path, instructions: Path, text_file: Path, tmp_path: Path, monkeypatch
 ):
     reporter = WarningRecorder()
-    free = "loram_cli.modeling.free_memory.free_memory_bytes"
+    free = "loram_cli.stages.fit.run.free_memory_bytes"
     monkeypatch.setattr(free, lambda _: 10**6)
     spec = train_spec(chain / "pruned", tmp_path / "adapter", instructions, quantize="nf4")
     train.run(spec, reporter)

@@ -14,10 +14,8 @@ from loram_cli.training.curves import draw_curve, read_curve_csv, write_curve_cs
 from loram_cli.training.data.layouts import Example
 from loram_cli.training.data.preferences import Preference, tokenize_pairs
 from loram_cli.training.data.questions import Question
-from loram_cli.training.loop.options import FitOptions
+from loram_cli.training.loop.options import FitOptions, PreferenceOptions, RewardOptions
 from loram_cli.training.trl_jobs import (
-    PreferenceOptions,
-    RewardOptions,
     fit_preferences,
     fit_rewards,
 )

@@ -32,12 +32,7 @@ class HiddenStates:
         return self.boundary.read(start, start + self.starts.step).to(self.device)
 
     def batches(self, progress: Progress, share: float = 1.0) -> Iterator[tuple[int, torch.Tensor]]:
-        """Every batch: the index of its first window, and its hidden states.
-
-        Args:
-            progress: Advanced after each batch.
-            share: Advanced by all of them together.
-        """
+        """Every batch: the index of its first window, and its hidden states."""
         for start in self.starts:
             yield start, self.read(start)
             progress.advance(share / len(self.starts))
@@ -51,14 +46,7 @@ class HiddenStates:
         *,
         into: Boundary | None = None,
     ) -> "HiddenStates":
-        """Hidden states after a layer.
-
-        Args:
-            layer: To run.
-            progress: As in :meth:`batches`.
-            share: As in :meth:`batches`.
-            into: Where to put them; None replaces those before the layer.
-        """
+        """Hidden states after a layer."""
         after = self if into is None else replace(self, boundary=into)
         for start, hidden in self.batches(progress, share):
             after.boundary.write(start, layer(hidden))

@@ -22,6 +22,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.processes import process_count
 from loram_cli.runs.staging import SCRATCH_NAMES
+from loram_cli.runs.whole import damage, is_marked, mark_whole
 from loram_cli.schema import plain, revived
 from loram_cli.stages.align.methods.method import Alignment
 from loram_cli.stages.align.methods.pretrain import frozen_params
@@ -30,18 +31,19 @@ from loram_cli.stages.align.spec import AlignSpec
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.lineage import check_base, describe_source
 from loram_cli.stages.core.plan import (
+    TRIED_RECORDS,
     StagePlan,
     check_out_of_tree,
-    count_documents,
     make_plan,
+    reads_quickly,
 )
 from loram_cli.stages.core.results import AlignResult, MethodResult
 from loram_cli.stages.fit.launchers import as_launched
 from loram_cli.stages.fit.run import (
     check_device,
     fit_device,
+    held_out,
     plan_together,
-    prepare_tracking,
     warn_of_memory,
 )
 from loram_cli.training.data.documents import load_text
@@ -61,11 +63,6 @@ class AlignWork:
 def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[AlignWork]:
     """Check everything that can be known before a tensor is read.
 
-    Args:
-        spec: How to align.
-        reporter: Told of oddities in the text.
-        count: Read the text too, and count what is in it.
-
     Raises:
         LoramError: The source is no whole output of ``prune``, the disk is too full, or the text
             is unusable.
@@ -73,7 +70,6 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     spec = as_launched(spec)
     check_out_of_tree(spec.out, spec.source)
     check_device(spec)
-    prepare_tracking(spec)
     manifest = Manifest.read(spec.source)
     if manifest.stage != "prune":
         raise LoramError(
@@ -95,7 +91,7 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         figures |= {"trained_params": model.num_params - frozen_params(spec, model)}
         figures |= {"steps": steps, "tokens": steps * spec.batch * spec.block_length}
     if count:
-        figures["documents"] = count_documents(spec.data, reporter)
+        figures |= _counted(spec, reporter)
     needs = [METHODS[method].needs(spec, model, base) for method in spec.method]
     return make_plan(
         "align",
@@ -152,6 +148,23 @@ def _check_methods(spec: AlignSpec, manifest: Manifest) -> None:
         )
 
 
+def _texts(spec: AlignSpec, reporter: Reporter, limit: int | None = None) -> list[str]:
+    return load_text(
+        spec.data, limit=limit, reporter=reporter, seed=spec.seed, exhausted=spec.exhausted
+    )
+
+
+def _counted(spec: AlignSpec, reporter: Reporter) -> dict[str, int | None]:
+    """Documents in the text and rows to learn; text that takes long to read is only tried."""
+    if not reads_quickly(spec.data):
+        _texts(spec, reporter, TRIED_RECORDS)
+        return {"documents": None}
+    texts = _texts(spec, reporter)
+    rows = len(pack_tokens(texts, load_tokenizer(spec.source), spec.block_length))
+    evaluated = held_out(spec.eval_rows, rows, "--eval-rows", reporter)
+    return {"documents": len(texts), "rows": rows - evaluated, "eval_rows": evaluated}
+
+
 def _open_base(spec: AlignSpec, manifest: Manifest) -> Model:
     base = spec.model or Path(manifest.base["path"])
     if not base.is_dir():
@@ -173,8 +186,8 @@ def _align(
 ) -> AlignResult:
     source = planned.work.source
     tokenizer = load_tokenizer(spec.source)
-    rows = pack_tokens(load_text(spec.data), tokenizer, spec.block_length)
-    held_out = min(spec.eval_rows, len(rows) // 10)
+    rows = pack_tokens(_texts(spec, reporter), tokenizer, spec.block_length)
+    evaluated = held_out(spec.eval_rows, len(rows), "--eval-rows", reporter)
     transformers.set_seed(spec.seed)
     start_meter()
     done: list[MethodResult] = []
@@ -189,8 +202,8 @@ def _align(
             device=device,
             pruned_layers=tuple(sorted(int(i) for i in planned.keep)),
             sparse=bool(planned.sparsity),
-            train_rows=rows[held_out:],
-            eval_rows=rows[:held_out],
+            train_rows=rows[evaluated:],
+            eval_rows=rows[:evaluated],
         )
         if last:
             done.append(METHODS[method].act(work, reporter))
@@ -203,17 +216,20 @@ def _align(
 def _remembered(work: Alignment, reporter: Reporter) -> MethodResult:
     """Do a method that is not the last one, unless it was done before an interruption."""
     record = work.out / "results.json"
-    if record.is_file():
-        known: MethodResult = revived(MethodResult, json.loads(record.read_text("utf-8")))
-        return known
+    if is_marked(work.out):
+        wrong = damage(work.out)
+        if wrong is None:
+            known: MethodResult = revived(MethodResult, json.loads(record.read_text("utf-8")))
+            return known
+        reporter.warn(f"{work.out}: damaged, {wrong}: doing '{work.method}' again")
+        shutil.rmtree(work.out)
     work.out.mkdir(parents=True, exist_ok=True)
     result = METHODS[work.method].act(work, reporter)
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(plain(result)), "utf-8")
-    partial.rename(record)
+    record.write_text(json.dumps(plain(result)), "utf-8")
     # Nothing of it has to be done again.
     for name in SCRATCH_NAMES:
         shutil.rmtree(work.out / name, ignore_errors=True)
+    mark_whole(work.out)
     return result
 
 

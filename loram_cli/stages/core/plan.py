@@ -1,12 +1,11 @@
 """What a stage will do and what it needs: checked and counted before the first tensor is read."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.staging import look_up
 from loram_cli.schema import Spec, digest_of, plain, settings_of, spec_to_mapping
@@ -16,7 +15,8 @@ W = TypeVar("W")
 
 # A file up to this size is read through for a dry run, to count what is in it.
 _COUNTED_BYTES = 64 * 2**20
-_TRIED_RECORDS = 16
+# Records of a larger file that a dry run tries.
+TRIED_RECORDS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,31 +204,8 @@ def free_disk(out: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def count_examples(source: str, load: Callable[..., Sequence[Any]]) -> int | None:
-    """Examples in a source; None where counting would mean reading a lot.
-
-    Args:
-        source: A file, a folder, ``demo:NAME`` or a hub id.
-        load: Reads a source, with a ``limit``.
-
-    Raises:
-        LoramError: It cannot be read; a source that is not counted is tried on its first records.
-    """
-    whole = _is_small(source)
-    examples = load(source, limit=None if whole else _TRIED_RECORDS)
-    return len(examples) if whole else None
-
-
-def count_documents(source: str, reporter: Reporter) -> int | None:
-    """Documents in a source of text; as :func:`count_examples`."""
-    from functools import partial
-
-    from loram_cli.training.data.documents import load_text
-
-    return count_examples(source, partial(load_text, reporter=reporter))
-
-
-def _is_small(source: str) -> bool:
+def reads_quickly(source: str) -> bool:
+    """Whether a dry run reads a data source through; a hub data set it does not."""
     from loram_cli.training.data.sources import data_files
 
     files = data_files(source)

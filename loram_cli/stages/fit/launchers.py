@@ -46,13 +46,7 @@ def as_launched(spec: Fit) -> Fit:
 
 
 def tell_launcher(spec: FitSpec, precision: str, reporter: Reporter) -> None:
-    """Warn of what the launcher asks for and does not get.
-
-    Args:
-        spec: How to fit.
-        precision: ``fp32`` or ``bf16``: what the products are computed in.
-        reporter: Told.
-    """
+    """Warn of what the launcher asks for and does not get."""
     asked = os.environ.get(_PRECISION, "no")
     if asked not in ("no", precision):
         reporter.warn(

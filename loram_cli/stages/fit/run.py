@@ -37,12 +37,14 @@ def check_optimizer(optimizer: str, device: str) -> None:
 
 
 def check_device(spec: FitSpec) -> str:
-    """The device of this process, once it is known to be there and to run what is asked for.
+    """The device of this process, once it and the trackers are known to do what is asked for.
 
     Raises:
+        LoramError: A tracker is not installed.
         UsageError: There is no such device, the optimizer needs a GPU, or the batch does not divide
             among the processes.
     """
+    check_trackers(spec.report_to)
     processes = process_count()
     if spec.batch % (spec.micro_batch * processes):
         raise UsageError(
@@ -50,17 +52,16 @@ def check_device(spec: FitSpec) -> str:
             f"on {processes} processes",
             f"pass a multiple of {spec.micro_batch * processes} as --batch",
         )
-    device = usable_device(local_device(spec.device or default_device()))
+    asked = spec.device or default_device()
+    if asked.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device {asked}: cannot train there", "pass cpu, cuda or cuda:1")
+    device = usable_device(local_device(asked))
     check_optimizer(spec.optimizer, device)
     return device
 
 
 def fit_device(spec: FitSpec, reporter: Reporter) -> str:
     """Where this process computes; with several processes it joins the others.
-
-    Args:
-        spec: How to fit.
-        reporter: Told of what the launcher asks for in vain.
 
     Raises:
         UsageError: See :func:`check_device`.
@@ -91,6 +92,23 @@ def fit_options(spec: FitSpec) -> FitOptions:
     )
 
 
+def held_out(asked: int, rows: int, flag: str, reporter: Reporter) -> int:
+    """How many of the rows to hold out: those asked for, at most a tenth.
+
+    Args:
+        asked: By the flag.
+        rows: In the data.
+        flag: To name where it is capped.
+        reporter: Told of that.
+    """
+    most = rows // 10
+    if asked > most:
+        reporter.note(
+            f"{flag} {asked} is more than a tenth of the data: holding out {most} of {rows}"
+        )
+    return min(asked, most)
+
+
 def plan_together(
     plan: Callable[[S, Reporter], StagePlan[W]], spec: S, reporter: Reporter
 ) -> StagePlan[W]:
@@ -106,12 +124,6 @@ def warn_of_memory(
     """Say before the first tensor is read that the device will not hold the training.
 
     It is no refusal: the prediction is an upper bound in places, and memory may become free.
-
-    Args:
-        planned: With the memory by arithmetic.
-        smaller: Flags that would make it less.
-        device: Of this process.
-        reporter: Told.
     """
     # The context is there already when a GPU is asked what it has left.
     there_bytes = CUDA_CONTEXT_BYTES if device.startswith("cuda") else 0
@@ -125,24 +137,8 @@ def warn_of_memory(
     )
 
 
-def prepare_tracking(spec: FitSpec) -> None:
-    """Refuse trackers that are not installed.
-
-    Raises:
-        LoramError: Names the package, and how to get it.
-    """
-    if spec.report_to:
-        check_trackers(spec.report_to)
-
-
 def finish_fit(fitted: FitResult, path: Path, title: str) -> dict[str, Any]:
-    """Draw the loss curve, and give the losses for the stage's result.
-
-    Args:
-        fitted: What the fit gave back.
-        path: The stage's directory.
-        title: Headline of the picture.
-    """
+    """Draw the loss curve, and give the losses for the stage's result."""
     if is_main_process():
         write_curve_csv(fitted.history, path / "loss.csv")
         draw_curve(fitted.history, path / "loss.png", title)

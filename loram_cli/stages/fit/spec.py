@@ -12,6 +12,7 @@ CrossEntropy = Literal["full", "chunked"]
 Attention = Literal["auto", "sdpa", "flash", "eager"]
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
 Precision = Literal["auto", "fp32", "bf16"]
+Exhausted = Literal["stop", "repeat"]
 Tracker = Literal["tensorboard", "wandb"]
 
 # Seeds of torch, numpy and Python alike.
@@ -40,6 +41,11 @@ class FitSpec(Spec):
     )
     out: Path = setting(help=OUT_HELP, place=True, in_key=False, private=True)
     data: str = setting(help="A file, a folder or a data set id.")
+    exhausted: Exhausted = setting(
+        "stop",
+        help="With weighted sources: stop when the first is used up, or repeat it.",
+        in_key="changed",
+    )
     steps: int = setting(400, help="Optimizer steps.", at_least=1)
     learning_rate: float = setting(5e-5, help="Peak of the cosine schedule.", above=0)
     warmup_steps: int = setting(20, help="Steps of linear warm-up.", at_least=0)
@@ -94,11 +100,7 @@ class Trained(Protocol):
 
 
 def smaller_trainings(spec: Trained) -> list[str]:
-    """Flags that make a training take less memory, and that are not in use.
-
-    Args:
-        spec: How training goes.
-    """
+    """Flags that make a training take less memory, and that are not in use."""
     flags = ("--quantize nf4", "--gradient-checkpointing", "--micro-batch 1")
     used = (spec.quantize, spec.gradient_checkpointing, spec.micro_batch == 1)
     return [flag for flag, value in zip(flags, used, strict=True) if not value]

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from loram_cli.modeling.load import load_tokenizer
 from loram_cli.reporting import Reporter
+from loram_cli.stages.core.plan import TRIED_RECORDS, reads_quickly
+from loram_cli.stages.fit.run import held_out
 from loram_cli.stages.train.objectives.objective import Prepared
 from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.data.documents import split_eval
@@ -24,13 +27,41 @@ def prepare(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> Prepared:
             f"{spec.data}: {', '.join(markers)} are not tokens of this model: "
             "is the text in another model's chat format?"
         )
-    if spec.eval_data is not None:
-        evaluation = list(load(spec.eval_data))[: spec.eval_examples]
-        return objective.prepare(spec, examples, evaluation, tokenizer, reporter)
-    train, evaluation = split_eval(
-        examples, min(spec.eval_examples, len(examples) // 10), spec.seed
-    )
-    return objective.prepare(spec, train, evaluation, tokenizer, reporter)
+    if spec.eval_data is None:
+        count = held_out(spec.eval_examples, len(examples), "--eval-examples", reporter)
+        train, evaluation = split_eval(examples, count, spec.seed)
+        return objective.prepare(spec, train, evaluation, tokenizer, reporter)
+    evaluation = list(load(spec.eval_data))
+    if len(evaluation) > spec.eval_examples:
+        reporter.note(
+            f"{spec.eval_data}: the first {spec.eval_examples} of {len(evaluation)} examples "
+            "are held out (--eval-examples)"
+        )
+    evaluation = evaluation[: spec.eval_examples]
+    return objective.prepare(spec, examples, evaluation, tokenizer, reporter)
+
+
+def counted(spec: TrainSpec, reporter: Reporter) -> dict[str, int | float | None]:
+    """Examples that would train and be held out, and how often each is seen.
+
+    Data that takes long to read is tried on its first records, and not counted.
+
+    Raises:
+        LoramError: As :func:`prepare`.
+    """
+    sources = [spec.data, *filter(None, [spec.eval_data])]
+    if not all(map(reads_quickly, sources)):
+        load = spec.chosen_objective.load(spec, None, reporter)
+        for source in sources:
+            load(source, limit=TRIED_RECORDS)
+        return {"examples": None}
+    prepared = prepare(spec, load_tokenizer(spec.source), reporter)
+    seen = spec.steps * spec.batch / (spec.generations or 1)
+    return {
+        "examples": prepared.examples,
+        "eval_examples": prepared.eval_examples,
+        "epochs": round(seen / prepared.examples, 2),
+    }
 
 
 def _texts(item: Any) -> tuple[str, ...]:

@@ -37,6 +37,9 @@ class TrainSettings(FitSpec):
     eval_examples: int = setting(64, help="Examples to hold out.", at_least=0)
     max_length: int = setting(512, help="Tokens per example.", at_least=1)
     loss_on: Literal["answer", "all"] = setting("answer", help="answer, or all tokens.")
+    train_on: Literal["all", "last"] = setting(
+        "all", help="Of a conversation: all answers, or the last (SFT only).", in_key="changed"
+    )
     steps: int = redefined(FitSpec, "steps", 400)
     learning_rate: float = redefined(FitSpec, "learning_rate", 1e-5)
     warmup_steps: int = redefined(FitSpec, "warmup_steps", 100)
@@ -52,6 +55,17 @@ class TrainSettings(FitSpec):
     )
     quantize: Quantization | None = setting(
         None, help="nf4: hold the frozen model in 4 bits (QLoRAM)."
+    )
+    stream: bool = setting(
+        False,
+        help="Bring the frozen layers one by one, twice a step: the same result, for a model that "
+        "exceeds the memory (SFT only).",
+        in_key=False,
+    )
+    offload_activations: bool = setting(
+        False,
+        help="With --stream: keep hidden states between layers off the GPU; on a CPU, in a file.",
+        in_key=False,
     )
     beta: float | None = setting(
         None,

@@ -9,14 +9,18 @@ import peft  # noqa: F401 - imported here so that its memory is not charged to t
 import transformers
 
 from loram_cli.arch.registry import family_for
+from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
 from loram_cli.checkpoint.model import Model
+from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_lora_params, count_params
 from loram_cli.memory.setup import TrainingSetup, usual_attention
-from loram_cli.memory.training import training_memory
+from loram_cli.memory.streaming import streamed_training_memory
+from loram_cli.memory.training import TrainingMemory, training_memory
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.sharding import SharedModel, whole_trained_weights
+from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
@@ -27,7 +31,7 @@ from loram_cli.stages.core.lineage import (
     trained_layout,
     warn_of_other_template,
 )
-from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, count_examples, make_plan
+from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
 from loram_cli.stages.core.results import TrainResult
 from loram_cli.stages.fit.launchers import as_launched
 from loram_cli.stages.fit.run import (
@@ -35,15 +39,15 @@ from loram_cli.stages.fit.run import (
     finish_fit,
     fit_device,
     plan_together,
-    prepare_tracking,
     warn_of_memory,
 )
 from loram_cli.stages.fit.spec import smaller_trainings
-from loram_cli.stages.train.data import prepare
+from loram_cli.stages.train.data import counted, prepare
 from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.adapters import attach_lora, continue_lora, lora_config, save_adapter
 from loram_cli.training.data.documents import source_layout
 from loram_cli.training.loop.options import resolve_precision, weights_dtype
+from loram_cli.training.streamed import streamed_within
 
 __all__ = ["TrainSpec", "plan", "run"]
 
@@ -59,19 +63,18 @@ class TrainWork:
 def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[TrainWork]:
     """Check everything that can be known before a tensor is read.
 
-    Args:
-        spec: How to train.
-        reporter: Told of oddities in the data.
-        count: Read the data too, and count what is in it.
-
     Raises:
         LoramError: The source is no whole model, the disk is too full, or the data is unusable.
         UsageError: A LoRA target that the model does not have.
     """
     spec = as_launched(spec.settled())
+    if spec.stream and process_count() > 1:
+        raise UsageError(
+            f"--stream runs in one process, and {process_count()} were started",
+            "start it without a launcher, or pass --fsdp to share the model out",
+        )
     check_out_of_tree(spec.out, *filter(None, (spec.source, spec.from_adapter)))
     device = check_device(spec)
-    prepare_tracking(spec)
     model = Model.open(spec.source)
     model.check_whole()
     source = describe_source(model)
@@ -87,13 +90,13 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         values = {"rank": spec.rank, "alpha": spec.alpha}
         inputs["adapter"] = check_start(spec.from_adapter, source, values, targets)
     setup = _setup(spec, targets, model.config, device)
-    memory = training_memory(model.family, model.config, setup)
+    memory = _memory(spec, model.family, model.config, setup)
     more_bytes = spec.chosen_objective.more_bytes(spec, memory, model.family, model.config, setup)
     lora_params = count_lora_params(model.family, model.config, spec.rank, targets)
     figures: dict[str, Any] = {"params": model.num_params, "lora_params": lora_params}
     figures |= {"steps": spec.steps, "batch": spec.batch}
     if count:
-        figures |= _counted(spec, reporter)
+        figures |= counted(spec, reporter)
     return make_plan(
         "train",
         spec,
@@ -112,17 +115,12 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
 
 
 def foresee(spec: TrainSpec, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What training on a model with a config would take, on a GPU; it need not be there.
-
-    Args:
-        spec: The settled spec.
-        config: The model's ``config.json``.
-    """
+    """What training on a model with a config would take, on a GPU; it need not be there."""
     family = family_for(config, "the model")
     tied = family.geometry(config).tied_embeddings
     targets = lora_targets(family, tied_embeddings=tied, targets=spec.targets or None)
     setup = replace(_setup(spec, targets, config, "cpu"), device="cuda", precision="bf16")
-    memory = training_memory(family, config, setup)
+    memory = _memory(spec, family, config, setup)
     more_bytes = spec.chosen_objective.more_bytes(spec, memory, family, config, setup)
     return {
         "params": count_params(family, config).total,
@@ -152,18 +150,6 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         )
 
 
-def _counted(spec: TrainSpec, reporter: Reporter) -> dict[str, Any]:
-    """Examples in the data, and how often each is seen."""
-    load = spec.chosen_objective.load(spec, None, reporter)
-    figures: dict[str, Any] = {"examples": count_examples(spec.data, load)}
-    if figures["examples"]:
-        passes = spec.steps * spec.batch / (spec.generations or 1)
-        figures["epochs"] = round(passes / figures["examples"], 2)
-    if spec.eval_data is not None:
-        figures["eval_examples"] = count_examples(spec.eval_data, load)
-    return figures
-
-
 def _setup(
     spec: TrainSpec, targets: tuple[str, ...], config: Mapping[str, Any], device: str
 ) -> TrainingSetup:
@@ -185,6 +171,18 @@ def _setup(
     )
 
 
+def _memory(
+    spec: TrainSpec, family: Family, config: Mapping[str, Any], setup: TrainingSetup
+) -> TrainingMemory:
+    if not spec.stream:
+        return training_memory(family, config, setup)
+    micro_batches = spec.batch // spec.micro_batch
+    offload = spec.offload_activations
+    return streamed_training_memory(
+        family, config, setup, micro_batches, offload_activations=offload
+    )
+
+
 def _train(
     spec: TrainSpec,
     work: TrainWork,
@@ -200,8 +198,25 @@ def _train(
     objective.warm_up()
     transformers.set_seed(spec.seed)
     start_meter()
-    model = _load(spec, work, device, reporter).train()
-    fitted = prepared.fit(model, path)
+    if spec.stream:
+        skeleton = SkeletonModel(
+            work.model,
+            dtype=weights_dtype(spec.precision, device),
+            device=device,
+            attention=spec.attention,
+            nf4=spec.quantize == "nf4",
+        )
+        model = _with_factors(skeleton.model, spec, work.targets)
+        setup = _setup(spec, work.targets, work.model.config, device)
+        memory = _memory(spec, work.model.family, work.model.config, setup)
+        offload = spec.offload_activations
+        with streamed_within(
+            skeleton, model, memory, reporter, offload_activations=offload, directory=path
+        ) as passes:
+            fitted = prepared.fit(model, path, streamed=passes)
+    else:
+        model = _load(spec, work, device, reporter).train()
+        fitted = prepared.fit(model, path)
     factors = whole_trained_weights(model) if spec.fsdp else None
     if is_main_process():
         save_adapter(model, path, weights=factors)

@@ -61,13 +61,6 @@ def read_conversation(
     A turn of the assistant is learnt unless its ``weight`` is 0 or its ``train`` is false, or it
     is empty. What follows the last one that is learnt is left off.
 
-    Args:
-        fields: The record's.
-        turns: Its messages.
-        key: The field that they come from, for errors.
-        given: So many messages at the beginning are a prompt, and not learnt.
-        train_on: Learn all such turns, or only the last.
-
     Raises:
         UnusableRecord: A message lacks role or content, or no turn is to be learnt.
         LoramError: A message has parts other than text.

@@ -40,15 +40,9 @@ def load_text(
     and every 20,000 characters at a line's end. Records give their ``text`` field; records in an
     instruction layout give prompt and completion as one text.
 
-    Args:
-        source: A .txt, .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a folder of
-            those, ``demo:corpus``, ``demo:calibration``, a hub data set id
-            ``owner/name[:config][@split]``, or several with weights, see
-            :func:`.sources.parse_sources`.
-        limit: Take at most so many documents.
-        reporter: Told of documents that are left out.
-        seed: Of the order in which several sources are mixed.
-        exhausted: Whether sources that are used up first are repeated, see :func:`.sources.mix`.
+    ``source`` is a .txt, .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a folder of
+    those, ``demo:corpus``, ``demo:calibration``, a hub data set id ``owner/name[:config][@split]``,
+    or several with weights, which :mod:`.sources` mixes by ``seed`` and ``exhausted``.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
@@ -95,17 +89,8 @@ def load_instructions(
     by Alpaca's template, ``messages`` by the tokenizer's chat template, a whole conversation as
     one example; ``text`` is learnt whole.
 
-    Args:
-        source: A .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a folder of those,
-            ``demo:train``, ``demo:validation``, ``demo:test``, a hub id
-            ``owner/name[:config][@split]``, or several with weights, see
-            :func:`.sources.parse_sources`.
-        tokenizer: Whose chat template renders messages.
-        limit: Read at most so many records.
-        reporter: Told of what is left out, changed or not used, each once with its count.
-        train_on: Learn all turns of the assistant, or only the last.
-        seed: Of the order in which several sources are mixed.
-        exhausted: Whether sources that are used up first are repeated, see :func:`.sources.mix`.
+    ``source`` is as for :func:`load_text`, or ``demo:train``, ``demo:validation``, ``demo:test``.
+    What is left out, changed or not used is told once with its count; ``limit`` counts records.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
@@ -144,8 +129,7 @@ def read_examples(
 def source_layout(source: str) -> Layout | None:
     """The layout of the first record: in which a model that learnt from it is to be asked.
 
-    Args:
-        source: As for :func:`load_instructions`; of several, the first counts.
+    Of several sources the first counts.
 
     Returns:
         None where it is neither an instruction layout nor a pair of preferences.

@@ -41,13 +41,7 @@ class Example:
 def example_of_spans(
     text: str, spans: tuple[tuple[int, int], ...], *, special_tokens: bool
 ) -> Example:
-    """The example that learns some parts of a text.
-
-    Args:
-        text: The whole of it.
-        spans: Ranges of characters to learn, in order, not overlapping, at least one.
-        special_tokens: See :class:`Example`.
-    """
+    """The example that learns some parts of a text."""
     offset = spans[0][0]
     given = tuple(
         (end - offset, begin - offset)

@@ -25,12 +25,7 @@ def without_nulls(value: Any) -> Any:
 
 
 class Fields:
-    """The fields of one record that are not null.
-
-    Args:
-        record: The record.
-        tally: Counts numbers read as text, and fields that nobody read.
-    """
+    """The fields of one record that are not null."""
 
     def __init__(self, record: Record, tally: Tally) -> None:
         self.where, self.tally = record.where, tally
@@ -80,12 +75,6 @@ def present(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_text(value: Any, what: str, where: str, tally: Tally) -> str:
     """A value that must be text, as text.
-
-    Args:
-        value: Text, a number, true or false.
-        what: Names it in the count.
-        where: Its file and line.
-        tally: Counts those that were no text.
 
     Raises:
         UnusableRecord: It is something else.

@@ -45,10 +45,7 @@ _ANSWERS: dict[Layout, tuple[str, ...]] = {
 def examples_of(record: Record, chat: Chat, *, train_on: TrainOn = "all") -> list[Example]:
     """What a record teaches, its layout told by its fields; nearly always one example.
 
-    Args:
-        record: The record.
-        chat: Renders messages; its tally counts what was changed and what was not used.
-        train_on: Learn all turns of the assistant, or only the last.
+    The chat's tally counts what was changed and what was not used.
 
     Raises:
         UnusableRecord: There is nothing to learn in it, because of a null for instance.

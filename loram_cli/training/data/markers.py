@@ -17,12 +17,7 @@ _MARKERS = (
 
 
 def foreign_markers(texts: Iterable[str], tokenizer: Any) -> tuple[str, ...]:
-    """Markers that stand in the texts and are not tokens of this tokenizer.
-
-    Args:
-        texts: Prompts and completions.
-        tokenizer: Of the model to train.
-    """
+    """Markers that stand in the texts and are not tokens of this tokenizer."""
     vocabulary = tokenizer.get_vocab()
     unknown = [marker for marker in _MARKERS if marker not in vocabulary]
     found: set[str] = set()

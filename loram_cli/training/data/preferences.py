@@ -65,13 +65,7 @@ def load_preferences(
 ) -> list[Preference]:
     """Preferences of a source, in the layouts of TRL's and LLaMA-Factory's data sets.
 
-    Args:
-        source: As :func:`.data.load_instructions` takes it, or ``demo:preferences``.
-        tokenizer: Whose chat template renders messages.
-        limit: Read at most so many records.
-        reporter: Told of pairs that are left out.
-        seed: Of the order in which several sources are mixed.
-        exhausted: Whether sources that are used up first are repeated, see :func:`.sources.mix`.
+    ``source`` is as for :func:`.documents.load_instructions`, or ``demo:preferences``.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
@@ -118,12 +112,8 @@ def tokenize_pairs(
 
     Prompt and answer are tokenized as one text, exactly as in supervised tuning.
 
-    Args:
-        pairs: What to learn.
-        tokenizer: A Hugging Face tokenizer.
-        sequence_length: Longer sequences are cut at the end; a pair that is then the same on both
-            sides, or has an answer missing, is dropped.
-        reporter: Told how many were cut and dropped.
+    Longer sequences are cut at the end; a pair that is then the same on both sides, or has an
+    answer missing, is dropped, and the user told.
 
     Raises:
         LoramError: No pair is left.

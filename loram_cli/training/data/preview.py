@@ -95,17 +95,7 @@ def preview(
 
     Nothing to learn is no error here: ``kept`` is 0 then, and ``dropped`` says why.
 
-    Args:
-        source: As :func:`.documents.load_instructions` takes it.
-        tokenizer: A Hugging Face tokenizer.
-        max_length: Tokens of a row at most.
-        train_on: Learn all turns of the assistant, or only the last.
-        loss_on_prompt: Learn the prompt's tokens as well.
-        rows: Show so many rows.
-        limit: Read at most so many records; None reads all, so that the counts are those of
-            training.
-        seed: Of the order in which several sources are mixed.
-        exhausted: Whether sources that are used up first are repeated.
+    ``rows`` of them are shown. Without a ``limit`` of records the counts are those of training.
 
     Raises:
         LoramError: Missing, unreadable or malformed; names file and line.

@@ -39,12 +39,7 @@ def load_questions(
 ) -> list[Question]:
     """Word problems in GSM8K's layout.
 
-    Args:
-        source: As :func:`.data.load_instructions` takes it, such as ``demo:train``.
-        limit: Read at most so many records.
-        reporter: Told of what is left out.
-        seed: Of the order in which several sources are mixed.
-        exhausted: Whether sources that are used up first are repeated, see :func:`.sources.mix`.
+    ``source`` is as for :func:`.documents.load_instructions`.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
@@ -104,12 +99,6 @@ def fitting_questions(
     reporter: Reporter,
 ) -> list[Question]:
     """Those whose prompt leaves room for a completion.
-
-    Args:
-        questions: All of them.
-        lengths: Tokens of each prompt.
-        most: Tokens that a prompt may have.
-        reporter: Told how many are left out.
 
     Raises:
         LoramError: None is left.

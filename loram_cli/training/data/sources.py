@@ -85,12 +85,7 @@ def load_sources(
 ) -> list[T]:
     """Load every source and mix them by weight; without weights, one after the other.
 
-    Args:
-        data: As :func:`parse_sources` takes it.
-        load: Reads one source.
-        limit: Return at most so many items.
-        seed: Decides the order, see :func:`mix`.
-        exhausted: See :func:`mix`.
+    ``load`` reads one source; ``seed`` and ``exhausted`` are as for :func:`mix`.
 
     Raises:
         LoramError: From ``load``.

@@ -7,12 +7,7 @@ from loram_cli.reporting import Reporter
 
 
 class UnusableRecord(LoramError):
-    """A record with nothing to learn in it; the file's others may do.
-
-    Args:
-        where: Its file and line.
-        reason: Why, without the place.
-    """
+    """A record with nothing to learn in it; the file's others may do."""
 
     def __init__(self, where: str, reason: str, hint: str | None = None) -> None:
         self.where, self.reason = where, reason
@@ -81,13 +76,7 @@ class Tally:
             reporter.warn(f"{source}: {line}")
 
     def nothing_left(self, source: str, what: str, hint: str) -> LoramError:
-        """The error where no record is left: what was wrong with the first.
-
-        Args:
-            source: Where they were read from.
-            what: What was looked for, such as ``examples``.
-            hint: What to do.
-        """
+        """The error where no record is left: what was wrong with the first."""
         if not self.left_out:
             return LoramError(f"{source}: no {what} in it", hint)
         reason, count = next(iter(self.left_out.items()))

@@ -50,13 +50,6 @@ def render(
 
     The limit of time holds in the main thread, where signals are delivered.
 
-    Args:
-        tokenizer: With a chat template.
-        messages: The conversation.
-        where: Its file and line.
-        tools: Functions that may be called.
-        begun: Open the assistant's next turn.
-
     Raises:
         TemplateRefusal: The template refuses the conversation, fails, or takes more than
             ``MOST_SECONDS`` or ``MOST_BYTES``; names the template's file.

@@ -81,11 +81,6 @@ def pack_tokens(texts: Iterable[str], tokenizer: Any, block_length: int) -> list
     No padding, and no token lost but the last incomplete block. Own code because the packing of
     trl leaves a short block at the end of every thousand documents.
 
-    Args:
-        texts: Documents.
-        tokenizer: A Hugging Face tokenizer.
-        block_length: Tokens per block.
-
     Returns:
         Blocks whose ids all have shape (block_length,).
 
@@ -122,12 +117,7 @@ def tokenize_examples(
 
     Prompt and completion are tokenized as one text, as they meet when the model generates.
 
-    Args:
-        examples: What to learn.
-        tokenizer: A Hugging Face tokenizer.
-        sequence_length: Longer rows are cut at the end; one left without an answer is dropped.
-        reporter: Told how many were cut and dropped.
-        loss_on_prompt: Learn the prompt's tokens as well.
+    Longer rows are cut at the end, and one left without an answer is dropped; the user is told.
 
     Raises:
         LoramError: No row is left.
@@ -179,12 +169,6 @@ def tokenize_rows(
             done.kept.append(place)
             done.rows.append(TokenRow(row.input_ids) if loss_on_prompt else row)
     return done
-
-
-def without_loss(row: TokenRow) -> TokenRow:
-    """The beginning of a row, of which no token carries loss."""
-    ids = row.input_ids[:2]
-    return TokenRow(ids, len(ids))
 
 
 class PadCollator:
@@ -245,13 +229,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any) -> Iterator[Enc
 
 
 def encode_prompt(prompt: str, tokenizer: Any, *, special_tokens: bool = True) -> list[int]:
-    """Ids of a prompt, without a second beginning-of-sequence token where it has written one.
-
-    Args:
-        prompt: The text.
-        tokenizer: A Hugging Face tokenizer.
-        special_tokens: Whether the tokenizer adds its own.
-    """
+    """Ids of a prompt, without a second beginning-of-sequence token where it has written one."""
     ids = list(tokenizer(prompt, add_special_tokens=special_tokens, verbose=False)["input_ids"])
     return ids[doubled_bos(ids, tokenizer) :]
 

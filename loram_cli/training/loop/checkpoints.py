@@ -8,17 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loram_cli.runs.whole import damage, is_marked
 from loram_cli.schema import digest_of, spec_to_mapping
 from loram_cli.training.loop.options import FitOptions
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_WHOLE = "whole"
 _RUN = "run.json"
-
-
-def mark_whole(checkpoint: Path) -> None:
-    """State that every file of a checkpoint is written. The trainer's own files do not tell."""
-    (checkpoint / _WHOLE).touch()
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -35,24 +30,29 @@ class Found:
         step: Its step; 0 without one.
         differs: Where there were checkpoints that cannot be resumed, what of their run is
             not as it is now; ``("unknown",)`` where that cannot be told.
+        damaged: The checkpoints that are marked as whole and are not, newest first, in words.
     """
 
     path: Path | None = None
     step: int = 0
     differs: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
 
-    def begins_anew(self, shared: bool) -> str:
-        """Why what is there is of no use.
-
-        Args:
-            shared: Whether this run's model is shared out among processes.
-        """
+    def warnings(self, shared: bool) -> list[str]:
+        """Why what is there is of no use, a line each."""
+        goes_on = "using the one before" if self.path else "starting over"
+        lines = [f"{what}: {goes_on}" for what in self.damaged]
         if "fsdp" in self.differs:
             theirs, mine = ("without --fsdp", "with it") if shared else ("with --fsdp", "without")
-            return f"the checkpoints were written {theirs}, and this runs {mine}: starting over"
-        if "unknown" in self.differs:
-            return "the checkpoints here do not say of which run they are: starting over"
-        return f"the checkpoints here are of other {' and '.join(self.differs)}: starting over"
+            lines.append(
+                f"the checkpoints were written {theirs}, and this runs {mine}: starting over"
+            )
+        elif "unknown" in self.differs:
+            lines.append("the checkpoints here do not say of which run they are: starting over")
+        elif self.differs:
+            other = " and ".join(self.differs)
+            lines.append(f"the checkpoints here are of other {other}: starting over")
+        return lines
 
 
 def fingerprint(
@@ -66,12 +66,7 @@ def fingerprint(
 
     The number of processes is not in it: they share a batch, and what it teaches stays the same.
 
-    Args:
-        options: Of the fit.
-        precision: ``fp32`` or ``bf16``.
-        data: Digest of data and objective.
-        trainable: Shapes of the trained parameters.
-        shared: Whether the model is shared out: a checkpoint of slices is another set of files.
+    A checkpoint of slices (``shared``) is another set of files.
     """
     # How often a checkpoint is written, and who else hears of it, changes nothing in the result.
     plain = spec_to_mapping(replace(options, checkpoint_steps=1, report_to=()))
@@ -86,36 +81,32 @@ def fingerprint(
 
 
 def newest_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Found:
-    """The checkpoint to resume from, after clearing what cannot be used.
+    """The newest checkpoint that is whole, after removing those that cannot be used.
 
-    Args:
-        folder: Where checkpoints are kept; made if absent.
-        fingerprint: Of settings, data and parameters, by name, as JSON has them; checkpoints of
-            another run are removed.
+    The folder is made if absent. Checkpoints of a run with another fingerprint go.
     """
     folder.mkdir(parents=True, exist_ok=True)
     theirs = _fingerprint_of(folder)
-    same_run = theirs == fingerprint
-    usable: dict[int, Path] = {}
-    lost = False
-    for path in folder.iterdir():
-        match = _NAME.fullmatch(path.name)
-        if match is None:
-            continue
-        whole = (path / _WHOLE).is_file()
-        if same_run and whole:
-            usable[int(match[1])] = path
-        else:
-            lost |= whole
+    there = {
+        int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))
+    }
+    if theirs != fingerprint:
+        marked = [path for path in there.values() if is_marked(path)]
+        for path in there.values():
             shutil.rmtree(path)
-    if not same_run:
         (folder / _RUN).write_text(json.dumps({"fingerprint": fingerprint}) + "\n", "utf-8")
         names = [name for name, value in fingerprint.items() if theirs.get(name, value) != value]
-        return Found(differs=tuple(names) or ("unknown",)) if lost else Found()
-    if not usable:
-        return Found()
-    step = max(usable)
-    return Found(usable[step], step)
+        return Found(differs=tuple(names) or ("unknown",)) if marked else Found()
+    damaged: list[str] = []
+    for step in sorted(there, reverse=True):
+        wrong = damage(there[step])
+        if wrong is None:
+            return Found(there[step], step, damaged=tuple(damaged))
+        # One without its mark was cut short by a kill, which is no news.
+        if is_marked(there[step]):
+            damaged.append(f"{there[step]}: damaged, {wrong}")
+        shutil.rmtree(there[step])
+    return Found(damaged=tuple(damaged))
 
 
 def _fingerprint_of(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from loram_cli.training.data.tokens import PadCollator, TokenRow
 from loram_cli.training.loop.options import FitOptions
 
 if TYPE_CHECKING:
+    from loram_cli.modeling.layerwise.lora_pass import LoraPass
     from loram_cli.training.loop.distill import Teaching
 
 
@@ -43,7 +44,6 @@ class Job:
 
     Attributes:
         label: Of the progress bar.
-        rows: Training examples.
         digest: Of data and objective: a checkpoint of another one is not resumed.
         evaluates: Whether an evaluation split is there.
         highest_token: The largest token id in the data.
@@ -53,7 +53,6 @@ class Job:
     """
 
     label: str
-    rows: int
     digest: str
     evaluates: bool
     highest_token: int
@@ -67,15 +66,9 @@ def text_job(
     evaluation: Sequence[TokenRow],
     label: str,
     teaching: "Teaching | None" = None,
+    streamed: "LoraPass | None" = None,
 ) -> Job:
-    """Next-token prediction on token rows, or a teacher's distribution over them.
-
-    Args:
-        train: Rows to learn.
-        evaluation: Rows set aside; may be empty.
-        label: Of the progress bar.
-        teaching: The full model to learn from; None learns the rows.
-    """
+    """Next-token prediction on token rows, or a teacher's distribution over them."""
     data = hashlib.sha256()
     for rows in (train, evaluation):
         data.update(f"{len(rows)};".encode())
@@ -94,6 +87,10 @@ def text_job(
             from loram_cli.training.loop.sharded_trainer import SharedTrainer as trainer_class
         if teaching is not None:
             trainer_class = partial(DistillTrainer, teaching=teaching)
+        if streamed is not None:
+            from loram_cli.training.loop.streamed_trainer import StreamedTrainer
+
+            trainer_class = partial(StreamedTrainer, streamed=streamed)
         return trainer_class(
             model=parts.model,
             args=parts.arguments(),
@@ -107,7 +104,6 @@ def text_job(
 
     return Job(
         label=label,
-        rows=len(train),
         digest=data.hexdigest(),
         evaluates=bool(evaluation),
         highest_token=highest(every),

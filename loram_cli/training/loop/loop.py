@@ -8,13 +8,14 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, UsageError
 from loram_cli.modeling.chunked_loss import chunked_loss, restore_forward
 from loram_cli.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
@@ -28,6 +29,7 @@ from loram_cli.training.loop.options import FitOptions, FitResult, curve_rows, r
 from loram_cli.training.tracking import tracking_callbacks
 
 if TYPE_CHECKING:
+    from loram_cli.modeling.layerwise.lora_pass import LoraPass
     from loram_cli.training.loop.distill import Teaching
 
 
@@ -90,33 +92,32 @@ def fit_lora(
     options: FitOptions,
     work_dir: Path,
     reporter: Reporter,
+    *,
+    streamed: "LoraPass | None" = None,
 ) -> FitResult:
     """Train the LoRA factors of a PEFT model.
 
-    Args:
-        model: From :func:`.adapters.attach_lora`, changed in place.
-        train: Rows, see :func:`.tokens.tokenize_examples`.
-        evaluation: Rows set aside; may be empty.
-        options: How.
-        work_dir: Where checkpoints are kept.
-        reporter: Progress and warnings.
+    Layer by layer where a pass is given as ``streamed`` (see
+    :func:`loram_cli.modeling.layerwise.lora_pass.streamed_lora`), else with the model resident;
+    either resumes from the other's checkpoints.
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.
+        UsageError: Layer by layer: with several processes, or with a cross-entropy that is not
+            in chunks.
         KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written;
             after SIGTERM, what its handler raises.
     """
-    return fit_job(model, text_job(train, evaluation, "train"), options, work_dir, reporter)
+    if streamed is not None:
+        _check_streamed(options)
+        # Layers are always run again; doing so inside of them as well would save nothing.
+        options = replace(options, gradient_checkpointing=False)
+    job = text_job(train, evaluation, "train", streamed=streamed)
+    return fit_job(model, job, options, work_dir, reporter)
 
 
 def save_causal_lm(model: Any, out: Path, *, dtype: torch.dtype) -> None:
-    """Write a trained model as an ordinary Hugging Face directory.
-
-    Args:
-        model: From :func:`fit_causal_text`; changed in place to ``dtype``.
-        out: Directory to write into.
-        dtype: Of the tensors in the file, usually the pruned checkpoint's own.
-    """
+    """Write a trained model as an ordinary Hugging Face directory."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
@@ -124,26 +125,10 @@ def save_causal_lm(model: Any, out: Path, *, dtype: torch.dtype) -> None:
         model.save_pretrained(out, max_shard_size="5GB")
 
 
-def total_steps(options: FitOptions, rows: int) -> int:
-    """Optimizer steps of a run over ``rows`` sequences."""
-    if options.steps is not None:
-        return options.steps
-    micro_batches = math.ceil(rows / options.micro_batch)
-    per_epoch = math.ceil(micro_batches / (options.batch // options.micro_batch))
-    return max(1, math.ceil(options.epochs * per_epoch))
-
-
 def fit_job(
     model: Any, job: Job, options: FitOptions, work_dir: Path, reporter: Reporter
 ) -> FitResult:
     """Train by any objective: checkpoints, resuming, progress and interrupts are the same for all.
-
-    Args:
-        model: Its parameters that require gradients are trained, in place.
-        job: Data and objective.
-        options: How.
-        work_dir: Where checkpoints are kept.
-        reporter: Progress and warnings.
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.
@@ -160,15 +145,15 @@ def fit_job(
         if not shared:  # else its slices are what they are to be
             _cast_parameters(model, precision)
         trainable = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-        steps = total_steps(options, job.rows)
+        steps = options.steps
         warmup_steps = _fitting_warmup(options.warmup_steps, steps, reporter)
         folder = work_dir / "checkpoints"
         same = fingerprint(options, precision, job.digest, trainable, shared)
         found = share(newest_checkpoint(folder, same) if is_main_process() else None)
+        for line in found.warnings(shared):
+            reporter.warn(line)
         if found.path is not None:
             reporter.note(f"resuming at step {found.step} of {steps}")
-        elif found.differs:
-            reporter.warn(found.begins_anew(shared))
         arguments = partial(
             training_arguments,
             options,
@@ -233,6 +218,19 @@ def fit_job(
         precision=precision,
         resumed_from=found.step or None,
     )
+
+
+def _check_streamed(options: FitOptions) -> None:
+    if process_count() > 1:
+        raise UsageError(
+            f"training layer by layer runs in one process, and there are {process_count()}",
+            "start it without torchrun, or use --fsdp",
+        )
+    if options.cross_entropy != "chunked":
+        raise UsageError(
+            f"--cross-entropy {options.cross_entropy} does not go with training layer by layer",
+            "pass --cross-entropy chunked",
+        )
 
 
 def _check_tokens(model: Any, job: Job, reporter: Reporter) -> None:

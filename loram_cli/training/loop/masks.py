@@ -16,10 +16,6 @@ from loram_cli.errors import LoramError
 def keep_zeros(model: Any, names: Iterable[str]) -> list[Any]:
     """Keep the zeros of some weights through training by gradient.
 
-    Args:
-        model: About to be trained.
-        names: Parameter names, such as those of the decoder linears.
-
     Returns:
         Handles of the hooks, to be removed when training is done.
     """
@@ -37,11 +33,6 @@ def keep_zeros(model: Any, names: Iterable[str]) -> list[Any]:
 
 def check_zeros(name: str, before: torch.Tensor, after: torch.Tensor) -> int:
     """Count the zeros of a trained weight, once it is sure that none was lost.
-
-    Args:
-        name: To name in the error.
-        before: The pruned weight.
-        after: The trained one.
 
     Raises:
         LoramError: A weight that was zero is not any more.

@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 import torch
 
-from loram_cli.errors import UsageError
-
 Precision = Literal["auto", "fp32", "bf16"]
 
 # What preference and policy training tell beside the loss, by their names in TRL's log.
@@ -20,20 +18,16 @@ FIGURES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """Settings shared by alignment and LoRA training.
+    """Settings shared by alignment and LoRA training; whoever builds them has checked them.
 
     Attributes:
-        learning_rate: Peak, after warm-up.
-        steps: Optimizer steps; or None and ``epochs``.
-        epochs: Passes over the data; or None and ``steps``.
+        learning_rate: Peak, after warm-up; it falls as a cosine.
+        steps: Optimizer steps.
         batch: Sequences per optimizer step.
         micro_batch: Sequences in memory at a time; divides ``batch``.
         warmup_steps: Steps over which the rate rises from 0.
-        schedule: How it falls afterwards.
-        weight_decay: AdamW's.
-        max_grad_norm: Gradients are clipped to this norm.
         optimizer: ``adamw``, or ``paged_adamw_8bit`` of bitsandbytes, which keeps a quarter of
             the optimizer state.
         precision: Of the computation; ``auto`` is bf16 on a GPU that has it, else fp32.
@@ -46,14 +40,10 @@ class FitOptions:
     """
 
     learning_rate: float
-    steps: int | None = None
-    epochs: float | None = None
+    steps: int
     batch: int = 128
     micro_batch: int = 4
     warmup_steps: int = 100
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
@@ -63,29 +53,35 @@ class FitOptions:
     seed: int = 0
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
-    def __post_init__(self) -> None:
-        """Check ranges.
 
-        Raises:
-            UsageError: Names the setting and what it may be.
-        """
-        if (self.steps is None) == (self.epochs is None):
-            raise UsageError("either steps or epochs must be given, and not both")
-        for name in ("steps", "epochs", "batch", "micro_batch", "checkpoint_steps", "eval_steps"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"{name} must be above 0, not {value}")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise UsageError(f"{name} must be a number above 0, not {value}")
-        if self.warmup_steps < 0 or not 0 <= self.weight_decay < float("inf"):
-            raise UsageError("warmup_steps and weight_decay must not be negative")
-        if self.batch % self.micro_batch:
-            raise UsageError(
-                f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}",
-                "gradients of whole micro-batches are summed into a batch",
-            )
+@dataclass(frozen=True, kw_only=True)
+class PreferenceOptions:
+    """How preferences are learnt.
+
+    Attributes:
+        beta: How much the distance to the reference costs (DPO: arXiv 2305.18290, equation 7;
+            GRPO: arXiv 2402.03300, equation 3, where 0 needs no reference).
+        keeps_reference: The reference is a frozen copy of the adapter as it is at the start; else
+            the adapter switched off, which is the same for a fresh one and takes no memory.
+    """
+
+    beta: float
+    keeps_reference: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(PreferenceOptions):
+    """How rewards are learnt.
+
+    Attributes:
+        generations: Completions per question, whose mean reward is the baseline.
+        max_completion_length: Tokens of a completion.
+        temperature: Completions are drawn at it.
+    """
+
+    generations: int
+    max_completion_length: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -156,10 +152,6 @@ def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf1
     """What ``auto`` means on a device.
 
     On a CPU it is fp32: bf16 there is slower unless the CPU has matrix units for it.
-
-    Args:
-        precision: As asked for.
-        device: ``cpu``, ``cuda``, ...
     """
     if precision != "auto":
         return precision

@@ -4,22 +4,25 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import Progress, Reporter
 from loram_cli.runs.processes import is_main_process, process_count, process_rank
-from loram_cli.training.data.tokens import IGNORED_LABEL, TokenRow, without_loss
-from loram_cli.training.distributed import WholeRounds, any_process, wait_for_all
-from loram_cli.training.loop.checkpoints import checkpoint_path, mark_whole
+from loram_cli.runs.whole import mark_whole
+from loram_cli.training.data.tokens import IGNORED_LABEL, TokenRow
+from loram_cli.training.distributed import any_process, wait_for_all
+from loram_cli.training.loop.checkpoints import checkpoint_path
 from loram_cli.training.loop.options import FitOptions
+from loram_cli.training.loop.order import EndlessOrder
 
 # Shown beside the loss, where an objective has them.
 _TOLD = {"rewards/accuracies": "preference accuracy", "reward": "reward"}
@@ -171,26 +174,20 @@ class LeanCheckpoints:
         self.model.save_pretrained(output_dir or self.args.output_dir, **extra)
 
 
-class StepTrainer(LeanCheckpoints, Trainer):
-    """A Trainer that evaluates per token and keeps embeddings out of LoRA checkpoints."""
+class WholeBatches:
+    """Mixed into a Trainer: every step has exactly ``--batch`` rows."""
 
-    def get_train_dataloader(self) -> Any:
-        """The parent's, whose micro-batches are those of one process also at an epoch's end."""
-        if process_count() == 1:
-            return super().get_train_dataloader()
-        from accelerate.data_loader import SeedableRandomSampler
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        batch = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * process_count()
+        )
+        return EndlessOrder(len(rows), batch, args.seed)
 
-        rows = self.train_dataset
-        self.train_dataset = [*rows, without_loss(rows[0])]
-        try:
-            loader = super().get_train_dataloader()
-        finally:
-            self.train_dataset = rows
-        seed = loader.get_sampler().initial_seed
-        order = SeedableRandomSampler(range(len(rows)), data_seed=seed)
-        round_rows = self.args.per_device_train_batch_size * process_count()
-        loader.set_sampler(WholeRounds(order, round_rows, filler=len(rows)))
-        return loader
+
+class StepTrainer(WholeBatches, LeanCheckpoints, Trainer):
+    """A Trainer of whole batches that evaluates per token and keeps checkpoints lean."""
 
     def evaluate(
         self,
@@ -210,15 +207,12 @@ class StepTrainer(LeanCheckpoints, Trainer):
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
         step = self.args.per_device_eval_batch_size
         batches = [order[i : i + step] for i in range(0, len(order), step)]
+        firsts = range(process_rank(), len(batches) + process_rank(), process_count())
         with torch.no_grad(), self.compute_loss_context_manager():
-            for i in range(0, len(batches), process_count()):
-                mine = i + process_rank()
-                # A model that is shared out runs on all processes or on none.
-                batch = self.data_collator([rows[j] for j in batches[min(mine, len(batches) - 1)]])
-                batch = {key: tensor.to(self.args.device) for key, tensor in batch.items()}
-                tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-                loss = float(self.model(**batch).loss)
-                if mine < len(batches):
+            # A model that is shared out runs on all processes or on none.
+            mine = ([rows[j] for j in batches[min(i, len(batches) - 1)]] for i in firsts)
+            for i, (loss, tokens) in zip(firsts, self._batch_losses(mine), strict=True):
+                if i < len(batches):
                     total += loss * tokens
                     count += tokens
         self.model.train(was_training)
@@ -233,35 +227,32 @@ class StepTrainer(LeanCheckpoints, Trainer):
         )
         return metrics
 
+    def _batch_losses(self, batches: Iterable[list[TokenRow]]) -> Iterator[tuple[float, int]]:
+        """Each batch's mean loss, and how many of its tokens carry loss."""
+        for rows in batches:
+            batch = self._collated(rows)
+            tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+            yield float(self.model(**batch).loss), tokens
+
+    def _collated(self, rows: list[TokenRow]) -> dict[str, torch.Tensor]:
+        batch = self.data_collator(rows)
+        return {key: tensor.to(self.args.device) for key, tensor in batch.items()}
+
 
 def training_arguments(
     options: FitOptions, output_dir: Path, *, steps: int, warmup_steps: int, precision: str,
     device: str, evaluates: bool, fresh: bool, shared: bool = False,
     arguments_class: type[TrainingArguments] = TrainingArguments, **more: Any,
 ) -> TrainingArguments:  # fmt: skip
-    """The trainer's settings for a run of ``steps`` optimizer steps.
-
-    Args:
-        options: How to train.
-        output_dir: Where checkpoints go.
-        steps: Optimizer steps.
-        warmup_steps: Those over which the rate rises.
-        precision: ``fp32`` or ``bf16``.
-        device: ``cpu``, ``cuda``, ...
-        evaluates: Whether there is an evaluation split.
-        fresh: Whether training starts without a checkpoint.
-        shared: Whether the model is shared out among processes.
-        arguments_class: The objective's own.
-        more: The objective's own settings.
-    """
+    """The trainer's settings for a run of ``steps`` optimizer steps."""
     arguments = arguments_class(
         output_dir=str(output_dir),
         max_steps=steps,
         learning_rate=options.learning_rate,
-        lr_scheduler_type=options.schedule,
+        lr_scheduler_type="cosine",
         warmup_steps=warmup_steps,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
         optim=_OPTIMIZERS[options.optimizer],
         per_device_train_batch_size=options.micro_batch,
         per_device_eval_batch_size=options.micro_batch,

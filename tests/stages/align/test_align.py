@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.reporters import WarningRecorder
 from helpers.tiny_models import make_base
 from safetensors.torch import load_file
 
@@ -13,6 +14,7 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.whole import damage
 from loram_cli.stages.align import stage as align
 from loram_cli.stages.align.methods import reconstruct
 from loram_cli.stages.align.methods.table import METHODS
@@ -121,22 +123,58 @@ def test_an_interrupted_chain_goes_on_to_the_same_model(pruned, text_file, tmp_p
 
     write, written = reconstruct._write_fit, []
 
-    def write_one(fit, file):
+    def write_one(fit, folder):
         if written:
             raise KeyboardInterrupt
-        written.append(file)
-        write(fit, file)
+        written.append(folder)
+        write(fit, folder)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reconstruct, "_write_fit", write_one)
         align.run(cut, SILENT)
-    assert written[0].is_file()
+    assert damage(written[0]) is None
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setitem(METHODS, "pretrain", replace(METHODS["pretrain"], act=stop))
         align.run(cut, SILENT)
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "reconstruct", replace(METHODS["reconstruct"], act=stop))
         align.run(cut, SILENT)
+    whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_work_of_an_interrupted_chain_is_done_again(
+    pruned, text_file, tmp_path, monkeypatch
+):
+    changes = {"method": ("reconstruct", "pretrain")}
+    align.run(align_spec(pruned, tmp_path / "whole", text_file, **changes), SILENT)
+    cut = align_spec(pruned, tmp_path / "cut", text_file, **changes)
+    done = tmp_path / ".cut.partial" / "methods" / "0-reconstruct"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reconstruct, "_write_checkpoint", stop)
+        align.run(cut, SILENT)
+    fitted = sorted((done / "fitted").iterdir())
+    assert len(fitted) == 2
+    flip(fitted[0] / "fit.safetensors")
+    (fitted[1] / "whole").unlink()
+    for _ in range(2):
+        reporter = WarningRecorder()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setitem(METHODS, "pretrain", replace(METHODS["pretrain"], act=stop))
+            align.run(cut, reporter)
+        flip(done / "model.safetensors")
+    assert "0-reconstruct: damaged, model.safetensors has changed" in reporter.warnings[-1]
+    align.run(cut, SILENT)
     whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 

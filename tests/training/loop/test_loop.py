@@ -9,11 +9,16 @@ import pytest
 import torch
 from helpers.factors import assert_same, trained
 
-from loram_cli.errors import LoramError, UsageError
+from loram_cli.errors import LoramError
 from loram_cli.reporting import NullReporter
+from loram_cli.runs.whole import mark_whole
 from loram_cli.training.data.tokens import TokenRow, pack_tokens
-from loram_cli.training.loop.checkpoints import Found, newest_checkpoint
-from loram_cli.training.loop.loop import fit_causal_text, fit_lora, save_causal_lm, total_steps
+from loram_cli.training.loop.checkpoints import (
+    Found,
+    checkpoint_path,
+    newest_checkpoint,
+)
+from loram_cli.training.loop.loop import fit_causal_text, fit_lora, save_causal_lm
 from loram_cli.training.loop.options import FitOptions, resolve_precision, weights_dtype
 
 pytestmark = pytest.mark.integration
@@ -147,6 +152,51 @@ def test_half_written_checkpoint_is_passed_over(with_lora, rows, tmp_path):
     model = with_lora()
     result = fit_lora(model, rows, [], OPTIONS, tmp_path, NullReporter())
     assert result.resumed_from == 4
+    assert_same(trained(model), trained(whole))
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "whole"]
+)
+@pytest.mark.parametrize("how", ["removed", "flipped", "cut", "added"])
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, name, how):
+    same = {"data": "x"}
+    assert newest_checkpoint(tmp_path, same) == Found()
+    for step in (4, 6):
+        folder = checkpoint_path(tmp_path, step)
+        folder.mkdir()
+        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"):
+            (folder / file).write_bytes(f"{file} {step}".encode())
+        mark_whole(folder)
+    assert newest_checkpoint(tmp_path, same) == Found(checkpoint_path(tmp_path, 6), 6)
+    file = checkpoint_path(tmp_path, 6) / name
+    content = file.read_bytes()
+    if how == "removed":
+        file.unlink()
+    elif how == "added":
+        file.with_name("added.bin").write_bytes(b"")
+    else:
+        file.write_bytes(content[:-1] if how == "cut" else bytes([content[0] ^ 1]) + content[1:])
+    found = newest_checkpoint(tmp_path, same)
+    assert (found.path, found.step) == (checkpoint_path(tmp_path, 4), 4)
+    assert not checkpoint_path(tmp_path, 6).exists()
+    # Without its mark it was cut short by a kill, and there is nothing to say.
+    lines = found.warnings(shared=False)
+    assert len(lines) == (0 if (name, how) == ("whole", "removed") else 1)
+    assert all("checkpoint-6: damaged, " in line and "the one before" in line for line in lines)
+
+
+def test_only_damaged_checkpoints_start_over_with_a_line(with_lora, rows, reporter, tmp_path):
+    whole = with_lora()
+    fit_lora(whole, rows, [], OPTIONS, tmp_path, NullReporter())
+    for folder in (tmp_path / "checkpoints").glob("checkpoint-*"):
+        (folder / "optimizer.pt").unlink()
+    model = with_lora()
+    result = fit_lora(model, rows, [], OPTIONS, tmp_path, reporter)
+    assert result.resumed_from is None
+    assert [line.partition(": damaged")[2] for line in reporter.warnings] == [
+        ", optimizer.pt is missing: starting over"
+    ] * 2
     assert_same(trained(model), trained(whole))
 
 
@@ -299,34 +349,6 @@ def test_sequences_beyond_the_positions_and_long_warmup_are_told(
     assert any("warm-up cut from 100 to 0" in line for line in reporter.warnings)
 
 
-def test_steps_of_epochs():
-    options = replace(OPTIONS, steps=None, epochs=2.0)
-    assert total_steps(options, 16) == 4
-    assert total_steps(options, 17) == 6
-    assert total_steps(replace(options, epochs=0.1), 16) == 1
-    assert total_steps(OPTIONS, 1000) == 6
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"steps": None},
-        {"epochs": 1.0},
-        {"steps": 0},
-        {"micro_batch": 3},
-        {"micro_batch": 16},
-        {"batch": -8},
-        {"learning_rate": 0.0},
-        {"learning_rate": float("nan")},
-        {"warmup_steps": -1},
-        {"eval_steps": 0},
-    ],
-)
-def test_options_out_of_range(bad):
-    with pytest.raises(UsageError):
-        replace(OPTIONS, **bad)
-
-
 def test_precision():
     assert resolve_precision("auto", "cpu") == "fp32"
     assert resolve_precision("bf16", "cpu") == "bf16"
@@ -341,6 +363,7 @@ from loram_cli.modeling.load import load_causal_lm
 from loram_cli.reporting import NullReporter
 from loram_cli.training.loop.loop import fit_causal_text
 from loram_cli.training.loop.options import FitOptions
+from loram_cli.runs.whole import mark_whole
 from loram_cli.training.data.tokens import TokenRow
 
 torch.set_num_threads(1)

@@ -45,14 +45,7 @@ def fit_needs(spec: AlignSettings, model: Model, base: Model | None) -> Needs:
 def fit(
     work: Alignment, teaching: "Teaching | None", title: str, reporter: Reporter
 ) -> MethodResult:
-    """Train all parameters, and write the model in the type that it was stored in.
-
-    Args:
-        work: What to fit.
-        teaching: The full model as a teacher; None learns the text itself.
-        title: Headline of the loss curve.
-        reporter: Told of progress.
-    """
+    """Train all parameters, and write the model in the type that it was stored in."""
     import shutil
 
     import torch

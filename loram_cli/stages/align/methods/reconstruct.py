@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
+from loram_cli.runs.whole import damage, mark_whole
 from loram_cli.stages.align.methods.method import Alignment, Method, Needs
 from loram_cli.stages.align.settings import AlignSettings
 from loram_cli.stages.core.plan import check_free_disk
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
     from loram_cli.modeling.layerwise.stream import LayerStream
     from loram_cli.training.data.tokens import TokenRow
 
+_FIT = "fit.safetensors"
+
 
 def reconstruct(work: Alignment, reporter: Reporter) -> MethodResult:
     """Fit each pruned layer to the full one, streaming; see :mod:`~.modeling.layerwise.layer_fit`.
 
-    Layers that were fitted before an interruption are read back from ``fitted/``.
+    Layers that were fitted before an interruption are read back from ``fitted/``; a damaged one is
+    fitted again.
     """
     from loram_cli.modeling.layerwise.block_steps import BlockSteps
     from loram_cli.modeling.layerwise.layer_fit import Reconstruction, reconstruct_layers
@@ -53,12 +57,12 @@ def reconstruct(work: Alignment, reporter: Reporter) -> MethodResult:
             small,
             windows,
             work.pruned_layers,
-            lambda i: _read_fit(folder / f"{i}.safetensors"),
+            lambda i: _read_fit(folder / str(i)),
             (pool, small_pool),
             reporter,
             how,
         ):
-            _write_fit(fit, folder / f"{i}.safetensors")
+            _write_fit(fit, folder / str(i))
             errors[str(i)] = (round(fit.error_before, 5), round(fit.error_after, 5))
     before = _held_out_loss(work, source, reporter)
     _write_checkpoint(work, folder, reporter)
@@ -141,25 +145,26 @@ def _held_out_loss(work: Alignment, model: Model, reporter: Reporter) -> float |
         return round(streamed_loss(stream, windows, pool, reporter), 4)
 
 
-def _write_fit(fit: "LayerFit", file: Path) -> None:
+def _write_fit(fit: "LayerFit", folder: Path) -> None:
     from safetensors.torch import save_file
 
-    if file.is_file():
+    if damage(folder) is None:
         return
+    folder.mkdir(exist_ok=True)
     errors = json.dumps([fit.error_before, fit.error_after])
-    partial = file.with_suffix(".partial")
-    save_file(fit.weights, partial, metadata={"errors": errors})
-    partial.rename(file)
+    save_file(fit.weights, folder / _FIT, metadata={"errors": errors})
+    mark_whole(folder)
 
 
-def _read_fit(file: Path) -> "LayerFit | None":
+def _read_fit(folder: Path) -> "LayerFit | None":
     from safetensors import safe_open
 
     from loram_cli.modeling.layerwise.layer_fit import LayerFit
 
-    if not file.is_file():
+    if damage(folder) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
         return None
-    with safe_open(file, framework="pt") as stored:
+    with safe_open(folder / _FIT, framework="pt") as stored:
         weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         return LayerFit(weights, *json.loads(stored.metadata()["errors"]))
 
@@ -177,7 +182,7 @@ def _write_checkpoint(work: Alignment, folder: Path, reporter: Reporter) -> None
     planned = {name: TensorPlan.like(entry) for name, entry in index.tensors.items()}
     fitted = {
         entry.name: entry.file
-        for file in sorted(folder.glob("*.safetensors"))
+        for file in sorted(folder.glob(f"*/{_FIT}"))
         for entry in read_header(file)
     }
     if not set(fitted) <= set(planned):

@@ -37,7 +37,13 @@ def _check(spec: TrainSettings) -> None:
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
     from loram_cli.training.data.preferences import load_preferences
 
-    return partial(load_preferences, tokenizer=tokenizer, reporter=reporter, seed=spec.seed)
+    return partial(
+        load_preferences,
+        tokenizer=tokenizer,
+        reporter=reporter,
+        seed=spec.seed,
+        exhausted=spec.exhausted,
+    )
 
 
 def _prepare(
@@ -49,7 +55,8 @@ def _prepare(
 ) -> Prepared:
     from loram_cli.stages.fit.run import fit_options
     from loram_cli.training.data.preferences import tokenize_pairs
-    from loram_cli.training.trl_jobs import PreferenceOptions, fit_preferences
+    from loram_cli.training.loop.options import PreferenceOptions
+    from loram_cli.training.trl_jobs import fit_preferences
 
     train_rows, eval_rows = (
         tokenize_pairs(pairs, tokenizer, spec.max_length, reporter) if pairs else []
@@ -63,7 +70,7 @@ def _prepare(
             model, tokenizer, train_rows, eval_rows, how, options, path, reporter
         )
 
-    return Prepared(len(train_rows), fit)
+    return Prepared(len(train_rows), len(eval_rows), fit)
 
 
 def _more_bytes(

@@ -55,7 +55,7 @@ def _check(spec: TrainSettings) -> None:
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
     from loram_cli.training.data.questions import load_questions
 
-    return partial(load_questions, reporter=reporter, seed=spec.seed)
+    return partial(load_questions, reporter=reporter, seed=spec.seed, exhausted=spec.exhausted)
 
 
 def _prepare(
@@ -68,7 +68,8 @@ def _prepare(
     from loram_cli.evaluation.grading import strict_grader
     from loram_cli.stages.fit.run import fit_options
     from loram_cli.training.data.questions import fitting_questions
-    from loram_cli.training.trl_jobs import RewardOptions, fit_rewards
+    from loram_cli.training.loop.options import RewardOptions
+    from loram_cli.training.trl_jobs import fit_rewards
 
     assert spec.generations and spec.max_completion_length and spec.temperature
     room = spec.max_length - spec.max_completion_length
@@ -102,7 +103,7 @@ def _prepare(
             model, tokenizer, train, evaluation, grader, how, options, path, reporter
         )
 
-    return Prepared(len(train), fit)
+    return Prepared(len(train), len(evaluation), fit)
 
 
 def _more_bytes(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loram_cli.arch.spec import Family
@@ -25,11 +24,14 @@ class Prepared:
 
     Attributes:
         examples: How many train.
-        fit: Trains a PEFT model, keeping checkpoints in a directory.
+        eval_examples: How many are held out.
+        fit: Trains a PEFT model, keeping checkpoints in a directory; where the objective can,
+            layer by layer, by the pass given as ``streamed``.
     """
 
     examples: int
-    fit: "Callable[[Any, Path], FitResult]"
+    eval_examples: int
+    fit: "Callable[..., FitResult]"
 
 
 def no_check(spec: TrainSettings) -> None:
@@ -84,15 +86,19 @@ def check_policy(spec: TrainSettings) -> None:
     """What preferences and rewards refuse alike.
 
     Raises:
-        UsageError: Dropout, or loss on other tokens than the answer's.
+        UsageError: Dropout, or loss on other tokens than the last answer's.
     """
     if spec.dropout:
         raise UsageError(
             f"--dropout does not go with --objective {spec.objective}",
             "policy and reference are to differ by what is learnt alone",
         )
-    if spec.loss_on != "answer":
-        raise UsageError(f"--loss-on {spec.loss_on} does not go with --objective {spec.objective}")
+    for flag, value, usual in (
+        ("--loss-on", spec.loss_on, "answer"),
+        ("--train-on", spec.train_on, "all"),
+    ):
+        if value != usual:
+            raise UsageError(f"{flag} {value} does not go with --objective {spec.objective}")
 
 
 def reference_bytes(spec: TrainSettings, memory: TrainingMemory) -> int:

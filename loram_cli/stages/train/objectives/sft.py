@@ -10,6 +10,7 @@ from loram_cli.stages.train.objectives.objective import Objective, Prepared
 from loram_cli.stages.train.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from loram_cli.modeling.layerwise.lora_pass import LoraPass
     from loram_cli.training.loop.options import FitResult
 
 
@@ -20,7 +21,14 @@ def _settings(spec: TrainSettings) -> Mapping[str, Any]:
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
     from loram_cli.training.data.documents import load_instructions
 
-    return partial(load_instructions, tokenizer=tokenizer, reporter=reporter, seed=spec.seed)
+    return partial(
+        load_instructions,
+        tokenizer=tokenizer,
+        reporter=reporter,
+        train_on=spec.train_on,
+        seed=spec.seed,
+        exhausted=spec.exhausted,
+    )
 
 
 def _prepare(
@@ -43,10 +51,11 @@ def _prepare(
         for examples in (train, evaluation)
     )
 
-    def fit(model: Any, path: Path) -> "FitResult":
-        return fit_lora(model, train_rows, eval_rows, fit_options(spec), path, reporter)
+    def fit(model: Any, path: Path, streamed: "LoraPass | None" = None) -> "FitResult":
+        options = fit_options(spec)
+        return fit_lora(model, train_rows, eval_rows, options, path, reporter, streamed=streamed)
 
-    return Prepared(len(train_rows), fit)
+    return Prepared(len(train_rows), len(eval_rows), fit)
 
 
 OBJECTIVE = Objective(

@@ -1,0 +1,51 @@
+"""Folders of unfinished work: whether one is whole, and still what was written."""
+
+import json
+import os
+from pathlib import Path
+
+from loram_cli.runs.digests import file_records
+
+MARK_NAME = "whole"
+
+
+def mark_whole(folder: Path) -> None:
+    """State that every file of a folder is written and on the disk, with their digests."""
+    records = file_records(folder, leave_out=(MARK_NAME,))
+    for name in records:
+        _to_disk(folder / name)
+    partial = folder / f"{MARK_NAME}.partial"
+    partial.write_text(json.dumps(records), "utf-8")
+    _to_disk(partial)
+    partial.rename(folder / MARK_NAME)
+    _to_disk(folder)
+
+
+def is_marked(folder: Path) -> bool:
+    """Whether all of it had been written, whatever happened to it since."""
+    return (folder / MARK_NAME).is_file()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder; None where its files are those that were marked."""
+    if not is_marked(folder):
+        return "it was not written whole"
+    try:
+        marked = dict(json.loads((folder / MARK_NAME).read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return f"{MARK_NAME} cannot be read"
+    found = file_records(folder, leave_out=(MARK_NAME,))
+    for name in sorted({*marked, *found}):
+        if name not in found:
+            return f"{name} is missing"
+        if marked.get(name) != found[name]:
+            return f"{name} has changed"
+    return None
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
