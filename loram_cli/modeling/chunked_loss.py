@@ -71,7 +71,7 @@ def chunked_loss(model: Any, chunk: int | None = None) -> Iterator[None]:
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    inner, stack, logits_of = _parts(model)
+    inner, stack, logits_of = head_parts(model)
     plain = inner.forward
     tokens = chunk or chunk_tokens(inner.config.vocab_size)
 
@@ -166,7 +166,7 @@ def install_token_scores(model: Any, *, temperature: float, chunk: int | None = 
         chunk: As in :func:`chunked_loss`.
     """
     restore_forward(model)
-    inner, stack, logits_of = _parts(model)
+    inner, stack, logits_of = head_parts(model)
     plain = inner.forward
     tokens = chunk or chunk_tokens(inner.config.vocab_size)
 
@@ -188,8 +188,12 @@ def restore_forward(model: Any) -> None:
     inner.__dict__.pop("_original_forward", None)
 
 
-def _parts(model: Any) -> tuple[Any, Any, Callable[[torch.Tensor], torch.Tensor]]:
-    """The causal LM itself, its stack of decoder layers, and its head as a function."""
+def head_parts(model: Any) -> tuple[Any, Any, Callable[[torch.Tensor], torch.Tensor]]:
+    """The causal LM itself, its stack of decoder layers, and its head as a function.
+
+    Args:
+        model: A causal LM, or a PEFT model around one.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     family = inner.family
     stack = inner.get_submodule(family.layers.rpartition(".")[0])

@@ -12,6 +12,7 @@ from loram_cli.training.data.tokens import PadCollator, TokenRow
 from loram_cli.training.loop.options import FitOptions
 
 if TYPE_CHECKING:
+    from loram_cli.modeling.layerwise.lora_pass import LoraPass
     from loram_cli.training.loop.distill import Teaching
 
 
@@ -67,6 +68,7 @@ def text_job(
     evaluation: Sequence[TokenRow],
     label: str,
     teaching: "Teaching | None" = None,
+    streamed: "LoraPass | None" = None,
 ) -> Job:
     """Next-token prediction on token rows, or a teacher's distribution over them.
 
@@ -75,6 +77,7 @@ def text_job(
         evaluation: Rows set aside; may be empty.
         label: Of the progress bar.
         teaching: The full model to learn from; None learns the rows.
+        streamed: Computes losses and gradients layer by layer; None has the model resident.
     """
     data = hashlib.sha256()
     for rows in (train, evaluation):
@@ -94,6 +97,10 @@ def text_job(
             from loram_cli.training.loop.sharded_trainer import SharedTrainer as trainer_class
         if teaching is not None:
             trainer_class = partial(DistillTrainer, teaching=teaching)
+        if streamed is not None:
+            from loram_cli.training.loop.streamed_trainer import StreamedTrainer
+
+            trainer_class = partial(StreamedTrainer, streamed=streamed)
         return trainer_class(
             model=parts.model,
             args=parts.arguments(),

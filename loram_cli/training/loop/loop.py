@@ -8,13 +8,14 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, UsageError
 from loram_cli.modeling.chunked_loss import chunked_loss, restore_forward
 from loram_cli.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
@@ -28,6 +29,7 @@ from loram_cli.training.loop.options import FitOptions, FitResult, curve_rows, r
 from loram_cli.training.tracking import tracking_callbacks
 
 if TYPE_CHECKING:
+    from loram_cli.modeling.layerwise.lora_pass import LoraPass
     from loram_cli.training.loop.distill import Teaching
 
 
@@ -90,6 +92,8 @@ def fit_lora(
     options: FitOptions,
     work_dir: Path,
     reporter: Reporter,
+    *,
+    streamed: "LoraPass | None" = None,
 ) -> FitResult:
     """Train the LoRA factors of a PEFT model.
 
@@ -100,13 +104,23 @@ def fit_lora(
         options: How.
         work_dir: Where checkpoints are kept.
         reporter: Progress and warnings.
+        streamed: Computes losses and gradients layer by layer, see
+            :func:`loram_cli.modeling.layerwise.lora_pass.streamed_lora`; None has the model
+            resident. Either goes on from the other's checkpoints.
 
     Raises:
         LoramError: The loss is not finite, or a token is outside the vocabulary.
+        UsageError: Layer by layer: with several processes, or with a cross-entropy that is not
+            in chunks.
         KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written;
             after SIGTERM, what its handler raises.
     """
-    return fit_job(model, text_job(train, evaluation, "train"), options, work_dir, reporter)
+    if streamed is not None:
+        _check_streamed(options)
+        # Layers are always run again; doing so inside of them as well would save nothing.
+        options = replace(options, gradient_checkpointing=False)
+    job = text_job(train, evaluation, "train", streamed=streamed)
+    return fit_job(model, job, options, work_dir, reporter)
 
 
 def save_causal_lm(model: Any, out: Path, *, dtype: torch.dtype) -> None:
@@ -233,6 +247,19 @@ def fit_job(
         precision=precision,
         resumed_from=found.step or None,
     )
+
+
+def _check_streamed(options: FitOptions) -> None:
+    if process_count() > 1:
+        raise UsageError(
+            f"training layer by layer runs in one process, and there are {process_count()}",
+            "start it without torchrun, or use --fsdp",
+        )
+    if options.cross_entropy != "chunked":
+        raise UsageError(
+            f"--cross-entropy {options.cross_entropy} does not go with training layer by layer",
+            "pass --cross-entropy chunked",
+        )
 
 
 def _check_tokens(model: Any, job: Job, reporter: Reporter) -> None:

@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -210,15 +210,12 @@ class StepTrainer(LeanCheckpoints, Trainer):
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
         step = self.args.per_device_eval_batch_size
         batches = [order[i : i + step] for i in range(0, len(order), step)]
+        firsts = range(process_rank(), len(batches) + process_rank(), process_count())
         with torch.no_grad(), self.compute_loss_context_manager():
-            for i in range(0, len(batches), process_count()):
-                mine = i + process_rank()
-                # A model that is shared out runs on all processes or on none.
-                batch = self.data_collator([rows[j] for j in batches[min(mine, len(batches) - 1)]])
-                batch = {key: tensor.to(self.args.device) for key, tensor in batch.items()}
-                tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-                loss = float(self.model(**batch).loss)
-                if mine < len(batches):
+            # A model that is shared out runs on all processes or on none.
+            mine = ([rows[j] for j in batches[min(i, len(batches) - 1)]] for i in firsts)
+            for i, (loss, tokens) in zip(firsts, self._batch_losses(mine), strict=True):
+                if i < len(batches):
                     total += loss * tokens
                     count += tokens
         self.model.train(was_training)
@@ -232,6 +229,17 @@ class StepTrainer(LeanCheckpoints, Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _batch_losses(self, batches: Iterable[list[TokenRow]]) -> Iterator[tuple[float, int]]:
+        """Each batch's mean loss, and how many of its tokens carry loss."""
+        for rows in batches:
+            batch = self._collated(rows)
+            tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+            yield float(self.model(**batch).loss), tokens
+
+    def _collated(self, rows: list[TokenRow]) -> dict[str, torch.Tensor]:
+        batch = self.data_collator(rows)
+        return {key: tensor.to(self.args.device) for key, tensor in batch.items()}
 
 
 def training_arguments(

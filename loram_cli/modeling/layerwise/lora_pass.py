@@ -1,0 +1,287 @@
+"""Exact LoRA on a full model of which two decoder layers at a time have weights.
+
+All micro-batches of an optimizer step pass a layer before the next one is brought, forward and then
+backward, so that reading a layer is paid once a direction and not once a micro-batch. Hidden
+states at layer boundaries are kept, and each layer is run again for its backward pass. What is
+added to each factor's gradient, and in which order, is what a resident model adds under gradient
+accumulation; with dropout from the same random numbers (see :mod:`.draws`). Losses and gradients
+are therefore the resident model's, to the bit.
+
+Sources: Chen et al., sublinear memory (arXiv 1604.06174); Pudipeddi et al., L2L: layers as the
+outer loop, micro-batches as the inner one (arXiv 2002.05645).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from loram_cli.checkpoint.reader import TensorReader
+from loram_cli.errors import LoramError
+from loram_cli.modeling.layer_feed import LayerFeed, WeightSource
+from loram_cli.modeling.layerwise.draws import DrawOrder, generator_state, set_generator_state
+from loram_cli.modeling.layerwise.parts import LayerCalls, ModelParts
+from loram_cli.modeling.skeleton import HollowModel, drain, fill
+from loram_cli.reporting import Reporter
+
+_IGNORED_LABEL = -100
+
+Batch = Mapping[str, torch.Tensor]
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@contextmanager
+def streamed_lora(
+    skeleton: HollowModel,
+    model: Any,
+    reporter: Reporter,
+    *,
+    stay: int = 0,
+    host_bytes: int = 0,
+    offload_activations: bool = False,
+) -> Iterator["LoraPass"]:
+    """Fill what stays, and open the way for the layers that come and go, within the block.
+
+    Args:
+        skeleton: Not filled yet.
+        model: The PEFT model around :attr:`HollowModel.model`.
+        reporter: Told of progress.
+        stay: How many layers stay, from the first one on.
+        host_bytes: Memory of the machine for copies of the other layers, see
+            :class:`.WeightSource`.
+        offload_activations: Keep hidden states at layer boundaries in the machine's memory.
+
+    Raises:
+        LoramError: A tensor is absent or of another shape, or the config asks for dropout inside
+            attention.
+    """
+    slots = [slots for _, slots in skeleton.layers()]
+    later = {slot.tensor for each in slots[stay:] for slot in each}
+    now = [slot for name, slot in skeleton.slots.items() if name not in later]
+    with ExitStack() as stack:
+        reader = stack.enter_context(TensorReader(skeleton.index))
+        with reporter.progress("load", sum(s.num_bytes for s in now) / 2**20, "MiB") as progress:
+            for slot in now:
+                fill(slot, skeleton.read(slot, reader))
+                progress.advance(slot.num_bytes / 2**20)
+        thread = stack.enter_context(ThreadPoolExecutor(1, "layers"))
+        source = WeightSource(skeleton, slots, reader, host_bytes)
+        feed = LayerFeed(source.load, thread)
+        # What is under way ends before the thread does, and that before files are closed.
+        stack.callback(feed.forget)
+        yield LoraPass(skeleton, model, source, feed, stay, offload_activations)
+
+
+class LoraPass:
+    """Losses and gradients of a PEFT model, layer by layer. Made by :func:`streamed_lora`.
+
+    Attributes:
+        model: The PEFT model.
+        source: Counts what is brought.
+    """
+
+    def __init__(
+        self,
+        skeleton: HollowModel,
+        model: Any,
+        source: WeightSource,
+        feed: LayerFeed,
+        stay: int,
+        offload_activations: bool,
+    ) -> None:
+        self.model, self.source = model, source
+        self._feed, self._stay, self._offload = feed, stay, offload_activations
+        self._device = torch.device(skeleton.device)
+        self._slots = [slots for _, slots in skeleton.layers()]
+        self._parts = ModelParts(model)
+        self._draws: DrawOrder | None = None
+        layers = self._parts.layers
+        trained = (
+            i for i, at in enumerate(layers) if any(p.requires_grad for p in at.parameters())
+        )
+        # Below the first factor no gradient is needed.
+        self._first = next(trained, len(layers) - 1)
+
+    def accumulate(
+        self,
+        batches: Sequence[Batch],
+        num_items: torch.Tensor | int | None,
+        *,
+        autocast: Autocast = nullcontext,
+        backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    ) -> list[torch.Tensor]:
+        """Add the gradients of an optimizer step to the factors, as the resident model does.
+
+        Args:
+            batches: Micro-batches: ``input_ids`` and ``labels``, shape (batch, length), on the
+                device; padding stands on the right, without a mask.
+            num_items: Tokens that carry loss in all of them together, or None for means of each.
+            autocast: Makes the context of mixed precision.
+            backward: Starts the backward pass from a micro-batch's loss.
+
+        Returns:
+            The losses, one scalar for each micro-batch.
+        """
+        self.model.train()
+        draws = self._draw_order(autocast)
+        states = None
+        if draws.draws:
+            states = draws.states(
+                [tuple(batch["input_ids"].shape) for batch in batches], loss_tokens(batches)
+            )
+        layers = self._parts.layers
+        last = len(layers) - 1
+        # To the last layer and back, which is where the next step begins.
+        walk = [*range(last + 1), *range(last - 1, self._first - 1, -1)]
+        step = _Step(batches, states, self._device, self._offload)
+        final = step.state()
+        step.enter(self._parts)
+        for i in range(last):
+            with self._layer(i, walk) as layer, torch.no_grad():
+                for m in range(len(batches)):
+                    step.draw_from(m, i)
+                    with autocast():
+                        out = step.calls[m].run(i, layer, step.hidden(i, m, keep=i >= self._first))
+                    step.put(i + 1, m, out)
+                del out
+        losses = []
+        with self._layer(last, walk) as layer:
+            for m, batch in enumerate(batches):
+                hidden = step.hidden(last, m).requires_grad_(last > self._first)
+                step.draw_from(m, last)
+                with autocast():
+                    out = step.calls[m].run(last, layer, hidden)
+                    loss = self._parts.loss(out, batch["labels"], num_items)
+                if loss.requires_grad:
+                    backward(loss)
+                losses.append(loss.detach())
+                step.put(last, m, hidden.grad)
+                del hidden, out, loss
+        for i in range(last - 1, self._first - 1, -1):
+            with self._layer(i, walk, back=True) as layer:
+                for m in range(len(batches)):
+                    gradient = step.hidden(i + 1, m)
+                    hidden = step.hidden(i, m).requires_grad_(i > self._first)
+                    step.draw_from(m, i)
+                    with autocast():
+                        out = step.calls[m].run(i, layer, hidden)
+                    torch.autograd.backward(out, gradient)
+                    step.put(i, m, hidden.grad)
+                    del hidden, gradient, out
+        if final is not None:
+            set_generator_state(final, self._device)
+        return losses
+
+    @torch.no_grad()
+    def losses(self, batches: Sequence[Batch], *, autocast: Autocast = nullcontext) -> list[float]:
+        """Mean loss per token of each batch, without dropout.
+
+        Args:
+            batches: As for :meth:`accumulate`.
+            autocast: Makes the context of mixed precision.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        layers = self._parts.layers
+        step = _Step(batches, None, self._device, self._offload)
+        step.enter(self._parts)
+        walk = range(len(layers))
+        for i in walk:
+            with self._layer(i, walk) as layer:
+                for m in range(len(batches)):
+                    with autocast():
+                        out = step.calls[m].run(i, layer, step.hidden(i, m))
+                    step.put(i + 1, m, out)
+                del out
+        found = []
+        for m, batch in enumerate(batches):
+            with autocast():
+                hidden = step.hidden(len(layers), m)
+                found.append(float(self._parts.loss(hidden, batch["labels"], None)))
+        self.model.train(was_training)
+        return found
+
+    @property
+    def boundaries(self) -> int:
+        """How many layer boundaries a training step keeps; an evaluation keeps one."""
+        return len(self._parts.layers) - self._first
+
+    def _draw_order(self, autocast: Autocast) -> DrawOrder:
+        if self._draws is None:
+            with autocast():
+                self._draws = DrawOrder(self._parts, self._device)
+        return self._draws
+
+    @contextmanager
+    def _layer(self, index: int, walk: Sequence[int], *, back: bool = False) -> Iterator[Any]:
+        """A layer with its weights for the length of the block, the next one loaded meanwhile."""
+        layer, slots = self._parts.layers[index], self._slots[index]
+        if index < self._stay:
+            yield layer
+            return
+        at = len(walk) - 1 - index if back else index
+        following = (walk[(at + n) % len(walk)] for n in range(1, len(walk)))
+        then = next((i for i in following if i >= self._stay and i != index), None)
+        for slot, weight in zip(slots, self._feed.take(index, then), strict=True):
+            fill(slot, weight)
+        try:
+            yield layer
+        finally:
+            for slot in slots:
+                drain(slot)
+
+
+class _Step:
+    """Hidden states and calls of all micro-batches, while they pass the layers."""
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        states: list[list[torch.Tensor]] | None,
+        device: torch.device,
+        offload: bool,
+    ) -> None:
+        self._batches, self._states = batches, states
+        self._device, self._offload = device, offload and device.type != "cpu"
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+        self.calls: list[LayerCalls] = []
+
+    def enter(self, parts: ModelParts) -> None:
+        """Embed every micro-batch."""
+        known: dict[tuple[int, ...], LayerCalls] = {}
+        for m, batch in enumerate(self._batches):
+            hidden, calls = parts.enter(batch["input_ids"])
+            # Masks and rotary embeddings depend on the shape alone.
+            self.calls.append(known.setdefault(tuple(hidden.shape), calls))
+            self.put(0, m, hidden)
+
+    def state(self) -> torch.Tensor | None:
+        """Where the generator stands, if anything is drawn."""
+        return None if self._states is None else generator_state(self._device)
+
+    def draw_from(self, micro_batch: int, layer: int) -> None:
+        """Let the next random numbers be those that the resident model draws there."""
+        if self._states is not None:
+            set_generator_state(self._states[micro_batch][layer], self._device)
+
+    def put(self, boundary: int, micro_batch: int, hidden: torch.Tensor | None) -> None:
+        """Keep hidden states, or their gradient, at a layer's input."""
+        if hidden is None:
+            return
+        if self._offload:
+            there = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+            hidden = there.copy_(hidden, non_blocking=True)
+        self._kept[boundary, micro_batch] = hidden
+
+    def hidden(self, boundary: int, micro_batch: int, *, keep: bool = False) -> torch.Tensor:
+        """What is kept there, on the device; it is given up unless it is to be kept."""
+        key = (boundary, micro_batch)
+        kept = self._kept[key] if keep else self._kept.pop(key)
+        return kept.to(self._device, non_blocking=True)
+
+
+def loss_tokens(batches: Sequence[Batch]) -> list[int]:
+    """How many tokens of each micro-batch carry loss."""
+    return [int((batch["labels"][:, 1:] != _IGNORED_LABEL).sum()) for batch in batches]
