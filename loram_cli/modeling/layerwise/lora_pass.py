@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from loram_cli.checkpoint.reader import TensorReader
-from loram_cli.errors import LoramError
 from loram_cli.modeling.layer_feed import LayerFeed, WeightSource
 from loram_cli.modeling.layerwise.draws import DrawOrder, generator_state, set_generator_state
 from loram_cli.modeling.layerwise.parts import LayerCalls, ModelParts
@@ -79,7 +78,10 @@ class LoraPass:
 
     Attributes:
         model: The PEFT model.
-        source: Counts what is brought.
+        parts: Its parts.
+        slots: What each layer is filled with.
+        source: Where weights come from; counts them.
+        feed: Brings them.
     """
 
     def __init__(
@@ -92,12 +94,12 @@ class LoraPass:
         offload_activations: bool,
     ) -> None:
         self.model, self.source = model, source
-        self._feed, self._stay, self._offload = feed, stay, offload_activations
+        self.feed, self._stay, self._offload = feed, stay, offload_activations
         self._device = torch.device(skeleton.device)
-        self._slots = [slots for _, slots in skeleton.layers()]
-        self._parts = ModelParts(model)
+        self.slots = [slots for _, slots in skeleton.layers()]
+        self.parts = ModelParts(model)
         self._draws: DrawOrder | None = None
-        layers = self._parts.layers
+        layers = self.parts.layers
         trained = (
             i for i, at in enumerate(layers) if any(p.requires_grad for p in at.parameters())
         )
@@ -131,13 +133,13 @@ class LoraPass:
             states = draws.states(
                 [tuple(batch["input_ids"].shape) for batch in batches], loss_tokens(batches)
             )
-        layers = self._parts.layers
+        layers = self.parts.layers
         last = len(layers) - 1
         # To the last layer and back, which is where the next step begins.
         walk = [*range(last + 1), *range(last - 1, self._first - 1, -1)]
         step = _Step(batches, states, self._device, self._offload)
         final = step.state()
-        step.enter(self._parts)
+        step.enter(self.parts)
         for i in range(last):
             with self._layer(i, walk) as layer, torch.no_grad():
                 for m in range(len(batches)):
@@ -153,7 +155,7 @@ class LoraPass:
                 step.draw_from(m, last)
                 with autocast():
                     out = step.calls[m].run(last, layer, hidden)
-                    loss = self._parts.loss(out, batch["labels"], num_items)
+                    loss = self.parts.loss(out, batch["labels"], num_items)
                 if loss.requires_grad:
                     backward(loss)
                 losses.append(loss.detach())
@@ -184,9 +186,9 @@ class LoraPass:
         """
         was_training = self.model.training
         self.model.eval()
-        layers = self._parts.layers
+        layers = self.parts.layers
         step = _Step(batches, None, self._device, self._offload)
-        step.enter(self._parts)
+        step.enter(self.parts)
         walk = range(len(layers))
         for i in walk:
             with self._layer(i, walk) as layer:
@@ -199,32 +201,32 @@ class LoraPass:
         for m, batch in enumerate(batches):
             with autocast():
                 hidden = step.hidden(len(layers), m)
-                found.append(float(self._parts.loss(hidden, batch["labels"], None)))
+                found.append(float(self.parts.loss(hidden, batch["labels"], None)))
         self.model.train(was_training)
         return found
 
     @property
     def boundaries(self) -> int:
         """How many layer boundaries a training step keeps; an evaluation keeps one."""
-        return len(self._parts.layers) - self._first
+        return len(self.parts.layers) - self._first
 
     def _draw_order(self, autocast: Autocast) -> DrawOrder:
         if self._draws is None:
             with autocast():
-                self._draws = DrawOrder(self._parts, self._device)
+                self._draws = DrawOrder(self.parts, self._device)
         return self._draws
 
     @contextmanager
     def _layer(self, index: int, walk: Sequence[int], *, back: bool = False) -> Iterator[Any]:
         """A layer with its weights for the length of the block, the next one loaded meanwhile."""
-        layer, slots = self._parts.layers[index], self._slots[index]
+        layer, slots = self.parts.layers[index], self.slots[index]
         if index < self._stay:
             yield layer
             return
         at = len(walk) - 1 - index if back else index
         following = (walk[(at + n) % len(walk)] for n in range(1, len(walk)))
         then = next((i for i in following if i >= self._stay and i != index), None)
-        for slot, weight in zip(slots, self._feed.take(index, then), strict=True):
+        for slot, weight in zip(slots, self.feed.take(index, then), strict=True):
             fill(slot, weight)
         try:
             yield layer

@@ -1,4 +1,4 @@
-"""The trainer of a model whose layers come and go: a step's micro-batches pass each one together."""
+"""The trainer of a model whose layers come and go: all micro-batches pass each one together."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator

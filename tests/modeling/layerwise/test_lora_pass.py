@@ -1,0 +1,242 @@
+"""Gradients of a model whose layers come and go, beside those of the same model resident."""
+
+import gc
+import weakref
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from helpers.variants import VARIANTS
+
+from loram_cli.arch.registry import family_for
+from loram_cli.checkpoint.index import read_config
+from loram_cli.errors import LoramError
+from loram_cli.modeling.chunked_loss import chunked_loss
+from loram_cli.modeling.layerwise.lora_pass import streamed_lora
+from loram_cli.modeling.load import load_causal_lm
+from loram_cli.modeling.quantize import nf4_config, prepare_for_training
+from loram_cli.modeling.skeleton import HollowModel
+from loram_cli.reporting import NullReporter
+from loram_cli.training.adapters import attach_lora, lora_config, lora_targets
+
+SILENT = NullReporter()
+FP32 = {"dtype": torch.float32, "device": "cpu"}
+
+
+def micro_batches(count=3):
+    """Of different lengths, longer than the sliding windows; the second carries no loss."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for m in range(count):
+        ids = torch.randint(3, 250, (2, 20 + 3 * m), generator=generator)
+        labels = ids.clone()
+        labels[:, : 4 + m] = -100
+        if m == 1:
+            labels[:] = -100
+        batches.append({"input_ids": ids, "labels": labels})
+    return batches
+
+
+def with_factors(model, directory, dropout, targets=None):
+    family = family_for(read_config(directory), "test")
+    tied = family.geometry(read_config(directory)).tied_embeddings
+    targets = lora_targets(family, tied_embeddings=tied, reporter=SILENT, targets=targets)
+    model = attach_lora(model, lora_config(targets, rank=4, dropout=dropout), seed=3).train()
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero would hide the gradients of the other factor
+            parameter.data.normal_(std=0.02, generator=generator)
+    model.config.use_cache = False
+    return model
+
+
+def gradients(model):
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert found and all(gradient is not None for gradient in found.values())
+    return found
+
+
+def num_items(batches):
+    return sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+
+
+def resident(directory, batches, *, dropout=0.0, nf4=False, autocast=nullcontext, steps=1):
+    family = family_for(read_config(directory), "test")
+    quantization = nf4_config(torch.float32, skip_modules=(family.lm_head,)) if nf4 else None
+    model = load_causal_lm(directory, quantization_config=quantization, **FP32)
+    prepare_for_training(model)
+    model = with_factors(model, directory, dropout)
+    torch.manual_seed(11)
+    losses = []
+    with chunked_loss(model, 7):
+        for batch in batches * steps:
+            with autocast():
+                loss = model(**batch, num_items_in_batch=num_items(batches)).loss
+            loss.backward()
+            losses.append(loss.detach())
+    return losses, gradients(model), torch.get_rng_state()
+
+
+@contextmanager
+def streamed(directory, *, dropout=0.0, nf4=False, targets=None, **how):
+    skeleton = HollowModel(directory, nf4=nf4, **FP32)
+    model = with_factors(skeleton.model, directory, dropout, targets)
+    with streamed_lora(skeleton, model, SILENT, **how) as passes:
+        # Several chunks of the head in each micro-batch.
+        passes.parts.chunk = 7
+        torch.manual_seed(11)
+        yield passes
+
+
+def assert_equal(passes, batches, expected, **how):
+    losses, factors, state = expected
+    mine = passes.accumulate(batches, num_items(batches), **how)
+    assert torch.equal(torch.stack(mine), torch.stack(losses[-len(mine) :]))
+    for name, gradient in gradients(passes.model).items():
+        assert torch.equal(gradient, factors[name]), name
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_every_familys_loss_and_gradients_to_the_bit(variant, tmp_path):
+    directory = variant.save(tmp_path)
+    batches = micro_batches()
+    expected = resident(directory, batches, dropout=0.1)
+    with streamed(directory, dropout=0.1) as passes:
+        assert_equal(passes, batches, expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
+def test_several_steps_whatever_stays_or_lies_in_memory(base, dropout, nf4):
+    if nf4:
+        pytest.importorskip("bitsandbytes")
+    batches = micro_batches()
+    first, second = (
+        resident(base, batches, dropout=dropout, nf4=nf4, steps=steps) for steps in (1, 2)
+    )
+    for stay in (0, 1, 3, 4):
+        for host_bytes in (0, 20_000, 10**9):
+            with streamed(
+                base, dropout=dropout, nf4=nf4, stay=stay, host_bytes=host_bytes
+            ) as passes:
+                assert_equal(passes, batches, first)
+                # Gradients add up on what is there; the random numbers go on.
+                assert_equal(passes, batches, second)
+
+
+def test_mixed_precision(base):
+    batches = micro_batches()
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    expected = resident(base, batches, dropout=0.1, autocast=autocast)
+    with streamed(base, dropout=0.1) as passes:
+        assert_equal(passes, batches, expected, autocast=autocast)
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("q_proj",), ("down_proj", "lm_head")])
+def test_only_what_is_trained_is_gone_back_to(base, targets):
+    batches = micro_batches()
+    with streamed(base, targets=targets) as passes:
+        passes.accumulate(batches, num_items(batches))
+        found = gradients(passes.model)
+        assert passes.boundaries == (1 if targets == ("lm_head",) else 4)
+    model = with_factors(load_causal_lm(base, **FP32), base, 0.0, targets)
+    with chunked_loss(model, 7):
+        for batch in batches:
+            model(**batch, num_items_in_batch=num_items(batches)).loss.backward()
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, found[name]), name
+
+
+def test_losses_without_gradients(base):
+    batches = [batch for batch in micro_batches(4) if (batch["labels"] != -100).any()]
+    model = with_factors(load_causal_lm(base, **FP32), base, 0.1).eval()
+    with chunked_loss(model, 7), torch.no_grad():
+        expected = [float(model(**batch).loss) for batch in batches]
+    with streamed(base, dropout=0.1) as passes:
+        assert passes.losses(batches) == expected
+        assert passes.model.training
+        assert all(p.grad is None for p in passes.model.parameters())
+
+
+class Counted:
+    """Loads of each layer, and weights of them that are alive."""
+
+    def __init__(self, passes):
+        self.loads, self._there = [], []
+        load = passes.source.load
+
+        def counted(index):
+            weights = load(index)
+            self.loads.append(index)
+            self._there += [(index, weakref.ref(weight.data)) for weight in weights]
+            return weights
+
+        passes.feed._load = counted
+
+    def layers_alive(self):
+        return {index for index, tensor in self._there if tensor() is not None}
+
+
+def test_a_layer_is_read_twice_a_step_however_many_micro_batches(base):
+    for count in (1, 3, 6):
+        with streamed(base) as passes:
+            counted = Counted(passes)
+            for _ in range(3):
+                passes.accumulate(micro_batches(count), 100)
+        # Both ends turn round with what is held: two of four layers, twice a step.
+        assert counted.loads[:6] == [0, 1, 2, 3, 1, 0]
+        assert counted.loads[6:] == [2, 3, 1, 0] * 2
+
+
+def test_no_more_than_two_layers_are_there_at_a_time(base):
+    with streamed(base) as passes:
+        passes.accumulate(micro_batches(1), 100)
+        counted, most = Counted(passes), []
+        for layer in passes.parts.layers:
+            layer.mlp.register_forward_hook(lambda *_: most.append(counted.layers_alive()))
+        passes.accumulate(micro_batches(), 100)
+        assert len(most) == 3 * 7 and max(map(len, most)) == 2
+
+
+def test_what_fails_leaves_no_weights_and_can_be_done_again(base):
+    batches = micro_batches()
+    expected = resident(base, batches, dropout=0.1)
+    with streamed(base, dropout=0.1) as passes:
+        counted = Counted(passes)
+        for failing in (0, 2, 3):
+
+            def fail(*_):
+                raise RuntimeError("out of memory")
+
+            handle = passes.parts.layers[failing].mlp.register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                passes.accumulate(batches, num_items(batches))
+            handle.remove()
+            gc.collect()
+            slots = [slot for slots in passes.slots for slot in slots]
+            places = [(slot, *place) for slot in slots for place in slot.places]
+            assert all(module._parameters[kind] is slot.stand_in for slot, module, kind in places)
+            assert len(counted.layers_alive()) <= 2
+        passes.model.zero_grad()
+        torch.manual_seed(11)
+        assert_equal(passes, batches, expected)
+    del passes
+    gc.collect()
+    assert not counted.layers_alive()
+
+
+def test_dropout_inside_attention_is_refused(tmp_path):
+    import json
+
+    directory = VARIANTS[0].save(tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    with (
+        pytest.raises(LoramError, match="attention_dropout"),
+        streamed(directory, dropout=0.1) as passes,
+    ):
+        passes.accumulate(micro_batches(), 100)

@@ -1,0 +1,67 @@
+"""Which layers are loaded, when, and how many are held."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from loram_cli.modeling.layer_feed import LayerFeed, WeightSource
+from loram_cli.modeling.skeleton import HollowModel, Weight
+
+
+class Loads:
+    def __init__(self):
+        self.order, self.failing = [], set()
+
+    def __call__(self, index):
+        self.order.append(index)
+        if index in self.failing:
+            raise RuntimeError(f"layer {index} cannot be read")
+        return [Weight(torch.full((1,), float(index)))]
+
+
+@pytest.fixture
+def fed():
+    loads = Loads()
+    with ThreadPoolExecutor(1) as thread:
+        feed = LayerFeed(loads, thread)
+        yield loads, feed
+        feed.forget()
+
+
+def test_the_next_layer_is_loaded_meanwhile_and_what_is_held_is_not_loaded_again(fed):
+    loads, feed = fed
+    for index, then in [(0, 1), (1, 2), (2, 1), (1, 0), (0, 1), (1, 2)]:
+        assert feed.take(index, then)[0].data.item() == index
+    feed.take(2)
+    assert loads.order == [0, 1, 2, 0, 2]
+
+
+def test_what_failed_ahead_is_tried_again_at_its_turn(fed):
+    loads, feed = fed
+    loads.failing = {1}
+    feed.take(0, 1)
+    with pytest.raises(RuntimeError, match="layer 1 cannot be read"):
+        feed.take(1, 2)
+    loads.failing = set()
+    assert feed.take(1, 2)[0].data.item() == 1
+
+
+def test_layers_are_kept_in_memory_as_far_as_it_goes(base, monkeypatch):
+    skeleton = HollowModel(base, dtype=torch.float32, device="cpu")
+    slots = [slots for _, slots in skeleton.layers()]
+    layer_bytes = sum(slot.num_bytes for slot in slots[0])
+    read = []
+
+    def reading(slot, reader):
+        read.append(slot.tensor)
+        return Weight(torch.zeros(slot.shape))
+
+    monkeypatch.setattr(skeleton, "read", reading)
+    source = WeightSource(skeleton, slots, reader=None, host_bytes=int(2.5 * layer_bytes))
+    for _ in range(2):
+        for index in range(4):
+            source.load(index)
+    names = [[slot.tensor for slot in each] for each in slots]
+    assert read == [name for each in (*names, *names[2:]) for name in each]
+    assert source.loaded_bytes == 8 * layer_bytes
