@@ -21,6 +21,7 @@ import torch
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.modeling.layer_feed import LayerFeed, WeightSource
 from loram_cli.modeling.layerwise.draws import DrawOrder, generator_state, set_generator_state
+from loram_cli.modeling.layerwise.kept_states import KeptStates, Place
 from loram_cli.modeling.layerwise.parts import LayerCalls, ModelParts
 from loram_cli.modeling.skeleton import HollowModel, drain, fill
 from loram_cli.reporting import Reporter
@@ -39,7 +40,7 @@ def streamed_lora(
     *,
     stay: int = 0,
     host_bytes: int = 0,
-    offload_activations: bool = False,
+    activations: Place = "device",
 ) -> Iterator["LoraPass"]:
     """Fill what stays, and open the way for the layers that come and go, within the block.
 
@@ -50,7 +51,7 @@ def streamed_lora(
         stay: How many layers stay, from the first one on.
         host_bytes: Memory of the machine for copies of the other layers, see
             :class:`.WeightSource`.
-        offload_activations: Keep hidden states at layer boundaries in the machine's memory.
+        activations: Where hidden states at layer boundaries are kept, see :class:`.KeptStates`.
 
     Raises:
         LoramError: A tensor is absent or of another shape, or the config asks for dropout inside
@@ -70,7 +71,9 @@ def streamed_lora(
         feed = LayerFeed(source.load, thread)
         # What is under way ends before the thread does, and that before files are closed.
         stack.callback(feed.forget)
-        yield LoraPass(skeleton, model, source, feed, stay, offload_activations)
+        kept = KeptStates(activations, torch.device(skeleton.device))
+        stack.callback(kept.close)
+        yield LoraPass(skeleton, model, source, feed, kept, stay)
 
 
 class LoraPass:
@@ -90,11 +93,11 @@ class LoraPass:
         model: Any,
         source: WeightSource,
         feed: LayerFeed,
+        kept: KeptStates,
         stay: int,
-        offload_activations: bool,
     ) -> None:
         self.model, self.source = model, source
-        self.feed, self._stay, self._offload = feed, stay, offload_activations
+        self.feed, self._kept, self._stay = feed, kept, stay
         self._device = torch.device(skeleton.device)
         self.slots = [slots for _, slots in skeleton.layers()]
         self.parts = ModelParts(model)
@@ -137,43 +140,44 @@ class LoraPass:
         last = len(layers) - 1
         # To the last layer and back, which is where the next step begins.
         walk = [*range(last + 1), *range(last - 1, self._first - 1, -1)]
-        step = _Step(batches, states, self._device, self._offload)
-        final = step.state()
+        step = _Step(batches, states, self._kept)
+        final = generator_state(self._device)
         step.enter(self.parts)
         for i in range(last):
             with self._layer(i, walk) as layer, torch.no_grad():
                 for m in range(len(batches)):
-                    step.draw_from(m, i)
+                    step.draw_from(m, i, self._device)
                     with autocast():
-                        out = step.calls[m].run(i, layer, step.hidden(i, m, keep=i >= self._first))
+                        out = step.calls[m].run(i, layer, step.take(i, m, keep=i >= self._first))
                     step.put(i + 1, m, out)
                 del out
         losses = []
         with self._layer(last, walk) as layer:
             for m, batch in enumerate(batches):
-                hidden = step.hidden(last, m).requires_grad_(last > self._first)
-                step.draw_from(m, last)
+                hidden = step.take(last, m).requires_grad_(last > self._first)
+                step.draw_from(m, last, self._device)
                 with autocast():
                     out = step.calls[m].run(last, layer, hidden)
                     loss = self.parts.loss(out, batch["labels"], num_items)
                 if loss.requires_grad:
                     backward(loss)
                 losses.append(loss.detach())
-                step.put(last, m, hidden.grad)
+                if hidden.grad is not None:
+                    step.put(last, m, hidden.grad)
                 del hidden, out, loss
         for i in range(last - 1, self._first - 1, -1):
             with self._layer(i, walk, back=True) as layer:
                 for m in range(len(batches)):
-                    gradient = step.hidden(i + 1, m)
-                    hidden = step.hidden(i, m).requires_grad_(i > self._first)
-                    step.draw_from(m, i)
+                    gradient = step.take(i + 1, m)
+                    hidden = step.take(i, m).requires_grad_(i > self._first)
+                    step.draw_from(m, i, self._device)
                     with autocast():
                         out = step.calls[m].run(i, layer, hidden)
                     torch.autograd.backward(out, gradient)
-                    step.put(i, m, hidden.grad)
+                    if hidden.grad is not None:
+                        step.put(i, m, hidden.grad)
                     del hidden, gradient, out
-        if final is not None:
-            set_generator_state(final, self._device)
+        set_generator_state(final, self._device)
         return losses
 
     @torch.no_grad()
@@ -187,20 +191,20 @@ class LoraPass:
         was_training = self.model.training
         self.model.eval()
         layers = self.parts.layers
-        step = _Step(batches, None, self._device, self._offload)
+        step = _Step(batches, None, self._kept)
         step.enter(self.parts)
         walk = range(len(layers))
         for i in walk:
             with self._layer(i, walk) as layer:
                 for m in range(len(batches)):
                     with autocast():
-                        out = step.calls[m].run(i, layer, step.hidden(i, m))
+                        out = step.calls[m].run(i, layer, step.take(i, m))
                     step.put(i + 1, m, out)
                 del out
         found = []
         for m, batch in enumerate(batches):
             with autocast():
-                hidden = step.hidden(len(layers), m)
+                hidden = step.take(len(layers), m)
                 found.append(float(self.parts.loss(hidden, batch["labels"], None)))
         self.model.train(was_training)
         return found
@@ -236,22 +240,19 @@ class LoraPass:
 
 
 class _Step:
-    """Hidden states and calls of all micro-batches, while they pass the layers."""
+    """What belongs to the micro-batches that pass the layers together."""
 
     def __init__(
-        self,
-        batches: Sequence[Batch],
-        states: list[list[torch.Tensor]] | None,
-        device: torch.device,
-        offload: bool,
+        self, batches: Sequence[Batch], states: list[list[torch.Tensor]] | None, kept: KeptStates
     ) -> None:
-        self._batches, self._states = batches, states
-        self._device, self._offload = device, offload and device.type != "cpu"
-        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+        self._batches, self._states, self._kept = batches, states, kept
+        self.put, self.take = kept.put, kept.take
         self.calls: list[LayerCalls] = []
 
     def enter(self, parts: ModelParts) -> None:
         """Embed every micro-batch."""
+        # What a step that failed has left.
+        self._kept.clear()
         known: dict[tuple[int, ...], LayerCalls] = {}
         for m, batch in enumerate(self._batches):
             hidden, calls = parts.enter(batch["input_ids"])
@@ -259,29 +260,10 @@ class _Step:
             self.calls.append(known.setdefault(tuple(hidden.shape), calls))
             self.put(0, m, hidden)
 
-    def state(self) -> torch.Tensor | None:
-        """Where the generator stands, if anything is drawn."""
-        return None if self._states is None else generator_state(self._device)
-
-    def draw_from(self, micro_batch: int, layer: int) -> None:
+    def draw_from(self, micro_batch: int, layer: int, device: torch.device) -> None:
         """Let the next random numbers be those that the resident model draws there."""
         if self._states is not None:
-            set_generator_state(self._states[micro_batch][layer], self._device)
-
-    def put(self, boundary: int, micro_batch: int, hidden: torch.Tensor | None) -> None:
-        """Keep hidden states, or their gradient, at a layer's input."""
-        if hidden is None:
-            return
-        if self._offload:
-            there = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-            hidden = there.copy_(hidden, non_blocking=True)
-        self._kept[boundary, micro_batch] = hidden
-
-    def hidden(self, boundary: int, micro_batch: int, *, keep: bool = False) -> torch.Tensor:
-        """What is kept there, on the device; it is given up unless it is to be kept."""
-        key = (boundary, micro_batch)
-        kept = self._kept[key] if keep else self._kept.pop(key)
-        return kept.to(self._device, non_blocking=True)
+            set_generator_state(self._states[micro_batch][layer], device)
 
 
 def loss_tokens(batches: Sequence[Batch]) -> list[int]:

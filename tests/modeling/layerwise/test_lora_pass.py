@@ -125,6 +125,14 @@ def test_several_steps_whatever_stays_or_lies_in_memory(base, dropout, nf4):
                 assert_equal(passes, batches, second)
 
 
+def test_hidden_states_may_lie_in_a_file(base, tmp_path):
+    batches = micro_batches()
+    expected = resident(base, batches, dropout=0.1)
+    with streamed(base, dropout=0.1, activations=tmp_path / "states") as passes:
+        assert_equal(passes, batches, expected)
+        assert not list((tmp_path / "states").iterdir())
+
+
 def test_mixed_precision(base):
     batches = micro_batches()
 
