@@ -7,7 +7,7 @@ from concurrent.futures import Executor, Future
 import torch
 
 from loram_cli.checkpoint.reader import TensorReader
-from loram_cli.modeling.skeleton import HollowModel, Slot, Weight
+from loram_cli.modeling.skeleton import SkeletonModel, Slot, Weight
 
 
 class WeightSource:
@@ -27,7 +27,7 @@ class WeightSource:
 
     def __init__(
         self,
-        skeleton: HollowModel,
+        skeleton: SkeletonModel,
         layers: Sequence[Sequence[Slot]],
         reader: TensorReader,
         host_bytes: int = 0,

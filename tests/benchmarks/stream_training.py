@@ -47,7 +47,7 @@ from loram_cli.checkpoint.index import read_config
 from loram_cli.modeling.chunked_loss import chunked_loss
 from loram_cli.modeling.layerwise.lora_pass import streamed_lora
 from loram_cli.modeling.load import load_causal_lm
-from loram_cli.modeling.skeleton import HollowModel
+from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import attach_lora, lora_config
 
@@ -92,7 +92,7 @@ with AnonymousPeak() as memory, contextlib.ExitStack() as stack:
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     begun = time.monotonic()
     if way.startswith("ours"):
-        skeleton = HollowModel(folder, **how)
+        skeleton = SkeletonModel(folder, **how)
         model, optimizer = factors(skeleton.model)
         there = folder.parent / "states" if way.endswith("file") else "device"
         passes = stack.enter_context(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loram_cli.modeling.layer_feed import LayerFeed, WeightSource
-from loram_cli.modeling.skeleton import HollowModel, Weight
+from loram_cli.modeling.skeleton import SkeletonModel, Weight
 
 
 class Loads:
@@ -48,7 +48,7 @@ def test_what_failed_ahead_is_tried_again_at_its_turn(fed):
 
 
 def test_layers_are_kept_in_memory_as_far_as_it_goes(base, monkeypatch):
-    skeleton = HollowModel(base, dtype=torch.float32, device="cpu")
+    skeleton = SkeletonModel(base, dtype=torch.float32, device="cpu")
     slots = [slots for _, slots in skeleton.layers()]
     layer_bytes = sum(slot.num_bytes for slot in slots[0])
     read = []

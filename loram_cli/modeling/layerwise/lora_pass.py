@@ -23,7 +23,7 @@ from loram_cli.modeling.layer_feed import LayerFeed, WeightSource
 from loram_cli.modeling.layerwise.draws import DrawOrder, generator_state, set_generator_state
 from loram_cli.modeling.layerwise.kept_states import KeptStates, Place
 from loram_cli.modeling.layerwise.parts import LayerCalls, ModelParts
-from loram_cli.modeling.skeleton import HollowModel, drain, fill
+from loram_cli.modeling.skeleton import SkeletonModel, drain, fill
 from loram_cli.reporting import Reporter
 
 _IGNORED_LABEL = -100
@@ -34,7 +34,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 @contextmanager
 def streamed_lora(
-    skeleton: HollowModel,
+    skeleton: SkeletonModel,
     model: Any,
     reporter: Reporter,
     *,
@@ -46,7 +46,7 @@ def streamed_lora(
 
     Args:
         skeleton: Not filled yet.
-        model: The PEFT model around :attr:`HollowModel.model`.
+        model: The PEFT model around :attr:`SkeletonModel.model`.
         reporter: Told of progress.
         stay: How many layers stay, from the first one on.
         host_bytes: Memory of the machine for copies of the other layers, see
@@ -89,7 +89,7 @@ class LoraPass:
 
     def __init__(
         self,
-        skeleton: HollowModel,
+        skeleton: SkeletonModel,
         model: Any,
         source: WeightSource,
         feed: LayerFeed,

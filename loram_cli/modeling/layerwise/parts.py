@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from loram_cli.arch.registry import family_for
 from loram_cli.memory.setup import chunk_tokens
 from loram_cli.modeling.chunked_loss import chunked_cross_entropy, head_parts
 
@@ -48,7 +47,7 @@ class ModelParts:
 
     def __init__(self, model: Any) -> None:
         self.inner, self._stack, self.logits_of = head_parts(model)
-        self.layers_name = family_for(self.inner.config.to_dict(), "the model").layers
+        self.layers_name = self.inner.family.layers
         self.layers = list(self.inner.get_submodule(self.layers_name))
         self.chunk = chunk_tokens(self.inner.config.vocab_size)
 

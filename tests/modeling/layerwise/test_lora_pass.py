@@ -15,7 +15,7 @@ from loram_cli.modeling.chunked_loss import chunked_loss
 from loram_cli.modeling.layerwise.lora_pass import streamed_lora
 from loram_cli.modeling.load import load_causal_lm
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
-from loram_cli.modeling.skeleton import HollowModel
+from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import attach_lora, lora_config, lora_targets
 
@@ -79,7 +79,7 @@ def resident(directory, batches, *, dropout=0.0, nf4=False, autocast=nullcontext
 
 @contextmanager
 def streamed(directory, *, dropout=0.0, nf4=False, targets=None, **how):
-    skeleton = HollowModel(directory, nf4=nf4, **FP32)
+    skeleton = SkeletonModel(directory, nf4=nf4, **FP32)
     model = with_factors(skeleton.model, directory, dropout, targets)
     with streamed_lora(skeleton, model, SILENT, **how) as passes:
         # Several chunks of the head in each micro-batch.

@@ -12,7 +12,7 @@ from helpers.factors import assert_same, trained
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import read_config
 from loram_cli.modeling.layerwise.lora_pass import streamed_lora
-from loram_cli.modeling.skeleton import HollowModel
+from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import attach_lora, lora_config, lora_targets
 from loram_cli.training.loop.loop import fit_lora
@@ -28,7 +28,7 @@ OPTIONS = FitOptions(
 @contextmanager
 def streamed(directory, *, dtype=torch.float32, nf4=False, dropout=0.05, **how):
     family = family_for(read_config(directory), "test")
-    skeleton = HollowModel(directory, dtype=dtype, device="cpu", nf4=nf4)
+    skeleton = SkeletonModel(directory, dtype=dtype, device="cpu", nf4=nf4)
     tied = family.geometry(read_config(directory)).tied_embeddings
     targets = lora_targets(family, tied_embeddings=tied, reporter=SILENT)
     model = attach_lora(skeleton.model, lora_config(targets, dropout=dropout), seed=3)
