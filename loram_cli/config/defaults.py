@@ -150,7 +150,7 @@ def train_spec(place: Place, values: Values) -> TrainSpec:
 def full_lora_spec(place: Place, values: Values) -> TrainSpec:
     """The same training on the base itself, to compare with."""
     places = {"source": model_dir(place.model), "out": place.run.path / FULL_LORA}
-    return train_spec(place, {**values, **places})
+    return train_spec(place, {**places, **values})
 
 
 def recover_spec(place: Place, values: Values) -> RecoverSpec:

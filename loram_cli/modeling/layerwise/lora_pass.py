@@ -47,7 +47,7 @@ def streamed_lora(
     Args:
         skeleton: Not filled yet.
         model: The PEFT model around :attr:`SkeletonModel.model`.
-        reporter: Told of progress.
+        reporter: Progress and warnings.
         stay: How many layers stay, from the first one on.
         host_bytes: Memory of the machine for copies of the other layers, see
             :class:`.WeightSource`.

@@ -53,6 +53,17 @@ class TrainSettings(FitSpec):
     quantize: Quantization | None = setting(
         None, help="nf4: hold the frozen model in 4 bits (QLoRAM)."
     )
+    stream: bool = setting(
+        False,
+        help="Bring the frozen layers one by one, twice a step: the same result, for a model that "
+        "exceeds the memory (SFT only).",
+        in_key=False,
+    )
+    offload_activations: bool = setting(
+        False,
+        help="With --stream: keep hidden states between layers off the GPU; on a CPU, in a file.",
+        in_key=False,
+    )
     beta: float | None = setting(
         None,
         help="Weight of the reference (dpo, grpo).",

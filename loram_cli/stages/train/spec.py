@@ -47,6 +47,7 @@ class TrainSpec(TrainSettings):
         else:
             self.settled()
         self._check_fsdp()
+        self._check_stream()
 
     def _check_fsdp(self) -> None:
         if not self.fsdp:
@@ -60,4 +61,25 @@ class TrainSpec(TrainSettings):
             raise UsageError(
                 "--fsdp begins a new adapter, and --from-adapter resumes one",
                 "launch without --fsdp: every process then holds the model whole",
+            )
+
+    def _check_stream(self) -> None:
+        if not self.stream:
+            if self.offload_activations:
+                raise UsageError(
+                    "--offload-activations goes with --stream",
+                    "to keep fewer activations, pass --gradient-checkpointing",
+                )
+            return
+        if self.objective != "sft":
+            raise UsageError(f"--stream does not go with --objective {self.objective}")
+        if self.fsdp:
+            raise UsageError(
+                "--stream does not go with --fsdp",
+                "the first is for one GPU, the other for several",
+            )
+        if self.cross_entropy != "chunked":
+            raise UsageError(
+                f"--stream does not go with --cross-entropy {self.cross_entropy}",
+                "pass --cross-entropy chunked",
             )

@@ -1,6 +1,7 @@
 """Train: LoRA on the pruned (or aligned) model, or on any base, by one of the objectives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,21 @@ import peft  # noqa: F401 - imported here so that its memory is not charged to t
 import transformers
 
 from loram_cli.arch.registry import family_for
+from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
 from loram_cli.checkpoint.model import Model
+from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_lora_params, count_params
 from loram_cli.memory.setup import TrainingSetup, usual_attention
-from loram_cli.memory.training import training_memory
+from loram_cli.memory.streaming import streamed_training_memory
+from loram_cli.memory.training import USABLE_SHARE, TrainingMemory, training_memory
+from loram_cli.modeling.free_memory import free_memory_bytes
+from loram_cli.modeling.layerwise.kept_states import Place
+from loram_cli.modeling.layerwise.lora_pass import LoraPass, streamed_lora
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.sharding import SharedModel, whole_trained_weights
+from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
@@ -44,8 +52,12 @@ from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.adapters import attach_lora, continue_lora, lora_config, save_adapter
 from loram_cli.training.data.documents import source_layout
 from loram_cli.training.loop.options import resolve_precision, weights_dtype
+from loram_cli.units import format_bytes
 
 __all__ = ["TrainSpec", "plan", "run"]
+
+# Of the machine's free memory, for copies of layers beside a GPU.
+_HOST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,11 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         UsageError: A LoRA target that the model does not have.
     """
     spec = as_launched(spec.settled())
+    if spec.stream and process_count() > 1:
+        raise UsageError(
+            f"--stream runs in one process, and {process_count()} were started",
+            "start it without a launcher, or pass --fsdp to share the model out",
+        )
     check_out_of_tree(spec.out, *filter(None, (spec.source, spec.from_adapter)))
     device = check_device(spec)
     prepare_tracking(spec)
@@ -87,7 +104,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         values = {"rank": spec.rank, "alpha": spec.alpha}
         inputs["adapter"] = check_start(spec.from_adapter, source, values, targets)
     setup = _setup(spec, targets, model.config, device)
-    memory = training_memory(model.family, model.config, setup)
+    memory = _memory(spec, model.family, model.config, setup)
     more_bytes = spec.chosen_objective.more_bytes(spec, memory, model.family, model.config, setup)
     lora_params = count_lora_params(model.family, model.config, spec.rank, targets)
     figures: dict[str, Any] = {"params": model.num_params, "lora_params": lora_params}
@@ -122,7 +139,7 @@ def foresee(spec: TrainSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     tied = family.geometry(config).tied_embeddings
     targets = lora_targets(family, tied_embeddings=tied, targets=spec.targets or None)
     setup = replace(_setup(spec, targets, config, "cpu"), device="cuda", precision="bf16")
-    memory = training_memory(family, config, setup)
+    memory = _memory(spec, family, config, setup)
     more_bytes = spec.chosen_objective.more_bytes(spec, memory, family, config, setup)
     return {
         "params": count_params(family, config).total,
@@ -185,6 +202,18 @@ def _setup(
     )
 
 
+def _memory(
+    spec: TrainSpec, family: Family, config: Mapping[str, Any], setup: TrainingSetup
+) -> TrainingMemory:
+    if not spec.stream:
+        return training_memory(family, config, setup)
+    micro_batches = spec.batch // spec.micro_batch
+    offload = spec.offload_activations
+    return streamed_training_memory(
+        family, config, setup, micro_batches, offload_activations=offload
+    )
+
+
 def _train(
     spec: TrainSpec,
     work: TrainWork,
@@ -200,8 +229,13 @@ def _train(
     objective.warm_up()
     transformers.set_seed(spec.seed)
     start_meter()
-    model = _load(spec, work, device, reporter).train()
-    fitted = prepared.fit(model, path)
+    if spec.stream:
+        with streamed_model(spec, work, device, path, reporter) as passes:
+            model = passes.model
+            fitted = prepared.fit(model, path, streamed=passes)
+    else:
+        model = _load(spec, work, device, reporter).train()
+        fitted = prepared.fit(model, path)
     factors = whole_trained_weights(model) if spec.fsdp else None
     if is_main_process():
         save_adapter(model, path, weights=factors)
@@ -256,6 +290,52 @@ def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> 
     if spec.quantize:
         prepare_for_training(model)
     return _with_factors(model, spec, work.targets)
+
+
+@contextmanager
+def streamed_model(
+    spec: TrainSpec, work: TrainWork, device: str, path: Path, reporter: Reporter
+) -> Iterator[LoraPass]:
+    """The frozen model, its layers where they are until they are needed, with LoRA factors.
+
+    What a GPU has left beside the training keeps layers that then need not come again; half of
+    the machine's memory holds copies of the others.
+
+    Args:
+        spec: How to train.
+        work: The model, opened.
+        device: Where to compute.
+        path: The stage's directory, for a file of hidden states.
+        reporter: Progress and warnings.
+    """
+    skeleton = SkeletonModel(
+        work.model,
+        dtype=weights_dtype(spec.precision, device),
+        device=device,
+        attention=spec.attention,
+        nf4=spec.quantize == "nf4",
+    )
+    model = _with_factors(skeleton.model, spec, work.targets)
+    layers = [sum(slot.num_bytes for slot in slots) for _, slots in skeleton.layers()]
+    stay = host_bytes = 0
+    place: Place = "device"
+    if device.startswith("cuda"):
+        family, config = work.model.family, work.model.config
+        memory = _memory(spec, family, config, _setup(spec, work.targets, config, device))
+        spare_bytes = int(free_memory_bytes(device) * USABLE_SHARE) - memory.allocated
+        stay = max(0, min(len(layers), spare_bytes // max(layers)))
+        host_bytes = int(_HOST_SHARE * free_memory_bytes("cpu"))
+        place = "host" if spec.offload_activations else "device"
+    elif spec.offload_activations:
+        place = path
+    reporter.note(
+        f"layer by layer: {len(layers) - stay} of {len(layers)} layers come and go, "
+        f"{format_bytes(sum(layers[stay:]))} twice a step for {spec.batch} examples"
+    )
+    with streamed_lora(
+        skeleton, model, reporter, stay=stay, host_bytes=host_bytes, activations=place
+    ) as passes:
+        yield passes
 
 
 def _with_factors(model: Any, spec: TrainSpec, targets: tuple[str, ...]) -> Any:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loram_cli.arch.spec import Family
@@ -25,11 +24,12 @@ class Prepared:
 
     Attributes:
         examples: How many train.
-        fit: Trains a PEFT model, keeping checkpoints in a directory.
+        fit: Trains a PEFT model, keeping checkpoints in a directory; where the objective can,
+            layer by layer, by the pass given as ``streamed``.
     """
 
     examples: int
-    fit: "Callable[[Any, Path], FitResult]"
+    fit: "Callable[..., FitResult]"
 
 
 def no_check(spec: TrainSettings) -> None:

@@ -10,6 +10,7 @@ from loram_cli.stages.train.objectives.objective import Objective, Prepared
 from loram_cli.stages.train.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from loram_cli.modeling.layerwise.lora_pass import LoraPass
     from loram_cli.training.loop.options import FitResult
 
 
@@ -43,8 +44,9 @@ def _prepare(
         for examples in (train, evaluation)
     )
 
-    def fit(model: Any, path: Path) -> "FitResult":
-        return fit_lora(model, train_rows, eval_rows, fit_options(spec), path, reporter)
+    def fit(model: Any, path: Path, streamed: "LoraPass | None" = None) -> "FitResult":
+        options = fit_options(spec)
+        return fit_lora(model, train_rows, eval_rows, options, path, reporter, streamed=streamed)
 
     return Prepared(len(train_rows), fit)
 
