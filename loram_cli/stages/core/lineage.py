@@ -141,7 +141,7 @@ def check_start(
     """Refuse to resume from an adapter of another model, other widths or another shape.
 
     Args:
-        adapter: The earlier adapter.
+        adapter: The earlier adapter: of a training, or recovered for the base.
         source: The model to train on.
         values: Rank and alpha that are asked for.
         targets: Modules that are to have factors.
@@ -154,18 +154,20 @@ def check_start(
         UsageError: Its rank, alpha or targets are not those asked for.
     """
     manifest = Manifest.read(adapter)
-    if manifest.stage != "train":
+    if manifest.stage not in ("train", "recover"):
         raise LoramError(
-            f"{adapter}: was made by '{manifest.stage}', expected an output of 'train'",
-            "resume from the small adapter, and recover the result",
+            f"{adapter}: was made by '{manifest.stage}', expected an output of 'train' or 'recover'"
         )
-    trained_on, here = manifest.inputs.get("source", {}), source.record["path"]
+    recovered = manifest.stage == "recover"
+    trained_on = manifest.base if recovered else manifest.inputs.get("source", {})
+    here = source.record["path"]
     for said in differences(trained_on, source.record):
         raise LoramError(
             f"{adapter}: was trained on another model: {said} differ from {here}",
             f"pass --in {trained_on.get('path')}, or train that adapter anew",
         )
-    if manifest.keep != source.keep:
+    # A recovered adapter fits the base, and what was pruned may learn there as well.
+    if not recovered and manifest.keep != source.keep:
         raise LoramError(f"{adapter}: its keep indices are not those of {here}")
     for name, value in adapter_values(adapter).items():
         if values[name] != value:

@@ -139,7 +139,7 @@ def test_sft_goes_on_from_an_adapter_too(run_copy: Path, instructions: Path):
     ("changes", "said"),
     [
         ({"source": "pruned"}, "was trained on another model: weights differ"),
-        ({"from_adapter": "recovered"}, "was made by 'recover', expected an output of 'train'"),
+        ({"from_adapter": "recovered"}, "was trained on another model"),
         ({"rank": 4}, "--rank 4 is not that of .* \\(8\\)"),
         ({"alpha": 3}, "--alpha 3 is not that of .* \\(16\\)"),
         ({"targets": ("q_proj",)}, "--targets are not those of"),

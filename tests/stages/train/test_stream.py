@@ -5,9 +5,11 @@ import signal
 from contextlib import contextmanager
 
 import pytest
+from helpers.tiny import make_base
 
 from loram_cli.cli.app import run_command
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.lora.adapter import LoraAdapter
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.train import stage
@@ -87,6 +89,45 @@ def test_on_full_trains_the_runs_base(base, instructions, tmp_path, capsys):
     assert inputs["source"]["path"] == str(base)
     assert run_command([*map(str, words), "--in", str(base)]) == 2
     assert "--on full is the run's base" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def recovered(base, instructions, tmp_path_factory):
+    """A run with a recovered adapter."""
+    run = tmp_path_factory.mktemp("recovered") / "run"
+    small = ["--data", instructions, "--steps", 2, "--batch", 2, "--micro-batch", 1]
+    for words in (
+        ["prune", "--model", base, "--strategy", "rand", "--ratio", 0.5, "--keep-first", 1],
+        ["train", *small, "--max-length", 48, "--learning-rate", "1e-2", "--warmup-steps", 0],
+        ["recover"],
+    ):
+        assert run_command([*map(str, words), "--run", str(run)]) == 0
+    return run
+
+
+def test_a_recovered_adapter_is_polished_on_the_full_model(recovered, base, instructions, tmp_path):
+    from_there = {"from_adapter": recovered / "recovered", "steps": 2}
+    for name, stream in (("streamed", True), ("resident", False)):
+        spec = spec_of(base, instructions, tmp_path / name, stream=stream, **from_there)
+        stage.run(spec, SILENT)
+    assert weights(tmp_path / "streamed") == weights(tmp_path / "resident")
+    before = LoraAdapter.read(recovered / "recovered").pairs
+    after = LoraAdapter.read(tmp_path / "streamed").pairs
+    filled = [(before[name].lora_b == 0) & (after[name].lora_b != 0) for name in before]
+    # Rows of what was pruned are zero after a recovery, and learn here.
+    assert any(bool(at.any()) for at in filled)
+    manifest = Manifest.read(tmp_path / "streamed")
+    assert manifest.inputs["adapter"]["path"] == str(recovered / "recovered")
+    assert run_command(["verify", str(tmp_path / "streamed")]) == 0
+
+
+def test_a_recovered_adapter_of_another_base_is_refused(recovered, instructions, tmp_path):
+    other = make_base(tmp_path / "other", seed=9)
+    spec = spec_of(
+        other, instructions, tmp_path / "out", stream=True, from_adapter=recovered / "recovered"
+    )
+    with pytest.raises(LoramError, match="was trained on another model: weights differ"):
+        stage.plan(spec, SILENT)
 
 
 def test_a_plan_tells_the_smaller_memory(base, instructions, tmp_path):
