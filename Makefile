@@ -46,6 +46,7 @@ bench: $(VENV)/installed ## streaming against cp, Taylor, SparseGPT, decoding, o
 	$(BIN)/python $(BENCHMARKS)/decode.py
 	$(BIN)/python $(BENCHMARKS)/quantized_load.py
 	$(BIN)/python $(BENCHMARKS)/offload.py
+	$(BIN)/python $(BENCHMARKS)/stream_training.py
 
 bench-huge: $(VENV)/installed ## streaming a checkpoint larger than its memory limit (23 GB of disk)
 	$(BIN)/python $(BENCHMARKS)/huge.py $(ARGS)

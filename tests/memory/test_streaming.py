@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.live import LiveStorage
+from helpers.tensor_storage import LiveStorage
 
 from loram_cli.arch.registry import family_for
 from loram_cli.memory.presets import load_preset

@@ -5,7 +5,7 @@ import signal
 from contextlib import contextmanager
 
 import pytest
-from helpers.tiny import make_base
+from helpers.tiny_models import make_base
 
 from loram_cli.cli.app import run_command
 from loram_cli.errors import LoramError, UsageError
