@@ -10,11 +10,24 @@ from loram_cli.modeling.skeleton import SkeletonModel, Weight
 
 
 class Loads:
-    def __init__(self):
-        self.order, self.failing = [], set()
+    """A source that tells what it is asked for."""
 
-    def __call__(self, index):
+    def __init__(self):
+        self.order, self.failing, self.there, self.closed = [], set(), set(), False
+
+    def ready(self, index):
+        assert index in self.there
+
+    def release(self, index):
+        self.there.discard(index)
+
+    def close(self):
+        self.closed = not self.there
+
+    def load(self, index):
         self.order.append(index)
+        self.there.add(index)
+        assert len(self.there) <= 2
         if index in self.failing:
             raise RuntimeError(f"layer {index} cannot be read")
         return [Weight(torch.full((1,), float(index)))]
@@ -26,7 +39,8 @@ def fed():
     with ThreadPoolExecutor(1) as thread:
         feed = LayerFeed(loads, thread)
         yield loads, feed
-        feed.forget()
+        feed.close()
+        assert loads.closed
 
 
 def test_the_next_layer_is_loaded_meanwhile_and_what_is_held_is_not_loaded_again(fed):

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from loram_cli.checkpoint.reader import TensorReader
-from loram_cli.modeling.layer_feed import LayerFeed, WeightSource
+from loram_cli.modeling.copies import Copies, CudaCopies
+from loram_cli.modeling.layer_feed import BufferedSource, LayerFeed, LayerSource, WeightSource
 from loram_cli.modeling.layerwise.draws import DrawOrder, generator_state, set_generator_state
 from loram_cli.modeling.layerwise.kept_states import KeptStates, Place
 from loram_cli.modeling.layerwise.parts import LayerCalls, ModelParts
@@ -41,6 +42,7 @@ def streamed_lora(
     stay: int = 0,
     host_bytes: int = 0,
     activations: Place = "device",
+    copies: Copies | None = None,
 ) -> Iterator["LoraPass"]:
     """Fill what stays, and open the way for the layers that come and go, within the block.
 
@@ -52,6 +54,8 @@ def streamed_lora(
         host_bytes: Memory of the machine for copies of the other layers, see
             :class:`.WeightSource`.
         activations: Where hidden states at layer boundaries are kept, see :class:`.KeptStates`.
+        copies: How layers get to the device while it computes; None takes a GPU's own, and on a
+            CPU has them read where they are needed.
 
     Raises:
         LoramError: A tensor is absent or of another shape, or the config asks for dropout inside
@@ -67,10 +71,14 @@ def streamed_lora(
                 fill(slot, skeleton.read(slot, reader))
                 progress.advance(slot.num_bytes / 2**20)
         thread = stack.enter_context(ThreadPoolExecutor(1, "layers"))
-        source = WeightSource(skeleton, slots, reader, host_bytes)
-        feed = LayerFeed(source.load, thread)
+        if copies is None and skeleton.device.startswith("cuda"):
+            copies = CudaCopies(skeleton.device)
+        source: LayerSource = WeightSource(skeleton, slots, reader, host_bytes)
+        if copies is not None:
+            source = BufferedSource(skeleton, slots, reader, copies, host_bytes)
+        feed = LayerFeed(source, thread)
         # What is under way ends before the thread does, and that before files are closed.
-        stack.callback(feed.forget)
+        stack.callback(feed.close)
         kept = KeptStates(activations, torch.device(skeleton.device))
         stack.callback(kept.close)
         yield LoraPass(skeleton, model, source, feed, kept, stay)
@@ -91,7 +99,7 @@ class LoraPass:
         self,
         skeleton: SkeletonModel,
         model: Any,
-        source: WeightSource,
+        source: LayerSource,
         feed: LayerFeed,
         kept: KeptStates,
         stay: int,

@@ -3,9 +3,11 @@
 import gc
 import weakref
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
+from helpers.fake_copies import FakeCopies
 from helpers.variants import VARIANTS
 
 from loram_cli.arch.registry import family_for
@@ -170,6 +172,41 @@ def test_losses_without_gradients(base):
         assert all(p.grad is None for p in passes.model.parameters())
 
 
+@pytest.mark.parametrize("pins", [True, False], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
+def test_copies_beside_the_computation_keep_their_order(base, nf4, pins):
+    if nf4:
+        pytest.importorskip("bitsandbytes")
+    batches = micro_batches()
+    first, second = (resident(base, batches, dropout=0.1, nf4=nf4, steps=steps) for steps in (1, 2))
+    for stay in (0, 1, 3, 4):
+        for host_bytes in (0, 20_000, 10**9):
+            copies = FakeCopies(pins)
+            with streamed(
+                base, dropout=0.1, nf4=nf4, stay=stay, host_bytes=host_bytes, copies=copies
+            ) as passes:
+                passes.accumulate(batches[:1], 100)
+                passes.model.zero_grad()
+                watched_by(copies, passes, stay)
+                torch.manual_seed(11)
+                assert_equal(passes, batches, first)
+                assert_equal(passes, batches, second)
+            assert copies.broken == [] and copies.pinned == set()
+
+
+def watched_by(copies, passes, stay):
+    """Every layer that comes tells which weights it reads."""
+
+    def tell(slots, *_):
+        for slot in slots:
+            for module, kind in slot.places:
+                copies.reading(module._parameters[kind])
+
+    for layer, slots in list(zip(passes.parts.layers, passes.slots, strict=True))[stay:]:
+        # Not of the layer itself: before the first one and after the last, all are passed through.
+        layer.mlp.register_forward_pre_hook(partial(tell, slots))
+
+
 class Counted:
     """Loads of each layer, and weights of them that are alive."""
 
@@ -183,7 +220,7 @@ class Counted:
             self._there += [(index, weakref.ref(weight.data)) for weight in weights]
             return weights
 
-        passes.feed._load = counted
+        passes.source.load = counted
 
     def layers_alive(self):
         return {index for index, tensor in self._there if tensor() is not None}
