@@ -1,7 +1,6 @@
 """Train: LoRA on the pruned (or aligned) model, or on any base, by one of the objectives."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,7 @@ from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_lora_params, count_params
 from loram_cli.memory.setup import TrainingSetup, usual_attention
 from loram_cli.memory.streaming import streamed_training_memory
-from loram_cli.memory.training import USABLE_SHARE, TrainingMemory, training_memory
-from loram_cli.modeling.free_memory import free_memory_bytes
-from loram_cli.modeling.layerwise.kept_states import Place
-from loram_cli.modeling.layerwise.lora_pass import LoraPass, streamed_lora
+from loram_cli.memory.training import TrainingMemory, training_memory
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.sharding import SharedModel, whole_trained_weights
@@ -52,12 +48,9 @@ from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.adapters import attach_lora, continue_lora, lora_config, save_adapter
 from loram_cli.training.data.documents import source_layout
 from loram_cli.training.loop.options import resolve_precision, weights_dtype
-from loram_cli.units import format_bytes
+from loram_cli.training.streamed import streamed_within
 
 __all__ = ["TrainSpec", "plan", "run"]
-
-# Of the machine's free memory, for copies of layers beside a GPU.
-_HOST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -230,8 +223,20 @@ def _train(
     transformers.set_seed(spec.seed)
     start_meter()
     if spec.stream:
-        with streamed_model(spec, work, device, path, reporter) as passes:
-            model = passes.model
+        skeleton = SkeletonModel(
+            work.model,
+            dtype=weights_dtype(spec.precision, device),
+            device=device,
+            attention=spec.attention,
+            nf4=spec.quantize == "nf4",
+        )
+        model = _with_factors(skeleton.model, spec, work.targets)
+        setup = _setup(spec, work.targets, work.model.config, device)
+        memory = _memory(spec, work.model.family, work.model.config, setup)
+        offload = spec.offload_activations
+        with streamed_within(
+            skeleton, model, memory, reporter, offload_activations=offload, directory=path
+        ) as passes:
             fitted = prepared.fit(model, path, streamed=passes)
     else:
         model = _load(spec, work, device, reporter).train()
@@ -290,52 +295,6 @@ def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> 
     if spec.quantize:
         prepare_for_training(model)
     return _with_factors(model, spec, work.targets)
-
-
-@contextmanager
-def streamed_model(
-    spec: TrainSpec, work: TrainWork, device: str, path: Path, reporter: Reporter
-) -> Iterator[LoraPass]:
-    """The frozen model, its layers where they are until they are needed, with LoRA factors.
-
-    What a GPU has left beside the training keeps layers that then need not come again; half of
-    the machine's memory holds copies of the others.
-
-    Args:
-        spec: How to train.
-        work: The model, opened.
-        device: Where to compute.
-        path: The stage's directory, for a file of hidden states.
-        reporter: Progress and warnings.
-    """
-    skeleton = SkeletonModel(
-        work.model,
-        dtype=weights_dtype(spec.precision, device),
-        device=device,
-        attention=spec.attention,
-        nf4=spec.quantize == "nf4",
-    )
-    model = _with_factors(skeleton.model, spec, work.targets)
-    layers = [sum(slot.num_bytes for slot in slots) for _, slots in skeleton.layers()]
-    stay = host_bytes = 0
-    place: Place = "device"
-    if device.startswith("cuda"):
-        family, config = work.model.family, work.model.config
-        memory = _memory(spec, family, config, _setup(spec, work.targets, config, device))
-        spare_bytes = int(free_memory_bytes(device) * USABLE_SHARE) - memory.allocated
-        stay = max(0, min(len(layers), spare_bytes // max(layers)))
-        host_bytes = int(_HOST_SHARE * free_memory_bytes("cpu"))
-        place = "host" if spec.offload_activations else "device"
-    elif spec.offload_activations:
-        place = path
-    reporter.note(
-        f"layer by layer: {len(layers) - stay} of {len(layers)} layers come and go, "
-        f"{format_bytes(sum(layers[stay:]))} twice a step for {spec.batch} examples"
-    )
-    with streamed_lora(
-        skeleton, model, reporter, stay=stay, host_bytes=host_bytes, activations=place
-    ) as passes:
-        yield passes
 
 
 def _with_factors(model: Any, spec: TrainSpec, targets: tuple[str, ...]) -> Any:
