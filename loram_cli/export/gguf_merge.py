@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, Keys
 
 from loram_cli.errors import LoramError
@@ -40,6 +41,8 @@ from loram_cli.reporting import Reporter
 from loram_cli.units import MIB
 
 MODELFILE_SUFFIX = ".Modelfile"
+# Below it a user should know: an update that is smaller than a type's step is rounded away.
+_LEAST_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,22 @@ class Change:
     source: GgufTensor
     planned: PlannedTensor
     module: str | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote.
+
+    Attributes:
+        modelfile: Ollama's Modelfile.
+        kept_share: How much of the update is in the new file: ``<W' - W, U> / <U, U>`` over all
+            touched weights, ``W'`` as stored and ``U`` the update. 1 where types are fine enough
+            or round at random; less where an update is smaller than the steps of a type that
+            the base is stored in already, so that rounding gives the old weight back.
+    """
+
+    modelfile: Path
+    kept_share: float
 
 
 @dataclass(frozen=True)
@@ -128,7 +147,7 @@ def plan_merge(
 
 def merge(
     adapter: LoraAdapter, plan: MergePlan, out: Path, reporter: Reporter, *, force: bool = False
-) -> Path:
+) -> Merged:
     """Write the base with the adapter added, and a Modelfile for Ollama beside it.
 
     Tensors that the adapter does not touch, the metadata, the tokenizer and the chat template are
@@ -138,16 +157,14 @@ def merge(
         adapter: As planned.
         plan: From :func:`plan_merge`.
         out: The new file.
-        reporter: Gets progress.
+        reporter: Gets progress, and a warning where rounding takes much of the update away.
         force: Replace an existing file.
-
-    Returns:
-        The Modelfile.
 
     Raises:
         LoramError: NaN weights, values that the type cannot hold, or a full disk.
         UsageError: The file exists.
     """
+    stored = update = 0.0
     with (
         whole_file(out, force=force) as file,
         reporter.progress("merge", plan.num_bytes / MIB, "MiB") as progress,
@@ -162,12 +179,20 @@ def merge(
             else:
                 pair = plan.names.reordered(change.module, adapter.pairs[change.module])
                 scaling = adapter.scaling(change.module)
-                _write_updated(file, plan.base, change, pair, scaling)
+                products = _write_updated(file, plan.base, change, pair, scaling)
+                stored, update = stored + products[0], update + products[1]
             file.write(bytes(padding(change.planned.num_bytes, alignment)))
             progress.advance(change.planned.num_bytes / MIB)
     modelfile = modelfile_path(out)
     modelfile.write_text(modelfile_text(out, plan.base), "utf-8")
-    return modelfile
+    share = stored / update if update else 1.0
+    if share < _LEAST_SHARE:
+        kinds = sorted({c.planned.kind.name for c in plan.changes if c.module is not None})
+        reporter.warn(
+            f"{out}: only {share:.0%} of the update is left after rounding to {', '.join(kinds)}. "
+            "Pass --type f16 or q8_0, or merge into an F16 file and quantize after it."
+        )
+    return Merged(modelfile, share)
 
 
 def modelfile_path(out: Path) -> Path:
@@ -263,10 +288,22 @@ def _metadata(plan: MergePlan) -> tuple[int, bytes]:
 
 def _write_updated(
     out: BinaryIO, base: GgufFile, change: Change, pair: LoraPair, scaling: float
-) -> None:
-    """Write ``W + scaling * B @ A``, some rows at a time."""
+) -> tuple[float, float]:
+    """Write ``W' = W + U``, ``U = scaling * B @ A``, some rows at a time.
+
+    Returns:
+        ``<W' - W, U>``, ``W'`` as stored, and ``<U, U>``.
+    """
+    stored = update = 0.0
     where = f"{base.path}: tensor {change.source.name}"
-    for start, stored in base.read_rows(change.source):
-        rows = decode(stored, change.source.kind)
-        add_update(rows, start, pair, scaling)
-        out.write(encode(rows, change.planned.kind, where).tobytes())
+    for start, raw in base.read_rows(change.source):
+        old = decode(raw, change.source.kind)
+        new = old.clone()
+        add_update(new, start, pair, scaling)
+        coded = encode(new, change.planned.kind, where)
+        out.write(coded.tobytes())
+        wanted = new - old
+        got = decode(coded, change.planned.kind) - old
+        stored += torch.dot(got.flatten(), wanted.flatten()).item()
+        update += torch.dot(wanted.flatten(), wanted.flatten()).item()
+    return stored, update

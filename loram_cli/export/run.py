@@ -20,12 +20,15 @@ class Exported:
         modelfile: Ollama's Modelfile beside it; None for an adapter alone.
         modules: Modules of the adapter.
         num_bytes: Of the file; None for an adapter that is not written yet.
+        kept_share: How much of the update a merge's rounding left; see :class:`.Merged`. None
+            where nothing was merged.
     """
 
     path: Path
     modelfile: Path | None
     modules: int
     num_bytes: int | None
+    kept_share: float | None = None
 
     def to_mapping(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -52,7 +55,9 @@ def run(spec: ExportSpec, reporter: Reporter, *, dry_run: bool = False) -> Expor
         return Exported(spec.out, None, written.modules, written.num_bytes)
     adapter = LoraAdapter.read(spec.adapter)
     planned = plan_merge(adapter, spec.merge_into, spec.out, kind=spec.type, force=spec.force)
-    if not dry_run:
-        merge(adapter, planned, spec.out, reporter, force=spec.force)
-    size_bytes = planned.num_bytes if dry_run else spec.out.stat().st_size
-    return Exported(spec.out, modelfile_path(spec.out), planned.touched, size_bytes)
+    modelfile = modelfile_path(spec.out)
+    if dry_run:
+        return Exported(spec.out, modelfile, planned.touched, planned.num_bytes)
+    done = merge(adapter, planned, spec.out, reporter, force=spec.force)
+    size_bytes = spec.out.stat().st_size
+    return Exported(spec.out, modelfile, planned.touched, size_bytes, done.kept_share)

@@ -21,7 +21,7 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.export.gguf_file import GgufFile
 from loram_cli.export.gguf_merge import merge, plan_merge
 from loram_cli.export.gguf_types import WRITABLE, decode
-from loram_cli.lora.adapter import LoraAdapter
+from loram_cli.lora.adapter import LoraAdapter, LoraPair
 from loram_cli.reporting import NullReporter
 
 
@@ -143,6 +143,48 @@ def test_another_alignment_is_kept(tmp_path):
     assert any(t.num_bytes % 256 for t in merged.tensors.values())
     assert bytes_of(out, "token_embd.weight") == bytes_of(base, "token_embd.weight")
     assert [t.name for t in GGUFReader(out).tensors] == [*merged.tensors]
+
+
+class Ears(NullReporter):
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, line):
+        self.warnings.append(line)
+
+
+@pytest.mark.parametrize(
+    ("own", "kind", "least", "most"),
+    [
+        (Type.F32, None, 0.999, 1.001),
+        (Type.F16, "q4_0", 0.5, 1.5),
+        (Type.Q4_0, "f16", 0.99, 1.01),
+        (Type.Q4_0, None, -0.5, 0.5),
+    ],
+)
+def test_an_update_smaller_than_the_steps_of_the_base_is_rounded_away(
+    tmp_path, own, kind, least, most
+):
+    _, base, adapter = made(tmp_path, kind=own)
+    small = {m: LoraPair(p.lora_a, p.lora_b / 40) for m, p in adapter.pairs.items()}
+    adapter = LoraAdapter(adapter.config, small)
+    ears, out = Ears(), tmp_path / "merged.gguf"
+    told = merge(adapter, plan_merge(adapter, base, out, kind=kind), out, ears)
+    assert least < told.kept_share < most
+    if own == Type.Q4_0 and kind is None:
+        [warning] = ears.warnings
+        assert f"only {told.kept_share:.0%} of the update is left" in warning
+    if 1 < most < 1.1:
+        assert not ears.warnings
+
+
+def test_an_adapter_of_zeros_loses_nothing(tmp_path):
+    _, base, adapter = made(tmp_path)
+    zero = {m: LoraPair(p.lora_a, p.lora_b * 0) for m, p in adapter.pairs.items()}
+    adapter = LoraAdapter(adapter.config, zero)
+    out = tmp_path / "merged.gguf"
+    assert merge(adapter, plan_merge(adapter, base, out), out, NullReporter()).kept_share == 1.0
+    assert out.read_bytes() == base.read_bytes()
 
 
 def test_a_tied_head_gets_a_tensor_of_its_own(tmp_path):
