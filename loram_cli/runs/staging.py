@@ -44,7 +44,7 @@ class StagedDirectory:
         Returns:
             The manifest as written: with the digests of the files beside it.
         """
-        _sync_tree(self.path)
+        sync_tree(self.path)
         leave_out = (MANIFEST_NAME, _KEY_NAME, *SCRATCH_NAMES)
         manifest = replace(
             manifest, outputs=file_records(self.path, leave_out=leave_out, known=digests)
@@ -54,13 +54,13 @@ class StagedDirectory:
         (self.path / _KEY_NAME).unlink(missing_ok=True)
         for name in SCRATCH_NAMES:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        _sync_tree(self.path)
+        sync_tree(self.path)
         retired = _beside(self.final, "old")
         shutil.rmtree(retired, ignore_errors=True)
         if self.final.exists():
             self.final.rename(retired)
         self.path.rename(self.final)
-        _sync(self.final.parent)
+        sync(self.final.parent)
         shutil.rmtree(retired, ignore_errors=True)
         self.committed = True
         return manifest
@@ -169,14 +169,16 @@ def _beside(final: Path, suffix: str) -> Path:
     return final.parent / f".{final.name}.{suffix}"
 
 
-def _sync_tree(root: Path) -> None:
+def sync_tree(root: Path) -> None:
+    """Have every file and folder on the disk."""
     for folder, _, files in os.walk(root):
         for name in files:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
+            sync(Path(folder) / name)
+        sync(Path(folder))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of files, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

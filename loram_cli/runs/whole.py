@@ -1,10 +1,10 @@
 """Folders of unfinished work: whether one is whole, and still what was written."""
 
 import json
-import os
 from pathlib import Path
 
 from loram_cli.runs.digests import file_records
+from loram_cli.runs.staging import sync, sync_tree
 
 MARK_NAME = "whole"
 
@@ -12,13 +12,12 @@ MARK_NAME = "whole"
 def mark_whole(folder: Path) -> None:
     """State that every file of a folder is written and on the disk, with their digests."""
     records = file_records(folder, leave_out=(MARK_NAME,))
-    for name in records:
-        _to_disk(folder / name)
+    sync_tree(folder)
     partial = folder / f"{MARK_NAME}.partial"
     partial.write_text(json.dumps(records), "utf-8")
-    _to_disk(partial)
+    sync(partial)
     partial.rename(folder / MARK_NAME)
-    _to_disk(folder)
+    sync(folder)
 
 
 def is_marked(folder: Path) -> bool:
@@ -41,11 +40,3 @@ def damage(folder: Path) -> str | None:
         if marked.get(name) != found[name]:
             return f"{name} has changed"
     return None
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

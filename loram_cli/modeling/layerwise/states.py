@@ -2,8 +2,9 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -64,8 +65,8 @@ class Boundary:
             assert self.file is not None
             self.file.unlink(missing_ok=True)
 
-    def _transfer(self, move: object, tensor: torch.Tensor, start: int) -> None:
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    def _transfer(self, move: Callable[..., int], tensor: torch.Tensor, start: int) -> None:
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
         offset_bytes = start * (self.num_bytes // self.shape[0])
         while view.nbytes:
             try:
@@ -108,12 +109,7 @@ class BoundaryPool:
     def __enter__(self) -> "BoundaryPool":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         for boundary in list(self._open):
             self.release(boundary)
         if self.directory.is_dir() and not any(self.directory.iterdir()):

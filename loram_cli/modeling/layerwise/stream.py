@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -88,13 +87,8 @@ class LayerStream:
     def __enter__(self) -> "LayerStream":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._reader.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._reader.__exit__(*error)
 
     @torch.no_grad()
     def embed(self, ids: torch.Tensor, batch: int) -> Iterator[tuple[int, torch.Tensor]]:

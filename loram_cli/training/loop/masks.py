@@ -22,6 +22,7 @@ def keep_zeros(model: Any, names: Iterable[str]) -> list[Any]:
     parameters = dict(model.named_parameters())
 
     def mask_gradient(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
         parameter.grad.masked_fill_(parameter == 0, 0)
 
     return [

@@ -1,20 +1,18 @@
 """Objective ``dpo``: learns to prefer one answer to another (arXiv 2305.18290)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loram_cli.arch.spec import Family
 from loram_cli.errors import UsageError
-from loram_cli.memory.setup import TrainingSetup
-from loram_cli.memory.training import TrainingMemory
 from loram_cli.reporting import Reporter
 from loram_cli.stages.train.objectives.objective import (
+    Load,
     Objective,
     Prepared,
     check_policy,
     import_trl,
+    loader,
     reference_bytes,
 )
 from loram_cli.stages.train.settings import TrainSettings
@@ -34,16 +32,10 @@ def _check(spec: TrainSettings) -> None:
         raise UsageError(f"--beta must be above 0, not {spec.beta:g}")
 
 
-def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
+def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Load:
     from loram_cli.training.data.preferences import load_preferences
 
-    return partial(
-        load_preferences,
-        tokenizer=tokenizer,
-        reporter=reporter,
-        seed=spec.seed,
-        exhausted=spec.exhausted,
-    )
+    return loader(load_preferences, spec, reporter, tokenizer=tokenizer)
 
 
 def _prepare(
@@ -73,16 +65,6 @@ def _prepare(
     return Prepared(len(train_rows), len(eval_rows), fit)
 
 
-def _more_bytes(
-    spec: TrainSettings,
-    memory: TrainingMemory,
-    family: Family,
-    config: Mapping[str, Any],
-    setup: TrainingSetup,
-) -> int:
-    return reference_bytes(spec, memory)
-
-
 OBJECTIVE = Objective(
     title="Preference training (DPO)",
     learns_from="preferences",
@@ -90,7 +72,7 @@ OBJECTIVE = Objective(
     check=_check,
     load=_load,
     prepare=_prepare,
-    more_bytes=_more_bytes,
+    more_bytes=reference_bytes,
     follows_sft=True,
     # A pair is two sequences in one pass.
     sequences_per_example=2,

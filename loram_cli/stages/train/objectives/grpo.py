@@ -1,7 +1,6 @@
 """Objective ``grpo``: draws answers and learns from those that are right (arXiv 2402.03300)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,12 @@ from loram_cli.memory.training import TrainingMemory, generation_bytes
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import process_count
 from loram_cli.stages.train.objectives.objective import (
+    Load,
     Objective,
     Prepared,
     check_policy,
     import_trl,
+    loader,
     reference_bytes,
 )
 from loram_cli.stages.train.settings import TrainSettings
@@ -52,10 +53,10 @@ def _check(spec: TrainSettings) -> None:
         )
 
 
-def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
+def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Load:
     from loram_cli.training.data.questions import load_questions
 
-    return partial(load_questions, reporter=reporter, seed=spec.seed, exhausted=spec.exhausted)
+    return loader(load_questions, spec, reporter)
 
 
 def _prepare(

@@ -1,7 +1,8 @@
 """What an objective of training says of itself."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loram_cli.arch.spec import Family
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 OWN_SETTINGS = ("beta", "generations", "max_completion_length", "temperature")
 
 
+Load = Callable[..., Sequence[Any]]
+"""Reads a data source, all of it or with a ``limit``."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Data that was read and made into tokens, ready to train on.
@@ -32,21 +37,6 @@ class Prepared:
     examples: int
     eval_examples: int
     fit: "Callable[..., FitResult]"
-
-
-def no_check(spec: TrainSettings) -> None:
-    """An objective without checks of its own."""
-
-
-def no_more_memory(
-    spec: TrainSettings,
-    memory: TrainingMemory,
-    family: Family,
-    config: Mapping[str, Any],
-    setup: TrainingSetup,
-) -> int:
-    """An objective that takes what its training takes."""
-    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +61,15 @@ class Objective:
     title: str
     learns_from: str
     settings: Callable[[TrainSettings], Mapping[str, Any]]
-    load: Callable[[TrainSettings, Any, Reporter], Callable[..., Sequence[Any]]]
+    load: Callable[[TrainSettings, Any, Reporter], Load]
     prepare: Callable[[TrainSettings, list[Any], list[Any], Any, Reporter], Prepared]
-    check: Callable[[TrainSettings], None] = no_check
+    check: Callable[[TrainSettings], None] = lambda spec: None
     more_bytes: Callable[
         [TrainSettings, TrainingMemory, Family, Mapping[str, Any], TrainingSetup], int
-    ] = no_more_memory
+    ] = lambda *_: 0
     follows_sft: bool = False
     sequences_per_example: int = 1
-    warm_up: Callable[[], None] = field(default=lambda: None)
+    warm_up: Callable[[], None] = lambda: None
 
 
 def check_policy(spec: TrainSettings) -> None:
@@ -101,7 +91,12 @@ def check_policy(spec: TrainSettings) -> None:
             raise UsageError(f"{flag} {value} does not go with --objective {spec.objective}")
 
 
-def reference_bytes(spec: TrainSettings, memory: TrainingMemory) -> int:
+def loader(load: Load, spec: TrainSettings, reporter: Reporter, **more: Any) -> Load:
+    """A function that reads data as the spec says."""
+    return partial(load, reporter=reporter, seed=spec.seed, exhausted=spec.exhausted, **more)
+
+
+def reference_bytes(spec: TrainSettings, memory: TrainingMemory, *_: Any) -> int:
     """A reference costs a frozen copy of the factors, since the model is shared."""
     return memory.adapter if spec.from_adapter is not None and spec.beta else 0
 

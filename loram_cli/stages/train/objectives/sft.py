@@ -1,12 +1,11 @@
 """Objective ``sft``: learns given answers."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loram_cli.reporting import Reporter
-from loram_cli.stages.train.objectives.objective import Objective, Prepared
+from loram_cli.stages.train.objectives.objective import Load, Objective, Prepared, loader
 from loram_cli.stages.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -18,17 +17,10 @@ def _settings(spec: TrainSettings) -> Mapping[str, Any]:
     return {"dropout": 0.05}
 
 
-def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Callable[..., Sequence[Any]]:
+def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Load:
     from loram_cli.training.data.documents import load_instructions
 
-    return partial(
-        load_instructions,
-        tokenizer=tokenizer,
-        reporter=reporter,
-        train_on=spec.train_on,
-        seed=spec.seed,
-        exhausted=spec.exhausted,
-    )
+    return loader(load_instructions, spec, reporter, tokenizer=tokenizer, train_on=spec.train_on)
 
 
 def _prepare(
