@@ -108,6 +108,7 @@ with AnonymousPeak(0.02) as memory, contextlib.ExitStack() as stack:
             folder, dtype=torch.float32, device_map="auto", max_memory={"cpu": "260MiB"},
             offload_folder=place, local_files_only=True,
         )
+        model.family = family
         step = plain(*factors(model), True)
     else:
         step = plain(*factors(load_causal_lm(folder, **how)), way.endswith("checkpointing"))

@@ -70,7 +70,7 @@ def score(way: str, base: Path, out: Path) -> None:
     if way == "whole":
         from helpers.whole_model_gradients import whole_model_gradients
 
-        names = list(family.linear_names(len(layers)))
+        names = list(family.linear_names(config))
         gradients = whole_model_gradients(base, windows, names)
         for i in layers:
             scores[i] = layer_scores(

@@ -142,7 +142,8 @@ class LoraPass:
         states = None
         if draws.draws:
             states = draws.states(
-                [tuple(batch["input_ids"].shape) for batch in batches], loss_tokens(batches)
+                [(len(ids), ids.shape[1]) for ids in (batch["input_ids"] for batch in batches)],
+                loss_tokens(batches),
             )
         layers = self.parts.layers
         last = len(layers) - 1
