@@ -3,7 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -106,9 +106,4 @@ class _StateFile:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-<<<<<<< HEAD
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-=======
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
->>>>>>> stream
