@@ -78,8 +78,8 @@ def _figure(rows: Sequence[LossRow], title: str) -> Any:
     for i, (label, points) in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, i + 1)
         _draw_panel(axes, points)
-        heading = {"title": title, "title_size": 11} if i == 0 else {}
-        plain_axes(axes, ylabel=label, grid="y", integers="x", **heading)
+        heading = title if i == 0 else None
+        plain_axes(axes, ylabel=label, grid="y", integers="x", title=heading, title_size=11)
     axes.set_xlabel("optimizer step", color=INK)
     return figure
 

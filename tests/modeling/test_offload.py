@@ -104,9 +104,10 @@ def test_copies_beside_the_computation_keep_their_order(base, finished_run, nf4,
                 if host_bytes != 20_000:
                     assert len(copies.pinned) == (4 - stay) * (pins and host_bytes > 0)
             assert copies.broken == [] and copies.pinned == set()
-            # Each layer at each pass, and the one that was copied ahead of a fourth one.
-            ahead = int(stay < 3)
-            assert copies.blocks == 3 * (4 - stay) + ahead
+            # Each layer at each pass, and perhaps the one ahead of a fourth; a single one stays.
+            passing = 4 - stay
+            copied = 3 * passing if passing > 1 else passing
+            assert copied <= copies.blocks <= copied + (passing > 1)
 
 
 def test_copies_out_of_order_are_noticed(base, monkeypatch):

@@ -5,6 +5,7 @@ layer, each one run again from its boundary. The result is that of a backward pa
 whole model, at the price of one more forward pass and of reading the weights twice.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -119,14 +120,15 @@ def _head_backward(stream: LayerStream, windows: torch.Tensor, last: HiddenState
                 )
                 total += loss.item()
                 (loss / count).backward()
+                assert part.grad is not None
                 gradient[:, begin : begin + chunk] = part.grad
             padded = torch.zeros_like(hidden)
             padded[:, :-1] = gradient.reshape(hidden.shape[0], -1, hidden.shape[-1])
             last.boundary.write(start, padded)
-    loss = total / count
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    mean = total / count
+    if not math.isfinite(mean):
         raise LoramError("the base model's loss on the calibration text is not finite")
-    return loss
+    return mean
 
 
 def _gradient_sums(layer: DecoderLayer, modules: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -137,6 +139,7 @@ def _gradient_sums(layer: DecoderLayer, modules: Sequence[str]) -> dict[str, tor
         total = sums[name] = torch.zeros_like(weight, dtype=torch.float32)
 
         def add(parameter: torch.Tensor, total: torch.Tensor = total) -> None:
+            assert parameter.grad is not None
             total.add_(parameter.grad)
             parameter.grad = None
 

@@ -39,7 +39,8 @@ class DecoderLayer:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after the layer, shape (windows, length, hidden) like before it."""
-        args, kwargs = self._calls[tuple(hidden.shape[:2])]
+        windows, length, _ = hidden.shape
+        args, kwargs = self._calls[windows, length]
         # The class's forward: the instance's own is the one that records.
         out = type(self.module).forward(self.module, hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out

@@ -103,9 +103,7 @@ def held_out(asked: int, rows: int, flag: str, reporter: Reporter) -> int:
     """
     most = rows // 10
     if asked > most:
-        reporter.note(
-            f"{flag} {asked} is more than a tenth of the data: holding out {most} of {rows}"
-        )
+        reporter.note(f"{flag} {asked} exceeds a tenth of the data: holding out {most} of {rows}")
     return min(asked, most)
 
 

@@ -132,7 +132,7 @@ def tokenize_pairs(
             whole = side if eos is None or eos in side[start:] else [*side, eos]
             ids.append(np.array(whole[:sequence_length], np.int32))
         cut += max(len(chosen), len(rejected)) + (eos is not None) > sequence_length
-        if min(map(len, ids)) <= max(start, 1) or np.array_equal(*ids):
+        if min(map(len, ids)) <= max(start, 1) or np.array_equal(ids[0], ids[1]):
             dropped += 1
             continue
         rows.append(PairRow(ids[0][:start], ids[0][start:], ids[1][start:]))

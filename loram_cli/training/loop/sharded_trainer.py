@@ -43,7 +43,9 @@ class SharedTrainer(StepTrainer):
         torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         """The weights go with the optimizer's state."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -165,7 +165,12 @@ class StepCallback(TrainerCallback):
 class LeanCheckpoints:
     """Mixed into a Trainer: LoRA checkpoints hold the trained adapter and no embedding."""
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    model: Any
+    args: Any
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         # The parent would add the whole embedding to a LoRA checkpoint that targets lm_head, and
         # the frozen copy that serves as a reference.
         extra: dict[str, Any] = {}
@@ -176,6 +181,9 @@ class LeanCheckpoints:
 
 class WholeBatches:
     """Mixed into a Trainer: every step has exactly ``--batch`` rows."""
+
+    args: Any
+    train_dataset: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows = self.train_dataset if train_dataset is None else train_dataset

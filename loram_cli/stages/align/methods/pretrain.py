@@ -59,7 +59,11 @@ def fit(
 
     spec, source = work.spec, work.source
     # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
-    how = {"dtype": torch.float32, "device": work.device, "attention": spec.attention}
+    how: dict[str, Any] = {
+        "dtype": torch.float32,
+        "device": work.device,
+        "attention": spec.attention,
+    }
     if spec.fsdp:
         shared = SharedModel(source, **how)
         shared.load(shared.model, reporter)
