@@ -1,13 +1,13 @@
 """Digests that tell one model from another without reading all of it."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from loram_cli.checkpoint.index import CheckpointIndex
+from loram_cli.checkpoint.json_files import read_json, read_text
 from loram_cli.errors import LoramError
 from loram_cli.schema import digest_of
 
@@ -80,13 +80,10 @@ def chat_template_digest(directory: Path) -> str:
     """
     file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     template: object = None
-    try:
-        if file.is_file():
-            template = file.read_text("utf-8")
-        elif config.is_file():
-            template = json.loads(config.read_text("utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        raise LoramError(f"{directory}: the chat template cannot be read ({error})") from error
+    if file.is_file():
+        template = read_text(file)
+    elif config.is_file():
+        template = read_json(config).get("chat_template")
     return "none" if not template else digest_of(template)
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family, Geometry
+from loram_cli.checkpoint.config_values import check_float_weights
 from loram_cli.checkpoint.header import DType
 from loram_cli.checkpoint.identity import ModelIdentity, identify
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.checkpoint.sources import require_tokenizer
+from loram_cli.checkpoint.tokenizer_files import check_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +41,11 @@ class Model:
             directory: A Hugging Face model directory.
 
         Raises:
-            LoramError: The config is absent, not sound, or of no known family.
+            LoramError: The config is absent, not sound, of no known family, or of quantized
+                weights.
         """
         config = read_config(directory)
+        check_float_weights(config, str(directory / "config.json"))
         return cls(directory, config, family_for(config, str(directory)))
 
     @classmethod
@@ -125,11 +129,12 @@ class Model:
         """Check that all of a model is there: headers, every shape, and the tokenizer.
 
         Args:
-            tokenizer: Whether it needs one.
+            tokenizer: Whether it needs one; one that is there must fit in any case.
 
         Raises:
             LoramError: Something is missing, or does not fit.
         """
         if tokenizer:
             require_tokenizer(self.directory)
+        check_tokenizer(self.directory, self.geometry.vocab_size)
         _ = self.shapes

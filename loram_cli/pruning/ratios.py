@@ -10,6 +10,8 @@ from loram_cli.errors import UsageError
 from loram_cli.pruning.plan import narrowed, pruned_layers
 from loram_cli.schema import spec_from_mapping
 
+# Far more layers than any model has; a longer number would be counted through for hours.
+_MOST_DIGITS = 4
 _LAYERS = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 
 
@@ -138,6 +140,8 @@ def _indices(key: str, where: str) -> range:
     match = _LAYERS.fullmatch(key)
     if match is None:
         raise UsageError(f"{where}: not a layer", "write an index such as 7, or a range, 4-9")
+    if max(len(number or "") for number in match.groups()) > _MOST_DIGITS:
+        raise UsageError(f"{where}: no model has so many layers")
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
         raise UsageError(f"{where}: the range ends before it begins")
