@@ -100,10 +100,6 @@ _RULES: dict[str, _Rule] = {
 def check_values(config: Mapping[str, Any], where: str) -> None:
     """Refuse values of another type, or out of the range that they can have.
 
-    Args:
-        config: The parsed ``config.json``.
-        where: The file, to name in errors.
-
     Raises:
         LoramError: Names file, key and value.
     """
@@ -126,10 +122,6 @@ def check_float_weights(config: Mapping[str, Any], where: str) -> None:
     """Refuse a config that says that the weights are quantized.
 
     Every stage reads floating weights, and what is made of them would be loaded as quantized.
-
-    Args:
-        config: The parsed ``config.json``.
-        where: The file, to name in errors.
 
     Raises:
         LoramError: It has a ``quantization_config``.

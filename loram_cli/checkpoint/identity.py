@@ -51,10 +51,6 @@ class ModelIdentity:
 def identify(index: CheckpointIndex, config: Mapping[str, Any]) -> ModelIdentity:
     """Compute the identity of a model directory; see :attr:`.model.Model.identity`.
 
-    Args:
-        index: Its tensors.
-        config: Its ``config.json``.
-
     Raises:
         LoramError: A shard ends early or cannot be read.
     """

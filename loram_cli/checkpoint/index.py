@@ -28,9 +28,6 @@ class CheckpointIndex:
     def open(cls, directory: Path) -> "CheckpointIndex":
         """Read and check the headers of every shard; no tensor is read.
 
-        Args:
-            directory: A Hugging Face model directory with safetensors weights.
-
         Raises:
             LoramError: No safetensors, a missing or truncated shard, a header that lies, an index
                 that disagrees with its shards or names a path outside the directory.
@@ -61,10 +58,6 @@ class CheckpointIndex:
 
     def entry_of(self, name: str, shape: Sequence[int]) -> TensorEntry:
         """The entry of a tensor that a model wants.
-
-        Args:
-            name: Tensor name.
-            shape: Of the model's parameter.
 
         Raises:
             LoramError: It is absent, or of another shape.

@@ -1,5 +1,6 @@
 """A model directory, opened once and handed on."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,9 +38,6 @@ class Model:
     def open(cls, directory: Path) -> "Model":
         """Read the config and find the family; the weights are not opened yet.
 
-        Args:
-            directory: A Hugging Face model directory.
-
         Raises:
             LoramError: The config is absent, not sound, of no known family, or of quantized
                 weights.
@@ -50,11 +48,7 @@ class Model:
 
     @classmethod
     def of(cls, model: "Path | Model") -> "Model":
-        """The model itself, or the one in a directory; see :meth:`open`.
-
-        Args:
-            model: Either.
-        """
+        """The model itself, or the one in a directory; see :meth:`open`."""
         return model if isinstance(model, Model) else cls.open(model)
 
     @cached_property
@@ -79,10 +73,9 @@ class Model:
             LoramError: A tensor is missing, unknown, of another shape or of no real numbers.
         """
         expected = self.family.tensor_shapes(self.config)
-        head = f"{self.family.lm_head}.weight"
-        if head in self.index.tensors and head not in expected:
+        if self.stored_head_params:
             # Some tied checkpoints store the head as well: keep what is there.
-            expected[head] = expected[f"{self.family.embedding}.weight"]
+            expected[f"{self.family.lm_head}.weight"] = expected[f"{self.family.embedding}.weight"]
         self.index.check_shapes(expected, self.family.is_ignored)
         return expected
 
@@ -99,6 +92,12 @@ class Model:
     def tied_embeddings(self) -> bool:
         """Whether the config says that the head is the embedding."""
         return self.geometry.tied_embeddings
+
+    @property
+    def stored_head_params(self) -> int:
+        """Parameters of a head that the weights hold beside a tied embedding; else 0."""
+        head = self.index.tensors.get(f"{self.family.lm_head}.weight")
+        return math.prod(head.shape) if self.tied_embeddings and head is not None else 0
 
     @property
     def num_layers(self) -> int:

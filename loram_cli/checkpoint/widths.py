@@ -36,10 +36,6 @@ _REQUIRED = (
 def check_required(config: Mapping[str, Any], where: str) -> None:
     """Refuse a config of a known family that lacks a width which every model has.
 
-    Args:
-        config: The parsed ``config.json``.
-        where: The file, to name in errors.
-
     Raises:
         LoramError: A width is absent.
     """
@@ -59,10 +55,6 @@ def check_widths(config: Mapping[str, Any], where: str) -> None:
 
     Keys that a config does not have are not asked for here: which ones a model needs is its
     family's business.
-
-    Args:
-        config: The parsed ``config.json``.
-        where: The file, to name in errors.
 
     Raises:
         LoramError: A width is of another type or out of range.

@@ -55,10 +55,6 @@ class RatioPlan:
 
         A ratio is a number, for heads and MLP alike, or a mapping of ``heads`` and ``mlp``.
 
-        Args:
-            data: What the file holds.
-            where: What to name in errors, such as ``plan own.yaml``.
-
         Raises:
             UsageError: An unknown key, a wrong type, a ratio out of range, a layer named twice.
         """
@@ -84,12 +80,6 @@ class RatioPlan:
         self, geometry: Geometry, keep_first: int, keep_last: int, multiple_of: int = 1
     ) -> tuple[LayerGeometry, ...]:
         """Widths of every layer of a model.
-
-        Args:
-            geometry: The base's widths.
-            keep_first: Layers at the input side that ``default`` does not touch.
-            keep_last: Layers at the output side that ``default`` does not touch.
-            multiple_of: See :func:`~loram_cli.pruning.plan.narrowed`.
 
         Raises:
             UsageError: A layer that the model does not have, or nothing left of one.
