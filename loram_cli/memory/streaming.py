@@ -181,7 +181,7 @@ def layer_bytes(family: Family, config: Mapping[str, Any], setup: TrainingSetup)
         config: Its ``config.json``.
         setup: Gives that form.
     """
-    linears = set(family.linear_names(len(family.geometry(config).layers)))
+    linears = set(family.linear_names(config))
 
     def held(name: str, params: int) -> int:
         quantized = setup.quantize == "nf4" and name in linears
@@ -205,7 +205,7 @@ def _params(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _largest_linear(family: Family, config: Mapping[str, Any]) -> int:
-    linears = set(family.linear_names(len(family.geometry(config).layers)))
+    linears = set(family.linear_names(config))
     layers = _layer_shapes(family, config)
     return max(prod(shape) for at in layers for name, shape in at.items() if name in linears)
 
