@@ -15,7 +15,7 @@ from loram_cli.pruning.strategies import STRATEGIES
 from loram_cli.pruning.strategy import LayerToPrune, Strategy
 from loram_cli.runs.manifest import Manifest
 
-TRAIN = ["--steps", 1, "--batch", 2, "--warmup-steps", 0, "--max-length", 64]
+TRAIN = ["--steps", 1, "--batch", 4, "--warmup-steps", 0, "--max-length", 64]
 
 
 def loram(*words: object) -> int:
