@@ -132,7 +132,7 @@ class WriteBehind:
 
     def _send(self) -> None:
         """Hand the piece over to the threads, and take an empty one."""
-        view = memoryview(self._piece.numpy())[: self._filled]
+        view = self._piece.numpy().data[: self._filled]
         written = self._writes.submit(self._append, view)
         self._pending.append((self._piece, written, self._hashes.submit(self._hash.update, view)))
         if len(self._pending) > _DEPTH:

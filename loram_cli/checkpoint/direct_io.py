@@ -109,7 +109,7 @@ def stop_buffering(descriptor: int) -> bool:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
         if flags & os.O_ACCMODE == os.O_RDONLY:
             # Some file systems take the flag, and refuse the transfer.
-            os.preadv(descriptor, [memoryview(block_buffer(BLOCK_BYTES).numpy())], 0)
+            os.preadv(descriptor, [block_buffer(BLOCK_BYTES).numpy().data], 0)
     except OSError:
         buffer_again(descriptor)
         return False
@@ -123,11 +123,7 @@ def buffer_again(descriptor: int) -> None:
 
 
 def is_cached(descriptor: int) -> bool:
-    """Whether most of a file is in the page cache already.
-
-    Args:
-        descriptor: The open file.
-    """
+    """Whether most of a file is in the page cache already."""
     libc = ctypes.CDLL(None)
     count_bytes = os.fstat(descriptor).st_size
     if not count_bytes or not hasattr(libc, "mincore"):

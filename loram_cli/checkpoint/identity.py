@@ -1,7 +1,6 @@
 """Digests that tell one model from another without reading all of it."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from loram_cli import reading
 from loram_cli.checkpoint.index import CheckpointIndex
+from loram_cli.checkpoint.json_files import read_json, read_text
 from loram_cli.errors import LoramError
 from loram_cli.schema import digest_of
 
@@ -54,10 +54,6 @@ class ModelIdentity:
 def identify(index: CheckpointIndex, config: Mapping[str, Any]) -> ModelIdentity:
     """Compute the identity of a model directory; see :attr:`.model.Model.identity`.
 
-    Args:
-        index: Its tensors.
-        config: Its ``config.json``.
-
     Raises:
         LoramError: A shard ends early or cannot be read.
     """
@@ -84,13 +80,10 @@ def chat_template_digest(directory: Path) -> str:
     """
     file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     template: object = None
-    try:
-        if file.is_file():
-            template = file.read_text("utf-8")
-        elif config.is_file():
-            template = json.loads(config.read_text("utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        raise LoramError(f"{directory}: the chat template cannot be read ({error})") from error
+    if file.is_file():
+        template = read_text(file)
+    elif config.is_file():
+        template = read_json(config).get("chat_template")
     return "none" if not template else digest_of(template)
 
 

@@ -1,14 +1,15 @@
 """Which tensor lies where: an index over a directory's safetensors shards."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loram_cli.arch.registry import families
+from loram_cli.checkpoint.config_values import check_values
 from loram_cli.checkpoint.header import TensorEntry, read_header
+from loram_cli.checkpoint.json_files import read_json as read_json
 from loram_cli.checkpoint.widths import check_required, check_widths
 from loram_cli.errors import LoramError
 
@@ -26,9 +27,6 @@ class CheckpointIndex:
     @classmethod
     def open(cls, directory: Path) -> "CheckpointIndex":
         """Read and check the headers of every shard; no tensor is read.
-
-        Args:
-            directory: A Hugging Face model directory with safetensors weights.
 
         Raises:
             LoramError: No safetensors, a missing or truncated shard, a header that lies, an index
@@ -61,10 +59,6 @@ class CheckpointIndex:
     def entry_of(self, name: str, shape: Sequence[int]) -> TensorEntry:
         """The entry of a tensor that a model wants.
 
-        Args:
-            name: Tensor name.
-            shape: Of the model's parameter.
-
         Raises:
             LoramError: It is absent, or of another shape.
         """
@@ -76,7 +70,9 @@ class CheckpointIndex:
             )
         return entry
 
-    def check_shapes(self, expected: Mapping[str, tuple[int, ...]], ignored: Any) -> None:
+    def check_shapes(
+        self, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]
+    ) -> None:
         """Compare with the shapes that the config promises.
 
         Args:
@@ -133,33 +129,22 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The parsed ``config.json``.
 
     Raises:
-        LoramError: It is absent, not JSON, or has widths that cannot be.
+        LoramError: It is absent, not JSON, or has widths or other values that cannot be.
     """
-    config = read_json(directory / "config.json")
-    check_widths(config, str(directory / "config.json"))
-    check_required(config, str(directory / "config.json"))
-    return config
+    file = directory / "config.json"
+    return checked_config(read_json(file), str(file))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A config, once its widths and other values are known to be sound.
 
     Raises:
-        LoramError: The file is absent, not JSON, or not an object.
+        LoramError: See :func:`read_config`.
     """
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise LoramError(
-            f"{file}: no such file", "is this a Hugging Face model directory?"
-        ) from error
-    except OSError as error:
-        raise LoramError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise LoramError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise LoramError(f"{file}: a JSON object is wanted")
-    return value
+    check_widths(config, where)
+    check_required(config, where)
+    check_values(config, where)
+    return config
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

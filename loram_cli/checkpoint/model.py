@@ -1,5 +1,6 @@
 """A model directory, opened once and handed on."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,10 +9,12 @@ from typing import Any
 
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family, Geometry
+from loram_cli.checkpoint.config_values import check_float_weights
 from loram_cli.checkpoint.header import DType
 from loram_cli.checkpoint.identity import ModelIdentity, identify
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.checkpoint.sources import require_tokenizer
+from loram_cli.checkpoint.tokenizer_files import check_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,22 +38,17 @@ class Model:
     def open(cls, directory: Path) -> "Model":
         """Read the config and find the family; the weights are not opened yet.
 
-        Args:
-            directory: A Hugging Face model directory.
-
         Raises:
-            LoramError: The config is absent, not sound, or of no known family.
+            LoramError: The config is absent, not sound, of no known family, or of quantized
+                weights.
         """
         config = read_config(directory)
+        check_float_weights(config, str(directory / "config.json"))
         return cls(directory, config, family_for(config, str(directory)))
 
     @classmethod
     def of(cls, model: "Path | Model") -> "Model":
-        """The model itself, or the one in a directory; see :meth:`open`.
-
-        Args:
-            model: Either.
-        """
+        """The model itself, or the one in a directory; see :meth:`open`."""
         return model if isinstance(model, Model) else cls.open(model)
 
     @cached_property
@@ -75,10 +73,9 @@ class Model:
             LoramError: A tensor is missing, unknown, of another shape or of no real numbers.
         """
         expected = self.family.tensor_shapes(self.config)
-        head = f"{self.family.lm_head}.weight"
-        if head in self.index.tensors and head not in expected:
+        if self.stored_head_params:
             # Some tied checkpoints store the head as well: keep what is there.
-            expected[head] = expected[f"{self.family.embedding}.weight"]
+            expected[f"{self.family.lm_head}.weight"] = expected[f"{self.family.embedding}.weight"]
         self.index.check_shapes(expected, self.family.is_ignored)
         return expected
 
@@ -95,6 +92,12 @@ class Model:
     def tied_embeddings(self) -> bool:
         """Whether the config says that the head is the embedding."""
         return self.geometry.tied_embeddings
+
+    @property
+    def stored_head_params(self) -> int:
+        """Parameters of a head that the weights hold beside a tied embedding; else 0."""
+        head = self.index.tensors.get(f"{self.family.lm_head}.weight")
+        return math.prod(head.shape) if self.tied_embeddings and head is not None else 0
 
     @property
     def num_layers(self) -> int:
@@ -125,11 +128,12 @@ class Model:
         """Check that all of a model is there: headers, every shape, and the tokenizer.
 
         Args:
-            tokenizer: Whether it needs one.
+            tokenizer: Whether it needs one; one that is there must fit in any case.
 
         Raises:
             LoramError: Something is missing, or does not fit.
         """
         if tokenizer:
             require_tokenizer(self.directory)
+        check_tokenizer(self.directory, self.geometry.vocab_size)
         _ = self.shapes

@@ -156,7 +156,7 @@ class TensorReader:
         else:
             buffer = block_buffer(wanted_bytes)
         asked_bytes = block_ceiling(wanted_bytes) if file.unbuffered else wanted_bytes
-        view = memoryview(buffer.numpy())[:asked_bytes]
+        view = buffer.numpy().data[:asked_bytes]
         done_bytes = 0
         while done_bytes < wanted_bytes:
             try:

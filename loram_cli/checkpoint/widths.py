@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loram_cli.arch.registry import families
+from loram_cli.checkpoint.config_values import short
 from loram_cli.errors import LoramError
 
 # Far above any model there is; what lies beyond is damage, and would be computed with for hours.
@@ -35,10 +36,6 @@ _REQUIRED = (
 def check_required(config: Mapping[str, Any], where: str) -> None:
     """Refuse a config of a known family that lacks a width which every model has.
 
-    Args:
-        config: The parsed ``config.json``.
-        where: The file, to name in errors.
-
     Raises:
         LoramError: A width is absent.
     """
@@ -59,16 +56,12 @@ def check_widths(config: Mapping[str, Any], where: str) -> None:
     Keys that a config does not have are not asked for here: which ones a model needs is its
     family's business.
 
-    Args:
-        config: The parsed ``config.json``.
-        where: The file, to name in errors.
-
     Raises:
         LoramError: A width is of another type or out of range.
     """
     model_type = config.get("model_type", "")
     if not isinstance(model_type, str) or len(model_type) > _LONGEST_NAME:
-        raise LoramError(f"{where}: model_type is no name ({_short(model_type)})")
+        raise LoramError(f"{where}: model_type is no name ({short(model_type)})")
     _check(config, where)
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:
@@ -77,11 +70,11 @@ def check_widths(config: Mapping[str, Any], where: str) -> None:
         )
     layers = config.get("per_layer_config") or {}
     if not isinstance(layers, Mapping):
-        raise LoramError(f"{where}: per_layer_config is no mapping ({_short(layers)})")
+        raise LoramError(f"{where}: per_layer_config is no mapping ({short(layers)})")
     for layer, widths in layers.items():
         count = config.get("num_hidden_layers", _HIGHEST["num_hidden_layers"])
         if not str(layer).isdecimal() or int(layer) >= count or not isinstance(widths, Mapping):
-            raise LoramError(f"{where}: per_layer_config has no sound entry {_short(layer)}")
+            raise LoramError(f"{where}: per_layer_config has no sound entry {short(layer)}")
         _check(widths, f"{where}: per_layer_config {layer}")
 
 
@@ -93,13 +86,5 @@ def _check(values: Mapping[str, Any], where: str) -> None:
         highest = _HIGHEST.get(key, _HIGHEST_ELSE)
         if type(value) is not int or not 0 < value <= highest:
             raise LoramError(
-                f"{where}: {key} is {_short(value)}, expected a whole number from 1 to {highest}"
+                f"{where}: {key} is {short(value)}, expected a whole number from 1 to {highest}"
             )
-
-
-def _short(value: object) -> str:
-    # A huge integer cannot even be turned into text.
-    if isinstance(value, int) and value.bit_length() > 128:
-        return "a number of many digits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -107,12 +107,7 @@ class Problem:
 
 
 def make_problem(rng: random.Random, events: int) -> Problem:
-    """Draw one problem.
-
-    Args:
-        rng: Source of all choices.
-        events: How many calculations it takes.
-    """
+    """Draw one problem."""
     name, friend = rng.sample(NAMES, 2)
     words = {"name": name, "friend": friend, "item": rng.choice(ITEMS)}
     groups = rng.random() < 0.4
@@ -146,13 +141,9 @@ def corpus(count: int, seed: int) -> list[str]:
 
     Four in five are problems of one to three steps, one in five of them solved the GSM8K way and
     the rest in prose; one document in five is a drill of sums, plain and annotated ones.
-
-    Args:
-        count: How many documents.
-        seed: Decides all of them.
     """
     rng = random.Random(f"corpus-{seed}")
-    documents = []
+    documents: list[str] = []
     while len(documents) < count:
         if rng.random() < 0.2:
             documents.append(_drill(rng))
@@ -183,10 +174,6 @@ def preferences(split: str, count: int) -> list[dict[str, str]]:
 
     Both answers are right: what is preferred is a way of writing.
 
-    Args:
-        split: As in :func:`problems`, whose questions these are.
-        count: How many.
-
     Returns:
         Records with ``prompt``, ``chosen`` and ``rejected``.
     """
@@ -198,10 +185,6 @@ def slips(split: str, count: int) -> list[dict[str, str]]:
 
     The slip is carried on: the steps behind it are right sums of wrong numbers, and the final
     number is wrong. Format and length tell nothing.
-
-    Args:
-        split: As in :func:`problems`, whose questions these are.
-        count: How many.
 
     Returns:
         Records with ``prompt``, ``chosen`` and ``rejected``.

@@ -1,12 +1,14 @@
 """PEFT adapter directories: LoRA factors by module, read and written without PEFT."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loram_cli.checkpoint.config_values import short
 from loram_cli.checkpoint.header import read_header
-from loram_cli.checkpoint.index import read_json
+from loram_cli.checkpoint.json_files import read_json
 from loram_cli.errors import LoramError
 
 if TYPE_CHECKING:
@@ -15,6 +17,12 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Settings of PEFT's LoraConfig that change what an adapter computes, or what it holds.
+_MORE_THAN_LORA = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save",
+    "trainable_token_indices", "layer_replication", "target_parameters", "megatron_config",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,9 @@ class LoraAdapter:
 
     def scaling(self, module: str) -> float:
         """The factor on ``B @ A``: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        rank = self.config.get("rank_pattern", {}).get(module, self.config["r"])
-        alpha = self.config.get("alpha_pattern", {}).get(module, self.config["lora_alpha"])
-        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+        rank = _of_module(self.config, "rank_pattern", module, "r")
+        alpha = _of_module(self.config, "alpha_pattern", module, "lora_alpha")
+        return float(alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
 
     @classmethod
     def read(cls, directory: Path) -> "LoraAdapter":
@@ -45,10 +53,7 @@ class LoraAdapter:
         Raises:
             LoramError: Not a LoRA adapter, or one with parts that recovery cannot carry over.
         """
-        config = read_json(directory / CONFIG_NAME)
-        if config.get("peft_type") != "LORA" or config.get("use_dora"):
-            raise LoramError(f"{directory}: only plain LoRA adapters can be recovered")
-        _check_config(directory / CONFIG_NAME, config)
+        config = read_adapter_config(directory)
         read_header(directory / WEIGHTS_NAME)
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -73,7 +78,7 @@ class LoraAdapter:
             if len(pair) != 2:
                 raise LoramError(f"{directory / WEIGHTS_NAME}: {module} has only one LoRA factor")
             a, b = pair["lora_A"].shape[0], pair["lora_B"].shape[1]
-            rank = config.get("rank_pattern", {}).get(module, config["r"])
+            rank = _of_module(config, "rank_pattern", module, "r")
             if not a == b == rank:
                 raise LoramError(
                     f"{directory / WEIGHTS_NAME}: {module} has factors of rank {a} and {b}, "
@@ -100,19 +105,62 @@ class LoraAdapter:
             save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise LoramError(f"{directory / WEIGHTS_NAME}: cannot write ({error})") from error
-        text = json.dumps(self.config, indent=2, sort_keys=True)
+        # The first pattern that matches a module counts, so their order is kept.
+        text = json.dumps(dict(sorted(self.config.items())), indent=2)
         (directory / CONFIG_NAME).write_text(text + "\n", "utf-8")
 
 
-def _check_config(file: Path, config: dict[str, Any]) -> None:
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or not 0 < rank < 2**31:
-        raise LoramError(f"{file}: r is {str(rank)[:40]}, a whole number above 0 is wanted")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise LoramError(f"{file}: lora_alpha is {str(alpha)[:40]}, a number is wanted")
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """The parsed ``adapter_config.json`` of a LoRA adapter that adds ``scaling * B @ A`` only.
+
+    Raises:
+        LoramError: It is absent, of another kind of adapter, asks for more than LoRA, or has
+            values that cannot be.
+    """
+    file = directory / CONFIG_NAME
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise LoramError(f"{file}: peft_type is {short(config.get('peft_type'))}, expected 'LORA'")
+    for key in _MORE_THAN_LORA:
+        if config.get(key):
+            raise LoramError(
+                f"{file}: {key} is {short(config[key])}: only plain LoRA is supported",
+                f"train the adapter without {key}",
+            )
+    if config.get("bias") not in (None, "none"):
+        raise LoramError(
+            f"{file}: bias is {short(config['bias'])}: only plain LoRA is supported",
+            "train the adapter with bias 'none'",
+        )
+    _check_number(file, "r", config.get("r"), whole=True)
+    _check_number(file, "lora_alpha", config.get("lora_alpha"))
     for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key, {}), dict):
-            raise LoramError(f"{file}: {key} is no mapping")
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict):
+            raise LoramError(f"{file}: {key} is {short(pattern)}, expected a mapping")
+        for name, value in pattern.items():
+            _check_number(file, f"{key} {name}", value, whole=key == "rank_pattern")
+            try:
+                re.compile(name)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise LoramError(f"{file}: {key} {name}: not a pattern ({error})") from error
+    return config
+
+
+def _check_number(file: Path, key: str, value: object, *, whole: bool = False) -> None:
+    # A rank is a whole number above 0; an alpha may be any, and that it is finite is known.
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
+    if not number or (whole and not (isinstance(value, int) and value > 0)):
+        words = "a whole number above 0" if whole else "a number"
+        raise LoramError(f"{file}: {key} is {short(value)}, expected {words}")
+
+
+def _of_module(config: dict[str, Any], pattern: str, module: str, default: str) -> Any:
+    """A module's own value, else that of all modules; keys match as in PEFT's get_pattern_key."""
+    for key, value in (config.get(pattern) or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return config[default]
 
 
 def read_shapes(directory: Path) -> dict[str, tuple[int, int, int]]:

@@ -54,12 +54,7 @@ class ParamCount:
 
 
 def count_params(family: Family, config: Mapping[str, Any]) -> ParamCount:
-    """Count the parameters of a model, whole or pruned by structure.
-
-    Args:
-        family: The model's family.
-        config: Its ``config.json``, with or without ``per_layer_config``.
-    """
+    """Count the parameters of a model, whole or pruned by structure."""
     return _count(family, config, sparsity=0.0)
 
 
@@ -68,11 +63,6 @@ def count_nonzero_params(family: Family, config: Mapping[str, Any], sparsity: fl
 
     For ``semi`` (2:4, sparsity 0.5) the count is exact. For ``unst`` it is the arithmetic share;
     a real checkpoint deviates by its ties and by weights that were zero before.
-
-    Args:
-        family: The model's family.
-        config: The base's ``config.json``.
-        sparsity: Share of zeros in every decoder linear, in [0, 1).
 
     Raises:
         UsageError: The sparsity is outside [0, 1).
@@ -106,9 +96,6 @@ def nf4_tensor_bytes(params: int) -> int:
 
     Two weights a byte; per 64 weights an 8-bit block maximum; per 256 such maxima one in fp32; one
     offset; two lookup tables.
-
-    Args:
-        params: Elements of the tensor.
     """
     blocks = -(-params // NF4_BLOCK_PARAMS)
     nested_blocks = -(-blocks // NF4_NESTED_BLOCK)
@@ -124,11 +111,6 @@ def nf4_weight_bytes(
     Only decoder linears are quantized; embedding, head, norms and biases stay in bf16, as
     transformers leaves them. This is more than the paper's count (:func:`paper_nf4_params` at 2
     bytes each), the more so the larger the vocabulary is beside the pruned layers.
-
-    Args:
-        family: The model's family.
-        config: Its ``config.json``.
-        other_bytes: Per parameter of what is not quantized.
     """
     linears = _linear_names(family, config)
     total_bytes = 0

@@ -69,13 +69,7 @@ class Activations:
 
 
 def activations(family: Family, config: Mapping[str, Any], setup: TrainingSetup) -> Activations:
-    """Activation memory of one micro-batch.
-
-    Args:
-        family: The model's family.
-        config: Its ``config.json``, with or without ``per_layer_config``.
-        setup: How it is trained.
-    """
+    """Activation memory of one micro-batch."""
     geometry = family.geometry(config)
     targets = set(trained_modules(family, config, setup.targets))
     full = [

@@ -29,16 +29,7 @@ def report_notes(
     counted: bool = False,
     processes: int = 1,
 ) -> Iterator[str]:
-    """Say what the figures contain, and where they differ from the paper's.
-
-    Args:
-        family: The base's family.
-        config: The base's ``config.json``.
-        strategy: ``rand``, ``stru``, ``semi`` or ``unst``.
-        ratios: The ratios worked out.
-        counted: Whether zeros of a directory were counted.
-        processes: That share the model out.
-    """
+    """Say what the figures contain, and where they differ from the paper's."""
     yield from _ALWAYS
     if processes > 1:
         yield (

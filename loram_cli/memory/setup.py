@@ -67,11 +67,7 @@ class TrainingSetup:
 
 
 def usual_attention(config: Mapping[str, Any]) -> Attention:
-    """The kernel that a model trains with by default; only ``eager`` has capped weights.
-
-    Args:
-        config: Its ``config.json``.
-    """
+    """The kernel that a model trains with by default; only ``eager`` has capped weights."""
     return "eager" if config.get("attn_logit_softcapping") else "sdpa"
 
 

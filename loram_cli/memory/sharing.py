@@ -21,13 +21,7 @@ GATHERED_LAYERS = 2
 def gathered_bytes(
     family: Family, config: Mapping[str, Any], tensor_bytes: Callable[[str, int], int]
 ) -> tuple[int, int]:
-    """Bytes of the largest decoder layer, and of what follows the last one.
-
-    Args:
-        family: The model's family.
-        config: Its ``config.json``.
-        tensor_bytes: Bytes of a tensor of that name and so many elements.
-    """
+    """Bytes of the largest decoder layer, and of what follows the last one."""
     layers: dict[str, int] = {}
     after = 0
     prefix = f"{family.layers}."
@@ -43,13 +37,7 @@ def gathered_bytes(
 
 
 def shared_weight_bytes(family: Family, config: Mapping[str, Any], setup: TrainingSetup) -> int:
-    """Bytes of frozen weights on one of ``setup.processes``, with what is whole at a time.
-
-    Args:
-        family: The model's family.
-        config: Its ``config.json``.
-        setup: How it is trained.
-    """
+    """Bytes of frozen weights on one of ``setup.processes``, with what is whole at a time."""
     linears = set(family.linear_names(config))
     sliced = constants = 0
 

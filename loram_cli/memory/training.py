@@ -83,11 +83,6 @@ def training_memory(
 ) -> TrainingMemory:
     """Peak memory of a LoRA training, from only the config.
 
-    Args:
-        family: The model's family.
-        config: Its ``config.json``, with or without ``per_layer_config``.
-        setup: How it is trained.
-
     Raises:
         UsageError: A LoRA target that the family does not have.
     """
@@ -117,12 +112,7 @@ def frozen_weight_bytes(family: Family, config: Mapping[str, Any], setup: Traini
 
 
 def optimizer_bytes(params: int, optimizer: str) -> int:
-    """AdamW's two moments of one tensor.
-
-    Args:
-        params: Its elements.
-        optimizer: ``adamw``, or ``paged_adamw_8bit``.
-    """
+    """AdamW's two moments of one tensor."""
     if optimizer == "adamw" or params < _SMALLEST_8BIT_PARAMS:
         return 2 * params * account.FP32_BYTES
     blocks = -(-params // _BLOCK_8BIT_PARAMS)
@@ -136,12 +126,6 @@ def generation_bytes(
 
     Keys and values of every token in every layer, the widest layer's once more while they are
     joined with the newest, and logits and probabilities of the next token in fp32.
-
-    Args:
-        family: The model's family.
-        config: Its ``config.json``.
-        setup: Gives the length of prompt and completion, and the type of keys and values.
-        sequences: Completions drawn at a time.
     """
     geometry = family.geometry(config)
     kept = [
@@ -155,14 +139,7 @@ def generation_bytes(
 def largest_micro_batch(
     family: Family, config: Mapping[str, Any], setup: TrainingSetup, memory_bytes: int
 ) -> int | None:
-    """The largest micro-batch that fits a card, or None where not even one sequence does.
-
-    Args:
-        family: The model's family.
-        config: Its ``config.json``.
-        setup: How it is trained; its own micro-batch does not matter.
-        memory_bytes: Of the card.
-    """
+    """The largest micro-batch that fits a card, or None where not even one sequence does."""
 
     def fits(micro_batch: int) -> bool:
         tried = replace(setup, micro_batch=micro_batch)

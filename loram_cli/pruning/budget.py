@@ -51,11 +51,5 @@ def largest_ratio(geometry: Geometry) -> float:
 
 
 def card_bytes(family: Family, config: Mapping[str, Any], setup: TrainingSetup) -> int:
-    """Memory of the smallest card on which a LoRA training of a model fits.
-
-    Args:
-        family: The model's family.
-        config: Its ``config.json``.
-        setup: How it will be trained.
-    """
+    """Memory of the smallest card on which a LoRA training of a model fits."""
     return math.ceil(training_memory(family, config, setup).total / USABLE_SHARE)

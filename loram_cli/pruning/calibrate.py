@@ -13,13 +13,6 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Draw windows of consecutive tokens, without overlap.
 
-    Args:
-        texts: Documents, joined by the end-of-sequence token.
-        tokenizer: A Hugging Face tokenizer.
-        samples: How many windows.
-        length: Tokens per window.
-        seed: Decides which windows are drawn.
-
     Returns:
         Token ids, shape (samples, length).
 

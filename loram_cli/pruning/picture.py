@@ -8,13 +8,7 @@ from loram_cli.figures import BLUE, GREYS, INK, RED, new_figure, plain_axes, sav
 
 
 def draw_kept(before: Sequence[LayerGeometry], after: Sequence[LayerGeometry], path: Path) -> None:
-    """Draw key/value heads and MLP channels kept per layer, over what the base has, as a PNG.
-
-    Args:
-        before: Widths of every layer of the base.
-        after: Widths of every layer of the pruned model.
-        path: The picture's file.
-    """
+    """Draw key/value heads and MLP channels kept per layer, over what the base has, as a PNG."""
     figure = new_figure(7.2, 4.6)
     panels = figure.subplots(2, 1, sharex=True)
     numbers = range(len(before))

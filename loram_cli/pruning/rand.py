@@ -5,11 +5,7 @@ from loram_cli.pruning.strategy import LayerToPrune, Strategy
 
 
 def keep_random(layer: LayerToPrune) -> LayerKeep:
-    """Keep groups drawn uniformly, from a generator of this layer's own.
-
-    Args:
-        layer: Its index enters the seed, so that a layer's draw depends on no other.
-    """
+    """Keep groups drawn uniformly, from a generator of this layer's own."""
     import torch
 
     generator = torch.Generator().manual_seed(layer.seed * 1_000_003 + layer.index)

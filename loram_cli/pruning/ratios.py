@@ -10,6 +10,8 @@ from loram_cli.errors import UsageError
 from loram_cli.pruning.plan import narrowed, pruned_layers
 from loram_cli.schema import spec_from_mapping
 
+# Far more layers than any model has; a longer number would be counted through for hours.
+_MOST_DIGITS = 4
 _LAYERS = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 
 
@@ -53,10 +55,6 @@ class RatioPlan:
 
         A ratio is a number, for heads and MLP alike, or a mapping of ``heads`` and ``mlp``.
 
-        Args:
-            data: What the file holds.
-            where: What to name in errors, such as ``plan own.yaml``.
-
         Raises:
             UsageError: An unknown key, a wrong type, a ratio out of range, a layer named twice.
         """
@@ -82,12 +80,6 @@ class RatioPlan:
         self, geometry: Geometry, keep_first: int, keep_last: int, multiple_of: int = 1
     ) -> tuple[LayerGeometry, ...]:
         """Widths of every layer of a model.
-
-        Args:
-            geometry: The base's widths.
-            keep_first: Layers at the input side that ``default`` does not touch.
-            keep_last: Layers at the output side that ``default`` does not touch.
-            multiple_of: See :func:`~loram_cli.pruning.plan.narrowed`.
 
         Raises:
             UsageError: A layer that the model does not have, or nothing left of one.
@@ -138,6 +130,8 @@ def _indices(key: str, where: str) -> range:
     match = _LAYERS.fullmatch(key)
     if match is None:
         raise UsageError(f"{where}: not a layer", "write an index such as 7, or a range, 4-9")
+    if max(len(number or "") for number in match.groups()) > _MOST_DIGITS:
+        raise UsageError(f"{where}: no model has so many layers")
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
         raise UsageError(f"{where}: the range ends before it begins")

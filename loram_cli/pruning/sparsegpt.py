@@ -6,22 +6,19 @@ over the columns that are not yet fixed, with the inverse of H among them, whose
 from one Cholesky factor (section 3.3).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from loram_cli.arch.spec import Family
 from loram_cli.errors import LoramError
 from loram_cli.pruning.sparsity import SEMI_GROUP, lowest, lowest_of_four, zeros_wanted
 
 
 class Hessian:
-    """The sum of ``x x^T`` over all inputs of a linear module, in fp32.
-
-    Args:
-        columns: Input features.
-        device: Where it is summed.
-    """
+    """The sum of ``x x^T`` over all inputs of a linear module, in fp32."""
 
     def __init__(self, columns: int, device: torch.device | str) -> None:
         self.total = torch.zeros(columns, columns, device=device)
@@ -95,6 +92,27 @@ def working_bytes(inputs: Sequence[tuple[int, int]]) -> int:
         peak = max(peak, waiting + max(4 * square, 2 * square + rows * columns))
         waiting += square
     return 4 * max(peak, waiting)
+
+
+def hessian_bytes(family: Family, config: Mapping[str, Any]) -> int:
+    """:func:`working_bytes` of a model's widest layer.
+
+    Modules that stand together and read the hidden state share their Hessian.
+    """
+    peak = 0
+    for layer in set(family.geometry(config).layers):
+        shapes = family.layer_shapes(0, layer, config)
+        inputs: list[tuple[int, int]] = []
+        before = None
+        for module in family.layer_modules(layer):
+            rows, columns = shapes[f"{family.layer_prefix(0)}{module.name}.weight"]
+            if before is not None and before.columns == module.columns == ():
+                inputs[-1] = (columns, max(rows, inputs[-1][1]))
+            else:
+                inputs.append((columns, rows))
+            before = module
+        peak = max(peak, working_bytes(inputs))
+    return peak
 
 
 def sparsegpt(

@@ -10,11 +10,7 @@ if TYPE_CHECKING:
 
 
 def keep_highest(layer: LayerToPrune) -> LayerKeep:
-    """Keep the groups with the highest scores; ties go to the lower index.
-
-    Args:
-        layer: With its groups' scores.
-    """
+    """Keep the groups with the highest scores; ties go to the lower index."""
     assert layer.scores is not None
     return LayerKeep(
         _highest(layer.scores["key_value"], layer.after.num_key_value_heads),

@@ -8,7 +8,7 @@ from typing import Any
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
-from loram_cli.checkpoint.index import read_config, read_json
+from loram_cli.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_config, read_json
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.memory.notes import report_notes
@@ -96,7 +96,7 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
     source = f"preset {spec.preset}" if spec.preset is not None else str(spec.model)
     config = _base_config(spec)
     family = _checked_family(config, source)
-    base = ModelRow(BASE_NAME, config)
+    base = ModelRow(BASE_NAME, config, head_params=_head_params(spec.model))
     setup = _setup(spec, config)
     ratios = spec.effective_ratios
     if config.get("per_layer_config"):
@@ -164,6 +164,13 @@ def _base_config(spec: MemoryReportSpec) -> dict[str, Any]:
     return _read_config(spec.model)
 
 
+def _head_params(model: Path | None) -> int:
+    """Of a head that a directory's weights hold beside a tied embedding; 0 without weights."""
+    if model is None or not any((model / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        return 0
+    return Model.open(model).stored_head_params
+
+
 def _read_config(model: Path) -> dict[str, Any]:
     return read_json(model) if model.is_file() else read_config(model)
 
@@ -187,16 +194,17 @@ def _checked_family(config: dict[str, Any], where: str) -> Family:
 def _narrowed_or_sparse(
     spec: MemoryReportSpec, family: Family, config: dict[str, Any], ratios: tuple[float, ...]
 ) -> Iterator[ModelRow]:
-    geometry = family.geometry(config)
+    geometry, head_params = family.geometry(config), _head_params(spec.model)
     for ratio in ratios:
         name = f"{spec.strategy} {ratio:g}"
         if spec.chosen_strategy.zeroes_weights:
-            yield ModelRow(name, config, ratio, sparsity=ratio)
+            yield ModelRow(name, config, ratio, sparsity=ratio, head_params=head_params)
         else:
             widths = layer_widths(
                 geometry, ratio, spec.keep_first, spec.keep_last, spec.multiple_of
             )
-            yield ModelRow(name, pruned_config(config, geometry, widths), ratio)
+            small = pruned_config(config, geometry, widths)
+            yield ModelRow(name, small, ratio, head_params=head_params)
 
 
 def _pruned_directory(
@@ -221,4 +229,4 @@ def _pruned_directory(
         from loram_cli.stages.prune.sparse import count_zeros
 
         zeros = count_zeros(Model.open(pruned), reporter)
-    return ModelRow(pruned.resolve().name, config, zeros=zeros)
+    return ModelRow(pruned.resolve().name, config, zeros=zeros, head_params=_head_params(pruned))

@@ -1,5 +1,6 @@
 """Rows of the memory report: one model at one precision, and what training on it takes."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -96,13 +97,23 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A model to put on rows: its config, and the zeros in it, by share or as counted."""
+    """A model to put on rows: its config, and what its weights hold that the config does not say.
+
+    Attributes:
+        name: Of the row.
+        config: Its ``config.json``.
+        ratio: The pruning ratio asked for.
+        sparsity: Share of zeros in the decoder linears.
+        zeros: Zeros as counted.
+        head_params: Of a head that is stored beside a tied embedding.
+    """
 
     name: str
     config: dict[str, Any]
     ratio: float | None = None
     sparsity: float = 0.0
     zeros: int = 0
+    head_params: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +142,20 @@ def model_rows(
     fit_bytes: int | None,
 ) -> Iterator[MemoryRow]:
     """A model's rows: in bf16, then in NF4."""
-    base_params = account.count_params(family, base.config).total
-    stored_params = account.count_params(family, model.config).total
-    params = account.count_nonzero_params(family, model.config, model.sparsity).total - model.zeros
+    base_params = account.count_params(family, base.config).total + base.head_params
+    stored_params = account.count_params(family, model.config).total + model.head_params
+    params = account.count_nonzero_params(family, model.config, model.sparsity).total
+    params += model.head_params - model.zeros
     for precision in _PRECISIONS:
         paper_params = params if precision == "bf16" else account.paper_nf4_params(params)
         mine = replace(setup, quantize="nf4" if precision == "nf4" else None)
         memory = training.training_memory(family, model.config, mine)
+        head_bytes = model.head_params * mine.compute_bytes
+        memory = replace(memory, weights=memory.weights + head_bytes)
         largest = None
         if fit_bytes is not None:
-            largest = training.largest_micro_batch(family, model.config, mine, fit_bytes) or 0
+            left_bytes = fit_bytes - math.ceil(head_bytes / training.USABLE_SHARE)
+            largest = training.largest_micro_batch(family, model.config, mine, left_bytes) or 0
         yield MemoryRow(
             name=model.name,
             precision=precision,

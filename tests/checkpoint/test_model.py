@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.family_models import make_model
 from helpers.tiny_models import make_base
+from helpers.variants import VARIANTS
 from safetensors.torch import load_file, save_file
 
 import loram_cli
-from loram_cli.arch.registry import families
+from loram_cli.arch.spec import Family
 from loram_cli.checkpoint.header import DTYPES
 from loram_cli.checkpoint.index import SINGLE_NAME
 from loram_cli.checkpoint.model import Model
@@ -40,19 +40,34 @@ def changed(tmp_path: Path):
     return change
 
 
-@pytest.mark.parametrize("family", families(), ids=lambda family: family.family)
-def test_what_is_known_without_a_tensor(family, tmp_path):
-    model = Model.open(make_model(family, tmp_path / "model"))
-    tensors = load_file(model.directory / SINGLE_NAME)
-    assert model.family is family
+def renamed(name: str, family: Family) -> str:
+    """A stored name as its module has it."""
+    for stored, module in family.stored_names.items():
+        if name.startswith(stored):
+            return module + name.removeprefix(stored)
+    return name
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_what_is_known_without_a_tensor(variant, tmp_path):
+    model = Model.open(variant.save(tmp_path / "model"))
+    family = model.family
+    tensors = {
+        renamed(name, family): tensor
+        for name, tensor in load_file(model.directory / SINGLE_NAME).items()
+    }
+    assert variant.model_type in family.model_types
     assert dict(model.shapes) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert model.num_params == sum(math.prod(shape) for shape in model.shapes.values())
     assert model.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert model.num_layers == model.config["num_hidden_layers"]
+    assert model.num_layers == family.full_config(model.config)["num_hidden_layers"]
     assert model.dtype == DTYPES["F32"]
-    assert model.tied_embeddings is (f"{family.lm_head}.weight" not in tensors)
+    head = tensors.get(f"{family.lm_head}.weight")
+    assert model.tied_embeddings is (head is None or variant.stores_head)
+    assert model.stored_head_params == (head.numel() if variant.stores_head else 0)
     assert set(model.linear_names) <= set(tensors)
-    assert len(model.linear_names) == model.num_layers * len(family.modules)
+    layers = model.geometry.layers
+    assert len(model.linear_names) == sum(len(family.layer_modules(layer)) for layer in layers)
 
 
 def test_a_directory_is_opened_once(base, monkeypatch):

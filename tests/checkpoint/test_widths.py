@@ -26,7 +26,10 @@ def test_what_is_sound_passes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 10**5000}, "hidden_size is a number of many digits, a whole number from"),
+        (
+            {"hidden_size": 10**5000},
+            "hidden_size is a number of many digits, expected a whole number",
+        ),
         ({"num_hidden_layers": 10**9}, "expected a whole number from 1 to 10000"),
         ({"vocab_size": True}, "vocab_size is True"),
         ({"head_dim": 0}, "head_dim is 0"),

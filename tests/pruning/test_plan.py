@@ -6,8 +6,10 @@ from loram_cli.arch.spec import Geometry, LayerGeometry
 from loram_cli.errors import UsageError
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.pruning.plan import layer_widths, narrowed, per_layer_config
+from loram_cli.pruning.rand import keep_random
 from loram_cli.pruning.scores import l2_sums, layer_scores, taylor_salience
-from loram_cli.pruning.select import keep_highest, keep_random
+from loram_cli.pruning.strategy import LayerToPrune
+from loram_cli.pruning.stru import keep_highest
 
 LAYER = LayerGeometry(8, 4, 16, 320)
 
@@ -74,15 +76,16 @@ def test_selection_keeps_the_highest_and_breaks_ties_low():
         "key_value": torch.tensor([1.0, 3.0, 3.0, 0.0]),
         "intermediate": torch.tensor([2.0, 2.0, 2.0]),
     }
-    keep = keep_highest(scores, LayerGeometry(4, 2, 8, 2))
+    after = LayerGeometry(4, 2, 8, 2)
+    keep = keep_highest(LayerToPrune(0, after, after, scores, 42))
     assert keep == LayerKeep((1, 2), (0, 1))
 
 
 def test_random_draws_are_seeded_by_layer():
     after = narrowed(LAYER, 0.5)
-    draw = keep_random(LAYER, after, 7, 3)
-    assert draw == keep_random(LAYER, after, 7, 3)
-    assert draw != keep_random(LAYER, after, 7, 4)
+    draw = keep_random(LayerToPrune(3, LAYER, after, None, 7))
+    assert draw == keep_random(LayerToPrune(3, LAYER, after, None, 7))
+    assert draw != keep_random(LayerToPrune(4, LAYER, after, None, 7))
     assert len(draw.intermediate) == after.intermediate_size
     assert list(draw.intermediate) == sorted(set(draw.intermediate))
 

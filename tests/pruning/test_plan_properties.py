@@ -19,8 +19,11 @@ from loram_cli.memory.setup import TrainingSetup
 from loram_cli.pruning.budget import card_bytes, largest_ratio, smallest_ratio
 from loram_cli.pruning.groups import LayerKeep, params_per_group
 from loram_cli.pruning.plan import layer_widths, narrowed, per_layer_config, pruned_config
+from loram_cli.pruning.rand import keep_random
 from loram_cli.pruning.ratios import RatioPlan
-from loram_cli.pruning.select import keep_global, keep_highest, keep_random
+from loram_cli.pruning.select import keep_global
+from loram_cli.pruning.strategy import LayerToPrune
+from loram_cli.pruning.stru import keep_highest
 
 FAMILIES = sorted({kind for family in PLAIN_FAMILIES for kind in family.model_types})
 # Ratios as people and the budget write them: decimals of up to five digits.
@@ -203,7 +206,8 @@ def test_selections_are_of_the_wanted_size(data, ratio, seed, index):
         kind: torch.tensor(data.draw(st.lists(few, min_size=n, max_size=n)))
         for kind, n in draw.items()
     }
-    for keep in (keep_highest(scores, after), keep_random(before, after, seed, index)):
+    layer = LayerToPrune(index, before, after, scores, seed)
+    for keep in (keep_highest(layer), keep_random(layer)):
         assert keep.widths(before) == after
         for found, total in (
             (keep.key_value_heads, before.num_key_value_heads),
@@ -211,7 +215,7 @@ def test_selections_are_of_the_wanted_size(data, ratio, seed, index):
         ):
             assert list(found) == sorted(set(found))
             assert set(found) <= set(range(total))
-    best = keep_highest(scores, after)
+    best = keep_highest(layer)
     for kind, found in (("key_value", best.key_value_heads), ("intermediate", best.intermediate)):
         values = scores[kind].tolist()
         # By score, then by index: a lower one never goes where a higher one stays.

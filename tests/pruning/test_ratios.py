@@ -50,6 +50,8 @@ def test_query_heads_go_with_their_group():
         ({"layers": {"2": 1.0}}, "layers.2: heads: a ratio of 1.0 is outside"),
         ({"layers": {"2": {"mlp": -0.1}}}, "layers.2: mlp: a ratio of -0.1 is outside"),
         ({"layers": {"two": 0.5}}, "layers.two: not a layer"),
+        ({"layers": {"0-99999999999999": 0.5}}, "layers.0-99999999999999: no model has so many"),
+        ({"layers": {"9" * 5000: 0.5}}, "no model has so many layers"),
         ({"layers": {"3-2": 0.5}}, "layers.3-2: the range ends before it begins"),
         ({"layers": {"1-3": 0.5, "3": 0}}, "layers.3: layer 3 is in layers.1-3 already"),
         ({"layers": {"4-6": 0.5}}, "layers.4-6: the model's layers are 0 to 5"),

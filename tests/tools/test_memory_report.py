@@ -254,3 +254,31 @@ def test_real_checkpoint_counts_as_its_file_does():
     assert result.rows[2].params < stored
     with pytest.raises(UsageError, match="--keep-first"):
         report(model=STORIES)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["equal", "other"])
+def test_a_head_stored_beside_a_tied_embedding_is_counted(same, base, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(base, tmp_path / "tied")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(model / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    if same:
+        tensors["lm_head.weight"] = embedding.clone()
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    held = sum(tensor.numel() for tensor in tensors.values())
+    wide = {"strategy": "rand", "ratios": (0.5,), "keep_first": 1, "keep_last": 1}
+    stored = report(model=model, **wide)
+    assert find(stored, "bf16", None).params == held
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    tied = report(model=model, **wide)
+    for precision in ("bf16", "nf4"):
+        for ratio in (None, 0.5):
+            more, less = find(stored, precision, ratio), find(tied, precision, ratio)
+            assert more.stored_params - less.stored_params == embedding.numel()
+            assert more.training_bytes - less.training_bytes == 2 * embedding.numel()

@@ -33,10 +33,6 @@ def preset_names() -> tuple[str, ...]:
 def load_preset(name: str, where: str = "--preset") -> dict[str, Any]:
     """The config of a published model.
 
-    Args:
-        name: One of :func:`preset_names`.
-        where: Who asks, for the error.
-
     Raises:
         UsageError: There is no such preset; names the nearest one.
     """

@@ -21,32 +21,18 @@ def budget_excess(
 ) -> Callable[[Widths], int] | None:
     """By how much a model of given widths exceeds the budget, in parameters or bytes.
 
-    Args:
-        spec: How to prune.
-        family: The base's family.
-        config: The base's ``config.json``.
-
     Returns:
         The function of the widths; None where the spec names no budget.
     """
     geometry = family.geometry(config)
     if spec.target_params is not None:
-        target = spec.target_params
-        return lambda widths: (
-            count_params(family, pruned_config(config, geometry, widths)).total - target
-        )
-    if spec.fit_memory is not None:
-        target_bytes = spec.fit_memory
-        setup = _training_setup(spec, config)
-        return lambda widths: (
-            card_bytes(family, pruned_config(config, geometry, widths), setup) - target_bytes
-        )
-    return None
-
-
-def _training_setup(spec: PruneSpec, config: Mapping[str, Any]) -> TrainingSetup:
-    """The training that the pruned model is meant for, on a GPU."""
-    return TrainingSetup(
+        budget: int = spec.target_params
+    elif spec.fit_memory is not None:
+        budget = spec.fit_memory
+    else:
+        return None
+    # The training that the pruned model is meant for, on a GPU.
+    setup = TrainingSetup(
         rank=spec.rank,
         quantize=spec.quantize,
         micro_batch=spec.micro_batch,
@@ -54,6 +40,14 @@ def _training_setup(spec: PruneSpec, config: Mapping[str, Any]) -> TrainingSetup
         gradient_checkpointing=spec.gradient_checkpointing,
         attention=usual_attention(config),
     )
+
+    def excess(widths: Widths) -> int:
+        small = pruned_config(config, geometry, widths)
+        if spec.target_params is not None:
+            return count_params(family, small).total - budget
+        return card_bytes(family, small, setup) - budget
+
+    return excess
 
 
 def ratio_of_budget(
@@ -66,14 +60,17 @@ def ratio_of_budget(
     Raises:
         UsageError: The whole base meets it, or nothing does.
     """
-    if spec.target_params is not None:
-        flag, said, budget = "--target-params", format_params, spec.target_params
-    else:
-        flag, said, budget = "--fit-memory", format_bytes, spec.fit_memory
+
+    def said(amount: int) -> str:
+        return format_bytes(amount) if spec.fit_memory is not None else format_params(amount)
+
+    budget = spec.fit_memory or spec.target_params
+    assert budget is not None
+    asked = f"{'--fit-memory' if spec.fit_memory else '--target-params'} {said(budget)}"
     over = over_budget(geometry.layers)
     if over <= 0:
         raise UsageError(
-            f"{flag} {said(budget)}: the whole base takes {said(budget + over)} and fits already",
+            f"{asked}: the whole base takes {said(budget + over)} and fits already",
             "train on it as it is, or pass --ratio",
         )
     keeps = (spec.keep_first, spec.keep_last)
@@ -89,8 +86,7 @@ def ratio_of_budget(
             left = smaller_trainings(spec)
             smaller = f", or add {' '.join(left)}" if left else ""
         raise UsageError(
-            f"{flag} {said(budget)}: even at one head and hardly a channel a layer it takes "
-            f"{said(least)}",
+            f"{asked}: even at one head and hardly a channel a layer it takes {said(least)}",
             f"pass a larger budget, lower --keep-first and --keep-last{smaller}",
         )
     return ratio

@@ -12,7 +12,7 @@ from loram_cli.modeling.layerwise.states import BoundaryPool, computed_dtype
 from loram_cli.modeling.layerwise.stream import LayerStream
 from loram_cli.modeling.load import load_tokenizer
 from loram_cli.pruning.calibrate import calibration_windows
-from loram_cli.pruning.sparsegpt import working_bytes
+from loram_cli.pruning.sparsegpt import hessian_bytes
 from loram_cli.stages.core.results import CalibrationFigures
 from loram_cli.stages.prune.spec import PruneSpec
 from loram_cli.training.data.documents import load_text
@@ -63,10 +63,6 @@ class CalibrationNeeds:
 def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
     """Windows and activation storage, before any text or weight is read.
 
-    Args:
-        spec: How to prune.
-        model: The base.
-
     Raises:
         LoramError: The text is a local path with nothing usable there.
         UsageError: A window is longer than the model's context.
@@ -97,27 +93,8 @@ def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
         each,
         in_memory * each,
         (boundaries - in_memory) * each,
-        _hessian_bytes(model) if spec.method == "sparsegpt" else 0,
+        hessian_bytes(model.family, config) if spec.method == "sparsegpt" else 0,
     )
-
-
-def _hessian_bytes(model: Model) -> int:
-    """Of the widest layer; modules that stand together and read the hidden state share it."""
-    family = model.family
-    peak = 0
-    for layer in set(model.geometry.layers):
-        shapes = family.layer_shapes(0, layer, model.config)
-        inputs: list[tuple[int, int]] = []
-        before = None
-        for module in family.layer_modules(layer):
-            rows, columns = shapes[f"{family.layer_prefix(0)}{module.name}.weight"]
-            if before is not None and before.columns == module.columns == ():
-                inputs[-1] = (columns, max(rows, inputs[-1][1]))
-            else:
-                inputs.append((columns, rows))
-            before = module
-        peak = max(peak, working_bytes(inputs))
-    return peak
 
 
 def load_windows(spec: PruneSpec, needs: CalibrationNeeds) -> torch.Tensor:
@@ -135,13 +112,6 @@ def load_windows(spec: PruneSpec, needs: CalibrationNeeds) -> torch.Tensor:
 def open_pool(
     spec: PruneSpec, needs: CalibrationNeeds, stream: LayerStream, work: Path
 ) -> BoundaryPool:
-    """Where hidden states between layers are kept.
-
-    Args:
-        spec: Says how much memory they may take.
-        needs: Their shape.
-        stream: Their type.
-        work: The directory being written; what exceeds the memory goes into a folder of it.
-    """
+    """Where hidden states between layers are kept."""
     shape = (needs.samples, needs.length, stream.hidden_size)
     return BoundaryPool(shape, stream.dtype, spec.calibration_memory, work / "activations")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loram_cli.arch.registry import family_for
-from loram_cli.arch.spec import Geometry, LayerGeometry
+from loram_cli.arch.spec import Geometry
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.writer import TensorPlan
 from loram_cli.errors import UsageError
@@ -18,10 +18,10 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.stages.core.lineage import model_record
 from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
-from loram_cli.stages.core.results import PruneResult
+from loram_cli.stages.core.results import CalibrationFigures, PruneResult
 from loram_cli.stages.prune.calibration import CalibrationNeeds, calibration_needs
 from loram_cli.stages.prune.spec import PruneSpec
-from loram_cli.stages.prune.widths import ChosenWidths, choose_widths, plan_record
+from loram_cli.stages.prune.widths import ChosenWidths, Widths, choose_widths, plan_record
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PruneWork:
     model: Model
     config: Mapping[str, Any]
     before: Geometry
-    after: tuple[LayerGeometry, ...]
+    after: Widths
     tensors: dict[str, TensorPlan]
     base_params: int
     pruned_params: int
@@ -58,12 +58,8 @@ class PruneWork:
         """Bytes of the output's tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
-    def with_widths(self, after: tuple[LayerGeometry, ...]) -> "PruneWork":
-        """The same work with other widths per layer.
-
-        Args:
-            after: Widths of every layer after pruning.
-        """
+    def with_widths(self, after: Widths) -> "PruneWork":
+        """The same work with other widths per layer."""
         config = pruned_config(self.config, self.before, after)
         shapes = self.model.family.tensor_shapes(config)
         # A head stored beside a tied embedding is no tensor of the family, and stays as it is.
@@ -75,11 +71,7 @@ class PruneWork:
         return replace(self, config=config, after=after, tensors=tensors, pruned_params=params)
 
     def with_keep(self, keep: Mapping[int, LayerKeep]) -> "PruneWork":
-        """The same work with the widths of what is kept.
-
-        Args:
-            keep: What stays of every layer that loses something.
-        """
+        """The same work with the widths of what is kept."""
         layers = enumerate(self.before.layers)
         return self.with_widths(
             tuple(keep[i].widths(layer) if i in keep else layer for i, layer in layers)
@@ -88,34 +80,22 @@ class PruneWork:
     @property
     def pruned_layers(self) -> tuple[int, ...]:
         """Indices of the layers that lose something."""
-        layers = enumerate(self.before.layers)
-        return tuple(i for i, layer in layers if layer != self.after[i])
+        return _changed(self.before.layers, self.after)
 
     def result(self) -> PruneResult:
         """The figures of the work, for the manifest and ``--dry-run``."""
-        known = self.chosen.known(self.after) if self.chosen else {}
-        return PruneResult(
-            base_params=self.base_params,
-            pruned_params=self.pruned_params,
-            reduction=round(self.base_params / self.pruned_params, 4),
-            removed_share=round(1 - self.pruned_params / self.base_params, 4),
-            weight_bytes=self.out_bytes,
+        return _figures(
+            (self.base_params, self.pruned_params, self.out_bytes),
+            self.before.layers,
+            self.after,
+            self.chosen,
             sparsity=self.sparsity,
             calibration=self.calibration.figures() if self.calibration else None,
-            pruned_layers=self.pruned_layers,
-            widths=_widths(self.after),
-            base_widths=_widths(self.before.layers),
-            **known,
         )
 
 
 def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[PruneWork]:
     """Work out shapes and check everything that can be known before a tensor is read.
-
-    Args:
-        spec: How to prune.
-        reporter: Nothing is told.
-        count: Nothing is counted: the widths are exact.
 
     Raises:
         LoramError: The base is not sound, or has no tokenizer, or the disk is too full.
@@ -135,7 +115,7 @@ def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         {"base": base, **plan_record(spec)},
         work,
         disk_bytes=work.out_bytes + scratch_bytes,
-        reads=filter(None, (spec.model, spec.calibration, spec.plan)),
+        reads=[read for read in (spec.model, spec.calibration, spec.plan) if read],
         base=base,
         memory_bytes=work.calibration.held_bytes if work.calibration else 0,
         figures={"result": work.result()},
@@ -144,10 +124,6 @@ def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePl
 
 def foresee(spec: PruneSpec, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], PruneResult]:
     """What pruning a base with a config would give; its weights need not be there.
-
-    Args:
-        spec: The settled spec.
-        config: The base's ``config.json``.
 
     Returns:
         The small model's config, and its figures with weights in bf16.
@@ -162,25 +138,39 @@ def foresee(spec: PruneSpec, config: Mapping[str, Any]) -> tuple[Mapping[str, An
     if spec.zeroes_weights:
         assert spec.ratio is not None
         params = count_nonzero_params(family, config, spec.ratio).total
-        small, after, known = config, before.layers, {"sparsity": spec.ratio}
-        weight_bytes = base_params * BF16_BYTES
-    else:
-        chosen = choose_widths(spec, family, config)
-        after, small = chosen.after, pruned_config(config, before, chosen.after)
-        params = count_params(family, small).total
-        known, weight_bytes = chosen.known(after), params * BF16_BYTES
-    layers = enumerate(before.layers)
-    return small, PruneResult(
+        sizes = (base_params, params, base_params * BF16_BYTES)
+        return config, _figures(sizes, before.layers, before.layers, None, sparsity=spec.ratio)
+    chosen = choose_widths(spec, family, config)
+    small = pruned_config(config, before, chosen.after)
+    params = count_params(family, small).total
+    sizes = (base_params, params, params * BF16_BYTES)
+    return small, _figures(sizes, before.layers, chosen.after, chosen)
+
+
+def _figures(
+    sizes: tuple[int, int, int],
+    before: Widths,
+    after: Widths,
+    chosen: ChosenWidths | None,
+    *,
+    sparsity: float = 0.0,
+    calibration: CalibrationFigures | None = None,
+) -> PruneResult:
+    """The result of a pruning from parameters before and after, and bytes of the output."""
+    base_params, params, weight_bytes = sizes
+    result = PruneResult(
         base_params=base_params,
         pruned_params=params,
         reduction=round(base_params / params, 4),
         removed_share=round(1 - params / base_params, 4),
         weight_bytes=weight_bytes,
-        pruned_layers=tuple(i for i, layer in layers if layer != after[i]),
+        sparsity=sparsity,
+        calibration=calibration,
+        pruned_layers=_changed(before, after),
         widths=_widths(after),
-        base_widths=_widths(before.layers),
-        **known,
+        base_widths=_widths(before),
     )
+    return replace(result, **chosen.known(after)) if chosen else result
 
 
 def _refuse_pruned(model: Model) -> None:
@@ -237,7 +227,11 @@ def _sparse_work(spec: PruneSpec, model: Model) -> PruneWork:
     )
 
 
-def _widths(layers: tuple[LayerGeometry, ...]) -> dict[str, tuple[int, ...]]:
+def _changed(before: Widths, after: Widths) -> tuple[int, ...]:
+    return tuple(i for i, layer in enumerate(before) if layer != after[i])
+
+
+def _widths(layers: Widths) -> dict[str, tuple[int, ...]]:
     return {
         str(i): (layer.num_attention_heads, layer.num_key_value_heads, layer.intermediate_size)
         for i, layer in enumerate(layers)

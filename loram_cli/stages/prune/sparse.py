@@ -1,6 +1,6 @@
 """Zero single weights of every decoder linear (``semi``, ``unst``); shapes stay."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +28,6 @@ def write_sparse(
     spec: PruneSpec, work: PruneWork, directory: Path, reporter: Reporter
 ) -> tuple[PruneResult, dict[str, str]]:
     """Write the base with zeros in the weights of its decoder linears, and nothing else changed.
-
-    Args:
-        spec: How to prune.
-        work: The base; its tensors in the order of the layers.
-        directory: Where the checkpoint goes.
-        reporter: Told of progress.
 
     Returns:
         The plan's figures with what was counted, and the digests of the shards.
@@ -108,7 +102,7 @@ def _pruned_weights(
     reader: TensorReader,
     directory: Path,
     reporter: Reporter,
-) -> Iterator[Weights]:
+) -> Generator[Weights]:
     """Pruned weights by name, in the order of the layers."""
     if spec.method == "l2":
         return _by_magnitude(spec, work, reader, reporter)
@@ -117,7 +111,7 @@ def _pruned_weights(
 
 def _by_magnitude(
     spec: PruneSpec, work: PruneWork, reader: TensorReader, reporter: Reporter
-) -> Iterator[Weights]:
+) -> Generator[Weights]:
     assert spec.ratio is not None
     names = work.model.linear_names
     with reporter.progress("zero", len(names), "tensor") as progress:
@@ -130,7 +124,7 @@ def _by_magnitude(
 
 def _by_sparsegpt(
     spec: PruneSpec, work: PruneWork, directory: Path, reporter: Reporter
-) -> Iterator[Weights]:
+) -> Generator[Weights]:
     assert spec.ratio is not None
     ratio, semi = spec.ratio, bool(spec.chosen_strategy.zeros_in_four)
 

@@ -1,7 +1,10 @@
 """Drop whole groups: score them, choose what stays, and write it, some rows at a time."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from loram_cli.arch.spec import LinearModule
 from loram_cli.checkpoint.background import one_torch_thread, read_ahead
@@ -29,17 +32,14 @@ from loram_cli.stages.prune.calibration import load_windows, open_pool
 from loram_cli.stages.prune.plan import PruneWork
 from loram_cli.stages.prune.spec import PruneSpec
 
+Gradients = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""Weight and gradient by a module's name."""
+
 
 def choose_groups(
     spec: PruneSpec, work: PruneWork, directory: Path, reporter: Reporter
 ) -> dict[int, LayerKeep]:
     """What stays of each layer, as the strategy says.
-
-    Args:
-        spec: How to prune.
-        work: The base and its widths.
-        directory: The one being written, for what exceeds the calibration's memory.
-        reporter: Told of progress.
 
     Raises:
         LoramError: The calibration text is unusable, the loss on it is not finite, or a budget
@@ -69,13 +69,6 @@ def write_kept(
     reporter: Reporter,
 ) -> dict[str, str]:
     """Write the rows and columns that stay, shard by shard.
-
-    Args:
-        spec: How to prune.
-        work: With the widths of ``keep``.
-        keep: What stays of every layer that loses something.
-        directory: Where the checkpoint goes.
-        reporter: Told of progress.
 
     Returns:
         SHA-256 in hex of every shard.
@@ -141,12 +134,14 @@ def _taylor_scores(
         LayerStream(work.model, spec.device) as stream,
         open_pool(spec, work.calibration, stream, directory) as pool,
     ):
+
+        def salience(
+            gradients: dict[str, tuple[torch.Tensor, torch.Tensor]], module: LinearModule
+        ) -> torch.Tensor:
+            return taylor_salience(*gradients[module.name]).cpu()
+
         for i, gradients in layer_gradients(stream, windows, layers, modules, pool, reporter):
-            scores[i] = layer_scores(
-                family,
-                work.before.layers[i],
-                lambda module, gradients=gradients: taylor_salience(*gradients[module.name]).cpu(),
-            )
+            scores[i] = layer_scores(family, work.before.layers[i], partial(salience, gradients))
     return scores
 
 

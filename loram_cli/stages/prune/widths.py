@@ -60,11 +60,7 @@ class ChosenWidths:
     over_budget: Callable[[Widths], int]
 
     def known(self, after: Widths) -> dict[str, Any]:
-        """Fields of the result, with the least card where that is the budget.
-
-        Args:
-            after: Widths of every layer after pruning.
-        """
+        """Fields of the result, with the least card where that is the budget."""
         card_bytes = None
         if self.fit_bytes is not None:
             card_bytes = self.fit_bytes + self.over_budget(after)
@@ -78,11 +74,6 @@ class ChosenWidths:
 
 def choose_widths(spec: PruneSpec, family: Family, config: Mapping[str, Any]) -> ChosenWidths:
     """Widths of every layer after pruning.
-
-    Args:
-        spec: How to prune.
-        family: The base's family.
-        config: The base's ``config.json``.
 
     Raises:
         UsageError: What is asked for does not fit the model, or cannot be reached.
@@ -100,6 +91,7 @@ def choose_widths(spec: PruneSpec, family: Family, config: Mapping[str, Any]) ->
     else:
         if over_budget is not None:
             ratio = ratio_of_budget(spec, geometry, over_budget)
+        assert ratio is not None
         after = layer_widths(geometry, ratio, *keeps, spec.multiple_of)
         if after == geometry.layers and spec.multiple_of > 1:
             raise UsageError(
@@ -118,11 +110,7 @@ def choose_widths(spec: PruneSpec, family: Family, config: Mapping[str, Any]) ->
 
 
 def plan_record(spec: PruneSpec) -> dict[str, dict[str, str]]:
-    """The manifest's record of the plan file: the same ratios are the same input, wherever it lies.
-
-    Args:
-        spec: How to prune.
-    """
+    """The manifest's record of the plan file: the same ratios are the same input."""
     if spec.plan is None:
         return {}
     return {"plan": {"path": str(spec.plan), "ratios": digest_of(read_plan(spec.plan))}}

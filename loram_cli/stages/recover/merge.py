@@ -31,11 +31,6 @@ __all__ = ["MergeSpec", "plan", "plan_ahead", "run"]
 def plan(spec: MergeSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[RecoverWork]:
     """Check everything that can be known before a tensor is read.
 
-    Args:
-        spec: What to merge.
-        reporter: Nothing is told.
-        count: Nothing is counted.
-
     Raises:
         LoramError: Another base, or no disk.
     """
@@ -56,10 +51,6 @@ def plan(spec: MergeSpec, reporter: Reporter, *, count: bool = False) -> StagePl
 
 def plan_ahead(spec: MergeSpec, adapter_bytes: int) -> StagePlan[None]:
     """The plan of a merge whose adapter is still to be recovered: from the base alone.
-
-    Args:
-        spec: What to merge.
-        adapter_bytes: What the adapter will take.
 
     Raises:
         LoramError: No disk, or no whole base.

@@ -40,11 +40,6 @@ class RecoverWork:
 def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> RecoverWork:
     """Open base and adapter, and see that they belong together.
 
-    Args:
-        spec: With ``adapter``, ``model`` and ``out``.
-        stage: Which stage must have made the adapter.
-        otherwise: What to say when another one did.
-
     Raises:
         LoramError: They do not fit.
     """
@@ -60,11 +55,6 @@ def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> Re
 
 def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[RecoverWork]:
     """Check everything that can be known before a factor is read.
-
-    Args:
-        spec: What to recover.
-        reporter: Nothing is told.
-        count: Nothing is counted.
 
     Raises:
         LoramError: Another base, an adapter that does not fit it, or no disk.
@@ -192,12 +182,14 @@ def _recover_pair(module: str, pair: LoraPair, base: _Base) -> LoraPair:
             f"adapter module {module} is {lora_b.shape[0]} x {lora_a.shape[1]}, "
             f"the base's weight {full_rows} x {full_columns}"
         )
-    same = torch.equal(gather(lora_b, rows, None), pair.lora_b) and torch.equal(
-        gather(lora_a, None, columns), pair.lora_a
+    # Equal within the kept indices, and nothing outside them: as many non-zeros as before.
+    same = all(
+        torch.equal(part, was) and int(now.count_nonzero()) == int(was.count_nonzero())
+        for part, now, was in (
+            (gather(lora_b, rows, None), lora_b, pair.lora_b),
+            (gather(lora_a, None, columns), lora_a, pair.lora_a),
+        )
     )
-    # Nothing may be outside the kept indices: as many non-zeros as before, and no more.
-    same = same and torch.count_nonzero(lora_b) == torch.count_nonzero(pair.lora_b)
-    same = same and torch.count_nonzero(lora_a) == torch.count_nonzero(pair.lora_a)
     if not same:
         raise LoramError(
             f"adapter module {module}: the recovered factors do not match the small ones"

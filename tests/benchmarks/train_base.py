@@ -1,4 +1,4 @@
-"""Train the demo base from nothing: ``python -m loram_cli.demo.train_base --out DIR``.
+"""Train the demo base from nothing: ``python tests/benchmarks/train_base.py --out DIR``.
 
 Takes about half an hour on two cores. The result that ships is ``loram_cli/demo/base``.
 """
@@ -178,7 +178,7 @@ def main(arguments: list[str]) -> None:
     measured = score(model.float(), tokenizer)
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    command = f"python -m loram_cli.demo.train_base --out {options.out.name}"
+    command = f"python tests/benchmarks/train_base.py --out {options.out.name}"
     card = CARD.format(
         params=model.num_parameters(), command=command, seed=SEED, steps=options.steps,
         batch=options.batch, block=BLOCK_LENGTH, **measured,

@@ -1,0 +1,78 @@
+"""JSON objects from files of strangers: of regular files, of bounded size, with finite numbers."""
+
+import json
+import math
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loram_cli.errors import LoramError
+from loram_cli.units import MIB
+
+# Ten times the largest tokenizer.json there is.
+MOST_BYTES = 256 * MIB
+# What these hold may be without limit, and stands as Infinity in published files.
+_UNLIMITED = ("time_step_limit",)
+
+
+def read_text(file: Path) -> str:
+    """The text of a regular file.
+
+    Raises:
+        LoramError: The file is absent, too large, not text, or a device, a pipe or a directory,
+            whose reading might never end.
+    """
+    try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise LoramError(f"{file}: is not a regular file")
+        if found.st_size > MOST_BYTES:
+            raise LoramError(f"{file}: {found.st_size} bytes, expected at most {MOST_BYTES}")
+        return file.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise LoramError(
+            f"{file}: no such file", "is this a Hugging Face model directory?"
+        ) from error
+    except OSError as error:
+        raise LoramError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise LoramError(f"{file}: not UTF-8 text ({error})") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        LoramError: See :func:`read_text`; or it is not JSON, not an object, or has a number that
+            is not finite.
+    """
+    text = read_text(file)
+    try:
+        value = json.loads(text)
+        unsound = _unsound(value)
+    except (ValueError, RecursionError) as error:
+        raise LoramError(f"{file}: not valid JSON ({str(error)[:100]})") from error
+    if not isinstance(value, dict):
+        raise LoramError(f"{file}: expected a JSON object")
+    if unsound is not None:
+        raise LoramError(f"{file}: {unsound}")
+    return value
+
+
+def _unsound(value: object, key: str = "") -> str | None:
+    """What is wrong with a value or with one inside it: NaN, infinity, half a character."""
+    if isinstance(value, float) and not math.isfinite(value) and key not in _UNLIMITED:
+        return f"{key} is {value}, expected a finite number"
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"{key or 'a key'} has half a character (a lone surrogate)"
+    inner: list[str | None] = []
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            inner += [_unsound(name), _unsound(item, name)]
+    elif isinstance(value, list):
+        inner = [_unsound(item, key) for item in value]
+    return next(filter(None, inner), None)
