@@ -3,11 +3,12 @@
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.decode import Decoder, Generation, stream_seed
+from loram_cli.evaluation.models import check_row, row_tokenizer
 from loram_cli.evaluation.perplexity import context_length
 from loram_cli.evaluation.results import Answer
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lineage import trained_layout
-from loram_cli.stages.evaluate.models import check_row, opened_model, row_tokenizer
+from loram_cli.stages.evaluate.rows import open_row
 from loram_cli.stages.evaluate.spec import GenerateSpec
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.layouts import Layout, asked
@@ -36,7 +37,7 @@ def _ask(
     spec: GenerateSpec, label: str, model: Model, learnt: Layout | None, reporter: Reporter
 ) -> list[Answer]:
     parts = spec.rows[label]
-    tokenizer = row_tokenizer(spec, label)
+    tokenizer = row_tokenizer(parts[0], spec.model)
     layout = spec.layout or learnt
     if layout is None:
         layout = "messages" if getattr(tokenizer, "chat_template", None) else "prompt"
@@ -48,7 +49,7 @@ def _ask(
         for example in examples
     ]
     reporter.note(f"asking {label} ({' + '.join(map(str, parts))}), layout {layout}")
-    with opened_model(spec, label, model, reporter) as loaded:
+    with open_row(spec, label, model, reporter) as loaded:
         context = context_length(loaded)
         longest = max(map(len, ids))
         if longest >= context:
