@@ -111,7 +111,7 @@ def quiet_lm_eval() -> Iterator[None]:
     """
     with ExitStack() as stack:
         for name in _DRAWING:
-            module = sys.modules.get(name)
+            module: Any = sys.modules.get(name)
             if module is not None and hasattr(module, "tqdm"):
                 stack.callback(setattr, module, "tqdm", module.tqdm)
                 module.tqdm = partial(module.tqdm, disable=True)

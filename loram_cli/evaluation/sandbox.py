@@ -56,9 +56,9 @@ _CHILD = Path(__file__).with_name("sandbox_child.py")
 class SandboxResult:
     """How a program ended.
 
-    Args:
+    Attributes:
         status: ``passed`` only if the program ran to its last line.
-        detail: Exception or signal of a failed program; empty for a passed one.
+        detail: Exception or signal of a failed program.
         network: What kept the network away: ``namespace``, ``seccomp``, ``refused in Python``.
         files: What kept outside files safe: ``read-only mounts``, ``landlock``,
             ``refused in Python``.

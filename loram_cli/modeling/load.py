@@ -51,7 +51,7 @@ def loading(file: Path, library: str = "transformers", hint: str | None = None) 
 
 
 @cache
-def narrow_class(family: Family) -> type:
+def narrow_class(family: Family) -> type[Any]:
     """The family's causal LM class, with layer ``i`` built from ``config.per_layer_config[i]``.
 
     Its attribute ``family`` is the family.
@@ -198,9 +198,6 @@ def load_generation_config(directory: Path) -> Any | None:
 def attention_kernel(name: str) -> str:
     """Transformers' name of an attention kernel.
 
-    Args:
-        name: ``sdpa``, ``flash`` or ``eager``.
-
     Raises:
         LoramError: The kernel's package is absent.
     """
@@ -250,9 +247,6 @@ def default_device() -> str:
 
 def usable_device(device: str | None) -> str:
     """The device asked for, or the default one.
-
-    Args:
-        device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU when there is one.
 
     Raises:
         UsageError: Torch knows no such device, or this machine has no such GPU.

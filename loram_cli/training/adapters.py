@@ -41,12 +41,6 @@ def lora_config(
 ) -> Any:
     """PEFT's config; defaults are the paper's (r 8, alpha 16, dropout 0.05).
 
-    Args:
-        targets: From :func:`lora_targets`.
-        rank: Of the factors.
-        alpha: The product is scaled by alpha / rank.
-        dropout: On the input of ``lora_A`` while training.
-
     Raises:
         UsageError: A value out of range.
     """
@@ -61,7 +55,7 @@ def lora_config(
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=alpha,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions as well
             lora_dropout=dropout,
             target_modules=list(targets),
             bias="none",

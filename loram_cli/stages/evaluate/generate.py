@@ -1,5 +1,7 @@
 """Generate: what the models of a run answer to a prompt."""
 
+from typing import cast, get_args
+
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.decode import Decoder, Generation, stream_seed
@@ -24,8 +26,8 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
         LoramError: A model or an adapter is not whole or does not fit, or a prompt is too long.
     """
     models = {label: check_row(parts) for label, parts in spec.rows.items()}
-    known = (trained_layout(parts[-1]) for parts in spec.rows.values())
-    learnt = next(filter(None, known), None)
+    found = {trained_layout(parts[-1]): None for parts in spec.rows.values()}
+    learnt = next((name for name in found if name in get_args(Layout)), None)
     return [
         answer
         for label, model in models.items()
@@ -34,13 +36,12 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
 
 
 def _ask(
-    spec: GenerateSpec, label: str, model: Model, learnt: Layout | None, reporter: Reporter
+    spec: GenerateSpec, label: str, model: Model, learnt: str | None, reporter: Reporter
 ) -> list[Answer]:
     parts = spec.rows[label]
     tokenizer = row_tokenizer(parts[0], spec.model)
-    layout = spec.layout or learnt
-    if layout is None:
-        layout = "messages" if getattr(tokenizer, "chat_template", None) else "prompt"
+    own: Layout = "messages" if getattr(tokenizer, "chat_template", None) else "prompt"
+    layout = spec.layout or cast("Layout | None", learnt) or own
     chat = Chat(tokenizer)
     examples = [asked(prompt, layout, chat, learnt=layout == learnt) for prompt in spec.prompts]
     chat.warn_of_fallback(reporter)

@@ -46,13 +46,7 @@ def open_row(
 def eval_inputs(
     rows: Rows, models: Mapping[Path, Model], requests: Sequence[TaskRequest]
 ) -> dict[str, Any]:
-    """The manifest records of all models and documents, with their digests.
-
-    Args:
-        rows: Per row its model's directory and, if any, the adapter's.
-        models: The models by directory, opened: most rows share the base.
-        requests: The tasks.
-    """
+    """The manifest records of all models and documents, with their digests."""
     inputs: dict[str, Any] = {
         f"row {label}": _row_input(parts, models[parts[0]]) for label, parts in rows.items()
     }
@@ -101,18 +95,7 @@ def score_row(
     path: Path,
     reporter: Reporter,
 ) -> RowResult:
-    """Score one row; what was answered before is taken from ``answers``.
-
-    Args:
-        spec: Of the evaluation.
-        label: The row.
-        model: Its model, opened.
-        inputs: From :func:`eval_inputs`.
-        requests: Its tasks.
-        answers: Folder of the kept answers.
-        path: Where samples go.
-        reporter: Told of progress.
-    """
+    """Score one row; what was answered before is taken from ``answers``."""
     known = {k: v for k, v in inputs[f"row {label}"].items() if k != "path"}
     how = [known, spec.backend, precision(spec.device)]
     if spec.quantize is not None:

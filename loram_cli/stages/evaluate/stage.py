@@ -42,11 +42,6 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
     The memory is that of the largest row's weights; rows are scored one after another. Of a model
     that takes more than there is, layers are read anew at every pass.
 
-    Args:
-        spec: What to evaluate.
-        reporter: Told of data that stands in for a benchmark.
-        count: Nothing more is counted.
-
     Raises:
         LoramError: A model is not whole, an adapter is not one, or a task's data cannot be read.
         UsageError: There is no row, or the output is something else's.
