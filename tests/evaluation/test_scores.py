@@ -104,6 +104,5 @@ def test_a_target_is_an_index_only_where_it_names_an_option(target, shown):
         "filtered_resps": [(-1.0, False)],
         "target": target,
     }
-    sample["resps"] = [[response] for response in sample["resps"]]
     [row] = read_samples(TaskRequest("t"), {"samples": {"t": [sample]}})
     assert (row["output"], row["target"]) == ("x", shown)
