@@ -9,7 +9,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ _DRAWING = (
     "lm_eval.api.model",
     "lm_eval.models.huggingface",
     "lm_eval.models.vllm_causallms",
+    "tqdm",  # imported where it is used, by the bootstrap
 )
 
 
@@ -101,7 +103,7 @@ def quiet_gguf() -> Iterator[None]:
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Silence log lines, bars and warnings of lm-eval and its libraries while the block runs.
+    """Silence log lines, prints, bars and warnings of lm-eval while the block runs.
 
     Checks silenced with them, and where loram makes them: prompts and choices that lose their
     start (``evaluation.harness``), and labels that are none of a document's choices
@@ -109,10 +111,12 @@ def quiet_lm_eval() -> Iterator[None]:
     """
     with ExitStack() as stack:
         for name in _DRAWING:
-            module = sys.modules.get(name)
+            module: Any = sys.modules.get(name)
             if module is not None and hasattr(module, "tqdm"):
                 stack.callback(setattr, module, "tqdm", module.tqdm)
-                setattr(module, "tqdm", _NoBar)  # noqa: B010 - it is theirs, and untyped
+                module.tqdm = partial(module.tqdm, disable=True)
+        # It prints what it bootstraps, and tasks of it print as they please.
+        stack.enter_context(redirect_stdout(StringIO()))
         stack.enter_context(_loggers_silenced(_EVALUATION))
         stack.enter_context(no_progress_bars("datasets"))
         stack.enter_context(warnings.catch_warnings())
@@ -139,19 +143,3 @@ def _loggers_silenced(names: tuple[str, ...]) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-class _NoBar:
-    """Stands in for tqdm."""
-
-    def __init__(self, iterable: Any = None, **_: Any) -> None:
-        self._iterable = iterable
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._iterable)
-
-    def update(self, steps: int = 1) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

@@ -1,7 +1,7 @@
 """Batches that grow while memory allows and halve when it does not."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from loram_cli.errors import LoramError, is_out_of_memory
 from loram_cli.modeling.free_memory import free_memory_bytes
 
 T = TypeVar("T")
+R = TypeVar("R")
 _FIRST_ROWS = 8
 _MOST_ROWS = {"cpu": 128, "cuda": 1024}
 _SUCCESSES_BEFORE_REGROWTH = 4
@@ -23,10 +24,7 @@ class GrowingBatch:
     and doubles while the estimate of the next one fits into half of the free memory (85% on a
     GPU). Either way an out-of-memory error halves it, and the rows are tried again.
 
-    Args:
-        rows: Rows per pass at most; None chooses by memory.
-        device: ``cpu`` or a GPU.
-        bytes_per_token: Memory that one token of one row takes at most while a pass runs.
+    One token of one row takes at most ``bytes_per_token`` of memory while a pass runs.
     """
 
     def __init__(self, rows: int | None, device: torch.device, bytes_per_token: int) -> None:
@@ -42,14 +40,14 @@ class GrowingBatch:
         self,
         items: Sequence[T],
         tokens: Callable[[T], int],
-        work: Callable[[Sequence[T]], None],
-    ) -> None:
-        """Call ``work`` on slices until all items are done.
+        work: Callable[[Sequence[T]], R],
+    ) -> Iterator[R]:
+        """What ``work`` gives for slices of the items, until all are done.
 
         Args:
-            items: Longest first, so that a batch that is too large fails at once.
+            items: Longest first: a batch that is too large fails at once.
             tokens: Tokens of an item, with those that it generates.
-            work: One pass. It must leave nothing behind when it fails.
+            work: One pass, which leaves nothing behind when it fails.
 
         Raises:
             LoramError: A single item does not fit.
@@ -61,7 +59,7 @@ class GrowingBatch:
         while position < len(items):
             batch = items[position : position + self.rows]
             try:
-                work(batch)
+                result = work(batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -80,6 +78,7 @@ class GrowingBatch:
             position += len(batch)
             if position < len(items):
                 self._grow(tokens(items[position]))
+            yield result
 
     def _grow(self, tokens: int) -> None:
         self._successes += 1
@@ -95,9 +94,7 @@ class GrowingBatch:
 def bytes_per_token(model: Any, *, scoring: bool) -> int:
     """What a token of a row takes at most: its keys and values, activations, and logits.
 
-    Args:
-        model: A causal LM; of layers that differ in width the widest counts.
-        scoring: Whether logits of every position are kept, as for log-likelihoods.
+    Scoring keeps the logits of every position.
     """
     config = model.config
     heads = getattr(config, "num_attention_heads", 1)

@@ -24,14 +24,6 @@ def score_code(
 ) -> tuple[list[TaskScore], list[dict[str, Any]]]:
     """Generate at every temperature, run all programs, report the best temperature for each k.
 
-    Args:
-        engine: Of the model.
-        request: What was asked for.
-        task: lm-eval's task with its requests built.
-        settings: Samples and temperatures.
-        seed: Of the samples.
-        reporter: Receives progress.
-
     Returns:
         Scores, ``pass@1`` first, and one row per completion.
     """
@@ -96,23 +88,18 @@ def _scores(
             interval: tuple[float, float] | None = wilson_interval(sum(values), documents)
         else:
             interval = normal_interval(mean, stderr, lowest=0.0, highest=1.0)
-        low, high = interval or (None, None)
         listing = ", ".join(f"{t:g}: {value:.1%}" for t, value in means.items())
         chosen = f"best of temperatures {listing}; " if len(means) > 1 else ""
         drawn = f"{settings.samples} samples; " if settings.samples > 1 else ""
         scores.append(
-            TaskScore(
-                request.name,
+            request.score(
                 f"pass@{k}",
                 mean,
                 stderr,
                 documents,
-                request.bundled,
+                interval,
                 num_fewshot=task.config.num_fewshot or 0,
                 detail=f"{chosen}{drawn}sandbox: {sandbox}",
-                ci_low=low,
-                ci_high=high,
-                variant=request.variant,
             )
         )
     return scores

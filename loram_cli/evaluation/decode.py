@@ -63,12 +63,7 @@ class _Row:
 
 
 class Decoder:
-    """Generates with one model and tokenizer.
-
-    Args:
-        model: A causal LM or PeftModel, in evaluation mode.
-        tokenizer: Its tokenizer.
-    """
+    """Generates with one model and tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
@@ -96,9 +91,9 @@ class Decoder:
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad)
         mask = torch.zeros((len(prompts), width), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
+        for place, prompt in enumerate(prompts):
+            ids[place, width - len(prompt) :] = torch.tensor(prompt)
+            mask[place, width - len(prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         rows = [_Row(job, place, self._stream(job)) for place, job in enumerate(jobs)]
         texts = [""] * len(jobs)

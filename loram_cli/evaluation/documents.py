@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError
-from loram_cli.training.data.documents import Example, load_instructions, load_text
-from loram_cli.training.data.examples import single_turns
+from loram_cli.training.data.documents import load_instructions, load_text
+from loram_cli.training.data.examples import Example, single_turns
 from loram_cli.training.data.files import is_text_file, read_text_file
 from loram_cli.training.data.layouts import layout_of
 from loram_cli.training.data.records import Record, read_records
@@ -30,11 +30,6 @@ _SAME_LAYOUT = {"gsm8k_cot": "gsm8k", "gsm8k_cot_zeroshot": "gsm8k"}
 def task_documents(source: str, task: str, flag: str) -> list[dict[str, Any]]:
     """All documents of a task's file, as the hub's copy of the data set has them.
 
-    Args:
-        source: A ``.jsonl``, ``.json`` (both also gzipped) or ``.parquet`` file, or ``demo:NAME``.
-        task: lm-eval's name of the task.
-        flag: The name to show in errors, as the user gave it.
-
     Raises:
         LoramError: Unreadable, empty, or a document lacks a field; names file and line.
     """
@@ -47,8 +42,12 @@ def task_documents(source: str, task: str, flag: str) -> list[dict[str, Any]]:
         raise LoramError(f"{where}: {source}: holds no record")
     layout = _SAME_LAYOUT.get(task, task)
     convert = _CONVERTERS.get(layout)
-    if convert is not None:
-        records = convert(records, Path(source), where)
+    if layout == "piqa":
+        records = _with_piqa_labels(records, Path(source), where)
+    try:
+        records = [Record(convert(r.fields), r.where) for r in records] if convert else records
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise LoramError(f"{where}: {source} is not in the layout of {task} ({error})") from error
     for record in records:
         for field in _REQUIRED_FIELDS.get(layout, ()):
             if record.fields.get(field) is None:
@@ -86,26 +85,33 @@ def perplexity_data(
         raise LoramError(f"--task-data perplexity: {error.message}", error.hint) from error
 
 
-def _stem_layout(records: list[Record], path: Path, where: str) -> list[Record]:
+def _stem_layout(fields: Mapping[str, Any]) -> dict[str, Any]:
     """AI2's own files nest the choices in the question; the hub's copies do not."""
-
-    def flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-        question = fields.get("question")
-        if not isinstance(question, dict):
-            return dict(fields)
-        choices = question.get("choices") or []
-        stem = question.get("stem")
-        return {
-            **fields,
-            "question": stem,
-            "question_stem": stem,
-            "choices": {key: [c.get(key) for c in choices] for key in ("text", "label")},
-        }
-
-    return [Record(flat(record.fields), record.where) for record in records]
+    question = fields.get("question")
+    if not isinstance(question, dict):
+        return dict(fields)
+    choices, stem = question.get("choices") or [], question.get("stem")
+    parts = {key: [choice.get(key) for choice in choices] for key in ("text", "label")}
+    return {**fields, "question": stem, "question_stem": stem, "choices": parts}
 
 
-def _piqa_layout(records: list[Record], path: Path, where: str) -> list[Record]:
+def _hellaswag_layout(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """HellaSwag's own label is a number, the hub's a text; the endings are a list in both."""
+    changed = dict(fields)
+    if isinstance(fields.get("endings"), str):
+        changed["endings"] = json.loads(fields["endings"])
+    if fields.get("label") is not None:
+        changed["label"] = str(fields["label"])
+    return changed
+
+
+_CONVERTERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    **dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa"), _stem_layout),
+    "hellaswag": _hellaswag_layout,
+}
+
+
+def _with_piqa_labels(records: list[Record], path: Path, where: str) -> list[Record]:
     """PIQA's own files keep the labels in ``NAME-labels.lst`` beside ``NAME.jsonl``."""
     labels_file = path.with_name(path.name.partition(".")[0] + "-labels.lst")
     if "label" in records[0].fields or not labels_file.is_file():
@@ -119,25 +125,3 @@ def _piqa_layout(records: list[Record], path: Path, where: str) -> list[Record]:
         Record({**record.fields, "label": int(label)}, record.where)
         for record, label in zip(records, labels, strict=True)
     ]
-
-
-def _hellaswag_layout(records: list[Record], path: Path, where: str) -> list[Record]:
-    """HellaSwag's own label is a number, the hub's a text; the endings are a list in both."""
-    rows = []
-    for record in records:
-        fields = dict(record.fields)
-        if isinstance(fields.get("endings"), str):
-            fields["endings"] = json.loads(fields["endings"])
-        if fields.get("label") is not None:
-            fields["label"] = str(fields["label"])
-        rows.append(Record(fields, record.where))
-    return rows
-
-
-_CONVERTERS: dict[str, Callable[[list[Record], Path, str], list[Record]]] = {
-    "arc_easy": _stem_layout,
-    "arc_challenge": _stem_layout,
-    "openbookqa": _stem_layout,
-    "piqa": _piqa_layout,
-    "hellaswag": _hellaswag_layout,
-}

@@ -1,7 +1,7 @@
 """What lm-eval's tasks talk to: kept answers first, then the model, batch by batch."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from lm_eval.api.model import LM
@@ -12,36 +12,28 @@ from loram_cli.evaluation.responses import ResponseCache, response_key
 from loram_cli.evaluation.scoring import SpanScore, TokenSpan
 from loram_cli.reporting import NullReporter, Reporter
 
-# Receives a whole batch: places and answers.
-Done = Callable[[Sequence[tuple[int, Any]]], None]
+# Whole batches of answers, each with the place of its question.
+Batches = Iterator[Sequence[tuple[int, Any]]]
 
 
 class Backend(Protocol):
-    """A model that generates and scores; it hands back answers and places, batch by batch."""
+    """A model that generates and scores, batch by batch."""
 
-    def generate(self, jobs: Sequence[Generation], done: Done) -> None:
+    def generate(self, jobs: Sequence[Generation]) -> Batches:
         """Texts."""
 
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]], done: Done) -> None:
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> Batches:
         """(log-probability, whether greedy) of each (context, continuation)."""
 
-    def rolling(self, texts: Sequence[str], done: Done) -> None:
+    def rolling(self, texts: Sequence[str]) -> Batches:
         """Log-probability of each whole text."""
 
-    def score(self, spans: Sequence[TokenSpan], done: Done) -> None:
+    def score(self, spans: Sequence[TokenSpan]) -> Batches:
         """:class:`.scoring.SpanScore` of each span."""
 
 
 class Engine(LM):
-    """One row of a comparison.
-
-    Args:
-        open_backend: Loads the model; called when the first answer is not at hand.
-        tokenizer: The model's tokenizer.
-        context_tokens: The model's context.
-        cache: Answers that were kept before.
-        seed: Of sampled texts.
-    """
+    """One row of a comparison; its model is loaded when the first answer is not at hand."""
 
     def __init__(
         self,
@@ -85,7 +77,7 @@ class Engine(LM):
             )
             for j in jobs
         ]  # fmt: skip
-        return self._answer(keys, jobs, lambda b: b.generate, "text")
+        return self._answer(keys, jobs, lambda b, jobs: b.generate(jobs), "text")
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
@@ -93,36 +85,30 @@ class Engine(LM):
         """lm-eval's requests for log-likelihoods."""
         pairs = [tuple(request.args) for request in requests]
         keys = [response_key("loglikelihood", self.context_tokens, *pair) for pair in pairs]
-        return [
-            (a[0], a[1]) for a in self._answer(keys, pairs, lambda b: b.loglikelihood, "request")
-        ]
+        found = self._answer(keys, pairs, lambda b, pairs: b.loglikelihood(pairs), "request")
+        return [(logprob, greedy) for logprob, greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """lm-eval's requests for log-likelihoods of whole texts."""
         texts = [request.args[0] for request in requests]
         keys = [response_key("rolling", self.context_tokens, text) for text in texts]
-        return self._answer(keys, texts, lambda b: b.rolling, "request")
+        return self._answer(keys, texts, lambda b, texts: b.rolling(texts), "request")
 
     def score(self, spans: Sequence[TokenSpan]) -> list[SpanScore]:
         """Scores of token spans."""
         keys = [response_key("span", span.ids, span.start) for span in spans]
 
-        def pick(backend: Backend) -> Callable[..., None]:
-            def ask(missing: Sequence[TokenSpan], done: Done) -> None:
-                def tell(batch: Sequence[tuple[int, Any]]) -> None:
-                    done([(place, [s.logprob, s.tokens, s.greedy]) for place, s in batch])
+        def ask(backend: Backend, spans: Sequence[TokenSpan]) -> Batches:
+            for batch in backend.score(spans):
+                yield [(place, [s.logprob, s.tokens, s.greedy]) for place, s in batch]
 
-                backend.score(missing, tell)
-
-            return ask
-
-        return [SpanScore(*answer) for answer in self._answer(keys, spans, pick, "record")]
+        return [SpanScore(*answer) for answer in self._answer(keys, spans, ask, "record")]
 
     def _answer(
         self,
         keys: list[str],
         questions: Sequence[Any],
-        method: Callable[[Backend], Callable[..., None]],
+        ask: Callable[[Backend, Sequence[Any]], Batches],
         unit: str,
     ) -> list[Any]:
         # The same question twice in one call is one question.
@@ -136,12 +122,9 @@ class Engine(LM):
             if missing:
                 if self._backend is None:
                     self._backend = self._open_backend()
-
-                def done(batch: Sequence[tuple[int, Any]]) -> None:
+                for batch in ask(self._backend, [questions[place] for _, place in missing]):
                     self._cache.put({missing[index][0]: answer for index, answer in batch})
                     progress.advance(len(batch))
-
-                method(self._backend)([questions[place] for _, place in missing], done)
         return [self._cache.get(key) for key in keys]
 
 

@@ -75,7 +75,8 @@ def evaluate_model(
         engine.report_to(reporter, request.name)
         count = request.limit or limit
         if isinstance(loaded, str):
-            scores.append(_skipped(request, loaded))
+            metric = "pass@1" if request.lm_eval_name == "humaneval" else ""
+            scores.append(request.score(metric, None, skipped=loaded))
         elif request.name == "perplexity":
             scores.append(_perplexity(engine, request, loaded, reporter))
         else:
@@ -126,14 +127,6 @@ def _seeded(seed: int) -> Iterator[None]:
             random.setstate(state)
 
 
-def _skipped(request: TaskRequest, reason: str) -> TaskScore:
-    metric = "pass@1" if request.lm_eval_name == "humaneval" else ""
-    return TaskScore(
-        request.name, metric, None, None, 0, request.bundled,
-        skipped=reason, variant=request.variant, group=request.group,
-    )  # fmt: skip
-
-
 def _perplexity_data(
     request: TaskRequest, tokenizer: Any, limit: int | None
 ) -> tuple[list[Any], list[str]]:
@@ -161,18 +154,14 @@ def _perplexity(
             result = text_perplexity(engine, engine.tokenizer, texts, engine.context_tokens)
     if result.truncated:
         reporter.warn(f"perplexity: {result.truncated} records cut to the model's context")
-    low, high = result.interval or (None, None)
-    return TaskScore(
-        "perplexity",
+    return request.score(
         "perplexity",
         result.perplexity,
         result.stderr,
         len(examples) or len(texts),
-        request.bundled,
+        result.interval,
         higher_is_better=False,
         detail=f"{result.tokens} {'answer ' if examples else ''}tokens",
-        ci_low=low,
-        ci_high=high,
     )
 
 

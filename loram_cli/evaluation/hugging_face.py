@@ -1,6 +1,7 @@
 """The default backend: a Hugging Face model in this process."""
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,19 +10,13 @@ from lm_eval.models.huggingface import HFLM
 
 from loram_cli.evaluation.batching import GrowingBatch, bytes_per_token
 from loram_cli.evaluation.decode import Decoder, Generation
-from loram_cli.evaluation.engine import Done
+from loram_cli.evaluation.engine import Batches
 from loram_cli.evaluation.perplexity import context_length
-from loram_cli.evaluation.scoring import SpanScore, TokenSpan, score_spans
+from loram_cli.evaluation.scoring import TokenSpan, score_spans
 
 
 class HuggingFaceBackend:
-    """Generates and scores with a model in memory.
-
-    Args:
-        model: A causal LM or PeftModel on its device; it is put into evaluation mode.
-        tokenizer: Its tokenizer; a missing pad token is no obstacle, and it is not changed.
-        batch_size: Rows per pass at most; None chooses by memory.
-    """
+    """Generates and scores with a model in memory; None rows per pass lets memory choose."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None = None) -> None:
         self._model = model.eval()
@@ -35,7 +30,7 @@ class HuggingFaceBackend:
         self._encoder = _Encoder(model, tokenizer, self._context)
         self._decoder = Decoder(model, tokenizer)
 
-    def generate(self, jobs: Sequence[Generation], done: Done) -> None:
+    def generate(self, jobs: Sequence[Generation]) -> Batches:
         """Longest prompts first; prompts too long for the context lose their start."""
         prompts = [
             self._encoder.tok_encode(
@@ -47,19 +42,19 @@ class HuggingFaceBackend:
         def tokens(place: int) -> int:
             return len(prompts[place]) + jobs[place].max_new_tokens
 
-        def work(places: Sequence[int]) -> None:
+        def work(places: Sequence[int]) -> list[tuple[int, str]]:
             texts = self._decoder.generate([prompts[i] for i in places], [jobs[i] for i in places])
-            done(list(zip(places, texts, strict=True)))
+            return list(zip(places, texts, strict=True))
 
         order = sorted(range(len(jobs)), key=lambda i: (-len(prompts[i]), i))
-        self._batching(scoring=False).run(order, tokens, work)
+        return self._batching(scoring=False).run(order, tokens, work)
 
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]], done: Done) -> None:
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> Batches:
         """As lm-eval tokenizes, joins and cuts context and continuation."""
-        spans = self._encoder.spans(pairs)
-        self.score(spans, lambda batch: done([(i, [s.logprob, s.greedy]) for i, s in batch]))
+        for batch in self.score(self._encoder.spans(pairs)):
+            yield [(place, [score.logprob, score.greedy]) for place, score in batch]
 
-    def rolling(self, texts: Sequence[str], done: Done) -> None:
+    def rolling(self, texts: Sequence[str]) -> Batches:
         """Each text in disjoint windows of the context, after the prefix token."""
         spans, owners = [], []
         for place, text in enumerate(texts):
@@ -69,32 +64,29 @@ class HuggingFaceBackend:
                 max_seq_len=self._context,
                 context_len=1,
             ):
-                spans.append(_span(*utils.make_disjoint_window(window), self._context))
+                context, continuation = utils.make_disjoint_window(window)
+                spans.append(_span(context, continuation, self._context))
                 owners.append(place)
-        waiting = {place: owners.count(place) for place in range(len(texts))}
-        sums = dict.fromkeys(waiting, 0.0)
-
-        def add(batch: Sequence[tuple[int, SpanScore]]) -> None:
+        waiting, sums = Counter(owners), dict.fromkeys(range(len(texts)), 0.0)
+        yield [(place, 0.0) for place in sums if place not in waiting]
+        for batch in self.score(spans):
             for index, score in batch:
                 sums[owners[index]] += score.logprob
                 waiting[owners[index]] -= 1
             whole = {owners[index] for index, _ in batch if waiting[owners[index]] == 0}
-            done([(place, sums[place]) for place in sorted(whole)])
+            yield [(place, sums[place]) for place in sorted(whole)]
 
-        done([(place, 0.0) for place, windows in waiting.items() if windows == 0])
-        self.score(spans, add)
-
-    def score(self, spans: Sequence[TokenSpan], done: Done) -> None:
+    def score(self, spans: Sequence[TokenSpan]) -> Batches:
         """Log-likelihoods of token spans."""
-        score_spans(self._model, spans, self._batching(scoring=True), done)
+        return score_spans(self._model, spans, self._batching(scoring=True))
 
     def _batching(self, *, scoring: bool) -> GrowingBatch:
         memory = bytes_per_token(self._model, scoring=scoring)
         return GrowingBatch(self._batch_size, self._model.device, memory)
 
 
-def _span(context: list[int], continuation: list[int], context_tokens: int) -> TokenSpan:
-    ids = (context + continuation)[-(context_tokens + 1) :]
+def _span(context: Sequence[int], continuation: Sequence[int], context_tokens: int) -> TokenSpan:
+    ids = [*context, *continuation][-(context_tokens + 1) :]
     return TokenSpan(tuple(ids), max(1, len(ids) - len(continuation)))
 
 

@@ -38,12 +38,7 @@ TASK_CONFIG: dict[str, Any] = {
 
 
 def program_for(problem: Mapping[str, Any], completion: str) -> str:
-    """The program that ends without error if the completion is right.
-
-    Args:
-        problem: A record of the published layout (``prompt``, ``test``, ``entry_point``).
-        completion: Text that continues the prompt.
-    """
+    """The program that ends without error if the completion is right."""
     call = f"check({problem['entry_point']})"
     return f"{problem['prompt']}{completion}\n{problem['test']}\n{call}\n"
 
@@ -56,15 +51,7 @@ def check_completions(
     memory_bytes: int = 512 * MIB,
     reporter: Reporter | None = None,
 ) -> list[SandboxResult]:
-    """Run every completion with its problem's tests, one sandbox each, as many as there are cores.
-
-    Args:
-        problems: One per completion.
-        completions: As generated.
-        timeout_seconds: Per program.
-        memory_bytes: Per program.
-        reporter: Receives progress.
-    """
+    """Run every completion with its problem's tests, one sandbox each, one for each core."""
     programs = [
         program_for(problem, text) for problem, text in zip(problems, completions, strict=True)
     ]
@@ -115,11 +102,6 @@ class CodeSettings:
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """The unbiased estimate of pass@k for one problem, ``1 - C(n-c, k) / C(n, k)``.
-
-    Args:
-        samples: n, completions generated; at least k.
-        correct: c, completions that passed.
-        k: Completions that a user would try.
 
     Source: arXiv 2107.03374, equation 1.
     """

@@ -10,10 +10,6 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference",
     JASA 22 (1927).
-
-    Args:
-        successes: Right answers.
-        trials: All answers, at least one.
     """
     share, z2 = successes / trials, Z95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
@@ -25,14 +21,7 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
 def normal_interval(
     value: float, stderr: float | None, *, lowest: float = -math.inf, highest: float = math.inf
 ) -> tuple[float, float] | None:
-    """For a mean with a known standard error.
-
-    Args:
-        value: The mean.
-        stderr: Its standard error; None gives no interval.
-        lowest: The figure's own lower bound.
-        highest: Its upper bound.
-    """
+    """For a mean with a known standard error."""
     if stderr is None:
         return None
     half = Z95 * stderr

@@ -185,7 +185,7 @@ def _local_python_task(request: TaskRequest, manager: TaskManager) -> Any:
     """A task that is a class: whatever split it asks its data set for holds our documents."""
     documents = _documents(request)
 
-    class AnySplit(dict):
+    class AnySplit(dict[str, Any]):
         """All splits but the training one are the documents."""
 
         def __missing__(self, split: str) -> datasets.Dataset:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.scoring import SpanScore, TokenSpan
 from loram_cli.reporting import NullReporter
-from loram_cli.training.data.documents import Example
+from loram_cli.training.data.examples import Example
 from loram_cli.training.data.tokens import tokenize_examples
 
 
@@ -23,12 +23,12 @@ class Scorer(Protocol):
 class Perplexity:
     """The result, weighted by tokens, not by records.
 
-    Args:
+    Attributes:
         perplexity: ``exp(nll)``.
         nll: Mean negative log-likelihood of a scored token, in nats.
         tokens: Scored tokens.
         records: Records (or windows of text) that they came from.
-        truncated: Records that were longer than the model's context and were cut.
+        truncated: Records that were cut to the model's context.
         nll_stderr: Standard error of ``nll``; None for a single record.
     """
 
@@ -98,14 +98,7 @@ def text_perplexity(
 
     Every token but a text's first is scored once, with at least ``window - stride`` tokens of
     context where the text has them.
-
-    Args:
-        scorer: Of the model.
-        tokenizer: Its tokenizer.
-        texts: Documents.
-        context_tokens: The model's context.
-        window: Tokens per forward pass; None takes the model's context, at most 1024.
-        stride: Tokens by which the window moves; None takes half a window.
+    The window is the model's context, at most 1024 tokens, unless given; it moves by half.
 
     Raises:
         LoramError: No text has two tokens.

@@ -14,10 +14,6 @@ _MOST_PANELS = 12
 def draw_comparison(result: EvalResult, path: Path) -> bool:
     """Draw the headline figure of every task as a PNG.
 
-    Args:
-        result: Of an evaluation.
-        path: The picture's file.
-
     Returns:
         Whether there was anything to draw.
     """

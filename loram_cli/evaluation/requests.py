@@ -4,12 +4,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loram_cli.errors import UsageError
 from loram_cli.evaluation.catalog import CATALOG, OWN_PREFIX, named_task
 from loram_cli.hub import hub_reachable
 from loram_cli.schema import unknown_name
-from loram_cli.training.data.documents import Example
+from loram_cli.training.data.examples import Example
 
 _TRAIN_SUFFIX = ":train"
 
@@ -18,7 +19,7 @@ _TRAIN_SUFFIX = ":train"
 class TaskRequest:
     """One task to run.
 
-    Args:
+    Attributes:
         name: As shown: ``gsm8k``, ``humaneval``, ``perplexity``, or a name of lm-eval's.
         data_file: Documents (``.jsonl``, ``.jsonl.gz``, ``.json``, ``.parquet``; ``.txt`` for
             perplexity) in the data set's own published layout; None takes them from the hub.
@@ -63,26 +64,43 @@ class TaskRequest:
         """lm-eval's name of the task."""
         return self.harness_task or self.name
 
+    def score(
+        self,
+        metric: str,
+        value: float | None,
+        stderr: float | None = None,
+        samples: int = 0,
+        interval: tuple[float, float] | None = None,
+        **more: Any,
+    ) -> "TaskScore":
+        """A figure of the task; ``more`` are fields of :class:`TaskScore`."""
+        low, high = interval or (None, None)
+        own = {"task": self.name, "variant": self.variant, "group": self.group, **more}
+        return TaskScore(
+            metric=metric,
+            value=value,
+            stderr=stderr,
+            samples=samples,
+            bundled=self.bundled,
+            ci_low=low,
+            ci_high=high,
+            **own,
+        )
+
 
 @dataclass(frozen=True)
 class TaskScore:
     """One figure of one task.
 
-    Args:
-        task: The task's name.
+    Attributes:
         metric: ``exact_match,strict-match``, ``pass@1``, ``perplexity``, ...; a task's headline
             metric comes first.
         value: The figure; None when skipped.
-        stderr: Standard error of the figure, None where there is none.
-        samples: Documents scored.
-        bundled: As in the request.
+        samples: Documents that it is over.
+        bundled: Whether they are a small own-written sample.
         skipped: Why the task did not run.
-        higher_is_better: Which way is better.
-        num_fewshot: Solved examples that the prompt held.
         detail: What a reader of the figure should know, such as the sandbox's confinement.
         ci_low: Lower end of the 95% confidence interval, None where there is none.
-        ci_high: Upper end.
-        variant: As in the request.
         group: The group that the task is a member of.
     """
 
@@ -116,13 +134,6 @@ def resolve_tasks(
     the hub nor its cache can give the data; the hub. ``task_data`` may also hold
     ``NAME:train``, the file of few-shot examples. A group is one request for each member, and
     its files go by the members' names.
-
-    Args:
-        names: Task names; repeated ones count once.
-        task_data: Files by task name.
-        prefer_bundled: Take the bundled samples even where the hub could be reached.
-        num_fewshot: Overrides every task's own number.
-        limit: See :class:`TaskRequest`.
 
     Raises:
         UsageError: No task, a file for a task that is not asked for, or a file that is not there.

@@ -37,7 +37,7 @@ class ResponseCache:
                 os.truncate(path, len(whole))
             for line in whole.splitlines():
                 self._answers.update(json.loads(line))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise LoramError(
                 f"{path}: not a file of kept answers ({error})", "delete it, or pass --force"
             ) from error

@@ -22,9 +22,7 @@ class Document:
     """One document and what each model made of it.
 
     Attributes:
-        task: The task.
         doc_id: Its number or name in the data.
-        prompt: As given to the models.
         target: The right answer.
         outputs: By row: the saved sample.
     """
@@ -56,14 +54,8 @@ def load_documents(
 ) -> list[Document]:
     """Read the samples of an evaluation.
 
-    Of several filters or samples of a document the first one counts.
-
-    Args:
-        directory: An evaluation's output.
-        rows: Which rows, in this order; None takes all.
-        task: One task; None takes all.
-        only: ``wrong``: some row is wrong; ``right``: all are right; ``differ``: they disagree.
-        limit: Documents at most.
+    Of several filters or samples of a document the first one counts. ``only`` keeps documents
+    where some row is ``wrong``, all are ``right``, or rows ``differ``.
 
     Raises:
         LoramError: No evaluation there, or its samples cannot be read.
@@ -109,14 +101,13 @@ def _in_order(directory: Path, files: Mapping[str, Path]) -> list[str]:
     """Rows in the order of the table, where the results are there to tell."""
     try:
         order = list(json.loads((directory / "results.json").read_text("utf-8"))["rows"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         order = []
-    return sorted(files, key=lambda label: (label not in order, order.index(label)
-                                            if label in order else 0, label))  # fmt: skip
+    return sorted(sorted(files), key=lambda label: [*order, label].index(label))
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in file.read_text("utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoramError(f"{file}: samples cannot be read ({error})") from error

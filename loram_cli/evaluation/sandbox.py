@@ -36,12 +36,12 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,9 +56,9 @@ _CHILD = Path(__file__).with_name("sandbox_child.py")
 class SandboxResult:
     """How a program ended.
 
-    Args:
+    Attributes:
         status: ``passed`` only if the program ran to its last line.
-        detail: Exception or signal of a failed program; empty for a passed one.
+        detail: Exception or signal of a failed program.
         network: What kept the network away: ``namespace``, ``seccomp``, ``refused in Python``.
         files: What kept outside files safe: ``read-only mounts``, ``landlock``,
             ``refused in Python``.
@@ -88,11 +88,13 @@ def run_program(
     """
     if os.name != "posix":
         raise LoramError("generated code runs only on Linux and macOS", "leave humaneval out")
-    directory = Path(tempfile.mkdtemp(prefix="loram-sandbox-")).resolve()
-    report_read, report_write = os.pipe()
-    try:
-        directory.chmod(0o777)  # the program may have to run as another user
-        token = secrets.token_hex(16)
+    token = secrets.token_hex(16)
+    with (
+        _scratch_folder() as directory,
+        _pipe() as (report_read, report_write),
+        tempfile.TemporaryFile() as order_file,
+        tempfile.TemporaryFile() as noise_file,
+    ):
         order = {
             "source": source,
             "token": token,
@@ -101,29 +103,54 @@ def run_program(
             "timeout_seconds": timeout_seconds,
             "memory_bytes": memory_bytes,
         }
-        with tempfile.TemporaryFile() as order_file, tempfile.TemporaryFile() as noise_file:
-            order_file.write(json.dumps(order).encode())
-            order_file.seek(0)
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-X", "utf8", str(_CHILD)],
-                stdin=order_file,
-                stdout=subprocess.DEVNULL,
-                stderr=noise_file,
-                pass_fds=(report_write,),
-                cwd=directory,
-                env=_clean_environment(directory),
-                start_new_session=True,
-            )
-            timed_out = _wait(process, timeout_seconds)
-            noise_file.seek(0)
-            noise = noise_file.read(4096).decode(errors="replace").strip()
+        order_file.write(json.dumps(order).encode())
+        order_file.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-X", "utf8", str(_CHILD)],
+            stdin=order_file,
+            stdout=subprocess.DEVNULL,
+            stderr=noise_file,
+            pass_fds=(report_write,),
+            cwd=directory,
+            env=_clean_environment(directory),
+            start_new_session=True,
+        )
+        timed_out = _wait(process, timeout_seconds)
+        noise_file.seek(0)
+        noise = noise_file.read(4096).decode(errors="replace").strip()
         os.set_blocking(report_read, False)
-        report = _read_all(report_read)
-        return _judge(report, token, process.returncode, timed_out, noise)
+        return _judge(_read_all(report_read), token, process.returncode, timed_out, noise)
+
+
+@contextlib.contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A folder for one program, removed by a shell that outlives this process.
+
+    The shell waits for its input to end: at the end of the block, or when this process is killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="loram-sandbox-", ignore_cleanup_errors=True) as name:
+        directory = Path(name).resolve()
+        directory.chmod(0o777)  # the program may have to run as another user
+        janitor = subprocess.Popen(
+            ["/bin/sh", "-c", 'read -r _; chmod -R u+rwX "$1"; rm -rf "$1"', "sh", directory],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+        )
+        with janitor:
+            yield directory
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    try:
+        yield ends
     finally:
-        os.close(report_read)
-        os.close(report_write)
-        shutil.rmtree(directory, ignore_errors=True)
+        for end in ends:
+            os.close(end)
 
 
 def _clean_environment(directory: Path) -> dict[str, str]:

@@ -149,9 +149,10 @@ def restrict_writes(libc: Any, directory: str) -> bool:
 
 def filter_calls(libc: Any) -> bool:
     """Seccomp: refuse the calls named above from here on."""
-    column, audit_arch = ARCHITECTURES.get(platform.machine(), (None, None))
-    if column is None:
+    architecture = ARCHITECTURES.get(platform.machine())
+    if architecture is None:
         return False
+    column, audit_arch = architecture
 
     def step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("<HBBI", code, if_true, if_false, value)
@@ -163,11 +164,12 @@ def filter_calls(libc: Any) -> bool:
     if column == 0:
         program += [step(at_least, 0x40000000, 0, 1), refuse]  # the x32 table
     for numbers in REFUSED_CALLS.values():
-        if numbers[column] is not None:
-            program += [step(equal, numbers[column], 0, 1), refuse]
-    for numbers in OWN_PROCESS_ONLY_CALLS.values():
+        number = numbers[column]
+        if number is not None:
+            program += [step(equal, number, 0, 1), refuse]
+    for own in OWN_PROCESS_ONLY_CALLS.values():
         program += [
-            step(equal, numbers[column], 0, 5),
+            step(equal, own[column], 0, 5),
             step(load, 16),
             step(equal, os.getpid(), 2, 0),
             step(equal, 0, 1, 0),
@@ -183,10 +185,14 @@ def filter_calls(libc: Any) -> bool:
 def guard_in_python(directory: str) -> None:
     """Where the kernel offers nothing: an audit hook, which stops accidents only."""
     inside = os.path.realpath(directory) + os.sep
-    refused = ("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.kill")
-    refused += ("os.system", "pty.", "ctypes.dlopen", "os.setxattr")
-    changes = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink")
-    changes += ("os.truncate", "os.chmod", "os.chown", "shutil.rmtree")
+    refused = (
+        "socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.kill", "os.system",
+        "pty.", "ctypes.dlopen", "os.setxattr",
+    )  # fmt: skip
+    changes = (
+        "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate",
+        "os.chmod", "os.chown", "shutil.rmtree",
+    )  # fmt: skip
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith(refused):

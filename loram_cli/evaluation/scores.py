@@ -14,12 +14,7 @@ GROUP_METRIC = "mean acc"
 
 
 def read_scores(request: TaskRequest, result: dict[str, Any]) -> list[TaskScore]:
-    """Figures of lm-eval's results; groups (with their mean) before the tasks in them.
-
-    Args:
-        request: What was asked for.
-        result: As lm-eval's ``evaluate`` returns it.
-    """
+    """Figures of lm-eval's results; groups (with their mean) before the tasks in them."""
     scores = []
     counts = {name: entry["effective"] for name, entry in result.get("n-samples", {}).items()}
     members = result.get("group_subtasks", {})
@@ -38,21 +33,16 @@ def read_scores(request: TaskRequest, result: dict[str, Any]) -> list[TaskScore]
                 interval = wilson_interval(value * samples, samples) if samples else None
             else:
                 interval = normal_interval(float(value), stderr)
-            low, high = interval or (None, None)
             scores.append(
-                TaskScore(
-                    request.name if name == request.lm_eval_name else name,
+                request.score(
                     metric if kind == "none" else key,
                     float(value),
                     stderr,
                     samples,
-                    request.bundled,
+                    interval,
+                    task=request.name if name == request.lm_eval_name else name,
                     higher_is_better=better.get(metric) is not False,
                     num_fewshot=int(result.get("n-shot", {}).get(name) or 0),
-                    ci_low=low,
-                    ci_high=high,
-                    variant=request.variant,
-                    group=request.group,
                 )
             )
     return scores
@@ -133,12 +123,11 @@ def _choice(sample: dict[str, Any], arguments: list[Any]) -> dict[str, Any]:
     same_context = len({a[0] for a in arguments}) == 1
     options = [a[1] if same_context else a[0] for a in arguments]
     target = sample["target"]
-    if isinstance(target, str) and target.isdigit():
-        target = int(target)
-    is_index = isinstance(target, int) and 0 <= target < len(options)
+    # By text: a target of thousands of digits is no index, and Python refuses to convert it.
+    named = {str(place): option.strip() for place, option in enumerate(options)}
     return {
         "output": options[best].strip(),
         "extracted": None,
         "logprobs": [round(value, 4) for value in logprobs],
-        "target": options[target].strip() if is_index else target,
+        "target": named.get(str(target) if isinstance(target, int | str) else "", target),
     }

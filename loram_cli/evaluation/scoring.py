@@ -1,6 +1,6 @@
 """Log-likelihoods of given tokens, batch by batch: for perplexity and for multiple choice."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,23 +36,17 @@ def score_spans(
     model: Any,
     spans: Sequence[TokenSpan],
     batching: GrowingBatch,
-    done: Callable[[Sequence[tuple[int, SpanScore]]], None],
-) -> None:
-    """Score every span; ``done`` receives places and scores as each batch ends.
+) -> Iterator[list[tuple[int, SpanScore]]]:
+    """Places and scores of all spans, batch by batch.
 
-    Args:
-        model: A causal LM in evaluation mode.
-        spans: At most one token longer than the context: the last one is no input.
-        batching: Chooses the rows per pass.
-        done: Called with the places and scores of a batch.
+    Spans are at most one token longer than the context: the last one is no input.
     """
     order = sorted(range(len(spans)), key=lambda i: -len(spans[i].ids))
 
-    def work(places: Sequence[int]) -> None:
-        scores = _score(model, [spans[i] for i in places])
-        done(list(zip(places, scores, strict=True)))
+    def work(places: Sequence[int]) -> list[tuple[int, SpanScore]]:
+        return list(zip(places, _score(model, [spans[i] for i in places]), strict=True))
 
-    batching.run(order, lambda i: len(spans[i].ids), work)
+    return batching.run(order, lambda i: len(spans[i].ids), work)
 
 
 def _score(model: Any, spans: Sequence[TokenSpan]) -> list[SpanScore]:

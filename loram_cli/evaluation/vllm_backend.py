@@ -4,16 +4,17 @@ Not covered by the default tests beyond its translation of requests: it needs a 
 ``vllm`` extra.
 """
 
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from loram_cli.checkpoint.index import read_config, read_json
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation.decode import Generation
-from loram_cli.evaluation.engine import Done
+from loram_cli.evaluation.engine import Batches
 from loram_cli.evaluation.scoring import SpanScore, TokenSpan
+from loram_cli.lora.adapter import CONFIG_NAME
 
 # vLLM schedules within a call; what it has answered is kept after each.
 _REQUESTS_PER_CALL = 256
@@ -36,17 +37,11 @@ def check_available() -> None:
 def vllm_arguments(parts: Sequence[Path], context_tokens: int, seed: int) -> dict[str, Any]:
     """Arguments of lm-eval's ``VLLM`` for a row.
 
-    Args:
-        parts: The model's directory and, if any, the adapter's.
-        context_tokens: The model's context.
-        seed: Of the engine.
-
     Raises:
         LoramError: Layers of uneven width, which vLLM does not build.
     """
     model = parts[0]
-    config = json.loads((model / "config.json").read_text("utf-8"))
-    if config.get("per_layer_config"):
+    if read_config(model).get("per_layer_config"):
         raise LoramError(
             f"{model}: vLLM does not build layers of uneven width",
             "leave the row out (--rows), or evaluate it with --backend hf",
@@ -58,7 +53,7 @@ def vllm_arguments(parts: Sequence[Path], context_tokens: int, seed: int) -> dic
         "batch_size": "auto",
     }
     if len(parts) > 1:
-        adapter = json.loads((parts[1] / "adapter_config.json").read_text("utf-8"))
+        adapter = read_json(parts[1] / CONFIG_NAME)
         rank = max([adapter["r"], *adapter.get("rank_pattern", {}).values()])
         arguments["lora_local_path"] = str(parts[1])
         arguments["max_lora_rank"] = next((r for r in _RANKS if r >= rank), rank)
@@ -66,11 +61,7 @@ def vllm_arguments(parts: Sequence[Path], context_tokens: int, seed: int) -> dic
 
 
 class VllmBackend:
-    """Generates and scores with vLLM.
-
-    Args:
-        language_model: lm-eval's ``VLLM``, or one that acts like it.
-    """
+    """Generates and scores with vLLM."""
 
     def __init__(self, language_model: Any) -> None:
         self._model = language_model
@@ -97,44 +88,34 @@ class VllmBackend:
                 "evaluate it with --backend hf",
             ) from error
 
-    def generate(self, jobs: Sequence[Generation], done: Done) -> None:
+    def generate(self, jobs: Sequence[Generation]) -> Batches:
         """Texts; a sampled one has its own seed."""
         requests = [_Request(job.prompt, _generation_arguments(job)) for job in jobs]
-        self._call(self._model.generate_until, requests, done)
+        return self._call(self._model.generate_until, requests)
 
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]], done: Done) -> None:
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> Batches:
         """Log-likelihoods of continuations."""
-        requests = [_Request(*pair) for pair in pairs]
-        self._call(
-            self._model.loglikelihood,
-            requests,
-            lambda batch: done([(place, [a[0], bool(a[1])]) for place, a in batch]),
-        )
+        for batch in self._call(self._model.loglikelihood, [_Request(*pair) for pair in pairs]):
+            yield [(place, [answer[0], bool(answer[1])]) for place, answer in batch]
 
-    def rolling(self, texts: Sequence[str], done: Done) -> None:
+    def rolling(self, texts: Sequence[str]) -> Batches:
         """Log-likelihoods of whole texts."""
-        self._call(self._model.loglikelihood_rolling, [_Request(t) for t in texts], done)
+        return self._call(self._model.loglikelihood_rolling, [_Request(text) for text in texts])
 
-    def score(self, spans: Sequence[TokenSpan], done: Done) -> None:
+    def score(self, spans: Sequence[TokenSpan]) -> Batches:
         """Log-likelihoods of token spans."""
         requests = [(None, list(s.ids[: s.start]), list(s.ids[s.start :])) for s in spans]
-
-        def tell(batch: Sequence[tuple[int, Any]]) -> None:
-            lengths = [len(spans[place].ids) - spans[place].start for place, _ in batch]
-            done(
-                [
-                    (place, SpanScore(answer[0], length, bool(answer[1])))
-                    for (place, answer), length in zip(batch, lengths, strict=True)
-                ]
-            )
-
-        self._call(self._model._loglikelihood_tokens, requests, tell)
+        for batch in self._call(self._model._loglikelihood_tokens, requests):
+            yield [
+                (place, SpanScore(answer[0], len(requests[place][2]), bool(answer[1])))
+                for place, answer in batch
+            ]
 
     @staticmethod
-    def _call(method: Any, requests: Sequence[Any], done: Done) -> None:
+    def _call(method: Any, requests: Sequence[Any]) -> Batches:
         for first in range(0, len(requests), _REQUESTS_PER_CALL):
-            answers = method(requests[first : first + _REQUESTS_PER_CALL], disable_tqdm=True)
-            done(list(enumerate(answers, first)))
+            asked = requests[first : first + _REQUESTS_PER_CALL]
+            yield list(enumerate(method(asked, disable_tqdm=True), first))
 
 
 class _Request:

@@ -7,7 +7,8 @@ modelling half of transformers lands.
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,42 @@ from typing import Any
 import torch
 
 from loram_cli.arch.spec import Family, LayerGeometry
+from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.model import Model
-from loram_cli.errors import LoramError, UsageError
+from loram_cli.errors import LoramError, UsageError, is_out_of_memory
 from loram_cli.quiet import no_progress_bars, quiet_libraries
 
 
+@contextmanager
+def loading(file: Path, library: str = "transformers", hint: str | None = None) -> Iterator[None]:
+    """Blame a user's file for whatever a library raises while it reads it.
+
+    Each class of transformers, tokenizers and PEFT has its own way to refuse a value: by any
+    exception, by endless recursion, or by a panic of Rust, which is no ``Exception``.
+
+    Args:
+        file: The file, or the directory where it may be any of several.
+        library: Who reads it.
+        hint: What to do about it.
+
+    Raises:
+        LoramError: Something else than one was raised, or no end of memory.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        known = isinstance(error, LoramError) or is_out_of_memory(error)
+        if known or not (panic or isinstance(error, Exception)):
+            raise
+        reason = " ".join(str(error).split())[:160] or "no reason given"
+        raise LoramError(
+            f"{file}: {library} cannot use it ({type(error).__name__}: {reason})", hint
+        ) from error
+
+
 @cache
-def narrow_class(family: Family) -> type:
+def narrow_class(family: Family) -> type[Any]:
     """The family's causal LM class, with layer ``i`` built from ``config.per_layer_config[i]``.
 
     Its attribute ``family`` is the family.
@@ -97,27 +127,20 @@ def load_causal_lm(
         LoramError: Unknown family, or weights that do not fit the config.
         UsageError: There is no such device.
     """
-    import transformers
-
     source = Model.of(model)
     directory, family = source.directory, source.family
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        # Each config class has its own way to refuse a value.
-        reason = next(iter(str(error).strip().splitlines()), repr(error))[:160]
-        raise LoramError(f"{directory / 'config.json'}: cannot be used ({reason})") from error
-    # Global widths stay readable: the base class's __init__ needs them before layers are replaced.
-    config.allow_global_per_layer_attribute_access = True
+    config = load_config(directory)
+    load_generation_config(directory)
     kwargs = {} if quantization_config is None else {"quantization_config": quantization_config}
     if attention not in (None, "auto"):
         kwargs["attn_implementation"] = attention_kernel(attention)
-    with quiet_libraries(), no_progress_bars():
+    place = usable_device(device)
+    with loading(directory), quiet_libraries(), no_progress_bars():
         loaded, report = narrow_class(family).from_pretrained(
             directory,
             config=config,
             dtype=dtype,
-            device_map={"": usable_device(device)},
+            device_map={"": place},
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -134,11 +157,46 @@ def load_causal_lm(
     return loaded.eval()
 
 
+def load_config(directory: Path) -> Any:
+    """The directory's transformers config; global widths stay readable where layers differ.
+
+    Raises:
+        LoramError: It cannot be used; names the file.
+    """
+    import transformers
+
+    with loading(directory / "config.json"), quiet_libraries():
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        # The base class's __init__ needs the global widths before layers are replaced.
+        config.allow_global_per_layer_attribute_access = True
+    return config
+
+
+def load_generation_config(directory: Path) -> Any | None:
+    """The directory's generation config, which may alone name the tokens that end an answer.
+
+    Returns:
+        None where there is none.
+
+    Raises:
+        LoramError: It cannot be used, which ``from_pretrained`` passes over; names the file.
+    """
+    import transformers
+
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    with loading(file), quiet_libraries():
+        found = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+    ends = found.eos_token_id
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and type(end) is not int:
+            raise LoramError(f"{file}: eos_token_id is {str(ends)[:40]}, expected whole numbers")
+    return found
+
+
 def attention_kernel(name: str) -> str:
     """Transformers' name of an attention kernel.
-
-    Args:
-        name: ``sdpa``, ``flash`` or ``eager``.
 
     Raises:
         LoramError: The kernel's package is absent.
@@ -161,17 +219,25 @@ def load_tokenizer(model_dir: Path) -> Any:
     """
     import transformers
 
-    try:
-        with quiet_libraries(), no_progress_bars():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise LoramError(
-            f"{model_dir}: no tokenizer that transformers can read",
-            "the directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json",
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    hint = "the directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json"
+    with loading(_damaged_json(model_dir), hint=hint), quiet_libraries(), no_progress_bars():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # A damaged normalizer or template shows here, and not amid a stage.
+        tokenizer("a", verbose=False)
     return tokenizer
+
+
+def _damaged_json(model_dir: Path) -> Path:
+    """The tokenizer's file that is no JSON object; of several or none, the directory."""
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if (model_dir / name).is_file():
+            try:
+                read_json(model_dir / name)
+            except LoramError:
+                return model_dir / name
+    return model_dir
 
 
 def default_device() -> str:
@@ -182,23 +248,25 @@ def default_device() -> str:
 def usable_device(device: str | None) -> str:
     """The device asked for, or the default one.
 
-    Args:
-        device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU when there is one.
-
     Raises:
         UsageError: Torch knows no such device, or this machine has no such GPU.
     """
     if device is None:
         return default_device()
+    expected = "pass cpu, cuda or cuda:1"
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise UsageError(f"device {device}: unknown", "pass cpu, cuda or cuda:1") from error
+        raise UsageError(f"--device {device}: unknown", expected) from error
+    if wanted.type == "mps" and torch.backends.mps.is_available():
+        return device
+    if wanted.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: not usable here", expected)
     if wanted.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (wanted.index or 0) >= found:
             raise UsageError(
-                f"device {device}: no such GPU; torch finds {found} here",
+                f"--device {device}: no such GPU; torch finds {found} here",
                 "pass --device cpu" if found == 0 else "start one process for each GPU",
             )
     return device

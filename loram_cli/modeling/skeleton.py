@@ -15,7 +15,7 @@ import torch
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.memory.account import nf4_tensor_bytes
-from loram_cli.modeling.load import attention_kernel
+from loram_cli.modeling.load import attention_kernel, load_config, load_generation_config, loading
 from loram_cli.modeling.meta_model import meta_causal_lm
 from loram_cli.modeling.quantize import (
     keep_standard_layout,
@@ -24,8 +24,6 @@ from loram_cli.modeling.quantize import (
     require_bitsandbytes,
 )
 from loram_cli.quiet import quiet_libraries
-
-_GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,6 @@ class SkeletonModel:
         attention: str | None = None,
         nf4: bool = False,
     ) -> None:
-        import transformers
-
         source = Model.of(model)
         directory = source.directory
         self._family, self.index = source.family, source.index
@@ -101,15 +97,12 @@ class SkeletonModel:
         settings: dict[str, Any] = {"dtype": dtype}
         if attention not in (None, "auto"):
             settings["attn_implementation"] = attention_kernel(attention)
-        with quiet_libraries():
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-            # Global widths stay readable, as in load_causal_lm.
-            config.allow_global_per_layer_attribute_access = True
+        config = load_config(directory)
+        with loading(directory / "config.json"), quiet_libraries():
             self.model = meta_causal_lm(self._family, config, device, **settings)
-            if (directory / _GENERATION_CONFIG).is_file():
-                # Published models name some of the tokens that end an answer there alone.
-                generation = transformers.GenerationConfig.from_pretrained(directory)
-                self.model.generation_config = generation
+        generation = load_generation_config(directory)
+        if generation is not None:
+            self.model.generation_config = generation
         self._untie_other_head()
         self.slots = self._take_places(set(source.linear_names) if nf4 else set())
         if nf4:

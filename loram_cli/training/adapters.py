@@ -1,6 +1,7 @@
 """LoRA adapters by PEFT: what they target, how they start, how they are saved."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ import torch
 
 from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets as chosen_targets
-from loram_cli.errors import UsageError
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
+from loram_cli.modeling.load import loading
 from loram_cli.quiet import quiet_libraries
 from loram_cli.reporting import Reporter
+
+_OTHER_MODEL = "pass the adapter that was made for this model"
 
 
 def lora_targets(
@@ -36,12 +41,6 @@ def lora_config(
 ) -> Any:
     """PEFT's config; defaults are the paper's (r 8, alpha 16, dropout 0.05).
 
-    Args:
-        targets: From :func:`lora_targets`.
-        rank: Of the factors.
-        alpha: The product is scaled by alpha / rank.
-        dropout: On the input of ``lora_A`` while training.
-
     Raises:
         UsageError: A value out of range.
     """
@@ -56,7 +55,7 @@ def lora_config(
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=alpha,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions as well
             lora_dropout=dropout,
             target_modules=list(targets),
             bias="none",
@@ -93,15 +92,42 @@ def continue_lora(model: Any, adapter_dir: Path, *, dropout: float) -> Any:
 
     Returns:
         A ``PeftModel``.
-    """
-    with quiet_libraries():
-        from peft import LoraConfig, PeftModel
 
-        config = LoraConfig.from_pretrained(adapter_dir)
-        config.lora_dropout = dropout
-        config.inference_mode = False
-        model = PeftModel.from_pretrained(model, adapter_dir, config=config, is_trainable=True)
-    return _without_input_copies(model)
+    Raises:
+        LoramError: As :func:`load_adapter`.
+    """
+    return _without_input_copies(_loaded(model, adapter_dir, dropout=dropout))
+
+
+def _loaded(model: Any, adapter_dir: Path, dropout: float | None = None) -> Any:
+    """The model with an adapter; where a dropout is given, to train on.
+
+    As ``PeftModel.from_pretrained``, which keeps the result of the loading to itself and only
+    warns of factors that are missing.
+    """
+    file, library = adapter_dir / CONFIG_NAME, "PEFT"
+    with quiet_libraries(), warnings.catch_warnings(action="ignore"):
+        from peft import LoraConfig, PeftModelForCausalLM
+
+        with loading(file, library):
+            config = LoraConfig.from_pretrained(str(adapter_dir))
+            config.inference_mode = dropout is None
+            if dropout is not None:
+                config.lora_dropout = dropout
+            model = PeftModelForCausalLM(model, config)
+        with loading(adapter_dir / WEIGHTS_NAME, library, _OTHER_MODEL):
+            found = model.load_adapter(
+                str(adapter_dir), "default", is_trainable=dropout is not None
+            )
+    for keys, fault in (
+        (found.unexpected_keys, "the model has no module for its factor"),
+        (found.missing_keys, f"it has no factors for a module that {CONFIG_NAME} targets:"),
+    ):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            name = keys[0].removeprefix("base_model.model.").replace(".default", "")
+            raise LoramError(f"{adapter_dir / WEIGHTS_NAME}: {fault} {name}{more}", _OTHER_MODEL)
+    return model
 
 
 def _without_input_copies(model: Any) -> Any:
@@ -120,11 +146,11 @@ def load_adapter(model: Any, adapter_dir: Path) -> Any:
     Args:
         model: The model that the adapter's shapes fit.
         adapter_dir: Written by ``train`` or ``recover``.
-    """
-    with quiet_libraries():
-        from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, adapter_dir).eval()
+    Raises:
+        LoramError: PEFT cannot use it, or factors and modules are not one to one.
+    """
+    return _loaded(model, adapter_dir).eval()
 
 
 def save_adapter(
@@ -142,7 +168,7 @@ def save_adapter(
     """
     with quiet_libraries():
         model.save_pretrained(out, save_embedding_layers=False, state_dict=weights)
-    path = out / "adapter_config.json"
+    path = out / CONFIG_NAME
     config = json.loads(path.read_text("utf-8"))
     # PEFT keeps targets in a set, whose order changes from process to process.
     config["target_modules"] = sorted(config["target_modules"])

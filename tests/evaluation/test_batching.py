@@ -18,7 +18,7 @@ def sizes(batch, items, fits):
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
         done.extend(rows)
 
-    batch.run(range(items), lambda _: 10, work)
+    list(batch.run(range(items), lambda _: 10, work))
     assert done == list(range(items))
     return seen
 
@@ -58,7 +58,7 @@ def test_other_errors_pass():
         raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape"):
-        GrowingBatch(4, CPU, 1).run([1], lambda _: 1, work)
+        list(GrowingBatch(4, CPU, 1).run([1], lambda _: 1, work))
 
 
 def test_estimate_covers_keys_values_and_logits(model):

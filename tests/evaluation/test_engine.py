@@ -22,12 +22,12 @@ class Counting:
     def __init__(self, dies_after=None):
         self.asked, self.left = [], dies_after
 
-    def generate(self, jobs, done):
+    def generate(self, jobs):
         for place, job in enumerate(jobs):
             if self.left is not None and len(self.asked) == self.left:
                 raise KeyboardInterrupt
             self.asked.append(job.prompt)
-            done([(place, f"{len(job.prompt)}-{job.seed % 97}")])
+            yield [(place, f"{len(job.prompt)}-{job.seed % 97}")]
 
 
 def jobs(count):

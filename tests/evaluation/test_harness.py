@@ -62,8 +62,8 @@ class Scripted:
     def __init__(self, answers):
         self.answers = answers
 
-    def generate(self, jobs, done):
-        done([(place, self.answers[job.prompt]) for place, job in enumerate(jobs)])
+    def generate(self, jobs):
+        yield [(place, self.answers[job.prompt]) for place, job in enumerate(jobs)]
 
 
 @pytest.fixture

@@ -365,3 +365,24 @@ def test_python_guard_alone_refuses_the_usual_ways(tmp_path, monkeypatch):
         assert "refused in the sandbox" in result.detail, (source, result)
     assert run("open('a', 'w').write('x'); assert open('a').read() == 'x'").status == "passed"
     assert victim.read_text() == "precious"
+
+
+def test_a_killed_caller_leaves_no_folder_behind(tmp_path):
+    code = (
+        "from loram_cli.evaluation.sandbox import run_program\n"
+        'run_program(\'open("a", "w").write("b")\\nwhile True: pass\', timeout_seconds=60)\n'
+    )
+    caller = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("loram-sandbox-*")):
+        assert caller.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert list(tmp_path.iterdir())
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    while list(tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

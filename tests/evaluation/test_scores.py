@@ -7,6 +7,7 @@ from loram_cli.evaluation.humaneval import CodeSettings
 from loram_cli.evaluation.intervals import normal_interval, wilson_interval
 from loram_cli.evaluation.requests import TaskRequest
 from loram_cli.evaluation.sandbox import SandboxResult
+from loram_cli.evaluation.scores import read_samples
 from loram_cli.reporting import NullReporter
 
 
@@ -49,9 +50,9 @@ class Recording:
     def __init__(self):
         self.jobs: list[Generation] = []
 
-    def generate(self, jobs, done):
+    def generate(self, jobs):
         self.jobs += jobs
-        done([(place, f"{job.prompt}@{job.temperature}") for place, job in enumerate(jobs)])
+        yield [(place, f"{job.prompt}@{job.temperature}") for place, job in enumerate(jobs)]
 
 
 def test_the_best_temperature_is_reported_for_each_k(monkeypatch, tokenizer):
@@ -87,3 +88,21 @@ def test_the_best_temperature_is_reported_for_each_k(monkeypatch, tokenizer):
 def test_few_samples_tell_pass_at_one_alone():
     assert CodeSettings(9).tries == (1,)
     assert CodeSettings(10).tries == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("target", "shown"), [("1", "y"), (0, "x"), ("7" * 5000, "7" * 5000), ("²", "²"), ("z", "z")]
+)
+def test_a_target_is_an_index_only_where_it_names_an_option(target, shown):
+    sample = {
+        "doc_id": 0,
+        "filter": "none",
+        "metrics": ["acc"],
+        "acc": 1.0,
+        "arguments": [("a", " x"), ("a", " y")],
+        "resps": [[(-1.0, False)], [(-2.0, False)]],
+        "filtered_resps": [(-1.0, False)],
+        "target": target,
+    }
+    [row] = read_samples(TaskRequest("t"), {"samples": {"t": [sample]}})
+    assert (row["output"], row["target"]) == ("x", shown)

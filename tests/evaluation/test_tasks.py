@@ -244,3 +244,13 @@ def test_choices_beyond_the_context_are_cut_with_a_warning(
         "piqa: 2 of 4 prompts exceed 1025 tokens and lost their start "
         "(ask for fewer few-shot examples)"
     ]
+
+
+def test_a_metric_that_is_bootstrapped_prints_nothing(
+    model, tokenizer, engine_of, write_jsonl, capfd
+):
+    documents = [{"sentence": f"He ran {i} times.", "label": i % 2} for i in range(6)]
+    request = TaskRequest("cola", data_file=write_jsonl("cola.jsonl", documents))
+    [score, *_] = evaluate_model(engine_of(model, tokenizer, 4), [request])
+    assert score.metric == "mcc" and score.value is not None
+    assert tuple(capfd.readouterr()) == ("", "")

@@ -1,5 +1,6 @@
 """What can be tested without vLLM: how rows and requests are put to lm-eval's wrapper of it."""
 
+import itertools
 import json
 
 import pytest
@@ -66,11 +67,14 @@ class Fake:
 
 def test_requests_and_answers_are_translated(monkeypatch):
     monkeypatch.setattr(vllm_backend, "_REQUESTS_PER_CALL", 2)
-    fake, answers = Fake(), {}
+    fake = Fake()
+
+    def answers_of(batches):
+        return dict(itertools.chain.from_iterable(batches))
+
     backend = VllmBackend(fake)
     jobs = [Generation("a", ("\n",), 5), Generation("b", (), 6, 0.2, 0.95, 0, 11)]
-    backend.generate([*jobs, jobs[0]], answers.update)
-    assert answers == {0: "A", 1: "B", 2: "A"}
+    assert answers_of(backend.generate([*jobs, jobs[0]])) == {0: "A", 1: "B", 2: "A"}
     assert [len(call) for call in fake.calls] == [2, 1]
     greedy, sampled = (arguments for _, arguments in fake.calls[0])
     assert greedy == {"until": ["\n"], "max_gen_toks": 5, "do_sample": False, "temperature": 0.0}
@@ -78,7 +82,5 @@ def test_requests_and_answers_are_translated(monkeypatch):
         "until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 0.2, "top_p": 0.95,
         "seed": 11,
     }  # fmt: skip
-    backend.loglikelihood([("a", "b")], answers.update)
-    assert answers[0] == [-1.5, True]
-    backend.score([TokenSpan((1, 2, 3, 4), 1)], answers.update)
-    assert answers[0] == SpanScore(-3.0, 3, False)
+    assert answers_of(backend.loglikelihood([("a", "b")]))[0] == [-1.5, True]
+    assert answers_of(backend.score([TokenSpan((1, 2, 3, 4), 1)]))[0] == SpanScore(-3.0, 3, False)

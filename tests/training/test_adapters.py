@@ -1,12 +1,20 @@
 import json
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loram_cli.arch.registry import family_for
-from loram_cli.errors import UsageError
-from loram_cli.training.adapters import attach_lora, lora_config, lora_targets, save_adapter
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.training.adapters import (
+    attach_lora,
+    continue_lora,
+    load_adapter,
+    lora_config,
+    lora_targets,
+    save_adapter,
+)
 
 LLAMA = family_for({"model_type": "llama"}, "test")
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -104,3 +112,25 @@ def test_peft_alone_loads_what_was_saved(load, with_lora, tmp_path):
     with torch.no_grad():
         loaded = PeftModel.from_pretrained(load(), tmp_path).eval()
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (lambda name: name.replace("0.mlp", "9.mlp"), "the model has no module for its factor"),
+        (
+            lambda name: None if "1.mlp.up_proj" in name else name,
+            r"targets: model.layers.1.mlp.up_proj.lora_A.weight and 1 more",
+        ),
+    ],
+)
+@pytest.mark.parametrize("attach", [load_adapter, partial(continue_lora, dropout=0.0)])
+def test_factors_and_modules_are_one_to_one(load, with_lora, tmp_path, rename, said, attach):
+    save_adapter(with_lora(load()), tmp_path)
+    attach(load(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    factors = {rename(name): factor for name, factor in load_file(file).items()}
+    factors.pop(None, None)
+    save_file(factors, file)
+    with pytest.raises(LoramError, match=said):
+        attach(load(), tmp_path)

@@ -37,9 +37,9 @@ def command(values: Values, options: GenerateOptions) -> None:
     from loram_cli.config.rows import asked_rows, parse_rows, run_rows
     from loram_cli.stages.evaluate import generate
 
-    if "prompts" not in values and sys.stdin is not None and not sys.stdin.isatty():
+    if not values.get("prompts") and sys.stdin is not None and not sys.stdin.isatty():
         values["prompts"] = (sys.stdin.read().rstrip("\n"),)
-    values = {"prompts": (), **layered(NAME, values)}
+    values = layered(NAME, values)
     reporter = reporter_for(options.json_output)
     own = parse_rows(options.row)
     first_own = next(iter(own.values()), (None,))[0]

@@ -1,13 +1,16 @@
 """Generate: what the models of a run answer to a prompt."""
 
+from typing import cast, get_args
+
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.decode import Decoder, Generation, stream_seed
+from loram_cli.evaluation.models import check_row, row_tokenizer
 from loram_cli.evaluation.perplexity import context_length
 from loram_cli.evaluation.results import Answer
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lineage import trained_layout
-from loram_cli.stages.evaluate.models import check_row, opened_model, row_tokenizer
+from loram_cli.stages.evaluate.rows import open_row
 from loram_cli.stages.evaluate.spec import GenerateSpec
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.layouts import Layout, asked
@@ -23,8 +26,8 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
         LoramError: A model or an adapter is not whole or does not fit, or a prompt is too long.
     """
     models = {label: check_row(parts) for label, parts in spec.rows.items()}
-    known = (trained_layout(parts[-1]) for parts in spec.rows.values())
-    learnt = next(filter(None, known), None)
+    found = {trained_layout(parts[-1]): None for parts in spec.rows.values()}
+    learnt = next((name for name in found if name in get_args(Layout)), None)
     return [
         answer
         for label, model in models.items()
@@ -33,13 +36,12 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
 
 
 def _ask(
-    spec: GenerateSpec, label: str, model: Model, learnt: Layout | None, reporter: Reporter
+    spec: GenerateSpec, label: str, model: Model, learnt: str | None, reporter: Reporter
 ) -> list[Answer]:
     parts = spec.rows[label]
-    tokenizer = row_tokenizer(spec, label)
-    layout = spec.layout or learnt
-    if layout is None:
-        layout = "messages" if getattr(tokenizer, "chat_template", None) else "prompt"
+    tokenizer = row_tokenizer(parts[0], spec.model)
+    own: Layout = "messages" if getattr(tokenizer, "chat_template", None) else "prompt"
+    layout = spec.layout or cast("Layout | None", learnt) or own
     chat = Chat(tokenizer)
     examples = [asked(prompt, layout, chat, learnt=layout == learnt) for prompt in spec.prompts]
     chat.warn_of_fallback(reporter)
@@ -48,7 +50,7 @@ def _ask(
         for example in examples
     ]
     reporter.note(f"asking {label} ({' + '.join(map(str, parts))}), layout {layout}")
-    with opened_model(spec, label, model, reporter) as loaded:
+    with open_row(spec, label, model, reporter) as loaded:
         context = context_length(loaded)
         longest = max(map(len, ids))
         if longest >= context:

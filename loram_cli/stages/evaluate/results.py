@@ -14,12 +14,7 @@ PLOT_NAME = "results.png"
 
 
 def write_results(result: EvalResult, path: Path) -> None:
-    """Write the comparison as JSON, Markdown, CSV and a picture.
-
-    Args:
-        result: Of the evaluation.
-        path: The stage's directory.
-    """
+    """Write the comparison as JSON, Markdown, CSV and a picture."""
     (path / RESULTS_NAME).write_text(json.dumps(plain(result), indent=1) + "\n", "utf-8")
     (path / "results.md").write_text(to_markdown(result), "utf-8")
     (path / "results.csv").write_text(to_csv(result), "utf-8")

@@ -1,17 +1,18 @@
 """The rows of a comparison: what identifies them, how they are opened and scored."""
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
+from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.model import Model
 from loram_cli.evaluation.catalog import CODE_SAMPLES, TEMPERATURES
 from loram_cli.evaluation.engine import Engine
 from loram_cli.evaluation.harness import evaluate_model
 from loram_cli.evaluation.hugging_face import HuggingFaceBackend
 from loram_cli.evaluation.humaneval import CodeSettings
+from loram_cli.evaluation.models import opened_model, precision, row_tokenizer
 from loram_cli.evaluation.requests import TaskRequest
 from loram_cli.evaluation.responses import ResponseCache
 from loram_cli.evaluation.results import RowResult, TrainingCost
@@ -23,21 +24,29 @@ from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.schema import digest_of
 from loram_cli.stages.core.results import training_cost
-from loram_cli.stages.evaluate.models import opened_model, precision, row_tokenizer
-from loram_cli.stages.evaluate.spec import EvalSpec, Rows
+from loram_cli.stages.evaluate.spec import EvalSpec, Rows, RowsSpec
 from loram_cli.training.data.records import read_records
+
+
+def open_row(
+    spec: RowsSpec, label: str, model: Model, reporter: Reporter
+) -> AbstractContextManager[Any]:
+    """A row's model with its adapters, loaded as the spec says; see :func:`opened_model`."""
+    return opened_model(
+        label,
+        model,
+        spec.rows[label][1:],
+        reporter,
+        device=spec.device,
+        nf4=spec.quantize is not None,
+        weights_memory=spec.weights_memory,
+    )
 
 
 def eval_inputs(
     rows: Rows, models: Mapping[Path, Model], requests: Sequence[TaskRequest]
 ) -> dict[str, Any]:
-    """The manifest records of all models and documents, with their digests.
-
-    Args:
-        rows: Per row its model's directory and, if any, the adapter's.
-        models: The models by directory, opened: most rows share the base.
-        requests: The tasks.
-    """
+    """The manifest records of all models and documents, with their digests."""
     inputs: dict[str, Any] = {
         f"row {label}": _row_input(parts, models[parts[0]]) for label, parts in rows.items()
     }
@@ -63,13 +72,13 @@ def _row_input(parts: tuple[Path, ...], model: Model) -> dict[str, Any]:
         record["generation_config"] = file_digest(generation)
     for adapter in parts[1:]:
         record["adapter"] = file_digest(adapter / WEIGHTS_NAME)
-        config = json.loads((adapter / CONFIG_NAME).read_text("utf-8"))
+        config = read_json(adapter / CONFIG_NAME)
         config.pop("base_model_name_or_path", None)
         record["adapter_config"] = digest_of(config)
     return record
 
 
-def warn_of_tokenizers(inputs: dict[str, Any], reporter: Reporter) -> None:
+def warn_of_tokenizers(inputs: Mapping[str, Any], reporter: Reporter) -> None:
     """Say so when the rows' figures per token cannot be compared."""
     found = {record["tokenizer"] for name, record in inputs.items() if name.startswith("row ")}
     if len(found) > 1:
@@ -86,18 +95,7 @@ def score_row(
     path: Path,
     reporter: Reporter,
 ) -> RowResult:
-    """Score one row; what was answered before is taken from ``answers``.
-
-    Args:
-        spec: Of the evaluation.
-        label: The row.
-        model: Its model, opened.
-        inputs: From :func:`eval_inputs`.
-        requests: Its tasks.
-        answers: Folder of the kept answers.
-        path: Where samples go.
-        reporter: Told of progress.
-    """
+    """Score one row; what was answered before is taken from ``answers``."""
     known = {k: v for k, v in inputs[f"row {label}"].items() if k != "path"}
     how = [known, spec.backend, precision(spec.device)]
     if spec.quantize is not None:
@@ -130,14 +128,14 @@ def _open_engine(
     stack: ExitStack,
 ) -> Engine:
     parts = spec.rows[label]
-    tokenizer = row_tokenizer(spec, label)
+    tokenizer = row_tokenizer(parts[0], spec.model)
     context_tokens = int(model.config.get("max_position_embeddings") or 2048)
 
     def open_backend() -> Any:
         reporter.note(f"evaluating {label}: {' + '.join(map(str, parts))}")
         if spec.backend == "vllm":
             return VllmBackend.open(parts, context_tokens, spec.seed)
-        loaded = stack.enter_context(opened_model(spec, label, model, reporter))
+        loaded = stack.enter_context(open_row(spec, label, model, reporter))
         rows = spec.batch_size if isinstance(spec.batch_size, int) else None
         return HuggingFaceBackend(loaded, tokenizer, rows)
 

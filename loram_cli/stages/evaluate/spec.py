@@ -141,6 +141,7 @@ class GenerateSpec(RowsSpec):
     """What to ask, and whom."""
 
     prompts: tuple[str, ...] = setting(
+        (),
         help="What to ask; quote each. Without one, what is piped in.",
         argument=True,
         place=True,

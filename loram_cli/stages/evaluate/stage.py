@@ -7,6 +7,7 @@ from pathlib import Path
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.evaluation.models import check_row, model_bytes
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 from loram_cli.evaluation.results import EvalResult
 from loram_cli.evaluation.vllm_backend import check_available
@@ -15,7 +16,6 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.staging import look_up
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.plan import StagePlan, find_finished, free_disk, is_done
-from loram_cli.stages.evaluate.models import check_adapters, check_row, model_bytes
 from loram_cli.stages.evaluate.results import write_results
 from loram_cli.stages.evaluate.rows import eval_inputs, score_row, warn_of_tokenizers
 from loram_cli.stages.evaluate.spec import EvalSpec
@@ -42,11 +42,6 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
     The memory is that of the largest row's weights; rows are scored one after another. Of a model
     that takes more than there is, layers are read anew at every pass.
 
-    Args:
-        spec: What to evaluate.
-        reporter: Told of data that stands in for a benchmark.
-        count: Nothing more is counted.
-
     Raises:
         LoramError: A model is not whole, an adapter is not one, or a task's data cannot be read.
         UsageError: There is no row, or the output is something else's.
@@ -61,9 +56,8 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
     models: dict[Path, Model] = {}
     params = {}
     for label, parts in spec.rows.items():
-        model = models[parts[0]] = models.get(parts[0]) or check_row(parts)
-        check_adapters(parts)
-        params[label] = model.num_params
+        models[parts[0]] = check_row(parts, models.get(parts[0]))
+        params[label] = models[parts[0]].num_params
     for name, file in spec.task_data.items():
         _check_readable(f"--task-data {name}", file)
     requests = tuple(_requests(spec, reporter))
@@ -78,7 +72,10 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
         inputs=inputs,
         done=is_done("eval", spec, inputs),
         free_bytes=free_disk(spec.out),
-        memory_bytes=max(model_bytes(spec, model) for model in models.values()),
+        memory_bytes=max(
+            model_bytes(model, device=spec.device, nf4=spec.quantize is not None)
+            for model in models.values()
+        ),
         figures={"rows": params, "tasks": list(spec.tasks), "limit": spec.limit},
     )
 

@@ -13,6 +13,7 @@ from helpers.tiny_models import make_base
 from loram_cli.checkpoint.model import Model
 from loram_cli.cli.app import run_command
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.evaluation import models
 from loram_cli.evaluation.samples import load_documents
 from loram_cli.reporting import NullReporter
 from loram_cli.stages.evaluate import rows as eval_rows
@@ -49,16 +50,14 @@ def spec_of(base, other, instructions, tmp_path):
 @pytest.fixture
 def loads(monkeypatch):
     """Models that were loaded, in order."""
-    from loram_cli.modeling import load as narrow
-
     seen = []
-    load = narrow.load_causal_lm
+    load = models.load_causal_lm
 
-    def recorded(directory, **options):
-        seen.append(directory)
-        return load(directory, **options)
+    def recorded(model, **options):
+        seen.append(model.directory)
+        return load(model, **options)
 
-    monkeypatch.setattr(narrow, "load_causal_lm", recorded)
+    monkeypatch.setattr(models, "load_causal_lm", recorded)
     return seen
 
 
@@ -112,10 +111,10 @@ def test_a_model_that_does_not_fit_is_read_layer_by_layer_and_answers_the_same(
     assert "base: its weights take 205.88 KiB, and there are 156.25 KiB" in reporter.warnings[0]
     assert "4 of 4 layers are read anew at every pass" in reporter.warnings[0]
     # Unless told, what is free decides, less what the passes want.
-    monkeypatch.setattr("loram_cli.modeling.free_memory.free_memory_bytes", lambda _: 10**9)
+    monkeypatch.setattr(models, "free_memory_bytes", lambda _: 10**9)
     evaluate.run(spec_of(force=True), SILENT)
     assert len(loads) == 4
-    monkeypatch.setattr("loram_cli.modeling.free_memory.free_memory_bytes", lambda _: 200 * 2**10)
+    monkeypatch.setattr(models, "free_memory_bytes", lambda _: 200 * 2**10)
     with pytest.raises(
         LoramError, match=r"two decoder layers take .* there are 100\.00 KiB"
     ) as told:
@@ -192,7 +191,7 @@ def test_results_are_exported_and_outputs_shown(spec_of, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"batch_size": 0}, "--batch-size must be above 0, not 0"),
         ({"batch_size": "many"}, "--batch-size many"),
         ({"limit": 0}, "--limit"),
         ({"code_samples": 0}, "--code-samples"),

@@ -1,10 +1,12 @@
 """Answers of a run's models, as text and as the commands give them."""
 
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loram_cli import api
 from loram_cli.checkpoint.model import Model
@@ -14,9 +16,10 @@ from loram_cli.evaluation.decode import Decoder, Generation, end_tokens
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
+from loram_cli.schema import spec_from_mapping
 from loram_cli.stages.core.lineage import trained_layout
 from loram_cli.stages.evaluate.generate import GenerateSpec
-from loram_cli.stages.evaluate.models import opened_model
+from loram_cli.stages.evaluate.rows import open_row
 from loram_cli.training.adapters import load_adapter
 from loram_cli.training.data.documents import source_layout
 
@@ -62,8 +65,6 @@ def test_data_tells_how_its_pupils_are_asked(record, layout, tmp_path):
 
 
 def test_data_may_be_gone_when_training_ends(finished_run, instructions, tmp_path, monkeypatch):
-    import shutil
-
     from loram_cli.stages.train import stage as train
 
     data = tmp_path / "data.jsonl"
@@ -85,12 +86,10 @@ def test_data_may_be_gone_when_training_ends(finished_run, instructions, tmp_pat
 @pytest.mark.parametrize("way", [{}, {"weights_memory": 160_000}, {"quantize": "nf4"}])
 def test_every_end_token_of_the_generation_config_ends_an_answer(base, spec_of, tmp_path, way):
     """Published chat models name some of them there alone."""
-    import shutil
-
     chatty = shutil.copytree(base, tmp_path / "chatty")
     (chatty / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 77]}))
     spec = spec_of(rows={"base": (chatty,)}, **way)
-    with opened_model(spec, "base", Model.open(chatty), NullReporter()) as model:
+    with open_row(spec, "base", Model.open(chatty), NullReporter()) as model:
         assert end_tokens(model, load_tokenizer(base)) == {0, 77}
 
 
@@ -100,7 +99,7 @@ def test_a_row_is_gone_when_the_next_one_is_opened(base, finished_run, spec_of, 
     from loram_cli.stages.evaluate import generate
 
     opened, alive = [], []
-    real = generate.opened_model
+    real = generate.open_row
 
     @contextmanager
     def watched(spec, label, opening, reporter):
@@ -109,7 +108,7 @@ def test_a_row_is_gone_when_the_next_one_is_opened(base, finished_run, spec_of, 
             opened.append(weakref.ref(model))
             yield model
 
-    monkeypatch.setattr(generate, "opened_model", watched)
+    monkeypatch.setattr(generate, "open_row", watched)
     rows = {"base": (base,), "recovered": (base, finished_run / "recovered"), "more": (base,)}
     for memory in (None, 160_000):
         opened.clear()
@@ -178,18 +177,23 @@ def test_drawn_answers_follow_the_seed_and_differ_by_prompt(spec_of):
         ({"prompts": ()}, "prompt is empty"),
         ({"prompts": ("a", " ")}, "prompt is empty"),
         ({"max_new_tokens": 0}, "--max-new-tokens"),
-        ({"temperature": -1.0}, "--temperature -1"),
+        ({"temperature": -1.0}, r"--temperature cannot be negative \(-1\)"),
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"top_p": 0.0}, "--top-p 0"),
         ({"top_p": 0.5}, "--top-p is for drawn tokens"),
         ({"prompts": ("\udcff",)}, "not UTF-8"),
-        ({"weights_memory": "many"}, "--weights-memory: 'many'"),
         ({"weights_memory": 0}, "--weights-memory"),
     ],
 )
 def test_what_cannot_be_asked(spec_of, changes, said):
     with pytest.raises(UsageError, match=said):
         spec_of(**changes)
+
+
+def test_an_amount_is_read_where_the_spec_is_made(base):
+    values = {"model": base, "rows": {"base": (base,)}, "prompts": ("a",)}
+    with pytest.raises(UsageError, match="weights_memory: 'many'"):
+        spec_from_mapping(GenerateSpec, {**values, "weights_memory": "many"}, "generate")
 
 
 def test_a_prompt_that_fills_the_context_is_refused(spec_of):
@@ -255,3 +259,95 @@ def test_an_adapter_of_another_model_is_refused_in_a_line(finished_run, capsys):
     for more in ([], ["--quantize", "nf4"]):
         assert run_command(["generate", "--row", row, "--device", "cpu", *more, "b"]) == 1
         assert "its factors have other shapes than" in capsys.readouterr().err
+
+
+WAYS = ([], ["--weights-memory", "160KB"], ["--quantize", "nf4"])
+FIRST = "model.layers.0.mlp.down_proj"
+
+
+def changed_adapter(source, target, rename=None, **config):
+    """A copy with other names of factors (None leaves one out) or other settings."""
+    shutil.copytree(source, target)
+    (target / "loram.json").unlink()
+    file = target / "adapter_model.safetensors"
+    factors = {(rename or str)(name): factor for name, factor in load_file(file).items()}
+    factors.pop(None, None)
+    save_file(factors, file, metadata={"format": "pt"})
+    settings = json.loads((target / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps({**settings, **config}))
+    return target
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (
+            lambda name: name.replace("model.model.layers", "model.model.language_model.layers"),
+            "has no module model.language_model.layers.0.",
+        ),
+        (
+            lambda name: name.replace("model.model.layers", "model.layers"),
+            "has no module layers.0.",
+        ),
+        (lambda name: name.replace("down_proj", "down"), "has no module model.layers.0.mlp.down"),
+        (
+            lambda name: None if FIRST in name else name,
+            f"no factors for a module that adapter_config.json targets: {FIRST}.lora_A",
+        ),
+    ],
+)
+def test_factors_and_modules_are_one_to_one(
+    base, finished_run, tmp_path, capsys, way, rename, said
+):
+    adapter = changed_adapter(finished_run / "recovered", tmp_path / "mine", rename)
+    words = ["generate", "--row", f"mine={base}+{adapter}", "--device", "cpu", *way, "b"]
+    assert run_command(words) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert said in told
+    assert "mine" in told and "pass the adapter that was made for this model" in told
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": "many"},
+        {"r": 3},
+        {"use_dora": True},
+        {"target_modules": ["nowhere"]},
+        {"target_modules": 5},
+        {"lora_dropout": "much"},
+        {"lora_dropout": 7},
+        {"layers_pattern": [1]},
+        {"task_type": ["x"]},
+    ],
+)
+def test_an_adapters_settings_are_blamed_by_file(base, finished_run, tmp_path, capsys, config):
+    adapter = changed_adapter(finished_run / "recovered", tmp_path / "mine", **config)
+    words = ["generate", "--row", f"mine={base}+{adapter}", "--device", "cpu", "b"]
+    assert run_command(words) == 1
+    told = "".join(capsys.readouterr().err.split())
+    assert "internal:" not in told
+    assert str(adapter) in told
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("generation_config.json", "{"),
+        ("generation_config.json", '{"max_length": "x", "eos_token_id": {}}'),
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "Nope"}}'),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 5}'),
+    ],
+)
+def test_damaged_files_beside_the_weights_are_named(base, tmp_path, capsys, way, name, text):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    (broken / name).write_text(text)
+    words = ["generate", "--row", f"mine={broken}", "--device", "cpu", *way, "b"]
+    assert run_command(words) == 1
+    told = "".join(capsys.readouterr().err.split())
+    assert "internal:" not in told
+    assert str(broken) in told

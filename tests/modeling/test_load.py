@@ -1,0 +1,68 @@
+import json
+import shutil
+
+import pytest
+
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.modeling.load import load_causal_lm, load_tokenizer, loading, usable_device
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu", "cuda:99", "banana", "cpu:x", ""])
+def test_devices_that_cannot_be_used(device, monkeypatch):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(UsageError, match=f"--device {device}"):
+        usable_device(device)
+
+
+def test_whatever_a_library_raises_names_the_file(tmp_path):
+    class PanicException(BaseException):
+        """As Rust's panics come out of tokenizers."""
+
+    def endless():
+        return endless()
+
+    def panic():
+        raise PanicException("index out of bounds")
+
+    for work, said in (
+        (endless, "RecursionError"),
+        (panic, "index out of"),
+        (lambda: 1 / 0, "Zero"),
+    ):
+        with pytest.raises(LoramError, match=said) as told, loading(tmp_path / "a.json"):
+            work()
+        assert str(tmp_path / "a.json") in told.value.message
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), LoramError("known")])
+def test_what_is_not_the_files_fault_passes(error, tmp_path):
+    with pytest.raises(type(error)) as raised, loading(tmp_path):
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "nope"},
+        {"hidden_act": 5},
+        {"rms_norm_eps": "x"},
+        {"rope_parameters": 7},
+        {"dtype": "float99"},
+        {"eos_token_id": {"a": 1}},
+        {"max_position_embeddings": "many"},
+    ],
+)
+def test_config_values_of_the_wrong_type_name_the_directory(base, tmp_path, change):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(LoramError, match="broken"):
+        load_causal_lm(broken, device="cpu")
+
+
+def test_a_tokenizer_whose_template_cannot_be_used_loads(base, tmp_path):
+    """The template is blamed where it is rendered, and generation by other layouts needs none."""
+    broken = shutil.copytree(base, tmp_path / "broken")
+    (broken / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    assert load_tokenizer(broken).pad_token is not None
