@@ -31,6 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _ON_SEVERAL_PROCESSES = ("train", "align")
+# Enough for the pauses between the operations of a small model.
+_SPINS = "1000"
 
 
 def _version(wanted: bool) -> None:
@@ -59,6 +61,7 @@ def main() -> None:
     """Run the command line and exit with 0, 1 (failure), 2 (usage), 130 (Ctrl-C) or 143."""
     _open_streams()
     quiet_process()
+    bound_spinning()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     code = run_command(None)
     if code == 0 and _is_one_of_several():
@@ -66,6 +69,16 @@ def main() -> None:
 
         leave_processes()
     sys.exit(_flushed(code))
+
+
+def bound_spinning() -> None:
+    """Have threads that wait for each other sleep soon; read when torch is loaded.
+
+    GNU's OpenMP lets them spin for milliseconds. Beside another busy process that stops training
+    all but altogether, see ``tests/benchmarks/spinning.py``. What the user has set stays.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def run_command(arguments: list[str] | None) -> int:

@@ -46,7 +46,8 @@ def meta_causal_lm(family: Family, config: Any, device: str, **settings: Any) ->
         **settings: For ``_from_config``, such as ``dtype`` and ``attn_implementation``.
     """
     with torch.device("meta"):
-        model = narrow_class(family)._from_config(config, **settings)
+        narrow: Any = narrow_class(family)
+        model = narrow._from_config(config, **settings)
     model.tie_weights()
     model.eval().requires_grad_(False)
     # A module's buffers may be its parents' to fill.

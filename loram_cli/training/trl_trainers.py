@@ -31,7 +31,8 @@ class _Quiet(LeanCheckpoints):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent."""
         with quiet_trl():
-            return super().train(*args, **kwargs)
+            theirs: Any = super()
+            return theirs.train(*args, **kwargs)
 
 
 class PreferenceTrainer(WholeBatches, _Quiet, DPOTrainer):

@@ -92,10 +92,10 @@ def busy() -> Iterator[None]:
         process.wait()
 
 
-def measured(seconds: float) -> dict[str, list[list[float]]]:
+def measured(sizes: list[str], seconds: float) -> dict[str, list[list[float]]]:
     """Per size the seconds of each step, alone and beside the busy process."""
     found = {}
-    for size in SIZES:
+    for size in sizes:
         step = trainer(size)
         step()  # allocates
         alone = step_seconds(step, seconds)
@@ -107,15 +107,17 @@ def measured(seconds: float) -> dict[str, list[list[float]]]:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--child", action="store_true")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="by commas")
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--settings", default=",".join(SETTINGS), help="by commas")
     asked = parser.parse_args()
     if asked.child:
-        print(json.dumps(measured(asked.seconds)))
+        print(json.dumps(measured(asked.sizes.split(","), asked.seconds)))
         return
     plain = {key: value for key, value in os.environ.items() if key not in OURS}
     command = [sys.executable, __file__, "--child", "--seconds", str(asked.seconds)]
+    command += ["--sizes", asked.sizes]
     best: dict[str, float] = {}
     for turn in range(asked.rounds):
         for name in asked.settings.split(","):

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from loram_cli.modeling.sharding import release_gathered
@@ -49,31 +51,23 @@ class SharedTrainer(StepTrainer):
         """The weights go with the optimizer's state."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        from torch.distributed import checkpoint
-
         path = Path(output_dir)
         if is_main_process():
             path.mkdir(parents=True, exist_ok=True)
             torch.save(self.lr_scheduler.state_dict(), path / _SCHEDULER)
-        checkpoint.save(
+        save(
             {"weights": self._trained(), "optimizer": self._moments()}, checkpoint_id=path / _SLICES
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        from torch.distributed import checkpoint
-
         # Each slice is filled where it lies.
-        checkpoint.load(
-            {"weights": self._trained()}, checkpoint_id=Path(resume_from_checkpoint) / _SLICES
-        )
+        load({"weights": self._trained()}, checkpoint_id=Path(resume_from_checkpoint) / _SLICES)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        from torch.distributed import checkpoint as distributed
-
         path = Path(checkpoint)
-        distributed.load({"optimizer": self._moments()}, checkpoint_id=path / _SLICES)
+        load({"optimizer": self._moments()}, checkpoint_id=path / _SLICES)
         self.lr_scheduler.load_state_dict(torch.load(path / _SCHEDULER, weights_only=True))
         rates = self.lr_scheduler.get_last_lr()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):

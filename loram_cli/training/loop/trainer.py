@@ -197,6 +197,8 @@ class WholeBatches:
 class StepTrainer(WholeBatches, LeanCheckpoints, Trainer):
     """A Trainer of whole batches that evaluates per token and keeps checkpoints lean."""
 
+    control: Any
+
     def evaluate(
         self,
         eval_dataset: Sequence[TokenRow] | None = None,
