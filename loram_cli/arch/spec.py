@@ -252,7 +252,10 @@ def _overridden(
     base: LayerGeometry, stated: Mapping[str, Any], keys: Mapping[str, str | None]
 ) -> LayerGeometry:
     """One layer's widths: those that its entry states, else the base's."""
-    return replace(base, **{w: stated[key] for w in WIDTHS if (key := keys.get(w, w)) in stated})
+    named = {width: keys.get(width, width) for width in WIDTHS}
+    return replace(
+        base, **{w: stated[k] for w, k in named.items() if k is not None and k in stated}
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -536,7 +539,7 @@ class Family:
     @cached_property
     def _products(self) -> tuple[str, ...]:
         """Axes of the file that are products of config keys."""
-        axes = [axis for m in self.modules for axis in (*m.rows, *m.columns)]
+        axes: list[Axis | int] = [axis for m in self.modules for axis in (*m.rows, *m.columns)]
         axes += [a for t in (*self.layer_norms, *self.layer_tensors) for a in t.shape]
         known = PRUNED_AXES | {"hidden", "head"}
         return tuple(dict.fromkeys(a for a in axes if isinstance(a, str) and a not in known))

@@ -390,7 +390,7 @@ def _tensor(
     segments = axes.of(_full_name(name, layers, kinds, axes) if not when else
                        f"{layers}.0.{name}", shape, when)  # fmt: skip
     widths: list[Any] = [s[0] if len(s) == 1 else "*".join(map(str, s)) for s in segments]
-    extra = {"when": when} if when else {}
+    extra: dict[str, Any] = {"when": when} if when else {}
     having = _kinds_of(name, kinds)
     if having:
         extra["kinds"] = having
