@@ -23,12 +23,18 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from loram_cli.errors import UsageError
+from loram_cli.reading import read_scalar
 from loram_cli.units import GIB, MIB, parse_bytes, parse_params
 
 T = TypeVar("T")
 # An error is a line or two; lm-eval alone knows thousands of tasks.
 _MOST_NAMES = 16
 _METADATA = "loram"
+# Heading of ``--help`` for where things lie and how a command speaks.
+RUN_PANEL = "Run and output"
+_LARGEST = 2**63
+# Of a value that is quoted in an error.
+_QUOTED = 60
 
 
 class Bytes(int):
@@ -93,6 +99,7 @@ class Setting:
         env: A variable of its own, besides ``LORAM_<STAGE>_<SETTING>``.
         argument: Stands on the command line without a flag.
         choices: Gives the words that are allowed, where a table and not the type tells them.
+        panel: Heading of ``--help`` that it stands under; None is among the first.
     """
 
     help: str
@@ -110,6 +117,7 @@ class Setting:
     env: str | None = None
     argument: bool = False
     choices: Callable[[], Iterable[str]] | None = None
+    panel: str | None = None
 
 
 def setting(default: Any = MISSING, *, factory: Any = MISSING, **told: Any) -> Any:
@@ -194,11 +202,6 @@ class Spec:
 def check_range(value: Any, name: str, told: Setting) -> None:
     """Refuse a number outside its range, NaN and infinity included.
 
-    Args:
-        value: Of a field; what is no number, or a sequence of numbers, passes.
-        name: The flag, for the error.
-        told: The range.
-
     Raises:
         UsageError: It is outside.
     """
@@ -210,6 +213,8 @@ def check_range(value: Any, name: str, told: Setting) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} {value} is not a finite number")
+    if abs(value) > _LARGEST:
+        raise UsageError(f"{name} is larger than 2^63, which nothing here can be")
     if _inside(value, told):
         return
     shown = value.text if isinstance(value, Bytes | Params) else f"{value:g}"
@@ -236,11 +241,6 @@ def _range_text(told: Setting, shown: str) -> str:
 def check_choice(value: Any, name: str, told: Setting) -> None:
     """Refuse a word that the setting's table does not have.
 
-    Args:
-        value: Of a field; a word, or a sequence of words.
-        name: The flag, for the error.
-        told: Has the table.
-
     Raises:
         UsageError: There is no such word.
     """
@@ -264,11 +264,6 @@ def _inside(value: float, told: Setting) -> bool:
 def spec_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build the frozen dataclass ``cls`` from plain values, checking names and types.
 
-    Args:
-        cls: A dataclass; its ``__post_init__`` checks ranges.
-        values: Field values as they come from flags, YAML or JSON.
-        where: What to name in errors, such as ``recipe demo.yaml, stage train``.
-
     Returns:
         An instance of ``cls``.
 
@@ -289,9 +284,14 @@ def spec_from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     return cls(**converted)
 
 
-@cache
 def hints_of(cls: type) -> dict[str, Any]:
     """The type of every field of a dataclass, in the order of the fields."""
+    return _hints(cls)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    assert dataclasses.is_dataclass(cls)
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -348,11 +348,6 @@ def literals(hint: Any) -> list[str]:
 def convert(hint: Any, value: Any, where: str) -> Any:
     """A plain value as the type that a spec's field has.
 
-    Args:
-        hint: The field's type.
-        value: As it comes from a flag, YAML, JSON or the environment.
-        where: What to name in errors.
-
     Raises:
         UsageError: The value is of another type.
     """
@@ -368,11 +363,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise UsageError(f"{where}: expected a list, not {value!r}")
+            raise UsageError(f"{where}: expected a list, not {_quoted(value)}")
         return tuple(convert(args[0], item, where) for item in items)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UsageError(f"{where}: expected a mapping, not {value!r}")
+            raise UsageError(f"{where}: expected a mapping, not {_quoted(value)}")
         return {str(key): convert(args[1], item, where) for key, item in value.items()}
     return _convert_scalar(hint, value, where)
 
@@ -396,15 +391,13 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
                 return hint.parse(value)
             except UsageError as error:
                 raise UsageError(f"{where}: {error.message}", error.hint) from error
-    if hint is Path and isinstance(value, str | Path):
+    if hint is Path and isinstance(value, str | Path) and "\0" not in str(value):
         return Path(value)
-    if hint is float and (is_whole or isinstance(value, float)):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-5 as text, since it lacks the dot that its float syntax demands.
+    # YAML 1.1 reads 1e-5 as text, since it lacks the dot that its float syntax demands.
+    if hint is float and (is_whole or isinstance(value, float | str)):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if (hint is int and is_whole) or (hint in (str, bool) and isinstance(value, hint)):
         return value
@@ -419,16 +412,20 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         Bytes: "an amount such as 4GiB",
         Params: "a count such as 6B",
     }
-    raise UsageError(f"{where}: expected {name.get(hint, hint)}, not {value!r}")
+    raise UsageError(f"{where}: expected {name.get(hint, hint)}, not {_quoted(value)}")
+
+
+def _quoted(value: Any) -> str:
+    """A value as an error shows it; Python refuses to write out integers of 4300 digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a very long {type(value).__name__}"
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
 
 def from_text(hint: Any, text: str) -> Any:
-    """A flag's or a variable's text as the plain value that a YAML file would hold.
-
-    Args:
-        hint: The setting's type.
-        text: Values of a list are separated by commas; those of a mapping are ``NAME=VALUE``.
-    """
+    """A flag's or a variable's text as the plain value that a YAML file would hold."""
     options = alternatives(hint)
     origins = [typing.get_origin(option) for option in options]
     words = [word.strip() for word in text.split(",") if word.strip()]
@@ -439,12 +436,7 @@ def from_text(hint: Any, text: str) -> Any:
         pairs = [word.partition("=") for word in words]
         return {name: value for name, _, value in pairs}
     if any(option in (int, float, bool) for option in options):
-        import yaml
-
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            return text
+        return read_scalar(text)
     return text
 
 
@@ -453,10 +445,6 @@ def revived(hint: Any, value: Any) -> Any:
 
     Keys that the class does not have are left out, and absent ones take their defaults: records
     are written by one version and read by another.
-
-    Args:
-        hint: The type.
-        value: Plain.
     """
     if value is None:
         return None

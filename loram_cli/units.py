@@ -31,11 +31,7 @@ _PARAMS_PER_UNIT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def common_unit(most_bytes: float) -> tuple[str, int]:
-    """The unit, and its bytes, that one table or picture is told in.
-
-    Args:
-        most_bytes: Its largest amount.
-    """
+    """The unit, and its bytes, that one table or picture is told in."""
     return ("GiB", GIB) if most_bytes >= 2 * GIB else ("MiB", MIB)
 
 
@@ -72,9 +68,9 @@ def parse_params(text: str) -> int:
     Raises:
         UsageError: The text is not a count.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([kKmMbBtT]?)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?(?:[eE]\+?\d\d?)?)\s*([kKmMbBtT]?)\s*", text)
     if match is None:
-        raise UsageError(f"'{text}' is not a count of parameters", "write it as 6B or 350M")
+        raise UsageError(f"'{text[:60]}' is not a count of parameters", "write it as 6B or 350M")
     # The decimal as it was written: in binary floating point 1.1 * 10**9 need not be whole.
     return int(Fraction(match[1]) * _PARAMS_PER_UNIT[match[2].lower()])
 
@@ -85,9 +81,9 @@ def parse_bytes(text: str) -> int:
     Raises:
         UsageError: The text is not an amount of memory, or so few bytes that a unit was forgotten.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _BYTES_PER_UNIT:
-        raise UsageError(f"'{text}' is not an amount of memory", "write it as 24GiB or 500MiB")
+        raise UsageError(f"'{text[:60]}' is not an amount of memory", "write it as 24GiB or 500MiB")
     count_bytes = int(float(match[1]) * _BYTES_PER_UNIT[match[2].lower()])
     if not match[2] and 0 < count_bytes < MIB:
         raise UsageError(f"'{text}' is {count_bytes} bytes", f"write the unit, as in {text}GiB")

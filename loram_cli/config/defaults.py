@@ -37,10 +37,6 @@ class Place:
 def model_dir(model: str, *, config_only: bool = False) -> Path:
     """The local directory of the demo base, a path or a hub id.
 
-    Args:
-        model: Which.
-        config_only: Fetch no weights from the hub.
-
     Raises:
         LoramError: It is not there.
     """
@@ -48,11 +44,7 @@ def model_dir(model: str, *, config_only: bool = False) -> Path:
 
 
 def base_of(directory: Path) -> str | None:
-    """The base that a directory descends from, by its manifest; a plain model is its own.
-
-    Args:
-        directory: An output of a stage, or a model.
-    """
+    """The base that a directory descends from, by its manifest; a plain model is its own."""
     path = directory
     if (directory / MANIFEST_NAME).is_file():
         recorded = Manifest.read(directory).base.get("path")
@@ -63,13 +55,7 @@ def base_of(directory: Path) -> str | None:
 
 
 def stage_defaults(place: Place, stage: str, values: Values) -> dict[str, Any]:
-    """What the demo base's own recipe sets for a stage; empty for any other model.
-
-    Args:
-        place: With the base model's name.
-        stage: The stage.
-        values: What is given; what takes the place of a default displaces it.
-    """
+    """What the demo base's own recipe sets for a stage; empty for any other model."""
     if place.model != DEMO_MODEL:
         return {}
     defaults = demo_recipe().defaults(stage, values)
@@ -167,12 +153,7 @@ def recover_spec(place: Place, values: Values) -> RecoverSpec:
 
 
 def merge_spec(place: Place, recover: RecoverSpec) -> MergeSpec | None:
-    """The spec of the merge after a recovery; None where none is asked for.
-
-    Args:
-        place: The run.
-        recover: What is recovered before.
-    """
+    """The spec of the merge after a recovery; None where none is asked for."""
     if not recover.merge:
         return None
     return MergeSpec(

@@ -7,8 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from loram_cli import reading
 from loram_cli.errors import UsageError
 from loram_cli.schema import (
     Spec,
@@ -83,12 +82,7 @@ class Recipe:
         return dict(getattr(self, "train" if stage == FULL_LORA else stage) or {})
 
     def defaults(self, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of one stage as defaults of a bare command.
-
-        Args:
-            stage: The stage.
-            given: What is given, which may ask for a variant.
-        """
+        """The values of one stage as defaults of a bare command."""
         values = self.section(stage)
         for variant in self.variants:
             known = spec_from_mapping(Variant, variant, "recipe, variants")
@@ -111,21 +105,10 @@ class Recipe:
 def read_yaml(file: Path, what: str) -> dict[str, Any]:
     """A YAML file's mapping; an empty file is an empty one.
 
-    Args:
-        file: The file.
-        what: ``recipe`` or ``settings``, to name it in errors.
-
     Raises:
         UsageError: Not readable, not YAML, or no mapping.
     """
-    try:
-        data = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: {what} cannot be read ({error})") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        place = f", line {line + 1}" if line is not None else ""
-        raise UsageError(f"{file}{place}: not valid YAML") from error
+    data = reading.read_yaml(file)
     if data is None and what != "recipe":
         return {}
     if not isinstance(data, dict):
@@ -135,11 +118,7 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
 
 @cache
 def setting_types(stage: str) -> dict[str, Any]:
-    """Type by name of everything that a recipe or a settings file may set for a stage.
-
-    Args:
-        stage: One of :data:`SETTABLE`.
-    """
+    """Type by name of everything that a recipe or a settings file may set for a stage."""
     hints = hints_of(SETTABLE[stage])
     return {
         item.name: hints[item.name] for item, told in settings_of(SETTABLE[stage]) if not told.place
@@ -175,11 +154,6 @@ def _check_section(section: Mapping[str, Any], stage: str, where: str) -> None:
 
 def checked_by_stand_ins(cls: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
     """A spec whose places are stand-ins: building it checks every type and range.
-
-    Args:
-        cls: The spec's class.
-        values: What is set.
-        where: What to name in errors.
 
     Raises:
         UsageError: A wrong type, or settings that do not go together.

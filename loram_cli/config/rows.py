@@ -14,12 +14,7 @@ FULL_LORA = "full-lora"
 
 
 def run_rows(run: RunDirectory, base: Path) -> Rows:
-    """Rows of a comparison: base, pruned as it is, recovered, merged, and full LoRA.
-
-    Args:
-        run: The run directory.
-        base: The original base.
-    """
+    """Rows of a comparison: base, pruned as it is, recovered, merged, and full LoRA."""
     rows: Rows = {"base": (base,)}
     if run.is_done("prune"):
         rows["pruned"] = (run.output("prune"),)
@@ -34,11 +29,6 @@ def run_rows(run: RunDirectory, base: Path) -> Rows:
 
 def chosen_rows(rows: Rows, choose: Sequence[str] | None, own: Rows) -> Rows:
     """The rows that were named, in their order, and the user's own; all without names.
-
-    Args:
-        rows: The run's.
-        choose: Names; None keeps all.
-        own: The user's own.
 
     Raises:
         UsageError: A named row does not exist.
@@ -55,11 +45,6 @@ def chosen_rows(rows: Rows, choose: Sequence[str] | None, own: Rows) -> Rows:
 def asked_rows(rows: Rows, choose: Sequence[str] | None, own: Rows) -> Rows:
     """The rows to ask a prompt: the recovered model unless named, or the base before there is one.
 
-    Args:
-        rows: The run's.
-        choose: Names; None leaves the choice.
-        own: The user's own, which are asked alone unless others are named.
-
     Raises:
         UsageError: A named row does not exist.
     """
@@ -70,9 +55,6 @@ def asked_rows(rows: Rows, choose: Sequence[str] | None, own: Rows) -> Rows:
 
 def parse_rows(entries: Sequence[str]) -> Rows:
     """``NAME=DIR`` or ``NAME=DIR+ADAPTER``.
-
-    Args:
-        entries: Of ``--row``.
 
     Raises:
         UsageError: One is not of that form, or a directory is not there.

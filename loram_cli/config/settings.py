@@ -5,6 +5,7 @@ the file (``LORAM_CONFIG``, else ``loram.yaml``, else ``[tool.loram]`` in ``pypr
 last the defaults of the demo's recipe or of the spec. File and recipe have the same sections.
 """
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from loram_cli.config.recipe import SETTABLE, SPECS, Recipe, read_yaml, setting_types
 from loram_cli.errors import UsageError
+from loram_cli.reading import YAML_BYTES, read_text
 from loram_cli.schema import convert, from_text, unknown_name
 
 FILE_NAME = "loram.yaml"
@@ -48,7 +50,7 @@ class Settings:
 
     def over(self, recipe: Recipe) -> Recipe:
         """The recipe with the file below and the environment above; no stage is added."""
-        merged = {
+        merged: dict[str, Any] = {
             stage: {
                 **self.file.get(stage, {}),
                 **recipe.section(stage),
@@ -62,10 +64,6 @@ class Settings:
 
 def load_settings(folder: Path, environ: Mapping[str, str]) -> Settings:
     """Read the file of a folder, if there is one, and the environment.
-
-    Args:
-        folder: The working directory.
-        environ: Variables by name.
 
     Raises:
         UsageError: An unknown key or variable, a wrong type, or a file that cannot be read.
@@ -88,7 +86,7 @@ def _section(data: Any, stage: str, where: str) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, Mapping):
-        raise UsageError(f"{where}: expected a mapping, not {data!r}")
+        raise UsageError(f"{where}: expected a mapping of settings")
     known = setting_types(stage)
     for key in data:
         if key not in known:
@@ -99,16 +97,14 @@ def _section(data: Any, stage: str, where: str) -> dict[str, Any]:
 def _file_data(folder: Path, named: str | None) -> tuple[str, Mapping[str, Any]]:
     if named:
         return named, read_yaml(Path(named), "settings")
-    if (folder / FILE_NAME).is_file():
+    if (folder / FILE_NAME).exists():
         return FILE_NAME, read_yaml(folder / FILE_NAME, "settings")
     project = folder / "pyproject.toml"
     if not project.is_file():
         return "", {}
-    import tomllib
-
     try:
-        data = tomllib.loads(project.read_text("utf-8"))
-    except (OSError, ValueError):
+        data = tomllib.loads(read_text(project, most_bytes=YAML_BYTES))
+    except (UsageError, ValueError, RecursionError):
         # Not our file, and whether it is sound is for others to say.
         return "", {}
     table = data.get("tool", {}).get("loram", {})

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from loram_cli.cli import options
-from loram_cli.cli.app import MODULES, run_command
+from loram_cli.cli.app import run_command
+from loram_cli.cli.commands.table import COMMANDS, load
 from loram_cli.cli.from_spec import command_of
 from loram_cli.config.recipe import SPECS, setting_types
 
@@ -70,7 +71,7 @@ def test_no_flag_turns_off_what_the_file_turned_on(tmp_path, monkeypatch):
 def test_switches_that_a_file_can_set_have_no_default_of_their_own():
     """A flag with the default False would always win over the file."""
     seen = 0
-    for module in MODULES:
+    for module in map(load, COMMANDS):
         known = setting_types(module.NAME) if module.NAME in SPECS else {}
         command = command_of(module.command, module.SPEC, module.OPTIONS)
         for name, parameter in inspect.signature(command).parameters.items():

@@ -107,7 +107,7 @@ def test_without_any_file_nothing_is_set(tmp_path: Path):
         ("", {"LORAM_TRAIN_STEP": "3"}, "unknown variable.*did you mean 'LORAM_TRAIN_STEPS'"),
         ("", {"LORAM_TRAIN_STEPS": "many"}, "LORAM_TRAIN_STEPS: expected a whole number"),
         ("", {"LORAM_TRAIN_QUANTIZE": "nf5"}, "unknown value 'nf5'.*did you mean 'nf4'"),
-        ("", {"LORAM_CONFIG": "/gone.yaml"}, "settings cannot be read"),
+        ("", {"LORAM_CONFIG": "/gone.yaml"}, "gone.yaml: cannot be read"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text, environ, message):

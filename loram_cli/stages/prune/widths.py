@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from loram_cli import reading
 from loram_cli.arch.spec import Family, LayerGeometry
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_params
@@ -23,16 +22,12 @@ def read_plan(file: Path) -> Any:
     """Parse a plan file, YAML or JSON; what it says is checked by ``RatioPlan``.
 
     Raises:
-        UsageError: Not readable, or not YAML.
+        UsageError: See :func:`.reading.read_yaml`.
     """
     try:
-        return _text_keys(yaml.safe_load(file.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--plan {file}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        place = f", line {line + 1}" if line is not None else ""
-        raise UsageError(f"--plan {file}{place}: not valid YAML") from error
+        return _text_keys(reading.read_yaml(file))
+    except UsageError as error:
+        raise UsageError(f"--plan {error.message}", error.hint) from error
 
 
 def _text_keys(value: Any) -> Any:
