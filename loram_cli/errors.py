@@ -33,10 +33,17 @@ class UsageError(LoramError):
     exit_code = 2
 
 
+# As torch, the system's calls, its loader, C++ and the starting of threads say it.
+_MEMORY_WORDS = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "failed to map segment",
+    "bad_alloc", "new thread",
+)  # fmt: skip
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether something failed for want of memory, on a GPU or on the processor."""
     # By name: torch need not be loaded to tell.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
+    return any(words in text for words in _MEMORY_WORDS)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from loram_cli.errors import LoramError
 
+# What a link points to is not ours to empty, and a pipe would be waited for.
+_OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK
+
 
 @contextmanager
 def exclusive_lock(file: Path, guarded: Path) -> Iterator[None]:
-    """Hold ``file`` locked; the kernel lets go of it however the process ends.
-
-    Args:
-        file: The lock file; removed afterwards.
-        guarded: What to name in the error.
+    """Hold ``file`` locked, and remove it afterwards; the kernel lets go if the process dies.
 
     Raises:
         LoramError: Another process holds it (its process id is in the message).
@@ -35,7 +34,7 @@ def refuse_if_held(file: Path, guarded: Path) -> None:
         LoramError: As :func:`exclusive_lock`.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY)
+        descriptor = os.open(file, os.O_RDONLY | _OPEN_FLAGS)
     except OSError:
         return
     try:
@@ -47,7 +46,8 @@ def refuse_if_held(file: Path, guarded: Path) -> None:
 
 
 def _held(descriptor: int, guarded: Path) -> LoramError:
-    holder = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
+    holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+    holder = holder if holder.isdecimal() else "unknown"
     return LoramError(
         f"{guarded}: in use by another loram command (process {holder})",
         "wait for it, or pass another --run or --out",
@@ -57,8 +57,12 @@ def _held(descriptor: int, guarded: Path) -> LoramError:
 def _acquire(file: Path, guarded: Path) -> int:
     while True:
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o644)
         except OSError as error:
+            if file.is_symlink():
+                raise LoramError(
+                    f"{file}: is a symbolic link where the lock belongs", "remove it"
+                ) from error
             raise LoramError(f"{guarded}: cannot write here ({error.strerror})") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,13 +5,13 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from loram_cli import __version__
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.reading import read_json
 from loram_cli.schema import digest_of
 
 MANIFEST_NAME = "loram.json"
@@ -29,6 +29,20 @@ _LIBRARIES = (
     "lm_eval",
     "huggingface_hub",
 )
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of the tool, Python and the libraries that decide results."""
+    from importlib import metadata  # takes a tenth of a --help
+
+    versions = {"loram": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +78,7 @@ class Manifest:
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
     peak_memory_increase_bytes: int = 0
-    versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+    versions: Mapping[str, str] = field(default_factory=library_versions)
     schema_version: int = SCHEMA_VERSION
 
     def write(self, directory: Path) -> None:
@@ -72,9 +86,7 @@ class Manifest:
 
         It closes with a digest of itself, so that a record edited by hand is told from a true one.
         """
-        data = json.loads(json.dumps(asdict(self)))
-        text = json.dumps({**data, "digest": digest_of(data)}, indent=1, sort_keys=True)
-        (directory / MANIFEST_NAME).write_text(text + "\n", "utf-8")
+        (directory / MANIFEST_NAME).write_text(sealed(asdict(self)), "utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -85,25 +97,43 @@ class Manifest:
         """
         file = directory / MANIFEST_NAME
         try:
-            data = json.loads(file.read_text("utf-8"))
+            if not file.exists():
+                raise LoramError(
+                    f"{directory}: no finished output here ({MANIFEST_NAME} is absent)"
+                )
+            data = read_json(file)
             if data["schema_version"] != SCHEMA_VERSION:
                 raise LoramError(
                     f"{file}: schema {data['schema_version']}, this version reads {SCHEMA_VERSION}"
                 )
             digest = data.pop("digest", None)
-            if digest is not None and digest != digest_of(data):
+            if digest != digest_of(data):
+                wrong = "is missing" if digest is None else "does not match"
                 raise LoramError(
-                    f"{file}: was changed after it was written (its digest does not match)",
+                    f"{file}: was changed after it was written (its digest {wrong})",
                     "run the stage again with --force, or restore the file",
                 )
             _check_types(data)
             return cls(**data)
-        except FileNotFoundError as error:
-            raise LoramError(
-                f"{directory}: no finished output here ({MANIFEST_NAME} is absent)"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except UsageError as error:
+            raise LoramError(f"{file}: not a manifest ({error.message})") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise LoramError(f"{file}: not a manifest ({type(error).__name__}: {error})") from error
+
+
+def sealed(data: Mapping[str, Any]) -> str:
+    """A record as text, closed with a digest of itself."""
+    plain = json.loads(json.dumps({k: v for k, v in data.items() if k != "digest"}))
+    return json.dumps({**plain, "digest": digest_of(plain)}, indent=1, sort_keys=True) + "\n"
+
+
+def claims(directory: Path) -> Mapping[str, Any] | None:
+    """The files that a directory's manifest lists, damaged or not; None where there is none."""
+    try:
+        data = read_json(directory / MANIFEST_NAME)
+        return dict(data["outputs"]) if "schema_version" in data and data["stage"] else None
+    except (LoramError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _check_types(data: dict[str, Any]) -> None:
@@ -118,6 +148,9 @@ def _check_types(data: dict[str, Any]) -> None:
         for label, record in data.get(name, {}).items():
             if not isinstance(record, dict):
                 raise TypeError(f"{name} {label} is no mapping")
+    for name, record in data.get("outputs", {}).items():
+        if type(record.get("bytes")) is not int or not isinstance(record.get("sha256"), str):
+            raise TypeError(f"outputs {name} has no bytes and sha256")
     for layer, kept in data.get("keep", {}).items():
         if not layer.isdecimal():
             raise ValueError(f"keep has no layer {layer}")
@@ -125,15 +158,3 @@ def _check_types(data: dict[str, Any]) -> None:
             whole = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
             if not whole or any(a >= b for a, b in pairwise(indices)):
                 raise ValueError(f"keep of layer {layer}: {name} is no rising list of indices")
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Versions of the tool, Python and the libraries that decide results."""
-    versions = {"loram": __version__, "python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return versions

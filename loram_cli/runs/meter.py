@@ -6,10 +6,21 @@ import re
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Time and memory of a stage."""
+
+    wall_seconds: float
+    peak_memory_bytes: int
+    peak_memory_increase_bytes: int
 
 
 class Meter:
@@ -21,29 +32,33 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._torch = sys.modules.get("torch")
         gc.collect()
         _release_free_memory()
         self._reset = _reset_high_water_mark()
         self._start_bytes = status_bytes("VmRSS") if self._reset else _max_rss_bytes()
-        if self._on_gpu():
-            self._torch.cuda.reset_peak_memory_stats()
-            self._start_bytes = self._torch.cuda.memory_allocated()
+        self._gpu = _gpu_in_use()
+        if self._gpu is not None:
+            self._gpu.reset_peak_memory_stats()
+            self._start_bytes = self._gpu.memory_allocated()
         self._started = time.monotonic()
 
-    def stop(self) -> dict[str, float | int]:
-        """``wall_seconds``, ``peak_memory_bytes``, ``peak_memory_increase_bytes``."""
+    def stop(self) -> Measured:
+        """The figures since the beginning."""
         peak_bytes = status_bytes("VmHWM") if self._reset else _max_rss_bytes()
-        if self._on_gpu():
-            peak_bytes = self._torch.cuda.max_memory_allocated()
-        return {
-            "wall_seconds": round(time.monotonic() - self._started, 3),
-            "peak_memory_bytes": peak_bytes,
-            "peak_memory_increase_bytes": max(0, peak_bytes - self._start_bytes),
-        }
+        gpu = self._gpu or _gpu_in_use()
+        if gpu is not None:
+            peak_bytes = gpu.max_memory_allocated()
+        return Measured(
+            wall_seconds=round(time.monotonic() - self._started, 3),
+            peak_memory_bytes=peak_bytes,
+            peak_memory_increase_bytes=max(0, peak_bytes - self._start_bytes),
+        )
 
-    def _on_gpu(self) -> bool:
-        return self._torch is not None and self._torch.cuda.is_initialized()
+
+def _gpu_in_use() -> Any:
+    """The module of torch for the GPU that this process uses; torch is not loaded for it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _reset_high_water_mark() -> bool:

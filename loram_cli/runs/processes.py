@@ -10,6 +10,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from loram_cli.errors import UsageError
+
 # Launchers look every tenth of a second for a process that has failed, and then end the others.
 LAUNCHER_SECONDS = 5.0
 
@@ -21,13 +23,29 @@ _DISTRIBUTED_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 def process_count() -> int:
-    """Processes that work on the same command; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that work on the same command; 1 without a launcher.
+
+    Raises:
+        UsageError: The launcher's variables say no number.
+    """
+    return _launcher_number("WORLD_SIZE", 1, at_least=1)
 
 
 def process_rank() -> int:
     """This process's number, from 0."""
-    return int(os.environ.get("RANK", "0")) if process_count() > 1 else 0
+    return _launcher_number("RANK", 0, below=process_count()) if process_count() > 1 else 0
+
+
+def _launcher_number(name: str, default: int, *, at_least: int = 0, below: int = 2**31) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal() or len(text) > 10 or not at_least <= int(text) < below:
+        raise UsageError(
+            f"{name} is '{text[:40]}', expected a number from {at_least} to {below - 1}",
+            f"torchrun sets it; without a launcher: unset {name}",
+        )
+    return int(text)
 
 
 def is_main_process() -> bool:
@@ -36,13 +54,9 @@ def is_main_process() -> bool:
 
 
 def local_device(device: str) -> str:
-    """The device of this process: ``cuda`` is the GPU of its number on this machine.
-
-    Args:
-        device: As asked for: ``cuda``, ``cuda:1``, ``cpu``, ...
-    """
+    """The device of this process: ``cuda`` is the GPU of its number on this machine."""
     if device == "cuda" and process_count() > 1:
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return f"cuda:{_launcher_number('LOCAL_RANK', 0)}"
     return device
 
 
@@ -51,14 +65,16 @@ def may_speak(code: int) -> bool:
 
     The first one says it at once. The others wait: where it failed as well, the launcher ends them
     before they would say the same; where it did not, nobody else would say it. Where the launcher
-    is slow to end them, its store tells who spoke already.
-
-    Args:
-        code: The exit code; 130, Ctrl-C, reaches everyone and is told by the first one.
+    is slow to end them, its store tells who spoke already. Exit code 130, Ctrl-C, reaches
+    everyone and is told by the first one.
     """
-    if process_count() == 1 or code == 130:
-        return is_main_process()
-    if not is_main_process():
+    try:
+        is_main, alone = is_main_process(), process_count() == 1
+    except UsageError:
+        return True  # nobody knows which one this is
+    if alone or code == 130:
+        return is_main
+    if not is_main:
         try:
             time.sleep(LAUNCHER_SECONDS)
         except KeyboardInterrupt:
@@ -71,16 +87,17 @@ def _speaks_first() -> bool:
     # Set by torchrun and by what builds on it: its agent's store lies at the master's address.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
-    from torch.distributed import DistError, TCPStore
+    # Neither is in torch's own list of what it exports.
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
+        host, port = os.environ["MASTER_ADDR"], _launcher_number("MASTER_PORT", 0)
         # TCPStore would log pages about a launcher that is gone.
         socket.create_connection((host, port), _STORE_SECONDS).close()
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
-        return store.add(f"loram/failure-told/{attempt}", 1) == 1
-    except (OSError, DistError):
+        return bool(store.add(f"loram/failure-told/{attempt}", 1) == 1)
+    except (OSError, OverflowError, KeyError, UsageError, DistError):
         return True
 
 
@@ -89,12 +106,9 @@ def leave_word(text: str) -> None:
 
     torchrun shows what it finds in the file that it names, in the form that torch's own error
     handler writes (torch.distributed.elastic.multiprocessing.errors).
-
-    Args:
-        text: What the user was told.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is None or process_count() == 1:
+    if not file or process_count() == 1:
         return
     told = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
     with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.reading import read_json
 from loram_cli.runs.manifest import MANIFEST_NAME
 
 STATE_NAME = "run.json"
@@ -60,12 +61,10 @@ class RunDirectory:
         """
         file = self.path / STATE_NAME
         try:
-            return str(json.loads(file.read_text("utf-8"))["model"])
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return str(read_json(file)["model"]) if file.exists() else None
+        except (LoramError, OSError, KeyError, TypeError) as error:
             raise LoramError(
-                f"{file}: not readable ({error})", "delete it and pass --model"
+                f"{file}: names no model ({error})", "delete it and pass --model"
             ) from error
 
     def settle_model(self, requested: str | None, *, remember: bool = True) -> str:
@@ -93,6 +92,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             temporary = self.path / f".{STATE_NAME}.tmp"
+            temporary.unlink(missing_ok=True)  # never written through somebody's link
             temporary.write_text(json.dumps({"schema_version": 1, "model": model}) + "\n", "utf-8")
             temporary.rename(self.path / STATE_NAME)
         except OSError as error:

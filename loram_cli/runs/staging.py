@@ -10,11 +10,13 @@ from pathlib import Path
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.digests import file_records
 from loram_cli.runs.lock import exclusive_lock, refuse_if_held
-from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest, claims
 
 _KEY_NAME = "loram-key"
-# Folders of what an interrupted stage goes on from; they go when the output is whole.
+# Folders that an interrupted stage resumes from; they go when the output is whole.
 SCRATCH_NAMES = ("checkpoints", "fitted", "methods")
+# And one that stays in it: the answers of an evaluation.
+ANSWERS_NAME = "responses"
 
 
 class StagedDirectory:
@@ -35,7 +37,8 @@ class StagedDirectory:
     def commit(self, manifest: Manifest, digests: Mapping[str, str] | None = None) -> Manifest:
         """Flush all files, write the manifest, flush again, and move into place.
 
-        What an interrupted stage goes on from is kept until nothing but the move is left to do.
+        What an interrupted stage resumes from is kept until nothing but the move is left to do.
+        An output that is replaced stands aside until then.
 
         Args:
             manifest: The record.
@@ -50,7 +53,8 @@ class StagedDirectory:
             manifest, outputs=file_records(self.path, leave_out=leave_out, known=digests)
         )
         manifest.write(self.path)
-        # The key first: nobody shall go on from what is half removed.
+        _share_mode(self.path)
+        # The key first: nobody shall resume from what is half removed.
         (self.path / _KEY_NAME).unlink(missing_ok=True)
         for name in SCRATCH_NAMES:
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -73,16 +77,19 @@ def staged_directory(
     """Fill a directory aside and move it into place on commit.
 
     Args:
-        final: The output directory.
+        final: The output directory; a symbolic link is followed.
         stage: Name of the stage.
         key: Digest of everything that decides the output.
-        force: Replace an output made with another key, or redo one with the same.
+        force: Replace an output made with another key, or redo one with the same; what loram did
+            not write is never replaced.
         resumable: Keep unfinished work of the same key for the next call.
 
     Raises:
         LoramError: Another process is writing it, or the place cannot be written.
-        UsageError: ``final`` exists, is not this stage's output with this key, and not ``force``.
+        UsageError: ``final`` exists, and is not this stage's output with this key (without
+            ``force``) or no output of loram at all.
     """
+    final = followed(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,7 +100,10 @@ def staged_directory(
             retired.rename(final)  # killed between the two renames of a commit
         finished = _finished(final, stage, key, force)
         work = partial_directory(final)
+        shutil.rmtree(retired, ignore_errors=True)  # killed between the last rename and its end
         if finished is not None:
+            if not resumable or _key_of(work) in (key, None):
+                shutil.rmtree(work, ignore_errors=True)  # killed while doing it once more
             yield StagedDirectory(work, final, finished)
             return
         _prepare(work, key, resumable)
@@ -119,10 +129,9 @@ def look_up(final: Path, stage: str, key: str, *, force: bool = False) -> Manife
         LoramError: Another process is writing there, or the place cannot be written.
         UsageError: As :func:`staged_directory`.
     """
+    final = followed(final)
     refuse_if_held(_beside(final, "lock"), final)
-    place = final.parent
-    while not place.exists():
-        place = place.parent
+    place = existing_parent(final)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise LoramError(f"{place}: cannot write here")
     return _finished(final, stage, key, force)
@@ -130,16 +139,32 @@ def look_up(final: Path, stage: str, key: str, *, force: bool = False) -> Manife
 
 def partial_directory(final: Path) -> Path:
     """Where an output is made before it is moved into place."""
-    return _beside(final, "partial")
+    return _beside(followed(final), "partial")
+
+
+def followed(final: Path) -> Path:
+    """Where an output really goes: what a symbolic link in its place points to."""
+    try:
+        return final.resolve() if final.is_symlink() else final
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "a symbolic link that leads to itself"
+        raise UsageError(f"{final}: {reason}", "pass another --out") from error
+
+
+def existing_parent(final: Path) -> Path:
+    """The nearest folder above an output that is there already."""
+    place = followed(final).parent
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def _finished(final: Path, stage: str, key: str, force: bool) -> Manifest | None:
-    if not final.exists() or force:
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return None
-    if not (final / MANIFEST_NAME).is_file():
-        if final.is_dir() and not any(final.iterdir()):
-            return None
-        raise UsageError(f"{final}: exists and is not an output of loram", "pass another --out")
+    _refuse_foreign(final)
+    if force:
+        return None
     manifest = Manifest.read(final)
     if manifest.stage == stage and manifest.key == key:
         return manifest
@@ -149,20 +174,55 @@ def _finished(final: Path, stage: str, key: str, force: bool) -> Manifest | None
     )
 
 
-def _prepare(work: Path, key: str, resumable: bool) -> None:
-    key_file = work / _KEY_NAME
+def _refuse_foreign(final: Path) -> None:
+    """Refuse to replace what loram did not write, or a folder that somebody else uses as well."""
+    recorded = claims(final)
+    if recorded is None:
+        raise UsageError(
+            f"{final}: exists and is not an output of loram",
+            "pass another --out; --force replaces loram's own outputs only",
+        )
+    # Outputs from before files were recorded list none.
+    known = {MANIFEST_NAME, *recorded}
+    files = (path for path in sorted(final.rglob("*")) if recorded and not path.is_dir())
+    for path in files:
+        name = path.relative_to(final).as_posix()
+        if name not in known and name.partition("/")[0] not in SCRATCH_NAMES:
+            raise UsageError(
+                f"{path}: was not written by loram, and {final} is to be replaced",
+                "move it elsewhere, or pass another --out",
+            )
+
+
+def _key_of(work: Path) -> str | None:
     try:
-        if not (resumable and key_file.is_file() and key_file.read_text() == key):
+        return (work / _KEY_NAME).read_text()
+    except (OSError, ValueError):
+        return None
+
+
+def _prepare(work: Path, key: str, resumable: bool) -> None:
+    try:
+        if not (resumable and _key_of(work) == key):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
-            key_file.write_text(key)
+            (work / _KEY_NAME).write_text(key)
     except OSError as error:
         raise LoramError(f"{work}: cannot be written ({error.strerror})") from error
 
 
 def _holds_work(work: Path) -> bool:
-    """Whether anything but our own key was written: a mistake found at once leaves nothing."""
-    return any(path.is_file() and path.name != _KEY_NAME for path in work.rglob("*"))
+    """Whether there is anything to resume from: what failed before that leaves nothing."""
+    folders = (work / name for name in (*SCRATCH_NAMES, ANSWERS_NAME))
+    return any(path.is_file() for folder in folders for path in folder.rglob("*"))
+
+
+def _share_mode(root: Path) -> None:
+    """Give every file the mode that the umask gives; safetensors makes its own private."""
+    mode = (root / MANIFEST_NAME).stat().st_mode & 0o777
+    for path in root.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _beside(final: Path, suffix: str) -> Path:

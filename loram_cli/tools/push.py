@@ -9,7 +9,7 @@ from loram_cli.checkpoint.sources import hub_id
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.hub import unreachable
 from loram_cli.reporting import Reporter
-from loram_cli.runs.manifest import MANIFEST_NAME
+from loram_cli.runs.manifest import MANIFEST_NAME, sealed
 
 
 def check_push(repository: str) -> None:
@@ -20,7 +20,9 @@ def check_push(repository: str) -> None:
         LoramError: No token, or the hub cannot be reached.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+
+    # Public by its documentation, and in no list of exports.
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repository)
@@ -42,11 +44,6 @@ def push(directory: Path, repository: str, reporter: Reporter) -> str:
 
     Local paths are left out of the manifest's copy on the hub.
 
-    Args:
-        directory: A stage's output.
-        repository: OWNER/NAME.
-        reporter: Told of the address.
-
     Returns:
         The address.
 
@@ -62,7 +59,7 @@ def push(directory: Path, repository: str, reporter: Reporter) -> str:
             )
             with tempfile.TemporaryDirectory() as folder:
                 record = Path(folder) / MANIFEST_NAME
-                record.write_text(public_manifest(directory) + "\n", "utf-8")
+                record.write_text(public_manifest(directory), "utf-8")
                 api.upload_file(
                     repo_id=repository, path_or_fileobj=str(record), path_in_repo=MANIFEST_NAME
                 )
@@ -75,9 +72,7 @@ def push(directory: Path, repository: str, reporter: Reporter) -> str:
 def public_manifest(directory: Path) -> str:
     """The manifest with every local path cut to its last part, or to the hub id."""
     data = json.loads((directory / MANIFEST_NAME).read_text("utf-8"))
-    # The record is no longer the one that was written, and must not claim to be.
-    data.pop("digest", None)
-    return json.dumps(_without_paths(data), indent=1, sort_keys=True)
+    return sealed(_without_paths(data))
 
 
 def _without_paths(value: Any) -> Any:

@@ -1,3 +1,5 @@
+import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -9,9 +11,9 @@ import pytest
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.lock import exclusive_lock
-from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest, sealed
 from loram_cli.runs.rundir import RunDirectory
-from loram_cli.runs.staging import staged_directory
+from loram_cli.runs.staging import look_up, staged_directory
 
 
 def manifest(key: str = "k") -> Manifest:
@@ -66,8 +68,10 @@ def test_resumable_work_survives_for_the_same_key_only(tmp_path: Path):
             pytest.raises(LoramError),
             staged_directory(tmp_path / "out", "align", key, resumable=True) as staged,
         ):
-            assert (staged.path / "checkpoint").exists() is expected
-            (staged.path / "checkpoint").write_text("x")
+            checkpoint = staged.path / "checkpoints" / "1"
+            assert checkpoint.exists() is expected
+            checkpoint.parent.mkdir(exist_ok=True)
+            checkpoint.write_text("x")
             raise LoramError("interrupted")
 
 
@@ -127,3 +131,165 @@ def test_run_directory_remembers_its_model(tmp_path: Path, base: Path):
     fill(run.output("prune"))
     with pytest.raises(UsageError, match="this run is about"):
         run.settle_model("demo")
+
+
+def test_force_replaces_outputs_of_loram_only(tmp_path: Path):
+    out = tmp_path / "out"
+    out.write_text("three years of work")
+    for _ in range(2):
+        for call in (lambda: fill(out, force=True), lambda: look_up(out, "prune", "k", force=True)):
+            with pytest.raises(UsageError, match="not an output of loram"):
+                call()
+        if out.is_file():
+            assert out.read_text() == "three years of work"
+            out.unlink()
+            (out / "sub").mkdir(parents=True)
+            (out / "sub" / "thesis.tex").write_text("x")
+    assert (out / "sub" / "thesis.tex").read_text() == "x"
+    # A record of something else is no record of ours.
+    (out / MANIFEST_NAME).write_text("{}")
+    with pytest.raises(UsageError, match="not an output of loram"):
+        fill(out, force=True)
+
+
+def test_force_replaces_no_output_that_somebody_else_uses_too(tmp_path: Path):
+    fill(tmp_path / "out")
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes.md: was not written by loram"):
+        fill(tmp_path / "out", "other", force=True)
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
+    (tmp_path / "out" / "notes.md").unlink()
+    fill(tmp_path / "out", "other", force=True)
+
+
+def test_a_damaged_output_of_ours_can_be_replaced(tmp_path: Path):
+    fill(tmp_path / "out")
+    file = tmp_path / "out" / MANIFEST_NAME
+    file.write_text(file.read_text().replace('"prune"', '"align"'))
+    fill(tmp_path / "out", "other", force=True)
+    assert (tmp_path / "out" / "weights").read_text() == "other"
+
+
+def test_a_replaced_output_stands_until_the_new_one_is_whole(tmp_path: Path):
+    fill(tmp_path / "out")
+    with (
+        pytest.raises(LoramError, match="broken"),
+        staged_directory(tmp_path / "out", "prune", "other", force=True),
+    ):
+        raise LoramError("broken")
+    assert Manifest.read(tmp_path / "out").key == "k"
+
+
+def test_data_goes_where_a_link_points(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "big")
+    fill(tmp_path / "out")
+    fill(tmp_path / "out", "other", force=True)
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "out"]
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["big"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UsageError, match="loop"):
+        fill(tmp_path / "loop")
+
+
+def test_what_a_kill_left_goes_with_the_next_command(tmp_path: Path):
+    fill(tmp_path / "out")
+    for name in (".out.partial", ".out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "big").write_text("x")
+    fill_again = staged_directory(tmp_path / "out", "prune", "k")
+    with fill_again as staged:
+        assert staged.finished is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_resumable_work_of_another_key_outlives_a_finished_command(tmp_path: Path):
+    fill(tmp_path / "out")
+    partial = tmp_path / ".out.partial"
+    for key, stays in (("other", True), ("k", False)):
+        (partial / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (partial / "loram-key").write_text(key)
+        with staged_directory(tmp_path / "out", "prune", "k", resumable=True) as staged:
+            assert staged.finished is not None
+        assert partial.exists() is stays
+
+
+def test_work_without_anything_to_resume_from_goes(tmp_path: Path):
+    with (
+        pytest.raises(LoramError),
+        staged_directory(tmp_path / "out", "train", "k", resumable=True) as staged,
+    ):
+        (staged.path / "loss.csv").write_text("nan")
+        (staged.path / "checkpoints").mkdir()
+        raise LoramError("the loss is not finite")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_of_the_umask(umask, mode, tmp_path: Path):
+    before = os.umask(umask)
+    try:
+        with staged_directory(tmp_path / "out", "prune", "k") as staged:
+            (staged.path / "sub").mkdir()
+            (staged.path / "sub" / "weights").touch(0o600)
+            staged.commit(manifest())
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+    assert len(files) == 2
+
+
+def test_a_lock_is_never_taken_through_a_link(tmp_path: Path):
+    (tmp_path / "precious").write_text("x" * 10)
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(LoramError, match=r"out.lock: is a symbolic link"):
+        fill(tmp_path / "out")
+    assert (tmp_path / "precious").read_text() == "x" * 10
+
+
+def test_a_damaged_lock_file_is_no_obstacle(tmp_path: Path):
+    (tmp_path / ".out.lock").write_bytes(bytes(range(128, 256)))
+    with (tmp_path / ".out.lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for call in (
+            lambda: fill(tmp_path / "out"),
+            lambda: look_up(tmp_path / "out", "prune", "k"),
+        ):
+            with pytest.raises(LoramError, match="process unknown"):
+                call()
+    fill(tmp_path / "out")
+
+
+def test_the_state_file_is_never_written_through_a_link(tmp_path: Path):
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / ".run.json.tmp").symlink_to(tmp_path / "precious")
+    RunDirectory(tmp_path).settle_model("demo")
+    assert (tmp_path / "precious").read_text() == "x"
+    assert RunDirectory(tmp_path).remembered_model() == "demo"
+
+
+@pytest.mark.parametrize("change", [{"results": {"a": 1}}, {"key": "other"}, {"digest": None}])
+def test_a_record_needs_its_digest(change, tmp_path: Path):
+    manifest().write(tmp_path)
+    file = tmp_path / MANIFEST_NAME
+    data = {**json.loads(file.read_text()), **change}
+    for seal in (data.get("digest"), None):
+        file.write_text(
+            json.dumps(
+                {**data, "digest": seal}
+                if seal
+                else {k: v for k, v in data.items() if k != "digest"}
+            )
+        )
+        with pytest.raises(LoramError, match="was changed after it was written"):
+            Manifest.read(tmp_path)
+
+
+def test_a_record_sealed_anew_is_read(tmp_path: Path):
+    """What is published has no local paths, and a seal of its own."""
+    manifest().write(tmp_path)
+    data = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    (tmp_path / MANIFEST_NAME).write_text(sealed({**data, "base": {"path": "base"}}))
+    assert Manifest.read(tmp_path).base == {"path": "base"}
