@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loram_cli import reading
 from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.errors import LoramError
 from loram_cli.schema import digest_of
@@ -35,6 +36,7 @@ class ModelIdentity:
             a sample, since hashing all of a 70B model would cost more than pruning it.
         tokenizer: Over the tokenizer's vocabulary files.
         chat_template: Over the chat template, wherever the directory keeps it; ``none`` without.
+        tokenizer_config: Over the rest of ``tokenizer_config.json``; ``none`` without.
     """
 
     config: str
@@ -42,6 +44,7 @@ class ModelIdentity:
     weights: str
     tokenizer: str
     chat_template: str
+    tokenizer_config: str
 
     def to_mapping(self) -> dict[str, str]:
         """Plain form for a manifest."""
@@ -70,6 +73,7 @@ def identify(index: CheckpointIndex, config: Mapping[str, Any]) -> ModelIdentity
         _sample_weights(index),
         _tokenizer_digest(index.directory),
         chat_template_digest(index.directory),
+        _tokenizer_config_digest(index.directory),
     )
 
 
@@ -123,3 +127,13 @@ def _tokenizer_digest(directory: Path) -> str:
         if file.is_file():
             digest.update(name.encode() + file.read_bytes())
     return "sha256:" + digest.hexdigest()
+
+
+def _tokenizer_config_digest(directory: Path) -> str:
+    file = directory / "tokenizer_config.json"
+    if not file.is_file():
+        return "none"
+    config = reading.read_json(file)
+    lasting = config.items() if isinstance(config, dict) else ()
+    left_out = ("chat_template", "name_or_path", *_VOLATILE_CONFIG_KEYS)
+    return digest_of({key: value for key, value in lasting if key not in left_out})

@@ -57,14 +57,7 @@ _KINDS: dict[str, tuple[str, str, str, str]] = {
 def model_card(
     stage: str, spec: Any, base: Mapping[str, Any], results: Mapping[str, Any]
 ) -> str | None:
-    """The card of a stage's output, without times or local paths; None for evaluations.
-
-    Args:
-        stage: Which stage made the output.
-        spec: Its spec, with ``out``; what only says where things lie is left out.
-        base: The base's record in the manifest.
-        results: What the stage measured.
-    """
+    """The card of a stage's output, without times or local paths; None for evaluations."""
     if stage not in _KINDS:
         return None
     kind, library, relation, usage = _KINDS[stage]
@@ -95,7 +88,9 @@ def model_card(
 def _front_matter(library: str, published: str | None, relation: str) -> str:
     from huggingface_hub import ModelCardData
 
-    known = {"base_model": published, "base_model_relation": relation} if published else {}
+    known: dict[str, Any] = (
+        {"base_model": published, "base_model_relation": relation} if published else {}
+    )
     data = ModelCardData(
         library_name=library,
         pipeline_tag="text-generation",

@@ -12,6 +12,7 @@ from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.runs.staging import StagedDirectory, partial_directory, staged_directory
 from loram_cli.schema import plain, spec_to_mapping
 from loram_cli.stages.core.card import CARD_NAME, model_card
+from loram_cli.stages.core.lineage import whole_files
 from loram_cli.stages.core.plan import StagePlan, key_of
 from loram_cli.stages.core.results import Result, result_of
 
@@ -57,15 +58,12 @@ class StageRun:
         self,
         planned: StagePlan[Any],
         staged: StagedDirectory,
-        record: Mapping[str, Any],
+        key: str,
         spec: Any,
         read: Path,
     ) -> None:
-        self._planned = planned
-        self._spec = spec
-        self._staged = staged
-        self._record = record
-        self._read = read
+        self._planned, self._staged, self._key = planned, staged, key
+        self._spec, self._read = spec, read
         self._meter = Meter()
         self.path = staged.path
 
@@ -100,13 +98,22 @@ class StageRun:
         card = model_card(planned.stage, self._spec, planned.base, results)
         if card is not None:
             (self.path / CARD_NAME).write_text(card, "utf-8")
+        measured = self._meter.stop()
+        base = planned.base
+        if planned.stage == "prune":
+            base = {**base, "files": whole_files(Path(base["path"]))}
         manifest = Manifest(
-            **self._record,
-            base=planned.base,
+            stage=planned.stage,
+            key=self._key,
+            spec=spec_to_mapping(self._spec),
+            inputs=planned.inputs,
+            base=base,
             keep=planned.keep if keep is None else keep,
             sparsity=planned.sparsity if sparsity is None else sparsity,
             results=results,
-            **self._meter.stop(),
+            wall_seconds=measured.wall_seconds,
+            peak_memory_bytes=measured.peak_memory_bytes,
+            peak_memory_increase_bytes=measured.peak_memory_increase_bytes,
         )
         manifest = self._staged.commit(manifest, digests)
         if process_count() > 1:
@@ -165,9 +172,8 @@ def stage_run(
         resumable: Whether unfinished work is kept for the next call.
         replace: Replace an output of the same stage that has another key.
     """
-    stage, inputs = planned.stage, planned.inputs
-    key = key_of(stage, spec, inputs)
-    record = {"stage": stage, "key": key, "spec": spec_to_mapping(spec), "inputs": inputs}
+    stage = planned.stage
+    key = key_of(stage, spec, planned.inputs)
     force = spec.force or (replace and _is_older(spec.out, stage, key))
     if not is_main_process():
         yield FollowingRun(stage, spec.out, read)
@@ -177,7 +183,7 @@ def stage_run(
             from loram_cli.training.distributed import share
 
             share(staged.finished is not None)
-        yield StageRun(planned, staged, record, spec, read)
+        yield StageRun(planned, staged, key, spec, read)
 
 
 def _is_older(out: Path, stage: str, key: str) -> bool:

@@ -10,10 +10,12 @@ from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, read_shapes
 from loram_cli.reporting import Reporter
-from loram_cli.runs.digests import file_digest
+from loram_cli.runs.digests import file_digest, file_digests
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.training.data.layouts import Layout
 
+# Files beside a model that it does not read: a user may write his own.
+_REMARKS = ("README.md", "loss.png", "loss.csv", "kept.png")
 # The parts of a model's identity that make it another model, in words.
 PARTS = {
     "tensors": "tensor names or shapes",
@@ -22,22 +24,59 @@ PARTS = {
     "tokenizer": "tokenizer",
 }
 # And those that change what it is given, but not what it is.
-TEMPLATE = {"chat_template": "chat template"}
+TEMPLATE = {"chat_template": "chat template", "tokenizer_config": "tokenizer_config.json"}
+# Files of an input are hashed before use up to so much together, small ones first: 0.2 s. The
+# rest is compared by size, and by ``loram verify``.
+_HASHED_BYTES = 256 << 20
+_RECORDED_BYTES = 1 << 30
 
 
 def differences(
     recorded: Mapping[str, Any], identity: Mapping[str, Any], parts: Mapping[str, str] = PARTS
 ) -> Iterator[str]:
-    """The parts in which a model is not the recorded one, in words.
-
-    Args:
-        recorded: Digests from a manifest; a part that it lacks is another one.
-        identity: Digests of the model at hand.
-        parts: Which to compare.
-    """
+    """The parts in which a model is not the recorded one, in words."""
     for part, said in parts.items():
         if recorded.get(part) != identity[part]:
             yield said
+
+
+def read_checked(directory: Path) -> Manifest:
+    """The manifest of an input, once its files are known to be those that were recorded.
+
+    Raises:
+        LoramError: A file is missing or another one; see :data:`_HASHED_BYTES`.
+    """
+    manifest = Manifest.read(directory)
+    hashed_bytes = 0
+    for name, record in sorted(manifest.outputs.items(), key=lambda item: item[1]["bytes"]):
+        file = directory / name
+        if Path(name).name in _REMARKS:
+            continue
+        hashed_bytes += record["bytes"]
+        try:
+            same = file.stat().st_size == record["bytes"]
+        except OSError:
+            same = False
+        if same and hashed_bytes <= _HASHED_BYTES:
+            same = file_digest(file) == f"sha256:{record['sha256']}"
+        if not same:
+            raise LoramError(
+                f"{file}: is missing, or not the file that '{manifest.stage}' wrote",
+                f"restore it, or make {directory} once more with --force; 'loram verify' tells all",
+            )
+    return manifest
+
+
+def whole_files(directory: Path) -> dict[str, str]:
+    """SHA-256 by name of a base's files, for ``verify --full``.
+
+    Empty above 1 GiB: hashing that would take a pruning's own time.
+    """
+    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
+    files = [f for f in sorted(directory.iterdir()) if f.suffix in kinds and f.is_file()]
+    if sum(file.stat().st_size for file in files) > _RECORDED_BYTES:
+        return {}
+    return {f.name: digest for f, digest in zip(files, file_digests(files), strict=True)}
 
 
 def model_record(model: Model) -> dict[str, Any]:
@@ -74,7 +113,7 @@ def describe_source(model: Model) -> Source:
     record = model_record(model)
     if not (model.directory / MANIFEST_NAME).is_file():
         return Source(record, record)
-    manifest = Manifest.read(model.directory)
+    manifest = read_checked(model.directory)
     if manifest.stage not in ("prune", "align", "merge"):
         raise LoramError(
             f"{model.directory}: was made by '{manifest.stage}', expected a model directory"
@@ -85,26 +124,24 @@ def describe_source(model: Model) -> Source:
 
 
 def check_base(manifest: Manifest, model: Model, output: Path) -> dict[str, Any]:
-    """Compare the base at hand with the one that an output descends from.
-
-    Args:
-        manifest: Of the output.
-        model: The base at hand.
-        output: The output's directory, for the error.
+    """Compare an output with its record, and the base at hand with the one that it descends from.
 
     Returns:
         The base's record, for the next manifest.
 
     Raises:
-        LoramError: Widths, weights or tokenizer differ.
+        LoramError: A file of the output is another one, or the base's widths, weights or
+            tokenizer are.
     """
+    read_checked(output)
     record = model_record(model)
     for said in differences(manifest.base, record):
         raise LoramError(
             f"{output}: was made from another base: {said} differ from {model.directory}",
             f"pass the base that was pruned, formerly at {manifest.base.get('path')}",
         )
-    return record
+    files = manifest.base.get("files")
+    return {**record, "files": files} if files else record
 
 
 def adapter_record(directory: Path, manifest: Manifest) -> dict[str, str]:
@@ -140,12 +177,6 @@ def check_start(
 ) -> dict[str, str]:
     """Refuse to resume from an adapter of another model, other widths or another shape.
 
-    Args:
-        adapter: The earlier adapter: of a training, or recovered for the base.
-        source: The model to train on.
-        values: Rank and alpha that are asked for.
-        targets: Modules that are to have factors.
-
     Returns:
         The adapter's record for the manifest.
 
@@ -153,7 +184,7 @@ def check_start(
         LoramError: It was trained on another model, or is another stage's output.
         UsageError: Its rank, alpha or targets are not those asked for.
     """
-    manifest = Manifest.read(adapter)
+    manifest = read_checked(adapter)
     if manifest.stage not in ("train", "recover"):
         raise LoramError(
             f"{adapter}: was made by '{manifest.stage}', expected an output of 'train' or 'recover'"
@@ -184,11 +215,7 @@ def check_start(
 
 
 def trained_layout(directory: Path | None) -> Layout | None:
-    """The layout of the data that an adapter or a merged model learnt from, by its manifest.
-
-    Args:
-        directory: Written by ``train``, ``recover`` or ``merge``; None knows nothing.
-    """
+    """The layout of the data that an adapter or a merged model learnt from, by its manifest."""
     if directory is None or not (directory / MANIFEST_NAME).is_file():
         return None
     results = Manifest.read(directory).results
@@ -203,11 +230,6 @@ def warn_of_other_template(
 
     It is no error: a base without a template may well be given one before training. But whoever
     serves the recovered adapter must then use that template, and not the base's.
-
-    Args:
-        trained: Record of the model that is or was trained, with ``path`` and ``chat_template``.
-        base: Record of the original base.
-        reporter: Warned.
     """
     mine, theirs = trained.get("chat_template"), base.get("chat_template")
     if mine is None or theirs is None or mine == theirs:

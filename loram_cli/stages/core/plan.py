@@ -1,5 +1,6 @@
 """What a stage will do and what it needs: checked and counted before the first tensor is read."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,11 +8,16 @@ from typing import Any, Generic, TypeVar
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-from loram_cli.runs.staging import look_up
+from loram_cli.runs.staging import existing_parent, look_up
 from loram_cli.schema import Spec, digest_of, plain, settings_of, spec_to_mapping
+from loram_cli.stages.core.data_digests import data_records
+from loram_cli.training.data.sources import data_files
 from loram_cli.units import format_bytes
 
 W = TypeVar("W")
+
+# Of an input's record: where it lies, and what ``verify --full`` compares.
+_OUT_OF_KEY = ("path", "files")
 
 # A file up to this size is read through for a dry run, to count what is in it.
 _COUNTED_BYTES = 64 * 2**20
@@ -75,27 +81,14 @@ class StagePlan(Generic[W]):
 
 
 def key_of(stage: str, spec: Spec, inputs: Mapping[str, Any]) -> str:
-    """Digest of all that decides a stage's output.
-
-    Args:
-        stage: Its name.
-        spec: The settled spec; what only says where or how fast does not enter.
-        inputs: Per input its path and digests; paths do not enter.
-    """
+    """Digest of all that decides a stage's output."""
     return recorded_key(stage, type(spec), spec_to_mapping(spec), inputs)
 
 
 def recorded_key(
     stage: str, spec: type[Spec], values: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> str:
-    """As :func:`key_of`, from the plain values that a manifest holds.
-
-    Args:
-        stage: Its name.
-        spec: The class of its spec.
-        values: The plain spec; fields that the class no longer has do not enter.
-        inputs: As recorded.
-    """
+    """As :func:`key_of`, from the plain values that a manifest holds."""
     entering = {
         field.name: values[field.name]
         for field, told in settings_of(spec)
@@ -107,7 +100,7 @@ def recorded_key(
             "stage": stage,
             "spec": entering,
             "inputs": {
-                label: {k: v for k, v in record.items() if k != "path"}
+                label: {k: v for k, v in record.items() if k not in _OUT_OF_KEY}
                 for label, record in inputs.items()
             },
         }
@@ -126,19 +119,13 @@ def make_plan(
 ) -> StagePlan[W]:
     """A plan, once it is known that the output is free to be written and that the disk holds it.
 
-    Args:
-        stage: The stage.
-        spec: Its settled spec, with ``out`` and ``force``.
-        inputs: See :class:`StagePlan`.
-        work: See :class:`StagePlan`.
-        disk_bytes: See :class:`StagePlan`.
-        reads: Paths and names of what is read.
-        **known: More fields of the plan.
+    Digests of the data that the spec names join the inputs.
 
     Raises:
         LoramError: No disk, or another process is writing the output.
         UsageError: The output is something else's.
     """
+    inputs = {**inputs, **data_records(spec)}
     done = find_finished(stage, spec, inputs) is not None
     if not done:
         check_free_disk(spec.out, disk_bytes)
@@ -196,17 +183,10 @@ def check_free_disk(out: Path, needed_bytes: int) -> None:
 
 def free_disk(out: Path) -> int:
     """Bytes that are free where an output goes."""
-    import shutil
-
-    place = out.parent
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(existing_parent(out)).free
 
 
 def reads_quickly(source: str) -> bool:
     """Whether a dry run reads a data source through; a hub data set it does not."""
-    from loram_cli.training.data.sources import data_files
-
     files = data_files(source)
     return files is not None and sum(f.stat().st_size for f in files) <= _COUNTED_BYTES

@@ -25,11 +25,9 @@ class PruneResult:
     """A pruned model's size and widths.
 
     Attributes:
-        base_params: Parameters of the base.
         pruned_params: Parameters of the output; of a sparse one those that are not zero.
-        reduction: The first over the second.
+        reduction: The base's parameters over these.
         removed_share: Share of the base's parameters that is gone.
-        weight_bytes: Bytes of the output's tensors.
         sparsity: Share of zeros asked for in the decoder linears; 0 where groups were dropped.
         calibration: What calibration took; None without it.
         ratio: The ratio that gave the widths; None with a plan file, and for sparse models.
@@ -40,8 +38,7 @@ class PruneResult:
         widths: Per layer attention heads, key/value heads and MLP channels.
         base_widths: The same of the base.
         zeros: Zeros counted in the decoder linears of a sparse model.
-        decoder_linear_params: Their parameters.
-        measured_sparsity: The first over the second.
+        measured_sparsity: Their share of ``decoder_linear_params``.
     """
 
     base_params: int
@@ -81,18 +78,16 @@ class FitFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodResult(FitFigures):
-    """What one method of alignment did.
+class AlignFigures(FitFigures):
+    """What alignment did to the pruned model.
 
     Attributes:
-        method: Its name.
         tokens: Tokens that it saw.
         trained_params: Parameters that it trained.
-        zeros: Of a sparse model, after the method.
+        zeros: Of a sparse model, afterwards.
         layer_errors: Per layer the error of its output before and after, where layers were fitted.
     """
 
-    method: str
     tokens: int = 0
     trained_params: int | None = None
     zeros: int | None = None
@@ -100,23 +95,22 @@ class MethodResult(FitFigures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignResult(FitFigures):
+class MethodResult(AlignFigures):
+    """What one method of alignment did."""
+
+    method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignResult(AlignFigures):
     """The last method's figures, with the whole chain's cost and first loss.
 
     Attributes:
         method: The methods in their order.
-        tokens: Tokens that all of them saw.
-        trained_params: As in :class:`MethodResult`, of the last method.
-        zeros: As above.
-        layer_errors: As above.
         chain: Each method's own figures; empty where there is one.
     """
 
     method: tuple[str, ...]
-    tokens: int = 0
-    trained_params: int | None = None
-    zeros: int | None = None
-    layer_errors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     chain: tuple[MethodResult, ...] = ()
 
 
@@ -187,21 +181,13 @@ _RESULTS: dict[str, type[Any]] = {
 
 
 def result_of(manifest: Manifest) -> Result:
-    """What a manifest's stage measured.
-
-    Args:
-        manifest: Of any stage.
-    """
+    """What a manifest's stage measured."""
     found: Result = revived(_RESULTS[manifest.stage], manifest.results)
     return found
 
 
 def training_cost(manifest: Manifest) -> TrainingCost | None:
-    """What the adapter in a directory cost to train, from its manifest; None for no adapter.
-
-    Args:
-        manifest: Of ``train`` or ``recover``; of another stage it tells nothing.
-    """
+    """What the adapter in a directory cost to train, from its manifest; None for no adapter."""
     result = result_of(manifest)
     if isinstance(result, RecoverResult):
         return result.training
