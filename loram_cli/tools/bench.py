@@ -98,11 +98,7 @@ def run(spec: BenchSpec, reporter: Reporter) -> BenchResult:
 
 
 def with_speedups(rows: Sequence[BenchRow]) -> tuple[BenchRow, ...]:
-    """The rows, each compared with LoRA on the whole base of the same preset.
-
-    Args:
-        rows: As measured.
-    """
+    """The rows, each compared with LoRA on the whole base of the same preset."""
     models = [BenchModel.parse(row.row) for row in rows]
     base = {
         model.preset: row.samples_per_second

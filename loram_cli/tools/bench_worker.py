@@ -63,7 +63,7 @@ def measure(spec: BenchSpec) -> BenchRow:
     except torch.cuda.OutOfMemoryError:
         return replace(row, failure="out of memory")
     peak = meter.stop()
-    measured = int(peak["peak_memory_bytes" if on_gpu else "peak_memory_increase_bytes"])
+    measured = peak.peak_memory_bytes if on_gpu else peak.peak_memory_increase_bytes
     timed = sorted(seconds[_WARM_STEPS:])
     median = timed[len(timed) // 2]
     return replace(

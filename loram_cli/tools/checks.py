@@ -18,10 +18,11 @@ from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.stages.core.lineage import PARTS
 
 
 def check_files(directory: Path, manifest: Manifest) -> Iterator[str]:
-    """Every file against the bytes and digest that the manifest recorded."""
+    """Every file against the bytes and digest that the manifest recorded, and none beside."""
     for name, record in manifest.outputs.items():
         file = directory / name
         if not file.is_file():
@@ -30,23 +31,47 @@ def check_files(directory: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{file}: {file.stat().st_size} bytes, {record['bytes']} were written"
         elif file_digest(file) != f"sha256:{record['sha256']}":
             yield f"{file}: its bytes are not those that were written (sha256 differs)"
-    for file in sorted(directory.rglob("*.safetensors")):
+    for file in sorted(directory.rglob("*") if manifest.outputs else ()):
         name = file.relative_to(directory).as_posix()
-        if manifest.outputs and name not in manifest.outputs:
+        # What begins with a dot is a tool's (.cache, .gitattributes), and no model reads it.
+        known = name == MANIFEST_NAME or name in manifest.outputs or name.startswith(".")
+        if not known and not file.is_dir():
             yield f"{file}: was put here afterwards (not in {MANIFEST_NAME})"
+
+
+def check_whole_base(base: Mapping[str, Any], directory: Path) -> Iterator[str]:
+    """Every byte of a base: its digests from the manifest, or those that name the hub's files."""
+    recorded = dict(base.get("files") or hub_digests(directory))
+    for name, digest in recorded.items():
+        file = directory / name
+        if not file.is_file():
+            yield f"{file}: is missing, and was there when the base was pruned"
+        elif file_digest(file) != digest:
+            yield f"{file}: its bytes are not those of the base that was pruned (sha256 differs)"
+
+
+def hub_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 by name of what the hub's cache holds: large files lie there under their digests."""
+    blobs = {file.name: file.resolve().name for file in directory.iterdir() if file.is_symlink()}
+    return {name: f"sha256:{blob}" for name, blob in blobs.items() if len(blob) == 64}
+
+
+def check_neighbour(manifest: Manifest, about: str, parent: Manifest) -> Iterator[str]:
+    """What an output carries along of its base, against the record that it has it from."""
+    if parent.stage not in ("prune", "align", "train"):
+        return
+    if manifest.keep != parent.keep:
+        yield f"{about} keeps other heads or channels than its record says"
+    mine, theirs = manifest.base, parent.base
+    differing = [name for name in PARTS if name in theirs and mine.get(name) != theirs[name]]
+    if differing:
+        yield f"{about} descends from another base than its record says ({', '.join(differing)})"
 
 
 def check_checkpoint(
     directory: Path, keep: Mapping[str, Any], reporter: Reporter, *, values: bool
 ) -> Iterator[str]:
-    """A model directory: headers, shapes against its config, tokenizer, and maybe values.
-
-    Args:
-        directory: With ``config.json``.
-        keep: Kept indices per layer, when it is a pruned model.
-        reporter: Told of progress.
-        values: Read every tensor and look for NaN and infinity.
-    """
+    """A model directory: headers, shapes against its config, tokenizer, and maybe values."""
     try:
         config = read_config(directory)
         index = CheckpointIndex.open(directory)

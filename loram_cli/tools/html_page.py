@@ -10,9 +10,10 @@ from typing import Any
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.comparison import score_text
 from loram_cli.evaluation.requests import TaskScore
+from loram_cli.evaluation.results import EvalResult
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.rundir import OUTPUTS
-from loram_cli.stages.core.results import EvalResult, PruneResult, TrainResult, result_of
+from loram_cli.stages.core.results import PruneResult, TrainResult, result_of
 from loram_cli.stages.evaluate.results import read_results
 from loram_cli.tools.inspect import Inspection, inspect
 from loram_cli.units import format_bytes, format_params, format_seconds
@@ -22,10 +23,6 @@ PAGE_NAME = "report.html"
 
 def write_page(run: Path, out: Path) -> None:
     """Write the page of a run directory.
-
-    Args:
-        run: The run directory.
-        out: The HTML file.
 
     Raises:
         LoramError: No stage of it is finished, or the file cannot be written.
@@ -70,7 +67,7 @@ def _by_stage(manifests: Mapping[str, Manifest], stage: str) -> Manifest | None:
 
 def _tiles(manifests: Mapping[str, Manifest]) -> Iterator[str]:
     tiles: list[tuple[str, str]] = []
-    results = {m.stage: (result_of(m), m) for m in reversed(manifests.values())}
+    results = {m.stage: (result_of(m), m) for m in reversed(list(manifests.values()))}
     for result, manifest in (results[name] for name in ("prune", "train") if name in results):
         if isinstance(result, PruneResult):
             arrow = f"{format_params(result.base_params)} → {format_params(result.pruned_params)}"

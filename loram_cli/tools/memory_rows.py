@@ -130,15 +130,7 @@ def model_rows(
     setup: TrainingSetup,
     fit_bytes: int | None,
 ) -> Iterator[MemoryRow]:
-    """A model's rows: in bf16, then in NF4.
-
-    Args:
-        family: The model's family.
-        base: The base, to compare with.
-        model: The model.
-        setup: How it is trained; the precision is the row's own.
-        fit_bytes: Work out the largest micro-batch in so much memory.
-    """
+    """A model's rows: in bf16, then in NF4."""
     base_params = account.count_params(family, base.config).total
     stored_params = account.count_params(family, model.config).total
     params = account.count_nonzero_params(family, model.config, model.sparsity).total - model.zeros
@@ -184,16 +176,7 @@ def fit_answers(
     multiple_of: int,
     fit_bytes: int,
 ) -> Iterator[FitAnswer]:
-    """The smallest ratio that fits, in bf16 and in NF4.
-
-    Args:
-        family: The base's family.
-        config: The base's ``config.json``.
-        setup: How it is trained.
-        keeps: First and last layers that stay whole.
-        multiple_of: Of which the channels that stay are a multiple.
-        fit_bytes: The memory.
-    """
+    """The smallest ratio that fits, in bf16 and in NF4."""
     geometry = family.geometry(config)
     for precision in _PRECISIONS:
         mine = replace(setup, quantize="nf4" if precision == "nf4" else None)

@@ -35,7 +35,7 @@ TINY_CONFIG = {
     "hidden_act": "silu", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _KEEP_FIRST, _KEEP_LAST = 4, 2
-_HOW = re.compile(r"(?P<ratio>\d+\.?\d*|\.\d+)?(:(?P<nf4>nf4))?(:x(?P<multiple_of>[1-9][0-9]*))?")
+_HOW = re.compile(r"(?P<ratio>\d+\.?\d*|\.\d+)?(:(?P<nf4>nf4))?(:x(?P<multiple>[1-9][0-9]{0,8}))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class BenchModel:
         ratio = float(match["ratio"] or 0)
         if not 0 <= ratio < 1:
             raise UsageError(f"--row {row}: the ratio {ratio:g} is outside [0, 1)")
-        multiple_of = int(match["multiple_of"] or 1)
+        multiple_of = int(match["multiple"] or 1)
         if multiple_of > 1 and not ratio:
             raise UsageError(f"--row {row}: x{multiple_of} is for a ratio above 0")
         return cls(preset, ratio, "nf4" if match["nf4"] else None, multiple_of)
@@ -223,6 +223,9 @@ class VerifySpec(Spec):
         help="An output, a run directory, a model or an adapter.", argument=True
     )
     values: bool = setting(False, switch=True, help="Also read every weight: no NaN, no infinity.")
+    full: bool = setting(
+        False, switch=True, help="Also compare every byte of the base, where they were recorded."
+    )
     ancestry: bool = setting(True, help="Follow inputs to the directories that they name.")
 
 

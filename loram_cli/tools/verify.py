@@ -1,5 +1,6 @@
 """Verify: a directory and all that it descends from, against what was recorded."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.rundir import OUTPUTS, STATE_NAME
+from loram_cli.stages.core.data_digests import data_digest
 from loram_cli.stages.core.lineage import PARTS, TEMPLATE, differences
 from loram_cli.stages.core.plan import recorded_key
 from loram_cli.stages.specs import SPECS
@@ -61,6 +63,7 @@ class _Walk:
         self.seen: dict[Path, Path] = {}
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self._compared: set[Path] = set()
 
     def visit(self, directory: Path) -> None:
         if directory.resolve() in self.seen:
@@ -88,7 +91,7 @@ class _Walk:
             self.problems += checks.check_adapter(directory, keep, stage, model)
         if manifest is not None and self._spec.ancestry:
             for label, record in manifest.inputs.items():
-                self._input(directory, label, record)
+                self._input(directory, manifest, label, record)
 
     def _manifest(self, directory: Path) -> Manifest | None:
         if not (directory / MANIFEST_NAME).is_file():
@@ -116,7 +119,12 @@ class _Walk:
             return None
         return model
 
-    def _input(self, directory: Path, label: str, record: Mapping[str, Any]) -> None:
+    def _input(
+        self, directory: Path, manifest: Manifest, label: str, record: Mapping[str, Any]
+    ) -> None:
+        if "content" in record:
+            self._data(directory, label, record)
+            return
         for i, named in enumerate(str(record.get("path")).split(" + ")):
             path = locate(named, directory)
             if path is None:
@@ -124,8 +132,35 @@ class _Walk:
                 continue
             about = f"{directory}: {label} {path}"
             self.problems += _input_problems(about, path, record, is_first=i == 0)
+            if label in ("source", "adapter") and (path / MANIFEST_NAME).is_file():
+                with contextlib.suppress(LoramError):  # visiting it tells
+                    self.problems += checks.check_neighbour(manifest, about, Manifest.read(path))
+            if label == "base" and self._spec.full:
+                self._whole_base(manifest, path)
             if path.is_dir():
                 self.visit(path)
+
+    def _data(self, directory: Path, label: str, record: Mapping[str, Any]) -> None:
+        data = str(record.get("path"))
+        try:
+            digest = data_digest(data)
+        except LoramError:
+            digest = None
+        if digest is None:
+            self.notes.append(f"{directory}: {label} {data} is gone and was not checked")
+        elif digest != record["content"]:
+            self.problems.append(f"{directory}: {label} {data} has changed since")
+
+    def _whole_base(self, manifest: Manifest, path: Path) -> None:
+        if path in self._compared:
+            return
+        self._compared.add(path)
+        if not manifest.base.get("files") and not checks.hub_digests(path):
+            self.notes.append(
+                f"{path}: compared by samples only: above 1 GiB its bytes are not recorded"
+            )
+        self._reporter.note(f"reading all of {path}")
+        self.problems += checks.check_whole_base(manifest.base, path)
 
 
 def _input_problems(

@@ -15,13 +15,11 @@ from loram_cli.modeling.random_model import random_causal_lm
 from loram_cli.tools.bench import (
     PAPER_ROWS,
     REFUSED,
-    TINY_CONFIG,
-    BenchModel,
     BenchResult,
     BenchRow,
-    BenchSpec,
     with_speedups,
 )
+from loram_cli.tools.specs import TINY_CONFIG, BenchModel, BenchSpec
 
 pytestmark = pytest.mark.integration
 

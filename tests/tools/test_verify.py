@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import make_base
 from safetensors.torch import load_file, save_file
 
 from loram_cli.checkpoint.identity import chat_template_digest
+from loram_cli.checkpoint.model import Model
 from loram_cli.cli.app import run_command
 from loram_cli.errors import LoramError
 from loram_cli.reporting import NullReporter
-from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.manifest import Manifest, sealed
 from loram_cli.tools import verify
 
 SILENT = NullReporter()
@@ -183,3 +185,96 @@ def test_a_chat_template_is_told_wherever_it_stands(base: Path, tmp_path: Path):
     (model / "tokenizer_config.json").write_bytes(b"\xff")
     with pytest.raises(LoramError, match="chat template cannot be read"):
         chat_template_digest(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template.jinja", "added_tokens.json", "pytorch_model.bin", "adapter_model.bin",
+        "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json", "model.pt",
+        "modeling.py", "special_tokens_map.json", "sub/config.json", "notes.txt",
+        "model.safetensors.index.json",
+    ],
+)  # fmt: skip
+def test_files_that_were_added_are_told(name, run_copy: Path):
+    file = run_copy / "pruned" / name
+    if name in Manifest.read(run_copy / "pruned").outputs:
+        return
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    assert any(
+        f"{name}: was put here afterwards" in line
+        for line in problems(run_copy / "pruned", ancestry=False)
+    )
+
+
+def test_files_of_tools_are_no_problem(run_copy: Path):
+    (run_copy / "pruned" / ".cache").mkdir()
+    (run_copy / "pruned" / ".cache" / "x").write_text("")
+    assert problems(run_copy / "pruned", ancestry=False) == []
+
+
+def test_what_is_carried_along_is_compared_with_where_it_comes_from(run_copy: Path):
+    file = run_copy / "adapter" / "loram.json"
+    data = json.loads(file.read_text())
+    data["inputs"]["source"]["path"] = str(run_copy / "aligned")
+    file.write_text(sealed(data))
+    assert problems(run_copy / "adapter") == []
+    data["keep"]["1"]["intermediate"][-1] += 1
+    file.write_text(sealed(data))
+    assert any("keeps other heads or channels" in line for line in problems(run_copy / "adapter"))
+    data["base"]["weights"] = "sha256:0"
+    file.write_text(sealed(data))
+    assert any(
+        "another base than its record says (weights)" in line
+        for line in problems(run_copy / "adapter")
+    )
+
+
+def test_every_byte_of_the_base_is_compared_on_demand(tmp_path: Path, capsys):
+    base = make_base(
+        tmp_path / "base", hidden_size=512, num_attention_heads=8, num_key_value_heads=8
+    )
+    words = [
+        "prune",
+        "--run",
+        tmp_path / "run",
+        "--model",
+        base,
+        "--strategy",
+        "rand",
+        "--ratio",
+        0.5,
+    ]
+    assert run_command([*map(str, words), "--keep-first", "1", "--keep-last", "1"]) == 0
+    pruned = tmp_path / "run" / "pruned"
+    assert problems(pruned, full=True) == []
+    weights = base / "model.safetensors"
+    entry = max(Model.open(base).index.tensors.values(), key=lambda entry: entry.num_bytes)
+    data = bytearray(weights.read_bytes())
+    data[entry.offset_bytes + 5000] ^= 1  # between the first two windows
+    weights.write_bytes(data)
+    assert problems(pruned) == []
+    (line,) = problems(pruned, full=True)
+    assert line.startswith(f"{weights.resolve()}: its bytes are not those of the base")
+
+
+def test_a_changed_tokenizer_config_of_the_base_is_told(tmp_path: Path, base: Path):
+    base = Path(shutil.copytree(base, tmp_path / "base"))
+    words = [
+        "prune",
+        "--run",
+        tmp_path / "run",
+        "--model",
+        base,
+        "--strategy",
+        "rand",
+        "--ratio",
+        0.5,
+    ]
+    assert run_command([*map(str, words), "--keep-first", "1", "--keep-last", "1"]) == 0
+    edit_json(base / "tokenizer_config.json", add_bos_token=True)
+    (line,) = problems(tmp_path / "run" / "pruned")
+    assert "tokenizer_config.json differ" in line
+    edit_json(base / "tokenizer_config.json", chat_template="{{ messages }}")
+    assert any("chat template" in line for line in problems(tmp_path / "run" / "pruned"))
