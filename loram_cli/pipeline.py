@@ -42,13 +42,6 @@ def run(
 ) -> list[StageResult]:
     """Run every stage of a recipe in order.
 
-    Args:
-        recipe: What to run.
-        directory: Where outputs go.
-        force: Redo every stage.
-        reporter: Told of progress.
-        on_result: Called after each stage.
-
     Raises:
         LoramError: A stage failed; what was done before it stays done.
     """
@@ -69,11 +62,6 @@ def plan(recipe: Recipe, directory: RunDirectory, reporter: Reporter) -> list[St
     """Plan every stage of a recipe: from its inputs where they are there, else by arithmetic.
 
     A recipe that names a preset is planned without its base's weights.
-
-    Args:
-        recipe: What would run.
-        directory: Where outputs would go.
-        reporter: Told of what the stages' plans tell.
 
     Raises:
         LoramError: The base is not at hand and the recipe names no preset, or a stage would refuse

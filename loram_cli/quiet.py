@@ -112,7 +112,7 @@ def quiet_lm_eval() -> Iterator[None]:
             module = sys.modules.get(name)
             if module is not None and hasattr(module, "tqdm"):
                 stack.callback(setattr, module, "tqdm", module.tqdm)
-                module.tqdm = _NoBar
+                setattr(module, "tqdm", _NoBar)  # noqa: B010 - it is theirs, and untyped
         stack.enter_context(_loggers_silenced(_EVALUATION))
         stack.enter_context(no_progress_bars("datasets"))
         stack.enter_context(warnings.catch_warnings())

@@ -4,28 +4,13 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import typer
 
-from loram_cli.cli.commands import (
-    align,
-    bench,
-    evaluate,
-    export,
-    generate,
-    import_gguf,
-    inspect,
-    memory_report,
-    prune,
-    recover,
-    report,
-    run,
-    train,
-    verify,
-)
-from loram_cli.cli.from_spec import command_of
-from loram_cli.errors import LoramError, UsageError, is_out_of_memory
+from loram_cli.cli.commands.table import CommandGroup
+from loram_cli.errors import LoramError, UsageError, is_out_of_memory, one_line
 from loram_cli.quiet import quiet_process
 from loram_cli.runs.processes import (
     LAUNCHER_SECONDS,
@@ -35,9 +20,11 @@ from loram_cli.runs.processes import (
     may_speak,
     process_count,
 )
+from loram_cli.runs.staging import existing_parent
 
 app = typer.Typer(
     name="loram",
+    cls=CommandGroup,
     help="Fine-tune a large model on hardware that cannot hold it: train LoRA on a pruned model, "
     "use it on the full one (LoRAM, arXiv 2502.13533).",
     no_args_is_help=True,
@@ -45,15 +32,7 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-MODULES = (
-    prune, align, train, recover, evaluate, generate, export, memory_report, bench, run, report,
-    verify, inspect, import_gguf,
-)  # fmt: skip
-_ON_SEVERAL_PROCESSES = (train.NAME, align.NAME)
-for module in MODULES:
-    app.command(module.NAME, epilog=module.EPILOG)(
-        command_of(module.command, module.SPEC, module.OPTIONS)
-    )
+_ON_SEVERAL_PROCESSES = ("train", "align")
 
 
 def _version(wanted: bool) -> None:
@@ -80,28 +59,28 @@ def callback(
 
 def main() -> None:
     """Run the command line and exit with 0, 1 (failure), 2 (usage), 130 (Ctrl-C) or 143."""
+    _open_streams()
     quiet_process()
+    _keep_kernels_out_of_tmp()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    end_with_launcher()
     code = run_command(None)
-    if code == 0 and process_count() > 1:
+    if code == 0 and _is_one_of_several():
         from loram_cli.training.distributed import leave_processes
 
         leave_processes()
-    sys.exit(code)
+    sys.exit(_flushed(code))
 
 
 def run_command(arguments: list[str] | None) -> int:
     """Run one command line.
 
-    Args:
-        arguments: The words after ``loram``; None takes those of the process.
-
     Returns:
         The exit code.
     """
     try:
-        _refuse_several_processes(arguments)
+        if arguments is None:
+            end_with_launcher()
+        _check_surroundings(arguments)
         outcome = typer.main.get_command(app).main(
             args=arguments, prog_name="loram", standalone_mode=False
         )
@@ -120,27 +99,68 @@ def run_command(arguments: list[str] | None) -> int:
             return _fail("another process of this command has ended; it says why above", 1)
         if os.environ.get("LORAM_DEBUG"):
             raise
-        if _lacks_memory(error):
-            return _fail(
-                f"out of memory: {str(error).strip().partition(chr(10))[0]}\nwhat makes it fit: "
-                "--quantize nf4; for training --gradient-checkpointing and --micro-batch 1 "
-                "('loram memory-report' counts); for eval and generate a lower --weights-memory; "
-                "for calibration fewer or shorter windows",
-                1,
-            )
-        if "No space left on device" in str(error):
-            return _fail("no space left on the disk\nfree some and run the same command", 1)
-        return _fail(
-            f"internal: {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
-            "this is a bug in loram; LORAM_DEBUG=1 shows the traceback to report",
-            1,
+        return _fail(_told(error), 1)
+
+
+def _told(error: Exception) -> str:
+    """What went wrong outside of loram's own checks, and what to do."""
+    reason = one_line(str(error).strip().partition("\n")[0])
+    if is_out_of_memory(error):
+        return (
+            f"out of memory{': ' if reason else ''}{reason}\nwhat makes it fit: "
+            "--quantize nf4; for training --gradient-checkpointing and --micro-batch 1 "
+            "('loram memory-report' counts); for eval and generate a lower --weights-memory; "
+            "for calibration fewer or shorter windows"
         )
+    if "No space left on device" in str(error):
+        return "no space left on the disk\nfree some and run the same command"
+    if isinstance(error, BrokenPipeError):
+        return "the program that reads this output has ended"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{one_line(str(error.filename))}: " if error.filename else ""
+        return f"{where}{error.strerror}\ncheck the path, and your rights to it"
+    return (
+        f"internal: {type(error).__name__}: {reason}\n"
+        "this is a bug in loram; LORAM_DEBUG=1 shows the traceback to report"
+    )
 
 
-def _lacks_memory(error: Exception) -> bool:
-    # The system's calls and the starting of threads say it in their own way.
-    told = str(error).lower()
-    return is_out_of_memory(error) or "cannot allocate memory" in told or "new thread" in told
+def _open_streams() -> None:
+    """Have all three standard streams open, and let none of them fail at a character."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Else the next file to be opened would get what is printed.
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+        getattr(sys, name).reconfigure(errors="replace")
+
+
+def _keep_kernels_out_of_tmp() -> None:
+    """Have torch keep what it compiles in the user's cache: it makes a folder even for nothing."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache")
+    if cache.is_absolute() and os.access(existing_parent(cache / "any"), os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
+
+
+def _flushed(code: int) -> int:
+    """The exit code, once what was printed is out; a reader that is gone has it already."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return code or 1
+    return code
+
+
+def _is_one_of_several() -> bool:
+    try:
+        return process_count() > 1
+    except UsageError:
+        return False
 
 
 def _usage(error: Any) -> int:
@@ -153,8 +173,12 @@ def _usage(error: Any) -> int:
     return _fail(f"{text}\nsee '{where} --help'", error.exit_code)
 
 
-def _refuse_several_processes(arguments: list[str] | None) -> None:
-    """Only the commands that train know how to share their work."""
+def _check_surroundings(arguments: list[str] | None) -> None:
+    """Refuse a working directory that is gone, and several processes where one does the work."""
+    try:
+        os.getcwd()  # noqa: PTH109 - pathlib does the same
+    except FileNotFoundError:
+        raise LoramError("the working directory is gone", "change to another one") from None
     words = sys.argv[1:] if arguments is None else arguments
     command = next((word for word in words if not word.startswith("-")), None)
     if process_count() > 1 and command is not None and command not in _ON_SEVERAL_PROCESSES:

@@ -8,19 +8,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import typer
-
-from loram_cli.cli.app import MODULES, app
+from loram_cli.cli.commands.table import COMMANDS, build, load
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "commands"
 
 
 def command_page(module: ModuleType) -> str:
     """A command's page: what it does, its options, an example."""
-    command = _commands()[module.NAME]
+    parameters: list[Any] = list(build(module.NAME).params)
     text = inspect.cleandoc(module.command.__doc__ or "")
-    arguments = [p for p in command.params if p.param_type_name == "argument"]
-    switches = [p for p in command.params if p.param_type_name == "option"]
+    arguments = [p for p in parameters if p.param_type_name == "argument"]
+    switches = [p for p in parameters if p.param_type_name == "option"]
     words = " ".join([f"loram {module.NAME}", *(p.name.upper() for p in arguments), "[OPTIONS]"])
     lines = [f"# loram {module.NAME}", "", text, "", f"    {words}", ""]
     if arguments:
@@ -37,9 +35,7 @@ def command_page(module: ModuleType) -> str:
 def index_page() -> str:
     """The list of all commands."""
     lines = ["# Commands", "", "| command | |", "| --- | --- |"]
-    for module in MODULES:
-        text = inspect.cleandoc(module.command.__doc__ or "").splitlines()[0]
-        lines.append(f"| [{module.NAME}]({module.NAME}.md) | {_cell(text)} |")
+    lines += [f"| [{name}]({name}.md) | {_cell(said)} |" for name, (_, said) in COMMANDS.items()]
     return "\n".join([*lines, ""])
 
 
@@ -47,7 +43,7 @@ def pages() -> dict[str, str]:
     """Every page by its file name."""
     return {
         "README.md": index_page(),
-        **{f"{module.NAME}.md": command_page(module) for module in MODULES},
+        **{f"{name}.md": command_page(load(name)) for name in COMMANDS},
     }
 
 
@@ -60,10 +56,6 @@ def write(folder: Path) -> None:
             file.unlink()
     for name, text in wanted.items():
         (folder / name).write_text(text, "utf-8")
-
-
-def _commands() -> dict[str, Any]:
-    return typer.main.get_command(app).commands
 
 
 def _names(parameter: Any) -> str:

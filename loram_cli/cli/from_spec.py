@@ -15,6 +15,7 @@ import typer
 
 from loram_cli.errors import UsageError
 from loram_cli.schema import (
+    RUN_PANEL,
     Bytes,
     Params,
     Setting,
@@ -131,17 +132,20 @@ def _is_mapping(hint: Any) -> bool:
 
 def _parameter(field: "Field[Any]", told: Setting, hint: Any) -> inspect.Parameter:
     kind = _typer_type(told, hint)
+    panel = told.panel or (RUN_PANEL if told.place else None)
     text = help_text(field, told)
     if told.argument:
         required = field.default is MISSING and not told.repeat and kind is not list[str]
         info: Any = typer.Argument(help=text)
-        default = inspect.Parameter.empty if required else None
+        default: Any = inspect.Parameter.empty if required else None
     else:
         name = flag_of(field.name, told)
         if kind is bool and not told.switch:
             name = f"{name}/--no-{name.removeprefix('--')}"
         completion = _completion(told, hint)
-        info = typer.Option(name, help=text, envvar=told.env, autocompletion=completion)
+        info = typer.Option(
+            name, help=text, envvar=told.env, autocompletion=completion, rich_help_panel=panel
+        )
         default = False if told.switch else None
     annotation = kind if told.switch or default is inspect.Parameter.empty else kind | None
     return inspect.Parameter(
@@ -159,7 +163,7 @@ def _typer_type(told: Setting, hint: Any) -> Any:
     is_list = getattr(first, "__origin__", None) is tuple
     if told.repeat or (told.argument and is_list):
         item = first.__args__[0] if is_list else str
-        return list[item if item in (int, float, Path) else str]
+        return list[item if item in (int, float, Path) else str]  # type: ignore[misc]  # at run time
     if len(options) == 1 and first in (bool, int, float, Path):
         return first
     return str

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.runs.processes import is_main_process
 from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory
-from loram_cli.schema import Spec, setting
+from loram_cli.schema import RUN_PANEL, Spec, setting
 
 if TYPE_CHECKING:
     from loram_cli.config.defaults import Place
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from loram_cli.stages.core.plan import StagePlan
 
 DEFAULT_RUN = Path("loram-run")
+DRY_RUN: dict[str, Any] = {
+    "switch": True,
+    "help": "Check everything, print the plan, stop.",
+    "panel": RUN_PANEL,
+}
 Values = dict[str, Any]
 
 
@@ -26,7 +31,11 @@ class JsonOption(Spec):
     """Of every command."""
 
     json_output: bool = setting(
-        False, flag="--json", switch=True, help="Print the result as one JSON object."
+        False,
+        flag="--json",
+        switch=True,
+        help="Print the result as one JSON object.",
+        panel=RUN_PANEL,
     )
 
 
@@ -37,6 +46,7 @@ class RunOptions(JsonOption):
     run: Path | None = setting(
         None,
         env="LORAM_RUN",
+        panel=RUN_PANEL,
         help="Run directory: holds every stage's output.",
         default_text=str(DEFAULT_RUN),
     )
@@ -58,9 +68,11 @@ class StageOptions(RunOptions):
     """Of a stage."""
 
     push: str | None = setting(
-        None, help="OWNER/NAME: upload the output to the hub (private when new)."
+        None,
+        help="OWNER/NAME: upload the output to the hub (private when new).",
+        panel=RUN_PANEL,
     )
-    dry_run: bool = setting(False, switch=True, help="Check everything, print the plan, stop.")
+    dry_run: bool = setting(False, **DRY_RUN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,14 +139,6 @@ def run_stage(
     fill: "Callable[[Place, Values], Any] | None" = None,
 ) -> "StageResult | None":
     """What every command of one stage does: fill the spec, plan or run, push, show.
-
-    Args:
-        name: The stage.
-        stage: Its module, with ``plan`` and ``run``.
-        values: The flags that were given.
-        options: The command's own.
-        at_hand: See :func:`settle`.
-        fill: Makes the spec, where it is not the table's own way.
 
     Returns:
         What was done; None for a dry run.

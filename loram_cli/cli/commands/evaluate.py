@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from loram_cli.cli.options import (
     DEFAULT_RUN,
+    DRY_RUN,
     BaseOptions,
     Values,
     comma_separated,
@@ -24,7 +26,6 @@ NAME = "eval"
 EPILOG = "Example: loram eval --tasks gsm8k,humaneval --task-data gsm8k=test.jsonl --limit 200"
 ROWS_HELP = "Comma-separated: base, pruned, recovered, merged, full-lora."
 ROW_HELP = "NAME=DIR[+ADAPTER], a model of your own; may be repeated."
-_VERDICTS = ("wrong", "right", "differ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +38,12 @@ class EvalOptions(BaseOptions):
     show: bool = setting(
         False, switch=True, help="Show saved outputs, rows side by side; run nothing."
     )
-    only: str | None = setting(
-        None,
-        help="With --show: wrong, right, or differ (rows disagree).",
-        choices=lambda: _VERDICTS,
+    only: Literal["wrong", "right", "differ"] | None = setting(
+        None, help="With --show: wrong, right, or differ (rows disagree)."
     )
     task: str | None = setting(None, help="With --show: one task.")
     count: int = setting(5, flag="-n", help="With --show: documents at most.", at_least=1)
-    dry_run: bool = setting(False, switch=True, help="Check everything, print the plan, stop.")
+    dry_run: bool = setting(False, **DRY_RUN)
 
 
 SPEC, OPTIONS = EvalSpec, EvalOptions

@@ -1,5 +1,7 @@
 """``loram recover``."""
 
+from typing import TYPE_CHECKING, Any
+
 from loram_cli.cli.options import (
     BaseStageOptions,
     Values,
@@ -11,6 +13,9 @@ from loram_cli.cli.options import (
     show_plans,
 )
 from loram_cli.stages.recover.spec import RecoverSpec
+
+if TYPE_CHECKING:
+    from loram_cli.stages.core.plan import StagePlan
 
 NAME = "recover"
 EPILOG = "Example: loram recover --merge"
@@ -29,7 +34,7 @@ def command(values: Values, options: BaseStageOptions) -> None:
     spec = recover_spec(place, layered(NAME, values))
     merging = merge_spec(place, spec)
     if options.dry_run:
-        plans = [stage.plan(spec, reporter)]
+        plans: list[StagePlan[Any]] = [stage.plan(spec, reporter)]
         if merging is not None:
             recovered = plans[0]
             plans.append(

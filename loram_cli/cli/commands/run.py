@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from loram_cli.cli.options import (
     DEFAULT_RUN,
+    DRY_RUN,
     BaseOptions,
     Values,
     reporter_for,
@@ -27,7 +28,7 @@ class RecipeOptions(BaseOptions):
 
     recipe: Path = setting(help="YAML file with the stages; see recipes/.", argument=True)
     force: bool = setting(False, switch=True, help="Replace existing outputs.")
-    dry_run: bool = setting(False, switch=True, help="Check everything, print the plan, stop.")
+    dry_run: bool = setting(False, **DRY_RUN)
     report: bool = setting(
         False, switch=True, help="Also write report.html into the run directory."
     )
@@ -38,7 +39,6 @@ SPEC, OPTIONS = None, RecipeOptions
 
 def command(values: Values, options: RecipeOptions) -> None:
     """Run the stages of a recipe: what is done is skipped, what was interrupted resumes."""
-    from loram_cli import pipeline
     from loram_cli.cli.draw.console import print_json, show_result
     from loram_cli.cli.draw.scores import show_scores
     from loram_cli.config.recipe import load_recipe
@@ -47,6 +47,8 @@ def command(values: Values, options: RecipeOptions) -> None:
 
     elsewhere = settings()
     recipe = elsewhere.over(load_recipe(options.recipe))
+    from loram_cli import pipeline  # with torch behind it: a mistake in the recipe is told before
+
     if options.model is not None:
         recipe = replace(recipe, model=options.model)
     directory = RunDirectory(options.run or recipe.run or elsewhere.run or DEFAULT_RUN)

@@ -19,7 +19,7 @@ def bench_table(result: BenchResult) -> Table:
         "model": lambda row: row.label,
         "parameters": lambda row: format_params(row.params),
         "predicted": lambda row: format_bytes(row.predicted_bytes),
-        "measured": lambda row: row.failure or format_bytes(row.measured_bytes),
+        "measured": lambda row: row.failure or format_bytes(row.measured_bytes or 0),
         "off by": lambda row: _told(row.deviation, "{:+.1%}"),
         "reserved": lambda row: format_bytes(row.reserved_bytes) if row.reserved_bytes else None,
         "s/step": lambda row: _told(row.seconds_per_step, "{:.3f}"),

@@ -130,13 +130,7 @@ class _PlainProgress:
 
 
 def show_result(result: StageResult, json_output: bool, *, then: bool = True) -> None:
-    """Print what a stage did: JSON, or what was read and written, a few figures, what is next.
-
-    Args:
-        result: Of the stage.
-        json_output: Print one JSON object instead.
-        then: Name the next command; not where a recipe goes on by itself.
-    """
+    """Print what a stage did: JSON, or what was read and written, a few figures, what is next."""
     if not is_main_process():
         return
     if json_output:

@@ -124,15 +124,16 @@ def fit_lines(result: MemoryReport) -> Iterator[str]:
     memory = format_bytes(result.fit_bytes)
     for fit in result.fits:
         base, pruned = ("QLoRA", "QLoRAM") if fit.precision == "nf4" else ("LoRA", "LoRAM")
+        needed = format_bytes(fit.training_bytes or 0)
         if fit.ratio is None:
             yield f"{memory}: {pruned} fits at no ratio with these settings"
         elif fit.ratio == 0:
-            yield f"{memory}: {base} on the base itself fits ({format_bytes(fit.training_bytes)})"
+            yield f"{memory}: {base} on the base itself fits ({needed})"
         else:
             yield (
                 f"{memory}: {pruned} (rand, stru) fits from ratio {fit.ratio:.2f} on: "
-                f"{format_params(fit.remaining_params)} parameters, "
-                f"{format_bytes(fit.training_bytes)}"
+                f"{format_params(fit.remaining_params or 0)} parameters, "
+                f"{needed}"
             )
     if any(fit.ratio is None for fit in result.fits):
         yield from _what_makes_it_smaller(result)

@@ -13,12 +13,7 @@ from loram_cli.units import format_bytes, format_params
 
 
 def show_plans(plans: Sequence[StagePlan[Any]], json_output: bool) -> None:
-    """Print plans: ``{"plans": [...]}``, or a few lines each.
-
-    Args:
-        plans: In the order in which the stages would run.
-        json_output: Print one JSON object.
-    """
+    """Print plans: ``{"plans": [...]}``, or a few lines each."""
     if json_output:
         print_json({"plans": [plan.to_mapping() for plan in plans]})
         return
@@ -29,11 +24,7 @@ def show_plans(plans: Sequence[StagePlan[Any]], json_output: bool) -> None:
 
 
 def plan_lines(plan: StagePlan[Any]) -> Iterator[str | Table]:
-    """A plan in words, and what pruning leaves of each layer as a table.
-
-    Args:
-        plan: Of any stage.
-    """
+    """A plan in words, and what pruning leaves of each layer as a table."""
     if plan.done:
         yield f"{plan.stage}: {plan.writes} is done already; --force would redo it"
         return

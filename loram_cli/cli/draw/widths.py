@@ -14,11 +14,7 @@ _WIDE = 1024
 
 
 def widths_table(result: PruneResult) -> Table:
-    """What stays of each layer; layers in a row that keep alike share a line.
-
-    Args:
-        result: Of the plan or of the stage.
-    """
+    """What stays of each layer; layers in a row that keep alike share a line."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("layers", "attention heads", "key/value heads", "MLP channels", "kept"):
         table.add_column(name, justify="left" if name == "layers" else "right")
@@ -40,11 +36,7 @@ def widths_table(result: PruneResult) -> Table:
 
 
 def width_advice(result: PruneResult) -> list[str]:
-    """A line where pruning left MLPs of a width that GPUs multiply slowly.
-
-    Args:
-        result: Of the plan or of the stage.
-    """
+    """A line where pruning left MLPs of a width that GPUs multiply slowly."""
     slow = [
         kept[2]
         for i, kept in result.widths.items()
@@ -66,7 +58,7 @@ def widths_remarks(result: PruneResult) -> list[str]:
         remarks.append(f"ratio {result.ratio:g} of the groups of each pruned layer")
     if result.scope == "global":
         remarks.append(
-            f"--scope global: {format_params(result.remove_params)} parameters will go; how "
+            f"--scope global: {format_params(result.remove_params or 0)} parameters will go; how "
             "the layers share them is known after ranking, shown is the even share"
         )
     if result.card_bytes is not None:
