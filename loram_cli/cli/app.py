@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,6 +20,7 @@ from loram_cli.runs.processes import (
     may_speak,
     process_count,
 )
+from loram_cli.runs.staging import existing_parent
 
 app = typer.Typer(
     name="loram",
@@ -62,6 +64,7 @@ def main() -> None:
     _open_streams()
     quiet_process()
     bound_spinning()
+    _keep_kernels_out_of_tmp()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     code = run_command(None)
     if code == 0 and _is_one_of_several():
@@ -147,6 +150,13 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
         getattr(sys, name).reconfigure(errors="replace")
+
+
+def _keep_kernels_out_of_tmp() -> None:
+    """Have torch keep what it compiles in the user's cache: it makes a folder even for nothing."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache")
+    if cache.is_absolute() and os.access(existing_parent(cache / "any"), os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
 
 
 def _flushed(code: int) -> int:

@@ -4,10 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
 
-from loram_cli.cli.app import app
-from loram_cli.cli.commands.table import COMMANDS, load
+from loram_cli.cli.commands.table import COMMANDS, build, load
 from loram_cli.cli.from_spec import default_text, help_text
 from loram_cli.config.recipe import SPECS, load_recipe
 from loram_cli.schema import flag_of, plain, settings_of
@@ -18,12 +16,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "loram_cli" / "docs").glob("*.md"))
 
 
 def test_every_flag_tells_its_specs_default():
-    commands = typer.main.get_command(app)
     seen = 0
     for module in map(load, COMMANDS):
         if module.SPEC is None:
             continue
-        shown = {p.name: p.help for p in commands.get_command(None, module.NAME).params}
+        shown = {p.name: p.help for p in build(module.NAME).params}
         for field, told in settings_of(module.SPEC):
             if told.flag != "":
                 assert shown[field.name] == help_text(field, told)
