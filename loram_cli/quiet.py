@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from typing import Any, Literal
 
@@ -113,7 +114,7 @@ def quiet_lm_eval() -> Iterator[None]:
             module: Any = sys.modules.get(name)
             if module is not None and hasattr(module, "tqdm"):
                 stack.callback(setattr, module, "tqdm", module.tqdm)
-                setattr(module, "tqdm", _NoBar)  # noqa: B010 - it is theirs, and untyped
+                module.tqdm = partial(module.tqdm, disable=True)
         # It prints what it bootstraps, and tasks of it print as they please.
         stack.enter_context(redirect_stdout(StringIO()))
         stack.enter_context(_loggers_silenced(_EVALUATION))
