@@ -59,9 +59,12 @@ def _vocabularies(
         yield vocabulary, _read(vocabulary).items()
     added = directory / "added_tokens.json"
     yield added, _read(added).items()
-    decoder = config.get("added_tokens_decoder")
-    named = ((token["content"], i) for i, token in (decoder or {}).items())
-    yield directory / "tokenizer_config.json", named
+    yield directory / "tokenizer_config.json", _of_decoder(config.get("added_tokens_decoder"))
+
+
+def _of_decoder(decoder: Any) -> Iterator[tuple[Any, Any]]:
+    for i, token in (decoder or {}).items():
+        yield token["content"], i
 
 
 def _of_tokenizer(data: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:

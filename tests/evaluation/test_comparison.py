@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,8 @@ from loram_cli.evaluation.comparison import (
     score_text,
     title,
 )
+from loram_cli.evaluation.requests import TaskScore
+from loram_cli.evaluation.results import EvalResult, RowResult, TrainingCost
 
 
 def score(task, value, metric="acc", **changes):
@@ -20,18 +23,18 @@ def score(task, value, metric="acc", **changes):
         "ci_low": None if value is None else value - 0.02,
         "ci_high": None if value is None else value + 0.03,
     }  # fmt: skip
-    return {**fields, **changes}
+    return TaskScore(**{**fields, **changes})
 
 
 def results(rows, bundled=False, training=None):
-    made = {label: {"scores": scores, "training": None} for label, scores in rows.items()}
-    if training:
-        made[training]["training"] = {
-            "trained_on_params": 6005662720,
-            "peak_memory_increase_bytes": 29 * 2**30,
-            "wall_seconds": 3700.0,
-        }
-    return {"bundled": bundled, "rows": made}
+    cost = TrainingCost(
+        trained_on_params=6005662720, peak_memory_increase_bytes=29 * 2**30, wall_seconds=3700.0
+    )
+    made = {
+        label: RowResult(scores=tuple(scores), training=cost if label == training else None)
+        for label, scores in rows.items()
+    }
+    return EvalResult(bundled=bundled, rows=made)
 
 
 def test_cells_hold_the_wider_half_of_the_interval():
@@ -70,9 +73,9 @@ def test_samples_are_never_titled_as_the_benchmark():
 
 
 def test_weights_in_4_bits_are_in_the_title():
-    quantized = {**results({"base": []}, bundled=True), "quantize": "nf4"}
+    quantized = replace(results({"base": []}, bundled=True), quantize="nf4")
     assert title(quantized).startswith("held-out results, weights in NF4 (bundled")
-    assert "NF4" not in title({**quantized, "quantize": None})
+    assert "NF4" not in title(replace(quantized, quantize=None))
 
 
 def test_what_did_not_run_is_told_once():

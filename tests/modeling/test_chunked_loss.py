@@ -79,7 +79,10 @@ def test_every_family_trained_whole(variant: Variant, tmp_path, batch):
     model = load_causal_lm(tmp_path, dtype=torch.float32, device="cpu").train()
     batch = {**batch, "input_ids": batch["input_ids"] % 60 + 2}
     batch["labels"] = torch.where(batch["labels"] < 0, -100, batch["input_ids"])
+    # Some families drop out: both passes draw alike.
+    torch.manual_seed(0)
     plain = gradients(model, batch)
+    torch.manual_seed(0)
     with chunked_loss(model, chunk=7):
         assert_near(gradients(model, batch), plain)
 

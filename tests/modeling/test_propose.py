@@ -32,6 +32,7 @@ def meaning(family: Family) -> Family:
     return replace(
         family,
         family="",
+        gguf=None,
         model_types=(),
         ignored=(),
         modules=tuple(sorted(family.modules, key=lambda m: m.name)),
