@@ -87,9 +87,9 @@ def test_a_changed_input_is_refused(name, words, run_copy, text_file, instructio
     shutil.copy(instructions, "rows.jsonl")
     file = run_copy / name
     if file.suffix == ".safetensors":
-        flip(file, -1)
+        flip(file)
     else:
-        file.write_text(file.read_text() + "\n")
+        file.write_text(file.read_text() + " ")  # sound JSON still
     assert loram(*words, "--run", run_copy) == 1
     err = capsys.readouterr().err
     assert f"{file}: is missing, or not the file that" in err
