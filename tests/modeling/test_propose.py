@@ -35,6 +35,8 @@ def meaning(family: Family) -> Family:
         gguf=None,
         model_types=(),
         ignored=(),
+        # Names in llama.cpp, which transformers does not know.
+        gguf=None,
         modules=tuple(sorted(family.modules, key=lambda m: m.name)),
         layer_norms=tuple(sorted(family.layer_norms, key=lambda t: t.name)),
         layer_tensors=tuple(sorted(family.layer_tensors, key=lambda t: t.name)),
