@@ -63,6 +63,12 @@ def test_families_that_share_an_architecture_agree():
         assert gguf_facts(family_for_gguf(gguf_facts(family).architecture, "")) == family.gguf
 
 
+def test_a_family_whose_file_does_not_speak_of_gguf_is_refused():
+    unknown = next(family for family in families() if family.gguf is None)
+    with pytest.raises(LoramError, match=f"'{unknown.family}' is not known in GGUF files"):
+        gguf_facts(unknown)
+
+
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(LoramError, match=r"x.gguf: architecture 'rwkv7' is not a known family"):
         family_for_gguf("rwkv7", "x.gguf")
