@@ -207,7 +207,7 @@ def test_the_plan_tells_the_memory_of_the_hessians_that_are_summed(
     told = []
     monkeypatch.setattr(reconstruction, "Hessian", Counted)
     monkeypatch.setattr(
-        "loram_cli.stages.prune.calibration.working_bytes",
+        "loram_cli.pruning.sparsegpt.working_bytes",
         lambda inputs: told.append([columns for columns, _ in inputs]) or working_bytes(inputs),
     )
     base = variant.save(tmp_path / "base")
