@@ -32,7 +32,6 @@ def meaning(family: Family) -> Family:
     return replace(
         family,
         family="",
-        gguf=None,
         model_types=(),
         ignored=(),
         # Names in llama.cpp, which transformers does not know.
