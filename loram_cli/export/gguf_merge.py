@@ -240,9 +240,10 @@ def gguf_names(file: GgufFile) -> GgufNames:
 def _each(file: GgufFile, value: object, layers: int) -> tuple[int, ...]:
     """A number for each layer, from one number or one per layer."""
     numbers = value if isinstance(value, tuple) else (value,) * layers
-    if len(numbers) != layers or not all(type(n) is int and n > 0 for n in numbers):
+    counts = tuple(n for n in numbers if isinstance(n, int) and n > 0)
+    if not len(counts) == len(numbers) == layers:
         raise LoramError(f"{file.path}: its metadata states head counts {value}")
-    return numbers
+    return counts
 
 
 def _targets(

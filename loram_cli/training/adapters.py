@@ -55,7 +55,7 @@ def lora_config(
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions as well
+            lora_alpha=alpha,  # PEFT takes fractions as well
             lora_dropout=dropout,
             target_modules=list(targets),
             bias="none",
