@@ -59,20 +59,23 @@ def stage_defaults(place: Place, stage: str, values: Values) -> dict[str, Any]:
     if place.model != DEMO_MODEL:
         return {}
     defaults = demo_recipe().defaults(stage, values)
-    if stage == "align" and not _can_run(defaults.get("method", ()), values.get("source")):
+    source = Path(values.get("source") or place.run.output("prune"))
+    if stage == "align" and not _can_run(defaults.get("method", ()), source):
         defaults.pop("method")
+    if process_count() > 1 and "batch" in defaults and "batch" not in values:
+        # A batch is shared out among the processes.
+        defaults["micro_batch"] = max(1, int(defaults["batch"]) // process_count())
     if stage == "prune" and any(name in values for name in AMOUNTS):
         defaults.pop("ratio", None)
     return defaults
 
 
-def _can_run(methods: Any, source: Any) -> bool:
+def _can_run(methods: Any, source: Path) -> bool:
     """Whether default methods work here: in so many processes, and on a model with zeros."""
     chosen = [METHODS[name] for name in methods]
     if process_count() > 1 and not all(method.several_processes for method in chosen):
         return False
-    is_output = source is not None and (Path(source) / MANIFEST_NAME).is_file()
-    is_sparse = is_output and bool(Manifest.read(Path(source)).sparsity)
+    is_sparse = (source / MANIFEST_NAME).is_file() and bool(Manifest.read(source).sparsity)
     return not (is_sparse and any(method.fills_zeros for method in chosen))
 
 

@@ -17,6 +17,11 @@ class InspectOptions(JsonOption):
     directory: Path = setting(
         help="An output, a run directory, a model or an adapter.", argument=True
     )
+    family: bool = setting(
+        False,
+        switch=True,
+        help="Propose a family file for the architecture of a model (directory or config.json).",
+    )
 
 
 SPEC, OPTIONS = None, InspectOptions
@@ -28,10 +33,29 @@ def command(values: Values, options: InspectOptions) -> None:
     from loram_cli.cli.draw.inspection import lines
     from loram_cli.tools.inspect import inspect
 
+    console = stdout_console()
+    if options.family:
+        _propose(options)
+        return
     found = inspect(options.directory)
     if options.json_output:
         print_json(found.to_mapping())
         return
-    console = stdout_console()
     for line in lines(found):
         console.print(line)
+
+
+def _propose(options: InspectOptions) -> None:
+    from loram_cli.checkpoint.json_files import read_json
+    from loram_cli.cli.draw.console import print_json, stdout_console
+    from loram_cli.modeling.propose import propose_family, render_family
+
+    file = options.directory
+    data, remarks = propose_family(read_json(file if file.is_file() else file / "config.json"))
+    if options.json_output:
+        print_json({"family": data, "remarks": remarks})
+        return
+    console = stdout_console()
+    console.print(render_family(data))
+    for remark in remarks:
+        console.print(f"check: {remark}")
