@@ -163,7 +163,8 @@ VARIANTS = (
                                         "full_attention"],
         "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_num_value_heads": 4,
         "linear_value_head_dim": 8}),
-    Variant("seed_oss", "seed_oss", {"head_dim": 12, "attention_out_bias": True}),
+    Variant("seed_oss", "seed_oss", {
+        "head_dim": 12, "attention_out_bias": True, "attention_dropout": 0.0}),
     Variant("smollm3", "smollm3", {**TIED, "no_rope_layers": [1, 0, 1, 0]}),
     Variant("stablelm", "stablelm", {"use_qkv_bias": True}),
     Variant("stablelm-parallel", "stablelm", {"use_parallel_residual": True}),

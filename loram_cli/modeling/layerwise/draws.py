@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import dropout
+from torch.overrides import TorchFunctionMode
 
 from loram_cli.errors import LoramError
 from loram_cli.modeling.layerwise.parts import ModelParts
@@ -51,6 +52,25 @@ class _Draw:
         dropout(torch.empty((*tokens, self.width), dtype=self.dtype, device=device), self.share)
 
 
+class _Recorded(TorchFunctionMode):
+    """Note what every dropout is given, in order: modules call the function, and layers may too."""
+
+    def __init__(self, draws: list[_Draw]) -> None:
+        super().__init__()
+        self._draws = draws
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is dropout:
+            # Torch hands these on by name, however they were passed.
+            given, share = args[0], kwargs["p"]
+            if share and kwargs["training"]:
+                self._draws.append(_Draw(given.shape[-1], given.dtype, share))
+        return func(*args, **kwargs)
+
+
 class DrawOrder:
     """What each decoder layer and the head draw, and from which state.
 
@@ -74,12 +94,15 @@ class DrawOrder:
         self._layers: list[list[_Draw]] = [[] for _ in parts.layers]
         self._head: list[_Draw] = []
         state = generator_state(device)
-        with torch.no_grad(), self._recorded(), _linears_bypassed(parts):
+        with torch.no_grad(), _linears_bypassed(parts):
             ids = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device=device)
-            hidden, calls = parts.enter(ids)
+            with _Recorded(self._head):
+                hidden, calls = parts.enter(ids)
             for i, layer in enumerate(parts.layers):
-                hidden = calls.run(i, layer, hidden)
-            parts.logits_of(hidden[0])
+                with _Recorded(self._layers[i]):
+                    hidden = calls.run(i, layer, hidden)
+            with _Recorded(self._head):
+                parts.logits_of(hidden[0])
         set_generator_state(state, device)
 
     @property
@@ -113,26 +136,6 @@ class DrawOrder:
                     draw.repeat((min(self._parts.chunk, tokens - start),), self._device)
             found.append(mine)
         return found
-
-    @contextmanager
-    def _recorded(self) -> Iterator[None]:
-        """Note what every dropout is given, in order."""
-        places = {f"{self._parts.layers_name}.{i}": draws for i, draws in enumerate(self._layers)}
-        handles = []
-        for name, module in self._parts.inner.named_modules():
-            if not isinstance(module, torch.nn.Dropout) or not module.p:
-                continue
-            draws = next((d for at, d in places.items() if name.startswith(f"{at}.")), self._head)
-
-            def note(module: Any, inputs: Any, draws: list[_Draw] = draws) -> None:
-                draws.append(_Draw(inputs[0].shape[-1], inputs[0].dtype, module.p))
-
-            handles.append(module.register_forward_pre_hook(note))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @contextmanager

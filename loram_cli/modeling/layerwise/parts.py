@@ -64,7 +64,7 @@ class ModelParts:
             if index == 0:
                 entered.append(hidden_states)
             arguments.append((args, kwargs))
-            return hidden_states
+            return self._given_out(hidden_states)
 
         with torch.no_grad(), self._layers_replaced(record):
             self._stack(input_ids=ids, use_cache=False)
@@ -82,13 +82,17 @@ class ModelParts:
         """
 
         def hand_on(index: int, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-            return hidden if index == len(self.layers) - 1 else hidden_states
+            return self._given_out(hidden if index == len(self.layers) - 1 else hidden_states)
 
         with self._layers_replaced(hand_on):
             last = self._stack(inputs_embeds=hidden.detach(), use_cache=False).last_hidden_state
         return chunked_cross_entropy(
             last, labels, self.logits_of, chunk=self.chunk, num_items=num_items
         )
+
+    def _given_out(self, hidden: torch.Tensor) -> Any:
+        # As the stack takes it from a layer.
+        return (hidden,) if self.inner.family.tuple_output else hidden
 
     @contextmanager
     def _layers_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
