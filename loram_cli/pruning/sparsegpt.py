@@ -97,19 +97,24 @@ def working_bytes(inputs: Sequence[tuple[int, int]]) -> int:
 def hessian_bytes(family: Family, config: Mapping[str, Any]) -> int:
     """:func:`working_bytes` of a model's widest layer.
 
-    Modules that stand together and read the hidden state share their Hessian.
+    Modules that stand together and read the hidden state share their Hessian. Attention and MLP
+    in parallel share it too, which the family does not tell: this is an upper bound for them, with
+    a Hessian of each, and either used by the largest module that reads the hidden state.
     """
     peak = 0
     for layer in set(family.geometry(config).layers):
         shapes = family.layer_shapes(0, layer, config)
         inputs: list[tuple[int, int]] = []
+        modules = [
+            (module, *shapes[f"{family.layer_prefix(0)}{module.name}.weight"])
+            for module in family.layer_modules(layer)
+        ]
+        most = max((rows for module, rows, _ in modules if not module.columns), default=0)
         before = None
-        for module in family.layer_modules(layer):
-            rows, columns = shapes[f"{family.layer_prefix(0)}{module.name}.weight"]
+        for module, rows, columns in modules:
             if before is not None and before.columns == module.columns == ():
-                inputs[-1] = (columns, max(rows, inputs[-1][1]))
-            else:
-                inputs.append((columns, rows))
+                continue
+            inputs.append((columns, rows if module.columns else most))
             before = module
         peak = max(peak, working_bytes(inputs))
     return peak
