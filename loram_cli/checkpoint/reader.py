@@ -103,7 +103,8 @@ class TensorReader:
             if rows is not None:
                 here = rows[done : bisect_left(rows, stop, done)]
                 if len(here) < stop - start:
-                    chunk = chunk.index_select(0, torch.tensor(here) - start)
+                    # Not index_select, which knows no unsigned numbers of two bytes and more.
+                    chunk = chunk[torch.tensor(here) - start]
             yield done, chunk
             done += chunk.shape[0]
 
