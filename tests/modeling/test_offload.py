@@ -219,7 +219,8 @@ class Weights:
         return sum(tensor() is not None for tensor in self._there)
 
 
-def test_passes_that_fail_leave_no_more_than_one_layer_on_its_way(base, monkeypatch):
+def test_passes_that_fail_leave_no_more_than_two_layers(base, monkeypatch):
+    """The one that failed and the one on its way: the feed keeps both, as the budget allows."""
     skeleton = skeleton_of(base)
     weights = Weights(skeleton, monkeypatch)
     layers = [layer for layer, _ in skeleton.layers()]
@@ -233,9 +234,9 @@ def test_passes_that_fail_leave_no_more_than_one_layer_on_its_way(base, monkeypa
                 logits_of(skeleton.model)
             handle.remove()
             deadline = time.monotonic() + 10
-            while weights.there() - others > per_layer and time.monotonic() < deadline:
+            while weights.there() - others > 2 * per_layer and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert weights.there() - others <= per_layer
+            assert weights.there() - others <= 2 * per_layer
         assert torch.equal(logits_of(skeleton.model), whole_logits(base, None, nf4=False))
     assert weights.there() == others
 
