@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loram_cli.checkpoint.index import read_config, read_json
+from loram_cli.checkpoint.index import read_json
+from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation.decode import Generation
 from loram_cli.evaluation.engine import Batches
@@ -41,7 +42,7 @@ def vllm_arguments(parts: Sequence[Path], context_tokens: int, seed: int) -> dic
         LoramError: Layers of uneven width, which vLLM does not build.
     """
     model = parts[0]
-    if read_config(model).get("per_layer_config"):
+    if Model.open(model).config.get("per_layer_config"):
         raise LoramError(
             f"{model}: vLLM does not build layers of uneven width",
             "leave the row out (--rows), or evaluate it with --backend hf",

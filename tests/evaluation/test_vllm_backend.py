@@ -40,7 +40,8 @@ def test_an_adapter_becomes_a_lora_request(places):
 
 def test_uneven_layers_are_refused(places):
     model, _ = places
-    (model / "config.json").write_text(json.dumps({"per_layer_config": {"1": {}}}))
+    config = {**load_preset("llama2-7b"), "per_layer_config": {"1": {}}}
+    (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(LoramError, match=r"does not build layers of uneven width\n.*--rows"):
         vllm_arguments([model], 512, 7)
 
