@@ -10,13 +10,14 @@ from loram_cli.evaluation import vllm_backend
 from loram_cli.evaluation.decode import Generation
 from loram_cli.evaluation.scoring import SpanScore, TokenSpan
 from loram_cli.evaluation.vllm_backend import VllmBackend, vllm_arguments
+from loram_cli.memory.presets import load_preset
 
 
 @pytest.fixture
 def places(tmp_path):
     model, adapter = tmp_path / "model", tmp_path / "adapter"
     for folder, name, content in (
-        (model, "config.json", {"model_type": "llama"}),
+        (model, "config.json", load_preset("llama2-7b")),
         (adapter, "adapter_config.json", {"r": 12, "rank_pattern": {}}),
     ):
         folder.mkdir()
