@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).with_name("benchmarks")
-SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if "__main__" in file.read_text())
+# A folder with a __main__.py is started as a script is.
+SCRIPTS = sorted(
+    [file for file in BENCHMARKS.glob("*.py") if "__main__" in file.read_text()]
+    + [file.parent for file in BENCHMARKS.glob("*/__main__.py")]
+)
 # One process for all of them, since each would import torch anew.
 HELP = """
 import runpy, sys

@@ -10,6 +10,7 @@ import pytest
 from loram_cli import hub
 from loram_cli.checkpoint.sources import resolve_model
 from loram_cli.errors import LoramError
+from loram_cli.quiet import no_progress_bars
 from loram_cli.training.data.documents import load_instructions
 
 RECORDS = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(5)]
@@ -59,9 +60,9 @@ def cache_model(cache: Path) -> Path:
 def cache_data(cache: Path) -> None:
     import datasets
 
-    datasets.disable_progress_bars()
     dataset = datasets.Dataset.from_list(RECORDS, split="train")
-    dataset.save_to_disk(cache / "made")
+    with no_progress_bars("datasets"):
+        dataset.save_to_disk(cache / "made")
     folder = cache / "owner___name" / "default" / "0.0.0" / "0123abc"
     folder.mkdir(parents=True)
     (arrow,) = (cache / "made").glob("*.arrow")

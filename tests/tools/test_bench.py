@@ -61,7 +61,7 @@ def test_rows_that_cannot_be(row, reason):
 @pytest.mark.parametrize(
     ("words", "code", "reason"),
     [
-        (["--dropout", "3"], 2, "--dropout 3.0 is outside"),
+        (["--dropout", "3"], 2, "--dropout 3 is outside"),
         (["--device", "abacus"], 2, "device abacus: unknown"),
         (["--device", "cpu", "--optimizer", "paged_adamw_8bit"], 2, "needs a GPU"),
     ],

@@ -254,15 +254,10 @@ def test_a_process_waits_for_its_row_and_is_ended_when_late(tmp_path):
     assert not worker.serves_more
     worker.end()
     late = Worker(False, tmp_path / "workers.log")
-    # Nobody writes into the pipe that it is to read.
-    offload = {"way": "whole", "budget_bytes": 1, "rows": 1, "length": 1, "new_tokens": 1}
-    fifo = tmp_path / "model"
-    fifo.mkdir()
-    os.mkfifo(fifo / "config.json")
-    arguments = {**offload, "checkpoint": str(fifo)}
-    assert (
-        late.run({**job, "kind": "offload", "arguments": arguments}, 0.5) == "not done within 0 s"
-    )
+    # Nobody reads the pipe that it is to log into, so it waits for ever.
+    os.mkfifo(tmp_path / "pipe")
+    hanging = {**job, "kind": "train", "log": str(tmp_path / "pipe")}
+    assert late.run(hanging, 0.5) == "not done within 0 s"
 
 
 def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path):

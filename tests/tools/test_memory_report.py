@@ -212,7 +212,7 @@ def test_unknown_strategy_is_refused_by_the_spec():
         ({"vocab_size": -5}, "a whole number from 1"),
         ({"intermediate_size": 1.5}, "a whole number from 1"),
         ({"per_layer_config": [1]}, "no mapping"),
-        ({"model_type": "gpt_neox"}, "not a known family"),
+        ({"model_type": "transfo_x"}, "not a known family"),
     ],
 )
 def test_unsound_config_is_one_clear_error(tmp_path, change, said):

@@ -11,6 +11,7 @@ import pytest
 
 from loram_cli.cli.app import run_command
 from loram_cli.errors import LoramError
+from loram_cli.stages.fit import run as fit_run
 from loram_cli.training import tracking
 
 real_find_spec = importlib.util.find_spec
@@ -76,7 +77,7 @@ def test_losses_reach_the_tracker(
     fake.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
-    monkeypatch.setattr(tracking, "check_trackers", lambda names: None)
+    monkeypatch.setattr(fit_run, "check_trackers", lambda names: None)
     words = ["train", "--in", finished_run / "pruned", "--out", tmp_path / "out"]
     words += ["--data", instructions, "--report-to", "tensorboard", "--run", tmp_path / "run"]
     words += ["--eval-data", instructions]

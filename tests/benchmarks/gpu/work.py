@@ -271,7 +271,7 @@ def peer(
     seconds = statistics.median([b - a for a, b in pairwise(clock)][_WARM - 1 :])
     return {
         "way": way,
-        "measured_bytes": peak["peak_memory_bytes" if on_gpu else "peak_memory_increase_bytes"],
+        "measured_bytes": peak.peak_memory_bytes if on_gpu else peak.peak_memory_increase_bytes,
         "seconds_per_step": seconds,
         "samples_per_second": micro_batch / seconds,
     }
