@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from loram_cli.arch.spec import Family
+from loram_cli.arch.spec import Family, LinearModule
 from loram_cli.errors import LoramError
 from loram_cli.pruning.sparsity import SEMI_GROUP, lowest, lowest_of_four, zeros_wanted
 
@@ -105,12 +105,12 @@ def hessian_bytes(family: Family, config: Mapping[str, Any]) -> int:
     for layer in set(family.geometry(config).layers):
         shapes = family.layer_shapes(0, layer, config)
         inputs: list[tuple[int, int]] = []
-        modules = [
-            (module, *shapes[f"{family.layer_prefix(0)}{module.name}.weight"])
-            for module in family.layer_modules(layer)
-        ]
+        modules: list[tuple[LinearModule, int, int]] = []
+        for module in family.layer_modules(layer):
+            rows, columns = shapes[f"{family.layer_prefix(0)}{module.name}.weight"]
+            modules.append((module, rows, columns))
         most = max((rows for module, rows, _ in modules if not module.columns), default=0)
-        before = None
+        before: LinearModule | None = None
         for module, rows, columns in modules:
             if before is not None and before.columns == module.columns == ():
                 continue
