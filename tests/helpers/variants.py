@@ -3,9 +3,12 @@
 A new family adds its lines here, and one JSON file in ``loram_cli/arch/families``.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from helpers.tiny_models import save_tokenizer
 
@@ -172,3 +175,20 @@ VARIANTS = (
     Variant("starcoder2-plain", "starcoder2", {"use_bias": False}),
     Variant("vaultgemma", "vaultgemma", {**_GEMMA, **TIED}),
 )  # fmt: skip
+
+# What differs most: tests that run a model of every family send these through the default tier,
+# and all others through the slow one.
+DISTINCT = (
+    "llama2", "gemma3", "phi3", "cohere", "olmo2", "gpt_neox", "falcon", "qwen3_5", "nemotron_h",
+)  # fmt: skip
+
+
+def mostly_slow(variants: Iterable[Variant] = VARIANTS) -> pytest.MarkDecorator:
+    """Parametrize ``variant``: those of DISTINCT plain, all others behind the slow marker."""
+    return pytest.mark.parametrize(
+        "variant",
+        [
+            pytest.param(v, id=v.name, marks=() if v.name in DISTINCT else pytest.mark.slow)
+            for v in variants
+        ],
+    )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from loram_cli.arch.registry import family_for
+from loram_cli.arch.spec import PRUNED_AXES
 from loram_cli.checkpoint import reader
 from loram_cli.checkpoint.header import DTYPES
 from loram_cli.checkpoint.index import SINGLE_NAME, CheckpointIndex
@@ -153,6 +154,11 @@ def test_a_pruned_checkpoint_is_the_kept_part_of_the_base(model, type_name, chun
 
 
 def expected(name, full, family, geometry, keep):
+    other = family.tensor_named(name)
+    if other is not None and other[0] in keep and other[1].shape[0] in PRUNED_AXES:
+        index, tensor = other
+        rows = by_axes(keep[index], tensor.shape[:1], geometry.layers[index], full.shape[0])
+        return full[rows].contiguous()
     module_name, kind = split_parameter_name(name)
     found = family.module_named(module_name)
     if found is None or found[0] not in keep:

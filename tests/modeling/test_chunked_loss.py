@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.checkpointing import enable_checkpointing
 from helpers.tiny_models import make_base
-from helpers.variants import VARIANTS, Variant
+from helpers.variants import Variant, mostly_slow
 
 from loram_cli.modeling.chunked_loss import (
     chunked_cross_entropy,
@@ -73,7 +73,7 @@ def test_loss_and_gradients_equal_the_plain_ones(base, batch, nf4, items, checkp
     assert_near(gradients(model, batch, **more), plain)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@mostly_slow()
 def test_every_family_trained_whole(variant: Variant, tmp_path, batch):
     variant.save(tmp_path)
     model = load_causal_lm(tmp_path, dtype=torch.float32, device="cpu").train()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.fake_copies import FakeCopies
-from helpers.variants import VARIANTS
+from helpers.variants import mostly_slow
 
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import read_config
@@ -138,7 +138,7 @@ def test_a_pass_that_fails_leaves_the_order_of_copies_whole(base):
     assert copies.broken == []
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@mostly_slow()
 def test_every_family_runs_layer_by_layer(variant, tmp_path):
     directory = variant.save(tmp_path)
     skeleton = skeleton_of(directory)

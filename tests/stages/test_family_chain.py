@@ -16,7 +16,7 @@ from helpers.recovery_chain import (
     logits,
     recovered_and_merged,
 )
-from helpers.variants import VARIANTS, Variant
+from helpers.variants import DISTINCT, VARIANTS, Variant
 
 from loram_cli.modeling.chunked_loss import chunked_loss
 from loram_cli.modeling.load import load_causal_lm
@@ -28,8 +28,7 @@ pytestmark = pytest.mark.integration
 
 STRATEGIES = ("rand", "l2", "taylor")
 EVERY = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-# What differs most; the slow tests send all variants the whole way, by every strategy.
-DISTINCT = ("llama2", "gemma3", "phi3", "cohere", "olmo2", "gpt_neox", "falcon", "qwen3_5")
+# The slow tests send all variants the whole way, by every strategy.
 PLAIN = pytest.mark.parametrize(
     "variant", [v for v in VARIANTS if v.name in DISTINCT], ids=lambda v: v.name
 )

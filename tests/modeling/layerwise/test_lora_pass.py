@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.fake_copies import FakeCopies
-from helpers.variants import VARIANTS
+from helpers.variants import VARIANTS, mostly_slow
 
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import read_config
@@ -99,7 +99,7 @@ def assert_equal(passes, batches, expected, **how):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@mostly_slow()
 def test_every_familys_loss_and_gradients_to_the_bit(variant, tmp_path):
     directory = variant.save(tmp_path)
     batches = micro_batches()

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_models import make_base
-from helpers.variants import VARIANTS
+from helpers.variants import VARIANTS, mostly_slow
 from safetensors.torch import load_file
 
 from loram_cli import pipeline
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import read_config
+from loram_cli.checkpoint.model import Model
 from loram_cli.config import defaults as resolve
 from loram_cli.config.recipe import Recipe
 from loram_cli.errors import LoramError, UsageError
@@ -189,7 +190,7 @@ def test_activations_on_disk_change_no_byte(base: Path, text_file: Path, tmp_pat
     assert a == b
 
 
-@pytest.mark.parametrize("variant", ONE_OF_EACH, ids=lambda v: v.name)
+@mostly_slow(ONE_OF_EACH)
 def test_the_plan_tells_the_memory_of_the_hessians_that_are_summed(
     variant, text_file, tmp_path, monkeypatch
 ):
@@ -219,7 +220,7 @@ def test_the_plan_tells_the_memory_of_the_hessians_that_are_summed(
     needs = prune.plan(spec, SILENT).work.calibration
     assert needs.figures().hessian_memory_bytes == needs.hessian_bytes
     prune.run(spec, SILENT)
-    assert len(summed) == read_config(base)["num_hidden_layers"]
+    assert len(summed) == Model.open(base).num_layers
     used = max(map(working_bytes, summed))
     # More only by what is counted twice: the hidden state of attention and MLP in parallel.
     assert 0 < used <= needs.hessian_bytes <= 1.5 * used
