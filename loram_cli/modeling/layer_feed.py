@@ -1,8 +1,9 @@
 """Weights of decoder layers that come when they are needed: where from, and the next one ahead."""
 
 import copy
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,8 @@ import torch
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.modeling.copies import Copies
 from loram_cli.modeling.layer_buffers import Layout, buffer_bytes, write_weights
-from loram_cli.modeling.skeleton import SkeletonModel, Slot, Weight
+from loram_cli.modeling.skeleton import SkeletonModel, Slot, Weight, fill
+from loram_cli.reporting import Reporter
 
 
 class LayerSource(Protocol):
@@ -225,6 +227,48 @@ class LayerFeed:
         if not ahead.cancel():
             ahead.exception()  # waits for its end
         self._source.release(index)
+
+
+@contextmanager
+def fed_layers(
+    skeleton: SkeletonModel,
+    layers: Sequence[Sequence[Slot]],
+    stay: int,
+    reporter: Reporter,
+    *,
+    host_bytes: int = 0,
+    copies: Copies | None = None,
+) -> Iterator[tuple[LayerSource, LayerFeed]]:
+    """Fill all of a model but some layers, and open the way for those, within the block.
+
+    Args:
+        skeleton: Not filled yet.
+        layers: What each layer that the feed is asked for is filled with, by its index.
+        stay: How many of them are filled now, from the first one on.
+        reporter: Progress and warnings.
+        host_bytes: As for :class:`WeightSource`.
+        copies: How layers get to the device while it computes; None copies from pageable memory
+            on the stream that computes, or reads them where the processor computes.
+
+    Raises:
+        LoramError: A tensor is absent or of another shape.
+    """
+    later = {slot.tensor for slots in layers[stay:] for slot in slots}
+    now = [slot for name, slot in skeleton.slots.items() if name not in later]
+    with ExitStack() as stack:
+        reader = stack.enter_context(TensorReader(skeleton.index))
+        with reporter.progress("load", sum(s.num_bytes for s in now) / 2**20, "MiB") as progress:
+            for slot in now:
+                fill(slot, skeleton.read(slot, reader))
+                progress.advance(slot.num_bytes / 2**20)
+        thread = stack.enter_context(ThreadPoolExecutor(1, "layers"))
+        source: LayerSource = WeightSource(skeleton, layers, reader, host_bytes)
+        if copies is not None and layers:
+            source = BufferedSource(skeleton, layers, reader, copies, host_bytes)
+        feed = LayerFeed(source, thread)
+        # What is under way ends before the thread does, and that before files are closed.
+        stack.callback(feed.close)
+        yield source, feed
 
 
 def _moved(weight: Weight, device: str) -> Weight:

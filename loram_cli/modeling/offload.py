@@ -10,21 +10,17 @@ original where its path is relative, else below the working directory. Hence thi
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
-from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
-from loram_cli.modeling.copies import Copies, CudaCopies
-from loram_cli.modeling.layer_feed import BufferedSource, LayerFeed, LayerSource, WeightSource
+from loram_cli.memory.streaming import HELD_LAYERS
+from loram_cli.modeling.copies import Copies, usual_copies
+from loram_cli.modeling.layer_feed import fed_layers
 from loram_cli.modeling.skeleton import SkeletonModel, drain, fill
 from loram_cli.reporting import Reporter
 from loram_cli.units import format_bytes
-
-# One layer runs, the next one is on its way.
-_IN_FLIGHT = 2
 
 
 def weight_bytes(skeleton: SkeletonModel) -> int:
@@ -48,7 +44,7 @@ def resident_layers(skeleton: SkeletonModel, budget_bytes: int) -> int:
     # What is left of the weights beside the layers, and what is turned into its form.
     other = weight_bytes(skeleton) - sum(layers)
     for count in range(len(layers) - 1, -1, -1):
-        passing = sorted(layers[count:])[-_IN_FLIGHT:]
+        passing = sorted(layers[count:])[-HELD_LAYERS:]
         least = other + sum(layers[:count]) + sum(passing)
         if least <= budget_bytes:
             return count
@@ -85,22 +81,15 @@ def loaded_within(
     """
     layers = list(skeleton.layers())
     passing = [slots for _, slots in layers[stay:]]
-    later = {slot.tensor for slots in passing for slot in slots}
-    now = [slot for name, slot in skeleton.slots.items() if name not in later]
-    with ExitStack() as stack:
-        reader = stack.enter_context(TensorReader(skeleton.index))
-        with reporter.progress("load", sum(s.num_bytes for s in now) / 2**20, "MiB") as progress:
-            for slot in now:
-                fill(slot, skeleton.read(slot, reader))
-                progress.advance(slot.num_bytes / 2**20)
-        if copies == "auto":
-            copies = CudaCopies(skeleton.device) if skeleton.device.startswith("cuda") else None
-        source: LayerSource = WeightSource(skeleton, passing, reader, host_bytes)
-        if copies is not None and passing:
-            source = BufferedSource(skeleton, passing, reader, copies, host_bytes)
-        feed = LayerFeed(source, stack.enter_context(ThreadPoolExecutor(1, "layers")))
-        # What is under way ends before the thread does, and that before files are closed.
-        stack.callback(feed.close)
+    if copies == "auto":
+        copies = usual_copies(skeleton.device)
+    with (
+        fed_layers(skeleton, passing, 0, reporter, host_bytes=host_bytes, copies=copies) as (
+            _,
+            feed,
+        ),
+        ExitStack() as stack,
+    ):
 
         def bring(position: int, *_: Any) -> None:
             # After the last one comes the first one again, with the next token or batch.

@@ -12,6 +12,7 @@ from loram_cli.memory.presets import load_preset
 from loram_cli.memory.setup import TrainingSetup
 from loram_cli.memory.streaming import layer_bytes, step_traffic, streamed_training_memory
 from loram_cli.memory.training import training_memory
+from loram_cli.modeling import layer_feed
 from loram_cli.modeling.layerwise import lora_pass
 from loram_cli.modeling.random_model import random_causal_lm
 from loram_cli.modeling.skeleton import SkeletonModel
@@ -53,7 +54,7 @@ def checkpoint(tmp_path_factory):
 
 def measured(directory, setup, micro_batches, monkeypatch, **how):
     """The highest mark of live storage beside factors and optimizer, and bytes of a second step."""
-    monkeypatch.setattr(lora_pass, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(layer_feed, "ThreadPoolExecutor", AtOnce)
     dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
     skeleton = SkeletonModel(directory, dtype=dtype, device="cpu", nf4=setup.quantize == "nf4")
     targets = [*FAMILY.lora_targets, FAMILY.lm_head_target]

@@ -12,15 +12,13 @@ outer loop, micro-batches as the inner one (arXiv 2002.05645).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from loram_cli.checkpoint.reader import TensorReader
-from loram_cli.modeling.copies import Copies, CudaCopies
-from loram_cli.modeling.layer_feed import BufferedSource, LayerFeed, LayerSource, WeightSource
+from loram_cli.modeling.copies import Copies, usual_copies
+from loram_cli.modeling.layer_feed import LayerFeed, LayerSource, fed_layers
 from loram_cli.modeling.layerwise.draws import DrawOrder, generator_state, set_generator_state
 from loram_cli.modeling.layerwise.kept_states import KeptStates, Place
 from loram_cli.modeling.layerwise.parts import LayerCalls, ModelParts
@@ -62,25 +60,15 @@ def streamed_lora(
             attention.
     """
     slots = [slots for _, slots in skeleton.layers()]
-    later = {slot.tensor for each in slots[stay:] for slot in each}
-    now = [slot for name, slot in skeleton.slots.items() if name not in later]
-    with ExitStack() as stack:
-        reader = stack.enter_context(TensorReader(skeleton.index))
-        with reporter.progress("load", sum(s.num_bytes for s in now) / 2**20, "MiB") as progress:
-            for slot in now:
-                fill(slot, skeleton.read(slot, reader))
-                progress.advance(slot.num_bytes / 2**20)
-        thread = stack.enter_context(ThreadPoolExecutor(1, "layers"))
-        if copies is None and skeleton.device.startswith("cuda"):
-            copies = CudaCopies(skeleton.device)
-        source: LayerSource = WeightSource(skeleton, slots, reader, host_bytes)
-        if copies is not None:
-            source = BufferedSource(skeleton, slots, reader, copies, host_bytes)
-        feed = LayerFeed(source, thread)
-        # What is under way ends before the thread does, and that before files are closed.
-        stack.callback(feed.close)
-        kept = KeptStates(activations, torch.device(skeleton.device))
-        stack.callback(kept.close)
+    if copies is None:
+        copies = usual_copies(skeleton.device)
+    with (
+        fed_layers(skeleton, slots, stay, reporter, host_bytes=host_bytes, copies=copies) as (
+            source,
+            feed,
+        ),
+        closing(KeptStates(activations, torch.device(skeleton.device))) as kept,
+    ):
         yield LoraPass(skeleton, model, source, feed, kept, stay)
 
 
