@@ -8,6 +8,7 @@ from typing import Any, Literal
 from loram_cli.arch.registry import family_for
 from loram_cli.errors import UsageError
 from loram_cli.memory.presets import load_preset
+from loram_cli.memory.setup import CrossEntropy, Optimizer
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.pruning.strategies import STRATEGIES, strategy_named
 from loram_cli.pruning.strategy import Strategy
@@ -21,8 +22,6 @@ from loram_cli.stages.fit.spec import (
     RANK_HELP,
     SEED_HELP,
     Attention,
-    CrossEntropy,
-    Optimizer,
     Quantization,
 )
 

@@ -3,11 +3,11 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loram_cli.errors import LoramError
+from loram_cli.training.choices import Tracker
 
-Tracker = Literal["tensorboard", "wandb"]
 TENSORBOARD_FOLDER = "tensorboard"
 
 

@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from loram_cli.errors import UsageError
+from loram_cli.memory.setup import CrossEntropy, Optimizer
 from loram_cli.schema import Spec, setting
+from loram_cli.training.choices import Exhausted, Precision, Tracker
 
 Quantization = Literal["nf4"]
-CrossEntropy = Literal["full", "chunked"]
 Attention = Literal["auto", "sdpa", "flash", "eager"]
-Optimizer = Literal["adamw", "paged_adamw_8bit"]
-Precision = Literal["auto", "fp32", "bf16"]
-Exhausted = Literal["stop", "repeat"]
-Tracker = Literal["tensorboard", "wandb"]
 
 # Seeds of torch, numpy and Python alike.
 HIGHEST_SEED = 2**32 - 1

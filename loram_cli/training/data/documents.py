@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter, Reporter
+from loram_cli.training.choices import Exhausted
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.conversations import TrainOn
 from loram_cli.training.data.examples import Example
@@ -15,7 +16,7 @@ from loram_cli.training.data.fields import present
 from loram_cli.training.data.files import is_text_file, read_pieces
 from loram_cli.training.data.layouts import LAYOUTS, Layout, examples_of, layout_of, text_field
 from loram_cli.training.data.records import DEMO_PREFIX, Record, local_files, read_records
-from loram_cli.training.data.sources import Exhausted, load_sources, parse_sources
+from loram_cli.training.data.sources import load_sources, parse_sources
 from loram_cli.training.data.tally import Tally, UnusableRecord
 
 T = TypeVar("T")

@@ -8,13 +8,14 @@ import numpy as np
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import NullReporter, Reporter
+from loram_cli.training.choices import Exhausted
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.examples import Example
 from loram_cli.training.data.fields import as_text, is_absent, present
 from loram_cli.training.data.json_text import decoded_turns
 from loram_cli.training.data.layouts import examples_of
 from loram_cli.training.data.records import Record, read_records
-from loram_cli.training.data.sources import Exhausted, load_sources
+from loram_cli.training.data.sources import load_sources
 from loram_cli.training.data.tally import UnusableRecord
 from loram_cli.training.data.tokens import encode_examples
 

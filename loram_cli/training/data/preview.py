@@ -4,12 +4,13 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from loram_cli.training.choices import Exhausted
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.conversations import TrainOn
 from loram_cli.training.data.documents import read_examples
 from loram_cli.training.data.examples import Example
 from loram_cli.training.data.markers import foreign_markers
-from loram_cli.training.data.sources import Exhausted, load_sources
+from loram_cli.training.data.sources import load_sources
 from loram_cli.training.data.tally import Count
 from loram_cli.training.data.tokens import IGNORED_LABEL, TokenRow, tokenize_rows
 

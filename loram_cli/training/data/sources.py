@@ -5,15 +5,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from loram_cli.errors import UsageError
+from loram_cli.training.choices import Exhausted
 from loram_cli.training.data.files import kind_at
 from loram_cli.training.data.records import DEMO_PREFIX, local_files
 
 T = TypeVar("T")
 
-Exhausted = Literal["stop", "repeat"]
 _WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[0-9]+(\.[0-9]*)?|\.[0-9]+)", re.DOTALL)
 # A source that has to be repeated more often has too small a share of the data, or too large a
 # weight: nobody means that.

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-Precision = Literal["auto", "fp32", "bf16"]
+from loram_cli.memory.setup import CrossEntropy, Optimizer
+from loram_cli.training.choices import Precision, Tracker
 
 # What preference and policy training tell beside the loss, by their names in TRL's log.
 FIGURES = {
@@ -44,14 +45,14 @@ class FitOptions:
     batch: int = 128
     micro_batch: int = 4
     warmup_steps: int = 100
-    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    optimizer: Optimizer = "adamw"
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
-    cross_entropy: Literal["full", "chunked"] = "chunked"
+    cross_entropy: CrossEntropy = "chunked"
     checkpoint_steps: int = 100
     eval_steps: int | None = None
     seed: int = 0
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    report_to: tuple[Tracker, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,7 @@
+"""What a spec may choose and the trainer takes: declared once, without torch."""
+
+from typing import Literal
+
+Exhausted = Literal["stop", "repeat"]
+Precision = Literal["auto", "fp32", "bf16"]
+Tracker = Literal["tensorboard", "wandb"]
