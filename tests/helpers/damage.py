@@ -38,6 +38,21 @@ def edit(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def of_header(change: Callable[[dict, random.Random], str]) -> Callable[[str], Damage]:
+    """Of a function that changes a shard's header in place and tells how: a damage by file name."""
+
+    def of_file(name: str) -> Damage:
+        def damage(folder: Path, draw: random.Random) -> str:
+            header, data = read_shard(folder / name)
+            told = change(header, draw)
+            write_shard(folder / name, header, data)
+            return f"{name}: {told}"
+
+        return damage
+
+    return of_file
+
+
 def truncated(name: str) -> Damage:
     def damage(folder: Path, draw: random.Random) -> str:
         raw = (folder / name).read_bytes()
@@ -111,92 +126,69 @@ def header_noise(name: str) -> Damage:
     return damage
 
 
-def header_entry(name: str) -> Damage:
-    def damage(folder: Path, draw: random.Random) -> str:
-        header, data = read_shard(folder / name)
-        tensor = draw.choice(names(header))
-        entry = header[tensor]
-        begin, end = entry["data_offsets"]
-        change = draw.choice([
-            {"data_offsets": [end, begin]},
-            {"data_offsets": [begin, end + 8]},
-            {"data_offsets": [begin, 2**62]},
-            {"data_offsets": [-8, end]},
-            {"data_offsets": [begin]},
-            {"data_offsets": "all"},
-            {"shape": [2**40, 2**40]},
-            {"shape": [-1, 4]},
-            {"shape": "big"},
-            {"shape": [10**400]},
-            {"shape": entry["shape"] + [2]},
-            {"shape": [1.0, 2.0]},
-            {"shape": None},
-            {"dtype": "BF16"},
-            {"dtype": "F64"},
-            {"dtype": "Q4_K"},
-            {"dtype": 7},
-            {"dtype": ["F32"]},
-        ])  # fmt: skip
-        header[tensor] = {**entry, **change}
-        write_shard(folder / name, header, data)
-        return f"{name}: {tensor} becomes {str(change)[:60]}"
-
-    return damage
+@of_header
+def header_entry(header: dict, draw: random.Random) -> str:
+    tensor = draw.choice(names(header))
+    entry = header[tensor]
+    begin, end = entry["data_offsets"]
+    change = draw.choice([
+        {"data_offsets": [end, begin]},
+        {"data_offsets": [begin, end + 8]},
+        {"data_offsets": [begin, 2**62]},
+        {"data_offsets": [-8, end]},
+        {"data_offsets": [begin]},
+        {"data_offsets": "all"},
+        {"shape": [2**40, 2**40]},
+        {"shape": [-1, 4]},
+        {"shape": "big"},
+        {"shape": [10**400]},
+        {"shape": entry["shape"] + [2]},
+        {"shape": [1.0, 2.0]},
+        {"shape": None},
+        {"dtype": "BF16"},
+        {"dtype": "F64"},
+        {"dtype": "Q4_K"},
+        {"dtype": 7},
+        {"dtype": ["F32"]},
+    ])  # fmt: skip
+    header[tensor] = {**entry, **change}
+    return f"{tensor} becomes {str(change)[:60]}"
 
 
-def header_entry_is(name: str) -> Damage:
-    def damage(folder: Path, draw: random.Random) -> str:
-        header, data = read_shard(folder / name)
-        tensor = draw.choice(names(header))
-        header[tensor] = draw.choice([None, 3, "text", [], {}, {"dtype": "F32"}])
-        write_shard(folder / name, header, data)
-        return f"{name}: {tensor} is {header[tensor]!r}"
-
-    return damage
+@of_header
+def header_entry_is(header: dict, draw: random.Random) -> str:
+    tensor = draw.choice(names(header))
+    header[tensor] = draw.choice([None, 3, "text", [], {}, {"dtype": "F32"}])
+    return f"{tensor} is {header[tensor]!r}"
 
 
-def overlapping(name: str) -> Damage:
-    def damage(folder: Path, draw: random.Random) -> str:
-        header, data = read_shard(folder / name)
-        first, second = draw.sample(names(header), 2)
-        header[first] = dict(header[second])
-        write_shard(folder / name, header, data)
-        return f"{name}: {first} lies where {second} lies"
-
-    return damage
+@of_header
+def overlapping(header: dict, draw: random.Random) -> str:
+    first, second = draw.sample(names(header), 2)
+    header[first] = dict(header[second])
+    return f"{first} lies where {second} lies"
 
 
-def swapped(name: str) -> Damage:
+@of_header
+def swapped(header: dict, draw: random.Random) -> str:
     """Two tensors of different shapes change places."""
-
-    def damage(folder: Path, draw: random.Random) -> str:
-        header, data = read_shard(folder / name)
-        pairs = [
-            (a, b)
-            for a in names(header)
-            for b in names(header)
-            if header[a]["shape"] != header[b]["shape"]
-        ]
-        a, b = draw.choice(pairs)
-        header[a], header[b] = header[b], header[a]
-        write_shard(folder / name, header, data)
-        return f"{name}: {a} and {b} swapped"
-
-    return damage
+    pairs = [
+        (a, b)
+        for a in names(header)
+        for b in names(header)
+        if header[a]["shape"] != header[b]["shape"]
+    ]
+    a, b = draw.choice(pairs)
+    header[a], header[b] = header[b], header[a]
+    return f"{a} and {b} swapped"
 
 
-def renamed(name: str) -> Damage:
-    def damage(folder: Path, draw: random.Random) -> str:
-        header, data = read_shard(folder / name)
-        tensor = draw.choice(names(header))
-        new = draw.choice(
-            ["x", "", f"{tensor}.x", "../../etc/passwd", "model.layers.99.z", "é\u0000"]
-        )
-        header[new] = header.pop(tensor)
-        write_shard(folder / name, header, data)
-        return f"{name}: {tensor} renamed {new!r}"
-
-    return damage
+@of_header
+def renamed(header: dict, draw: random.Random) -> str:
+    tensor = draw.choice(names(header))
+    new = draw.choice(["x", "", f"{tensor}.x", "../../etc/passwd", "model.layers.99.z", "é\u0000"])
+    header[new] = header.pop(tensor)
+    return f"{tensor} renamed {new!r}"
 
 
 def not_finite(name: str) -> Damage:

@@ -231,23 +231,17 @@ def test_what_is_carried_along_is_compared_with_where_it_comes_from(run_copy: Pa
     )
 
 
+def pruned_by_command(base: Path, run: Path) -> Path:
+    words = ["prune", "--run", run, "--model", base, "--strategy", "rand", "--ratio", 0.5]
+    assert run_command([*map(str, words), "--keep-first", "1", "--keep-last", "1"]) == 0
+    return run / "pruned"
+
+
 def test_every_byte_of_the_base_is_compared_on_demand(tmp_path: Path, capsys):
     base = make_base(
         tmp_path / "base", hidden_size=512, num_attention_heads=8, num_key_value_heads=8
     )
-    words = [
-        "prune",
-        "--run",
-        tmp_path / "run",
-        "--model",
-        base,
-        "--strategy",
-        "rand",
-        "--ratio",
-        0.5,
-    ]
-    assert run_command([*map(str, words), "--keep-first", "1", "--keep-last", "1"]) == 0
-    pruned = tmp_path / "run" / "pruned"
+    pruned = pruned_by_command(base, tmp_path / "run")
     assert problems(pruned, full=True) == []
     weights = base / "model.safetensors"
     entry = max(Model.open(base).index.tensors.values(), key=lambda entry: entry.num_bytes)
@@ -261,20 +255,9 @@ def test_every_byte_of_the_base_is_compared_on_demand(tmp_path: Path, capsys):
 
 def test_a_changed_tokenizer_config_of_the_base_is_told(tmp_path: Path, base: Path):
     base = Path(shutil.copytree(base, tmp_path / "base"))
-    words = [
-        "prune",
-        "--run",
-        tmp_path / "run",
-        "--model",
-        base,
-        "--strategy",
-        "rand",
-        "--ratio",
-        0.5,
-    ]
-    assert run_command([*map(str, words), "--keep-first", "1", "--keep-last", "1"]) == 0
+    pruned = pruned_by_command(base, tmp_path / "run")
     edit_json(base / "tokenizer_config.json", add_bos_token=True)
-    (line,) = problems(tmp_path / "run" / "pruned")
+    (line,) = problems(pruned)
     assert "tokenizer_config.json differ" in line
     edit_json(base / "tokenizer_config.json", chat_template="{{ messages }}")
-    assert any("chat template" in line for line in problems(tmp_path / "run" / "pruned"))
+    assert any("chat template" in line for line in problems(pruned))
