@@ -61,6 +61,8 @@ def quiet_libraries() -> Iterator[None]:
     - TRL: a tokenized prompt that does not begin its tokenized text: ``training.data.tokens``
       compares the two token by token.
 
+    - torch: a GPU that it cannot use: ``modeling.load.warn_of_unused_gpu``.
+
     Nothing takes over what transformers finds odd in a config (rotary settings, special tokens
     beyond the vocabulary, a tied head stored with values of its own) or in a tokenizer.
     """

@@ -28,7 +28,7 @@ def read_text(file: Path, *, most_bytes: int = JSON_BYTES) -> str:
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{file}: not a regular file")
+            raise UsageError(f"{file}: is not a regular file")
         if status.st_size > most_bytes:
             raise UsageError(f"{file}: larger than {most_bytes >> 20} MiB")
         return file.read_text("utf-8")

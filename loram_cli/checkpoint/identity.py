@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loram_cli import reading
 from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.checkpoint.json_files import read_json, read_text
 from loram_cli.errors import LoramError
@@ -126,7 +125,6 @@ def _tokenizer_config_digest(directory: Path) -> str:
     file = directory / "tokenizer_config.json"
     if not file.is_file():
         return "none"
-    config = reading.read_json(file)
-    lasting = config.items() if isinstance(config, dict) else ()
+    lasting = read_json(file).items()
     left_out = ("chat_template", "name_or_path", *_VOLATILE_CONFIG_KEYS)
     return digest_of({key: value for key, value in lasting if key not in left_out})

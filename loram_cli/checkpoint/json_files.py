@@ -2,42 +2,30 @@
 
 import json
 import math
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loram_cli.errors import LoramError
-from loram_cli.units import MIB
+from loram_cli import reading
+from loram_cli.errors import LoramError, UsageError
 
-# Ten times the largest tokenizer.json there is.
-MOST_BYTES = 256 * MIB
 # What these hold may be without limit, and stands as Infinity in published files.
 _UNLIMITED = ("time_step_limit",)
 
 
 def read_text(file: Path) -> str:
-    """The text of a regular file.
+    """The text of a regular file of a model directory.
 
     Raises:
-        LoramError: The file is absent, too large, not text, or a device, a pipe or a directory,
-            whose reading might never end.
+        LoramError: See :func:`loram_cli.reading.read_text`; no flag or recipe is to blame here.
     """
     try:
-        found = file.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise LoramError(f"{file}: is not a regular file")
-        if found.st_size > MOST_BYTES:
-            raise LoramError(f"{file}: {found.st_size} bytes, expected at most {MOST_BYTES}")
-        return file.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise LoramError(
-            f"{file}: no such file", "is this a Hugging Face model directory?"
-        ) from error
-    except OSError as error:
-        raise LoramError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise LoramError(f"{file}: not UTF-8 text ({error})") from error
+        return reading.read_text(file)
+    except UsageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            hint = "is this a Hugging Face model directory?"
+            raise LoramError(f"{file}: no such file", hint) from error
+        raise LoramError(error.message) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -24,6 +24,8 @@ _MORE_THAN_LORA = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
 
+_LONGEST_PATTERN = 1000
+
 
 @dataclass(frozen=True)
 class LoraPair:
@@ -144,6 +146,11 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
                 re.compile(name)
             except (re.error, RecursionError, OverflowError) as error:
                 raise LoramError(f"{file}: {key} {name}: not a pattern ({error})") from error
+            if not _is_quick(name):
+                raise LoramError(
+                    f"{file}: {key} {short(name)}: matching it could take without end",
+                    "name the modules with at most 3 repetitions and 4 groups, none repeated",
+                )
     return config
 
 
@@ -153,6 +160,19 @@ def _check_number(file: Path, key: str, value: object, *, whole: bool = False) -
     if not number or (whole and not (isinstance(value, int) and value > 0)):
         words = "a whole number above 0" if whole else "a number"
         raise LoramError(f"{file}: {key} is {short(value)}, expected {words}")
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether any module's name is matched soon, though a pattern may be a stranger's.
+
+    Python's ``re`` goes back and forth: a repeated group, or many repetitions or alternatives one
+    after the other, can take exponentially long.
+    """
+    bare = re.sub(r"\\.|\(\?:", lambda found: "(" if found[0] == "(?:" else "", pattern)
+    repetitions = len(re.findall(r"[*+?{]", bare))
+    repeated_group = re.search(r"\)[*+?{]", bare) is not None
+    short_enough = len(pattern) <= _LONGEST_PATTERN
+    return short_enough and repetitions <= 3 and bare.count("(") <= 4 and not repeated_group
 
 
 def _of_module(config: dict[str, Any], pattern: str, module: str, default: str) -> Any:

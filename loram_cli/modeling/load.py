@@ -20,6 +20,20 @@ from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError, is_out_of_memory
 from loram_cli.quiet import no_progress_bars, quiet_libraries
+from loram_cli.reporting import Reporter
+
+# There while NVIDIA's driver is loaded, whichever torch is installed.
+_NVIDIA = Path("/proc/driver/nvidia/version")
+
+
+def warn_of_unused_gpu(device: str | None, reporter: Reporter) -> None:
+    """Say so where a GPU stays idle; see :func:`unused_gpu`."""
+    reason = unused_gpu(device)
+    if reason is not None:
+        reporter.warn(
+            f"using the CPU: torch cannot use this machine's NVIDIA GPU ({reason}); "
+            "install a torch that fits its driver, or pass --device cpu"
+        )
 
 
 @contextmanager
@@ -243,6 +257,20 @@ def _damaged_json(model_dir: Path) -> Path:
 def default_device() -> str:
     """``cuda`` when a GPU is usable, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def unused_gpu(device: str | None) -> str | None:
+    """Why a machine's NVIDIA GPU stays idle though no device was asked for; None where none does.
+
+    Torch falls back to the CPU without an error, and a training takes a hundred times as long.
+    """
+    if device is not None or torch.cuda.is_available() or not _NVIDIA.exists():
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition(". ")[0] or "no reason given"
+    return "torch finds no device"
 
 
 def usable_device(device: str | None) -> str:

@@ -1,6 +1,5 @@
 """Checks of one directory by itself: files, weights, adapter. Each problem is one line."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from loram_cli.checkpoint.header import TensorEntry
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.sources import require_tokenizer
+from loram_cli.checkpoint.tokenizer_files import check_tokenizer
 from loram_cli.errors import LoramError
 from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter
 from loram_cli.pruning.groups import LayerKeep
@@ -89,7 +89,7 @@ def check_checkpoint(
         yield f"{directory / 'config.json'}: cannot be understood ({type(error).__name__}: {error})"
     try:
         require_tokenizer(directory)
-        yield from _tokenizer_problems(directory, config)
+        check_tokenizer(directory, int(config["vocab_size"]))
     except LoramError as error:
         yield error.message
     if values:
@@ -182,25 +182,6 @@ def _keep_problems(
                     f"{directory / 'config.json'}: layer {layer} has {width} {widths[width]}, "
                     f"{MANIFEST_NAME} keeps {len(kept[key])}"
                 )
-
-
-def _tokenizer_problems(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        return
-    try:
-        data = json.loads(file.read_text("utf-8"))
-        vocabulary = data["model"].get("vocab") or {}
-        added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        highest = max([*ids, *added.values()], default=-1)
-        if highest >= config["vocab_size"]:
-            yield (
-                f"{file}: has token {highest}, the model's vocabulary ends at "
-                f"{config['vocab_size'] - 1}"
-            )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        yield f"{file}: not a tokenizer ({type(error).__name__}: {error})"
 
 
 def _value_problems(index: CheckpointIndex, reporter: Reporter) -> Iterator[str]:

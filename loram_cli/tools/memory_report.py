@@ -8,7 +8,13 @@ from typing import Any
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
-from loram_cli.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_config, read_json
+from loram_cli.checkpoint.index import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    checked_config,
+    read_config,
+    read_json,
+)
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.memory.notes import report_notes
@@ -172,7 +178,9 @@ def _head_params(model: Path | None) -> int:
 
 
 def _read_config(model: Path) -> dict[str, Any]:
-    return read_json(model) if model.is_file() else read_config(model)
+    if model.is_file():
+        return checked_config(read_json(model), str(model))
+    return read_config(model)
 
 
 def _checked_family(config: dict[str, Any], where: str) -> Family:

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from loram_cli.checkpoint import json_files
 from loram_cli.checkpoint.json_files import read_json
 from loram_cli.errors import LoramError
+from loram_cli.reading import JSON_BYTES
 
 
 def test_an_object_is_read(tmp_path: Path):
@@ -34,7 +34,7 @@ def test_what_is_unsound_is_named(text, message, tmp_path: Path):
         read_json(file)
 
 
-def test_only_regular_files_of_some_size_are_read(tmp_path: Path, monkeypatch):
+def test_only_regular_files_of_some_size_are_read(tmp_path: Path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for file in (pipe, Path("/dev/zero"), tmp_path):
@@ -45,6 +45,8 @@ def test_only_regular_files_of_some_size_are_read(tmp_path: Path, monkeypatch):
     (tmp_path / "latin").write_bytes(b'{"a": "\xe9"}')
     with pytest.raises(LoramError, match="not UTF-8"):
         read_json(tmp_path / "latin")
-    monkeypatch.setattr(json_files, "MOST_BYTES", 4)
-    with pytest.raises(LoramError, match="10 bytes, expected at most 4"):
+    os.truncate(tmp_path / "latin", JSON_BYTES + 1)
+    with pytest.raises(LoramError, match="larger than 256 MiB") as refused:
         read_json(tmp_path / "latin")
+    # A model's file is no flag's value.
+    assert refused.value.exit_code == 1

@@ -72,6 +72,9 @@ def test_of_several_patterns_the_first_counts(tmp_path: Path):
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern q_proj is 'x'"),
         ({"rank_pattern": {"q_proj": 2.0}}, "rank_pattern q_proj is 2.0, expected a whole"),
         ({"rank_pattern": {"(": 2}}, r"rank_pattern \(: not a pattern"),
+        ({"rank_pattern": {"(a+)+b": 2}}, ".*could take without end"),
+        ({"rank_pattern": {"(a|a)" * 30: 2}}, ".*could take without end"),
+        ({"alpha_pattern": {"a?" * 20 + "a" * 20: 2}}, ".*could take without end"),
         ({"rank_pattern": [1]}, r"rank_pattern is \[1\], expected a mapping"),
     ],
 )

@@ -2,8 +2,10 @@ import json
 import shutil
 
 import pytest
+from helpers.reporters import WarningRecorder
 
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.modeling import load
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer, loading, usable_device
 
 
@@ -12,6 +14,30 @@ def test_devices_that_cannot_be_used(device, monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     with pytest.raises(UsageError, match=f"--device {device}"):
         usable_device(device)
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "usable", "warned"),
+    [
+        (None, True, False, 1),
+        (None, False, False, 0),
+        (None, True, True, 0),
+        ("cpu", True, False, 0),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told(asked, there, usable, warned, monkeypatch, tmp_path):
+    def too_old():
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found 11040). Please update"
+        )
+
+    monkeypatch.setattr(load, "_NVIDIA", tmp_path if there else tmp_path / "absent")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: usable)
+    monkeypatch.setattr("torch.cuda.init", too_old)
+    recorder = WarningRecorder()
+    load.warn_of_unused_gpu(asked, recorder)
+    assert len(recorder.warnings) == warned
+    assert all("driver on your system is too old (found 11040)" in w for w in recorder.warnings)
 
 
 def test_whatever_a_library_raises_names_the_file(tmp_path):

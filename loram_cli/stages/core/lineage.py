@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, read_shapes
+from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config, read_shapes
 from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest, file_digests
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
@@ -157,13 +156,15 @@ def adapter_values(adapter: Path) -> dict[str, int]:
     """Rank and alpha of an adapter, under their names in the spec.
 
     Raises:
-        LoramError: It is no adapter.
+        LoramError: It is no plain LoRA adapter, or its alpha is no whole number.
     """
-    config = read_json(adapter / CONFIG_NAME)
+    config = read_adapter_config(adapter)
     known: dict[str, Any] = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
     for name, value in known.items():
         if type(value) is not int:
-            raise LoramError(f"{adapter / CONFIG_NAME}: {name} is {value!r}, expected a number")
+            raise LoramError(
+                f"{adapter / CONFIG_NAME}: {name} is {value!r}, expected a whole number"
+            )
     return known
 
 

@@ -5,12 +5,13 @@ from typing import cast, get_args
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.decode import Decoder, Generation, stream_seed
-from loram_cli.evaluation.models import check_row, row_tokenizer
+from loram_cli.evaluation.models import row_tokenizer
 from loram_cli.evaluation.perplexity import context_length
 from loram_cli.evaluation.results import Answer
+from loram_cli.modeling.load import warn_of_unused_gpu
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lineage import trained_layout
-from loram_cli.stages.evaluate.rows import open_row
+from loram_cli.stages.evaluate.rows import checked_row, open_row
 from loram_cli.stages.evaluate.spec import GenerateSpec
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.layouts import Layout, asked
@@ -25,7 +26,8 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
     Raises:
         LoramError: A model or an adapter is not whole or does not fit, or a prompt is too long.
     """
-    models = {label: check_row(parts) for label, parts in spec.rows.items()}
+    warn_of_unused_gpu(spec.device, reporter)
+    models = {label: checked_row(parts) for label, parts in spec.rows.items()}
     found = {trained_layout(parts[-1]): None for parts in spec.rows.values()}
     learnt = next((name for name in found if name in get_args(Layout)), None)
     return [

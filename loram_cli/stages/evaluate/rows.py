@@ -12,7 +12,7 @@ from loram_cli.evaluation.engine import Engine
 from loram_cli.evaluation.harness import evaluate_model
 from loram_cli.evaluation.hugging_face import HuggingFaceBackend
 from loram_cli.evaluation.humaneval import CodeSettings
-from loram_cli.evaluation.models import opened_model, precision, row_tokenizer
+from loram_cli.evaluation.models import check_row, opened_model, precision, row_tokenizer
 from loram_cli.evaluation.requests import TaskRequest
 from loram_cli.evaluation.responses import ResponseCache
 from loram_cli.evaluation.results import RowResult, TrainingCost
@@ -23,9 +23,27 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.schema import digest_of
+from loram_cli.stages.core.lineage import read_checked
 from loram_cli.stages.core.results import training_cost
 from loram_cli.stages.evaluate.spec import EvalSpec, Rows, RowsSpec
 from loram_cli.training.data.records import read_records
+
+
+def checked_row(parts: Sequence[Path], opened: Model | None = None) -> Model:
+    """A row's model, once it and its adapters are whole, recorded and made for each other.
+
+    Args:
+        parts: The model's directory and, if any, the adapters'.
+        opened: The model, where another row has checked it already.
+
+    Raises:
+        LoramError: See :func:`.evaluation.models.check_row`; or a file of one of loram's own
+            outputs is not the one that was written.
+    """
+    for part in parts if opened is None else parts[1:]:
+        if (part / MANIFEST_NAME).is_file():
+            read_checked(part)
+    return check_row(parts, opened)
 
 
 def open_row(

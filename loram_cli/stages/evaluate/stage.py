@@ -7,17 +7,17 @@ from pathlib import Path
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.evaluation.models import check_row, model_bytes
+from loram_cli.evaluation.models import model_bytes
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 from loram_cli.evaluation.results import EvalResult
 from loram_cli.evaluation.vllm_backend import check_available
-from loram_cli.modeling.load import usable_device
+from loram_cli.modeling.load import usable_device, warn_of_unused_gpu
 from loram_cli.reporting import Reporter
 from loram_cli.runs.staging import look_up
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.plan import StagePlan, find_finished, free_disk, is_done
 from loram_cli.stages.evaluate.results import write_results
-from loram_cli.stages.evaluate.rows import eval_inputs, score_row, warn_of_tokenizers
+from loram_cli.stages.evaluate.rows import checked_row, eval_inputs, score_row, warn_of_tokenizers
 from loram_cli.stages.evaluate.spec import EvalSpec
 from loram_cli.training.data.documents import load_instructions
 
@@ -56,7 +56,7 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
     models: dict[Path, Model] = {}
     params = {}
     for label, parts in spec.rows.items():
-        models[parts[0]] = check_row(parts, models.get(parts[0]))
+        models[parts[0]] = checked_row(parts, models.get(parts[0]))
         params[label] = models[parts[0]].num_params
     for name, file in spec.task_data.items():
         _check_readable(f"--task-data {name}", file)
@@ -99,6 +99,7 @@ def run(spec: EvalSpec, reporter: Reporter) -> StageResult:
         kept = spec.out / ANSWERS_NAME
         if kept.is_dir() and not answers.exists() and not spec.force:
             shutil.copytree(kept, answers)
+        warn_of_unused_gpu(spec.device, reporter)
         warn_of_tokenizers(planned.inputs, reporter)
         rows = {}
         for label, parts in spec.rows.items():

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from loram_cli.errors import UsageError
 from loram_cli.memory.training import CUDA_CONTEXT_BYTES
 from loram_cli.modeling.free_memory import free_memory_bytes
-from loram_cli.modeling.load import default_device, usable_device
+from loram_cli.modeling.load import default_device, usable_device, warn_of_unused_gpu
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, local_device, process_count
 from loram_cli.stages.core.plan import StagePlan
@@ -67,6 +67,7 @@ def fit_device(spec: FitSpec, reporter: Reporter) -> str:
         UsageError: See :func:`check_device`.
     """
     device = check_device(spec)
+    warn_of_unused_gpu(spec.device, reporter)
     tell_launcher(spec, resolve_precision(spec.precision, device), reporter)
     forget_launcher()
     join_processes(device)

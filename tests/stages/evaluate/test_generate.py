@@ -261,6 +261,23 @@ def test_an_adapter_of_another_model_is_refused_in_a_line(finished_run, capsys):
         assert "its factors have other shapes than" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_an_adapter_that_changed_since_it_was_recovered_is_refused(
+    base, finished_run, tmp_path, capsys, command, name
+):
+    adapter = shutil.copytree(finished_run / "recovered", tmp_path / "mine")
+    data = bytearray((adapter / name).read_bytes())
+    # In the last factor, or a blank at the end of the text: each alone would be used as it is.
+    data[-1] = data[-1] ^ 1 if name.endswith("safetensors") else ord(" ")
+    (adapter / name).write_bytes(data)
+    more = ["b"] if command == "generate" else ["--tasks", "gsm8k", "--out", str(tmp_path / "out")]
+    row = f"mine={base}+{adapter}"
+    assert run_command([command, "--row", row, "--device", "cpu", *more]) == 1
+    told = "".join(capsys.readouterr().err.split())
+    assert f"{name}:ismissing,ornotthefilethat'recover'wrote" in told
+
+
 WAYS = ([], ["--weights-memory", "160KB"], ["--quantize", "nf4"])
 FIRST = "model.layers.0.mlp.down_proj"
 
