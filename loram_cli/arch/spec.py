@@ -242,10 +242,13 @@ class GgufFacts:
         architecture: The value of ``general.architecture``.
         rotary_permuted: Modules whose rows are reordered head by head, since llama.cpp rotates
             neighbouring rows where transformers rotates the halves of a head.
+        made_contiguous: Fused modules whose parts alternate from one key/value head to the next in
+            a checkpoint, and lie one after the other in a GGUF file: queries, keys, values.
     """
 
     architecture: str
     rotary_permuted: tuple[str, ...] = ()
+    made_contiguous: tuple[str, ...] = ()
 
 
 def _overridden(
@@ -346,8 +349,7 @@ class Family:
         if kinds:
             kinds = LayerKinds(**{**kinds, "keys": tuple(kinds["keys"])})
         if gguf:
-            permuted = tuple(gguf.get("rotary_permuted", ()))
-            gguf = GgufFacts(**{**gguf, "rotary_permuted": permuted})
+            gguf = GgufFacts(**{k: tuple(v) if isinstance(v, list) else v for k, v in gguf.items()})
         return cls(
             **{
                 **data,
