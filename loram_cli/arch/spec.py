@@ -258,7 +258,7 @@ class VllmFacts:
     Source: ``registry.py``, the model classes and ``lora/`` of vLLM 0.33.
 
     Attributes:
-        backend: ``vllm`` for a model class of vLLM's own, ``transformers`` where it wraps the one of
+        backend: ``vllm`` for a model class of vLLM's own, ``transformers`` where it wraps that of
             transformers.
         lora: Whether the class takes adapters at all.
         embeddings: Modules beside the linears that may have factors: ``embedding_modules``.

@@ -129,7 +129,10 @@ def test_a_fused_module_that_vllm_knows_in_parts_only_is_named(made, tmp_path):
         json.dumps({"r": 2, "lora_alpha": 2, "target_modules": ["gate_up_proj"]})
     )
     name = "base_model.model.model.layers.0.mlp.gate_up_proj"
-    factors = {f"{name}.lora_A.weight": torch.zeros(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)}
+    factors = {
+        f"{name}.lora_A.weight": torch.zeros(2, 4),
+        f"{name}.lora_B.weight": torch.ones(4, 2),
+    }
     save_file(factors, folder / WEIGHTS_NAME)
     [problem] = check_adapter(folder, base).problems
     assert "2 factors of gate_up_proj" in problem
@@ -255,7 +258,9 @@ def test_the_families_facts_are_those_of_the_installed_vllm(source, name):
         return
     facts = class_facts(folder, module, cls)
     assert family.vllm.lora == facts.get("lora", False)
-    assert {*family.vllm.embeddings} == {*facts.get("embedding_modules", {})} or not family.vllm.lora
+    assert {*family.vllm.embeddings} == {
+        *facts.get("embedding_modules", {})
+    } or not family.vllm.lora
     packed = facts.get("packed_modules_mapping", {})
     parts = {part for parts in packed.values() for part in parts}
     refused = {t for t in family.lora_targets if t in packed and t not in parts}

@@ -1,5 +1,6 @@
 """Conversations as text, and which parts of it are learnt."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,10 +67,13 @@ class Chat:
         )
         return [self._turn(conversation, i) for i in conversation.learnt]
 
-    def opened(self, text: str) -> Example:
-        """A message of the user, and the turn of the assistant begun by the template."""
-        message = {"role": "user", "content": text}
-        prompt = render(self._tokenizer, [message], "the prompt", begun=True)
+    def opened(self, messages: Sequence[Message]) -> Example:
+        """Messages that end with the user's, and the turn of the assistant begun by the template.
+
+        Raises:
+            TemplateRefusal: The template does not take the conversation.
+        """
+        prompt = render(self._tokenizer, messages, "the prompt", begun=True)
         return Example(prompt, "", special_tokens=False)
 
     def warn_of_fallback(self, reporter: Reporter) -> None:
