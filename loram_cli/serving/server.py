@@ -228,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _row(self, name: str) -> ServedRow:
         rows = self.server.engine.rows
         if name not in rows:
-            said = unknown_name("model", name, rows, "model").message
+            said = str(unknown_name("model", name, rows, "model"))
             raise ApiError(404, said, param="model", code="model_not_found")
         return rows[name]
 
