@@ -129,7 +129,7 @@ def test_a_fault_within_a_stream_is_its_last_event(served, monkeypatch):
 
 
 def test_a_client_that_goes_ends_its_answer_and_harms_no_other(served):
-    engine, url = served(max_new_tokens=400)
+    _, url = served(max_new_tokens=400)
     parts = urlsplit(url)
     body = json.dumps({"model": "base", "prompt": "a", "stream": True, "max_tokens": 400})
     with socket.create_connection((parts.hostname, parts.port), timeout=30) as client:
