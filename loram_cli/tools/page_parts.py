@@ -16,8 +16,9 @@ from loram_cli.tools import memory_report
 from loram_cli.tools.specs import MemoryReportSpec
 from loram_cli.units import common_unit, format_bytes
 
-# Documents that are shown, and characters of each text.
+# Documents that are shown, those of them that are open at once, and characters of each text.
 _MOST_DOCUMENTS = 12
+_OPEN_DOCUMENTS = 3
 _MOST_CHARACTERS = 1200
 # Examples whose lengths are counted, and bars that they are counted in.
 _MOST_EXAMPLES = 2000
@@ -50,14 +51,14 @@ def answers(directory: Path) -> Iterator[str]:
         f'<p class="note">{len(shown)} of {len(found)} documents, those first where rows differ '
         f"({len(differing)}). All of them: <code>loram eval --show</code>.</p>"
     )
-    for document in shown:
-        yield from _document(document)
+    for place, document in enumerate(shown):
+        yield from _document(document, is_open=place < _OPEN_DOCUMENTS)
 
 
-def _document(document: Document) -> Iterator[str]:
+def _document(document: Document, *, is_open: bool) -> Iterator[str]:
     question = document.prompt.strip().rpartition("\n\n")[-1]
     head = escape(f"{document.task} {document.doc_id}: {_short(question, 140)}")
-    yield f'<details class="doc" open><summary>{head}</summary>'
+    yield f"<details{' open' if is_open else ''}><summary>{head}</summary>"
     yield f'<p class="note">expected: {escape(_short(document.target, 200))}</p>'
     yield '<div class="answers">'
     for label, text in _texts(document).items():
@@ -173,7 +174,8 @@ def memory(manifests: Mapping[str, Manifest], run: Path, base: Path | None) -> I
         )
     except (LoramError, TypeError, ValueError):
         return
-    bars = [bar for bar in report.bars() if "NF4" not in bar.label or spec.get("quantize")]
+    precision = "nf4" if spec.get("quantize") else "bf16"
+    bars = [row.bar() for row in report.rows if row.precision == precision]
     yield "<h2>Memory of training</h2>"
     yield from _bars(bars)
     measured = format_bytes(trained.peak_memory_increase_bytes)

@@ -82,7 +82,7 @@ def test_piped_lines_are_messages_and_words_that_steer(command, monkeypatch, cap
     assert told["messages"][0]["content"] == FIRST
     assert "unknown row 'nobody'" in err
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{FIRST}\n"))
-    assert run_command([*command, "--rows", "base"]) == 0
+    assert run_command([*command, "--rows", "base", "--layout", "question"]) == 0
     out, err = capsys.readouterr()
     assert out.strip() == told["messages"][1]["content"]
     assert "base answers" in err
