@@ -371,9 +371,10 @@ class Family:
         kinds = data.get("layer_kinds")
         if kinds:
             kinds = LayerKinds(**{**kinds, "keys": tuple(kinds["keys"])})
+        classes: dict[str, Any] = {"gguf": GgufFacts, "vllm": VllmFacts}
         facts = {
             key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data[key].items()})
-            for key, kind in (("gguf", GgufFacts), ("vllm", VllmFacts))
+            for key, kind in classes.items()
             if key in data
         }
         return cls(

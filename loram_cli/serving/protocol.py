@@ -160,15 +160,16 @@ def _message(value: Any, place: int) -> Message:
         raise _bad(f"{where}.role", f"expected one of {', '.join(_ROLES)}")
     content = value.get("content")
     if isinstance(content, list):
-        parts = [part.get("text") if _is_text(part) else None for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        parts = [part["text"] for part in content if _is_text(part)]
+        content = "".join(parts) if len(parts) == len(content) else None
     if not isinstance(content, str):
         raise _bad(f"{where}.content", "expected a text; pictures and sound are not supported")
     return {"role": _ROLES[role], "content": _utf8(content, f"{where}.content")}
 
 
 def _is_text(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text"
+    is_text = isinstance(part, Mapping) and part.get("type") == "text"
+    return is_text and isinstance(part.get("text"), str)
 
 
 def _stops(value: Any) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ ROWS = {
     for line in PAGE.splitlines()
     if line.startswith("| ")
     for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
-    if len(cells) == 4 and re.match(r"\d", cells[1])
+    if len(cells) == 4 and re.match(r"\d", cells[1]) and cells[0] != "Python"
 }
 
 
