@@ -11,10 +11,12 @@ from typing import Any
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.decode import Decoded, Decoder, Generation
-from loram_cli.evaluation.models import check_row, opened_model, row_tokenizer
+from loram_cli.evaluation.models import opened_model, row_tokenizer
 from loram_cli.evaluation.perplexity import context_length
+from loram_cli.modeling.load import warn_of_unused_gpu
 from loram_cli.reporting import Reporter
 from loram_cli.stages.evaluate.generate import asking_layout, learnt_layout
+from loram_cli.stages.evaluate.rows import checked_row
 from loram_cli.stages.evaluate.spec import AnswersSpec
 from loram_cli.training.adapters import with_adapter
 from loram_cli.training.data.chat import Chat
@@ -175,11 +177,12 @@ def opened_rows(spec: AnswersSpec, reporter: Reporter) -> Iterator[dict[str, Ser
     Raises:
         LoramError: A row is not whole, does not fit, or has no tokenizer.
     """
+    warn_of_unused_gpu(spec.device, reporter)
     models: dict[Path, Model] = {}
     adapters: dict[Path, dict[str, Path]] = {}
     names: dict[str, str | None] = {}
     for place, (label, parts) in enumerate(spec.rows.items()):
-        models[parts[0]] = check_row(parts, models.get(parts[0]))
+        models[parts[0]] = checked_row(parts, models.get(parts[0]))
         own = adapters.setdefault(parts[0], {})
         names[label] = f"row{place}" if parts[1:] else None
         if parts[1:]:
