@@ -28,7 +28,7 @@ from loram_cli.stages.core.lifecycle import StageResult
 from loram_cli.stages.evaluate.spec import EvalSpec, GenerateSpec
 from loram_cli.stages.prune.spec import PruneSpec
 from loram_cli.stages.recover.spec import MergeSpec, RecoverSpec
-from loram_cli.stages.train.spec import TrainSpec
+from loram_cli.stages.train.spec import PolishSpec, TrainSpec
 from loram_cli.tools.inspect import Inspection, inspect
 from loram_cli.tools.specs import MemoryReportSpec, VerifyReport, VerifySpec
 
@@ -42,6 +42,7 @@ __all__ = [
     "Manifest",
     "MemoryReportSpec",
     "MergeSpec",
+    "PolishSpec",
     "PruneSpec",
     "Recipe",
     "RecoverSpec",
@@ -60,6 +61,7 @@ __all__ = [
     "load_recipe",
     "memory_report",
     "merge",
+    "polish",
     "prune",
     "recover",
     "run_recipe",
@@ -99,6 +101,13 @@ def recover(spec: RecoverSpec, reporter: Reporter | None = None) -> StageResult:
 def merge(spec: MergeSpec, reporter: Reporter | None = None) -> StageResult:
     """Write base and adapter as one checkpoint, as ``loram recover --merge``."""
     from loram_cli.stages.recover.merge import run
+
+    return run(spec, reporter or NullReporter())
+
+
+def polish(spec: PolishSpec, reporter: Reporter | None = None) -> StageResult:
+    """Go on from a recovered adapter on the base itself, as ``loram polish``."""
+    from loram_cli.stages.train.stage import run
 
     return run(spec, reporter or NullReporter())
 

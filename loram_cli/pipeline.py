@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from loram_cli.checkpoint.index import read_config
-from loram_cli.config.defaults import FILL, Place, merge_spec, model_dir
+from loram_cli.config.defaults import FILL, POLISHED_ALIKE, Place, merge_spec, model_dir
 from loram_cli.config.recipe import FULL_LORA, SPECS, Recipe, checked_by_stand_ins
 from loram_cli.memory.presets import load_preset
 from loram_cli.reporting import Reporter
@@ -28,6 +28,7 @@ STAGES: dict[str, Any] = {
     "train": train,
     FULL_LORA: train,
     "recover": recover,
+    "polish": train,
     "eval": evaluate,
 }
 
@@ -85,6 +86,9 @@ def _plans(recipe: Recipe, place: Place, reporter: Reporter) -> Iterator[StagePl
                 small = planned.work.config
             yield planned
             continue
+        if stage == "polish":
+            alike = {k: v for k, v in recipe.section("train").items() if k in POLISHED_ALIKE}
+            values = {**alike, **values}
         yield _foreseen(stage, values, place, base, small)
         if stage == "prune":
             spec = checked_by_stand_ins(PruneSpec, values, "recipe, stage prune")
@@ -115,7 +119,7 @@ def _foreseen(
     if isinstance(spec, PruneSpec):
         figures["result"] = foresee_prune(spec, base)[1]
     if isinstance(spec, TrainSpec):
-        config = base if stage == FULL_LORA else small
+        config = base if stage in (FULL_LORA, "polish") else small
         figures |= train.foresee(spec, config)
         memory_bytes = figures.pop("memory_bytes")
     out = place.run.path / (OUTPUTS[own] if stage != FULL_LORA else "full-lora")

@@ -120,13 +120,18 @@ def settle(options: RunOptions, reporter: Reporter, *, at_hand: Path | None = No
 
 
 def tell_defaults(place: "Place", stage: str, values: Values, reporter: Reporter) -> None:
-    """Print the settings that come from the demo base's own recipe."""
+    """Print the settings that come from the demo base's own recipe, or the adapter's training."""
     from loram_cli.config.defaults import stage_defaults
 
     defaults = {k: v for k, v in stage_defaults(place, stage, values).items() if k not in values}
     if defaults:
         words = " ".join(f"{k.replace('_', '-')}={_word(v)}" for k, v in defaults.items())
-        reporter.note(f"defaults of the demo base's recipe: {words}")
+        whose = (
+            "as the adapter was trained"
+            if stage == "polish"
+            else ("defaults of the demo base's recipe")
+        )
+        reporter.note(f"{whose}: {words}")
 
 
 def run_stage(

@@ -22,9 +22,15 @@ from loram_cli.stages.evaluate.spec import EvalSpec, GenerateSpec
 from loram_cli.stages.prune.spec import AMOUNTS, PruneSpec
 from loram_cli.stages.recover.spec import MergeSpec, RecoverSpec
 from loram_cli.stages.train.objectives.table import OBJECTIVES, beyond_sft
-from loram_cli.stages.train.spec import TrainSpec
+from loram_cli.stages.train.spec import PolishSpec, TrainSpec
 
 Values = Mapping[str, Any]
+# Settings of an adapter's training that hold for its polishing as well.
+POLISHED_ALIKE = (
+    "data", "eval_data", "eval_examples", "exhausted", "max_length", "loss_on", "train_on", "batch",
+    "micro_batch", "learning_rate", "dropout", "quantize", "attention", "optimizer", "precision",
+    "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,12 @@ def base_of(directory: Path) -> str | None:
 
 
 def stage_defaults(place: Place, stage: str, values: Values) -> dict[str, Any]:
-    """What the demo base's own recipe sets for a stage; empty for any other model."""
+    """What the demo base's own recipe sets for a stage; empty for any other model.
+
+    Polishing goes on as the adapter was trained, on any model.
+    """
+    if stage == "polish":
+        return _as_trained(values.get("from_adapter") or place.run.output("recover"))
     if place.model != DEMO_MODEL:
         return {}
     defaults = demo_recipe().defaults(stage, values)
@@ -144,6 +155,27 @@ def full_lora_spec(place: Place, values: Values) -> TrainSpec:
     return train_spec(place, {**places, **values})
 
 
+def polish_spec(place: Place, values: Values) -> PolishSpec:
+    """The spec of ``polish``: goes on from what ``recover`` wrote, on the base itself.
+
+    Raises:
+        LoramError: Nothing was recovered.
+        UsageError: No data is given, and what the adapter learnt from is not known.
+    """
+    filled = {
+        **stage_defaults(place, "polish", values),
+        "out": place.run.output("polish"),
+        **values,
+    }
+    if "from_adapter" not in filled:
+        filled["from_adapter"] = place.run.require("recover")
+    if "source" not in filled:
+        filled["source"] = model_dir(place.model)
+    filled = {**adapter_values(Path(filled["from_adapter"])), **filled}
+    _require_data(filled, "the adapter has no record of its data", "pass --data FILE.jsonl")
+    return spec_from_mapping(PolishSpec, filled, "polish")
+
+
 def recover_spec(place: Place, values: Values) -> RecoverSpec:
     """The spec of ``recover``; it reads what ``train`` wrote.
 
@@ -170,7 +202,7 @@ def merge_spec(place: Place, recover: RecoverSpec) -> MergeSpec | None:
 
 
 def export_spec(place: Place, values: Values) -> ExportSpec:
-    """The spec of ``export``; it reads what ``recover`` wrote.
+    """The spec of ``export``; it reads what ``polish`` wrote, else what ``recover`` wrote.
 
     Raises:
         LoramError: Nothing was recovered.
@@ -179,7 +211,9 @@ def export_spec(place: Place, values: Values) -> ExportSpec:
     model = model_dir(place.model, config_only=True)
     filled = {"model": model, "out": place.run.path / name, **values}
     if "adapter" not in filled:
-        filled["adapter"] = place.run.require("recover")
+        filled["adapter"] = place.run.require(
+            "polish" if place.run.is_done("polish") else "recover"
+        )
     return spec_from_mapping(ExportSpec, filled, "export")
 
 
@@ -220,6 +254,7 @@ FILL: dict[str, Callable[[Place, Values], Any]] = {
     "train": train_spec,
     "full_lora": full_lora_spec,
     "recover": recover_spec,
+    "polish": polish_spec,
     "eval": eval_spec,
 }
 
@@ -264,6 +299,22 @@ def trainable(run: RunDirectory) -> Path:
             "run 'loram align --force', or pass --in to choose",
         )
     return run.output("align")
+
+
+def _as_trained(adapter: Path) -> dict[str, Any]:
+    """The settings of the supervised training that an adapter descends from; empty without one."""
+    directory: Path | None = adapter
+    while directory is not None and (directory / MANIFEST_NAME).is_file():
+        manifest = Manifest.read(directory)
+        spec = manifest.spec
+        if manifest.stage == "train" and spec.get("objective", "sft") == "sft":
+            known = {name: spec.get(name) for name in POLISHED_ALIKE}
+            return {name: value for name, value in known.items() if value is not None}
+        before = Path(str(manifest.inputs.get("adapter", {}).get("path")))
+        # Beside this one, if the run directory was moved.
+        places = (before, directory.parent / before.name)
+        directory = next((at for at in places if at.is_dir() and at != directory), None)
+    return {}
 
 
 def _require_data(values: Values, why: str, hint: str) -> None:

@@ -65,6 +65,7 @@ class Recipe:
         train: Values of ``TrainSpec``.
         full_lora: Also train the base itself with the values of ``train``.
         recover: Values of ``RecoverSpec``.
+        polish: Values of ``PolishSpec``; what is absent is as in ``train``.
         eval: Values of ``EvalSpec``.
         variants: Other defaults for bare commands, where the recipe is that of a base of ours.
     """
@@ -77,6 +78,7 @@ class Recipe:
     train: dict[str, Any] | None = None
     full_lora: bool = False
     recover: dict[str, Any] | None = None
+    polish: dict[str, Any] | None = None
     eval: dict[str, Any] | None = None
     variants: tuple[dict[str, Any], ...] = field(default=())
 

@@ -14,7 +14,7 @@ FULL_LORA = "full-lora"
 
 
 def run_rows(run: RunDirectory, base: Path) -> Rows:
-    """Rows of a comparison: base, pruned as it is, recovered, merged, and full LoRA."""
+    """Rows of a comparison: base, pruned as it is, recovered, merged, polished, and full LoRA."""
     rows: Rows = {"base": (base,)}
     if run.is_done("prune"):
         rows["pruned"] = (run.output("prune"),)
@@ -22,6 +22,8 @@ def run_rows(run: RunDirectory, base: Path) -> Rows:
         rows["recovered"] = (base, run.output("recover"))
     if run.is_done("merge"):
         rows["merged"] = (run.output("merge"),)
+    if run.is_done("polish"):
+        rows["polished"] = (base, run.output("polish"))
     if (run.path / FULL_LORA / MANIFEST_NAME).is_file():
         rows[FULL_LORA] = (base, run.path / FULL_LORA)
     return rows
@@ -43,13 +45,14 @@ def chosen_rows(rows: Rows, choose: Sequence[str] | None, own: Rows) -> Rows:
 
 
 def asked_rows(rows: Rows, choose: Sequence[str] | None, own: Rows) -> Rows:
-    """The rows to ask a prompt: the recovered model unless named, or the base before there is one.
+    """The rows to ask a prompt: unless named the run's last adapter, or the base without one.
 
     Raises:
         UsageError: A named row does not exist.
     """
     if choose is None:
-        choose = () if own else ("recovered" if "recovered" in rows else "base",)
+        last = next(name for name in ("polished", "recovered", "base") if name in rows)
+        choose = () if own else (last,)
     return chosen_rows(rows, choose, own)
 
 

@@ -18,6 +18,12 @@ _ALWAYS = (
     "the adapter is used on the base, whose weights are in the base's rows: 'generate' and 'eval' "
     "read layer by layer what the card does not hold",
 )
+_STREAMED = (
+    "stream: 'train --on full --stream', embedding, head and two decoder layers on the GPU; "
+    "offloading: with --offload-activations, for which 'card' is told; RAM: copies of all layers",
+    "s/step: a floor and no measurement, the slowest of computing, copying from RAM and (or) "
+    "reading from the disk; --bus, --disk and --tflops tell it your machine",
+)
 
 
 def report_notes(
@@ -31,6 +37,8 @@ def report_notes(
 ) -> Iterator[str]:
     """Say what the figures contain, and where they differ from the paper's."""
     yield from _ALWAYS
+    if processes == 1:
+        yield from _STREAMED
     if processes > 1:
         yield (
             "weights are one process's slices, and what is whole at a time: two decoder layers, "

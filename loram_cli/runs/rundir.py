@@ -17,6 +17,7 @@ OUTPUTS = {
     "train": "adapter",
     "recover": "recovered",
     "merge": "merged",
+    "polish": "polished",
     "eval": "eval",
 }
 

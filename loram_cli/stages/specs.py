@@ -5,7 +5,7 @@ from loram_cli.stages.align.spec import AlignSpec
 from loram_cli.stages.evaluate.spec import EvalSpec
 from loram_cli.stages.prune.spec import PruneSpec
 from loram_cli.stages.recover.spec import MergeSpec, RecoverSpec
-from loram_cli.stages.train.spec import TrainSpec
+from loram_cli.stages.train.spec import PolishSpec, TrainSpec
 
 SPECS: dict[str, type[Spec]] = {
     "prune": PruneSpec,
@@ -13,5 +13,6 @@ SPECS: dict[str, type[Spec]] = {
     "train": TrainSpec,
     "recover": RecoverSpec,
     "merge": MergeSpec,
+    "polish": PolishSpec,
     "eval": EvalSpec,
 }

@@ -58,9 +58,10 @@ def hub_digests(directory: Path) -> dict[str, str]:
 
 def check_neighbour(manifest: Manifest, about: str, parent: Manifest) -> Iterator[str]:
     """What an output carries along of its base, against the record that it has it from."""
-    if parent.stage not in ("prune", "align", "train"):
+    if parent.stage not in ("prune", "align", "train", "recover"):
         return
-    if manifest.keep != parent.keep:
+    # What goes on from a recovered adapter keeps all of the base.
+    if parent.stage != "recover" and manifest.keep != parent.keep:
         yield f"{about} keeps other heads or channels than its record says"
     mine, theirs = manifest.base, parent.base
     differing = [name for name in PARTS if name in theirs and mine.get(name) != theirs[name]]

@@ -24,6 +24,7 @@ from loram_cli.memory.setup import TrainingSetup, usual_attention
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.tools.fit_ways import Question, Way, fitting_ways
 from loram_cli.tools.memory_rows import (
     BASE_NAME,
     FitAnswer,
@@ -33,6 +34,7 @@ from loram_cli.tools.memory_rows import (
     model_rows,
 )
 from loram_cli.tools.specs import MemoryReportSpec
+from loram_cli.tools.stream_rows import Speeds, StreamRow, stream_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,10 @@ class MemoryReport:
         setup: How the models are trained: micro-batch, length, gradient checkpointing and so on.
         rows: The base first, then every pruned model; each in bf16, then NF4.
         fit_bytes: The memory asked about, or None.
-        fits: What fits it.
+        fits: The smallest ratios that fit it at these settings.
+        ways: All ways to train that fit it, fastest first.
+        streams: The base layer by layer, at several batches; each in bf16, then NF4.
+        speeds: That the times of ``ways`` and ``streams`` follow from.
         notes: What the figures contain and what not.
     """
 
@@ -59,6 +64,9 @@ class MemoryReport:
     rows: tuple[MemoryRow, ...]
     fit_bytes: int | None
     fits: tuple[FitAnswer, ...]
+    ways: tuple[Way, ...]
+    streams: tuple[StreamRow, ...]
+    speeds: Speeds
     notes: tuple[str, ...]
 
     @property
@@ -77,7 +85,7 @@ class MemoryReport:
 
     def bars(self) -> list[Bar]:
         """The rows as bars, part by part."""
-        return [row.bar() for row in self.rows]
+        return [row.bar() for row in (*self.rows, *self.streams)]
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain form for ``--json``."""
@@ -88,6 +96,8 @@ class MemoryReport:
             "setup": {**plain["setup"], "targets": list(self.targets)},
             "rows": list(plain["rows"]),
             "fits": list(plain["fits"]),
+            "ways": [{"name": way.name, "exact": way.exact, **asdict(way)} for way in self.ways],
+            "streams": list(plain["streams"]),
             "notes": list(self.notes),
         }
 
@@ -130,6 +140,9 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
         ),
         fit_bytes=spec.fit_bytes,
         fits=_fits(spec, family, config, setup),
+        ways=_ways(spec, family, base, setup),
+        streams=_streams(spec, family, base, setup),
+        speeds=_speeds(spec),
         notes=tuple(
             report_notes(
                 family,
@@ -161,6 +174,39 @@ def _fits(
         return ()
     keeps = (spec.keep_first, spec.keep_last)
     return tuple(fit_answers(family, config, setup, keeps, spec.multiple_of, spec.fit_bytes))
+
+
+def _ways(
+    spec: MemoryReportSpec, family: Family, base: ModelRow, setup: TrainingSetup
+) -> tuple[Way, ...]:
+    if spec.fit_bytes is None or setup.processes > 1 or base.config.get("per_layer_config"):
+        return ()
+    asked = Question(
+        family=family,
+        config=base.config,
+        setup=setup,
+        batch=max(spec.batches),
+        keeps=(spec.keep_first, spec.keep_last),
+        multiple_of=spec.multiple_of,
+        fit_bytes=spec.fit_bytes,
+        speeds=_speeds(spec),
+        head_params=base.head_params,
+    )
+    return tuple(fitting_ways(asked))
+
+
+def _streams(
+    spec: MemoryReportSpec, family: Family, base: ModelRow, setup: TrainingSetup
+) -> tuple[StreamRow, ...]:
+    if setup.processes > 1:  # it runs in one
+        return ()
+    batches = tuple(dict.fromkeys(spec.batches))
+    rows = stream_rows(family, base.config, setup, batches, _speeds(spec), base.head_params)
+    return tuple(rows)
+
+
+def _speeds(spec: MemoryReportSpec) -> Speeds:
+    return Speeds(bus=spec.bus * 1e9, disk=spec.disk * 1e9, flops=spec.tflops * 1e12)
 
 
 def _base_config(spec: MemoryReportSpec) -> dict[str, Any]:

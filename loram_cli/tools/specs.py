@@ -90,8 +90,23 @@ class MemoryReportSpec(StepSpec):
     fit_bytes: Bytes | None = setting(
         None,
         flag="--fit",
-        help="Which ratio and micro-batch fit so much memory, e.g. 24GiB.",
+        help="All ways to train that fit so much memory, e.g. 24GiB, fastest first.",
         at_least=1,
+    )
+    batches: tuple[int, ...] = setting(
+        (8, 32, 128),
+        flag="--batch",
+        help="Examples per step, layer by layer (train --stream); may be repeated. With --fit: the "
+        "largest.",
+        repeat=True,
+        at_least=1,
+    )
+    bus: float = setting(
+        25.0, help="GB/s from RAM to the GPU: PCIe 4.0 x16 gives 25, 5.0 50.", above=0
+    )
+    disk: float = setting(3.0, help="GB/s from the disk.", above=0)
+    tflops: float = setting(
+        60.0, help="TFLOP/s that training reaches: RTX 3090 40, 4090 100, H100 400.", above=0
     )
 
     def check(self) -> None:

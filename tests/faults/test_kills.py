@@ -6,6 +6,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -101,6 +102,22 @@ def test_signals_stop_cleanly_and_the_same_command_goes_on(workshop, kind: int, 
     done = "3" if place == "checkpoint-2" else "5"
     assert f"resuming at step {done} of 5" in workshop.log
     workshop.assert_same("train")
+    workshop.assert_nothing_beside()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*SIGNALS, signal.SIGKILL])
+def test_layers_that_come_and_go_are_stopped_and_resumed_alike(workshop, kind: int):
+    workshop.ensure("polish")
+    workshop.clear("polish")
+    # The checkpoint of the second of four steps is whole then.
+    stopped = workshop.stage("polish", fault={"signal": int(kind), "at_path": "checkpoint-3"})
+    assert stopped["code"] == SIGNALS.get(kind, -kind), workshop.log
+    assert "Traceback" not in workshop.log
+    assert not workshop.out("polish").exists()
+    assert workshop.stage("polish")["code"] == 0, workshop.log
+    assert re.search("resuming at step [234] of 4", workshop.log), workshop.log
+    workshop.assert_same("polish")
     workshop.assert_nothing_beside()
 
 

@@ -163,6 +163,7 @@ def make_workshop(
                   "--learning-rate", "1e-2", *fit],
         "recover": ["recover", *run],
         "merge": ["recover", *run, "--merge"],
+        "polish": ["polish", *run, "--steps", "4"],
         "eval": ["eval", *run, *score],
     }  # fmt: skip
     return Workshop(folder, run_path, zygote, commands)

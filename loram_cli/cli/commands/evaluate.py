@@ -24,7 +24,7 @@ from loram_cli.stages.evaluate.spec import EvalSpec
 
 NAME = "eval"
 EPILOG = "Example: loram eval --tasks gsm8k,humaneval --task-data gsm8k=test.jsonl --limit 200"
-ROWS_HELP = "Comma-separated: base, pruned, recovered, merged, full-lora."
+ROWS_HELP = "Comma-separated: base, pruned, recovered, merged, polished, full-lora."
 ROW_HELP = "NAME=DIR[+ADAPTER], a model of your own; may be repeated."
 
 

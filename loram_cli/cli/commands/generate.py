@@ -31,7 +31,7 @@ EPILOG = 'Example: loram generate --rows base,recovered "How many legs do 3 cats
 class GenerateOptions(BaseOptions):
     """Whom to ask."""
 
-    rows: str | None = setting(None, help=ROWS_HELP, default_text="recovered")
+    rows: str | None = setting(None, help=ROWS_HELP, default_text="polished, or recovered")
     row: tuple[str, ...] = setting((), help=ROW_HELP, repeat=True)
 
 

@@ -27,6 +27,10 @@ COMMANDS = {
         "recover",
         "Scatter the small LoRA factors back to the full model's shapes, and check them.",
     ),
+    "polish": (
+        "polish",
+        "Go on from the recovered adapter for a few exact steps on the full model, layer by layer.",
+    ),
     "eval": ("evaluate", "Compare base, pruned and recovered models on the same held-out tasks."),
     "generate": (
         "generate",

@@ -16,6 +16,7 @@ from loram_cli.cli.draw.results import result_lines
 from loram_cli.reporting import Progress as ProgressProtocol
 from loram_cli.runs.processes import is_main_process
 from loram_cli.stages.core.lifecycle import StageResult
+from loram_cli.stages.core.lineage import fits_base
 from loram_cli.units import format_bytes, format_seconds
 
 _PLAIN_SECONDS = 10.0
@@ -23,8 +24,8 @@ _NEXT = {
     "prune": "loram align (or loram train, to skip alignment)",
     "align": "loram train",
     "train": "loram recover",
-    "recover": 'loram eval (or loram generate "a prompt")',
-    "merge": "loram eval",
+    "recover": 'loram eval (or loram generate "a prompt"; or loram polish before)',
+    "merge": 'loram eval (or loram generate "a prompt")',
 }
 
 
@@ -149,8 +150,9 @@ def show_result(result: StageResult, json_output: bool, *, then: bool = True) ->
             f"peak memory {format_bytes(result.manifest.peak_memory_bytes)} "
             f"({format_bytes(result.manifest.peak_memory_increase_bytes)} above the start)"
         )
-    if then and result.stage in _NEXT:
-        console.print(f"next: {_NEXT[result.stage]}")
+    stage = "merge" if fits_base(result.manifest) else result.stage
+    if then and stage in _NEXT:
+        console.print(f"next: {_NEXT[stage]}")
 
 
 def stdout_console() -> Console:

@@ -7,13 +7,18 @@ from rich import box
 from rich.table import Table
 
 from loram_cli.cli.draw.console import stdout_console
+from loram_cli.tools.fit_ways import Way
 from loram_cli.tools.memory_report import MemoryReport
-from loram_cli.units import common_unit, format_bytes, format_params
+from loram_cli.units import common_unit, format_bytes, format_params, format_seconds
 
 # A glyph per part of a bar, in the order of ``Bar.parts``: one that terminals have, and plain ones.
 _GLYPHS = ("█", "▓", "▒", "░", "·")
 _PLAIN_GLYPHS = ("#", "=", "+", "-", ".")
 _BAR_COLUMNS = 60
+_DEFAULT_MICRO_BATCH = 4
+# The largest ratio of the paper's tables.
+_PAPER_MOST = 0.95
+_AS_FAST = 1.05
 
 
 def show_report(result: MemoryReport) -> None:
@@ -22,10 +27,12 @@ def show_report(result: MemoryReport) -> None:
     console.print(weights_table(result))
     console.print(state_table(result))
     console.print(training_table(result))
+    if result.streams:
+        console.print(stream_table(result))
     for line in bar_lines(result, _glyphs(sys.stdout.encoding)):
         console.print(line)
     console.print()
-    for line in fit_lines(result):
+    for line in (*way_lines(result), *fit_lines(result)):
         console.print(line)
     for note in result.notes:
         console.print(f"- {note}")
@@ -85,16 +92,122 @@ def training_table(result: MemoryReport) -> Table:
             row.weight_bytes, row.training_state_bytes, row.activation_bytes, row.logits_bytes,
             row.context_bytes, row.training_bytes,
         )  # fmt: skip
-        card = row.smallest_card_gib
         cells = [
             f"{row.name} {row.method}",
             *(f"{part / unit_bytes:.2f}" for part in parts),
-            "none" if card is None else f"{card} GB",
+            _card(row.smallest_card_gib),
         ]
         if result.fit_bytes is not None:
             cells.append(str(row.largest_micro_batch or "none"))
         table.add_row(*cells)
+    for stream in result.streams:
+        parts = (
+            stream.weight_bytes, stream.training_state_bytes, stream.activation_bytes,
+            stream.logits_bytes, stream.context_bytes, stream.training_bytes,
+        )  # fmt: skip
+        cells = [
+            stream.name,
+            *(f"{part / unit_bytes:.2f}" for part in parts),
+            _card(stream.smallest_card_gib),
+        ]
+        table.add_row(*cells, *(["-"] if result.fit_bytes is not None else []))
     return table
+
+
+def stream_table(result: MemoryReport) -> Table:
+    """The base layer by layer: memory on both sides, traffic and least time of a step."""
+    streams = result.streams
+    unit, unit_bytes = common_unit(max(row.training_bytes for row in streams))
+    table = _table(
+        f"the full model layer by layer (train --on full --stream), in {unit}\n{_speeds(result)}",
+        ("model", "GPU", "offloading", "card", "RAM", "from RAM", "from disk", "s/step", "or",
+         "tokens/s"),
+    )  # fmt: skip
+    for row in streams:
+        table.add_row(
+            row.name.removeprefix("stream "),
+            f"{row.training_bytes / unit_bytes:.2f}",
+            f"{row.offloaded_training_bytes / unit_bytes:.2f}",
+            _card(row.offloaded_card_gib),
+            f"{row.host_bytes / unit_bytes:.1f}",
+            f"{row.bus_bytes / unit_bytes:.1f}",
+            f"{row.disk_bytes / unit_bytes:.1f}",
+            _short(row.bus_seconds),
+            _short(row.disk_seconds),
+            f"{row.tokens_per_second:.0f}",
+        )
+    return table
+
+
+def way_lines(result: MemoryReport) -> Iterator[str]:
+    """All ways that fit the memory asked about, in words to choose by."""
+    if result.fit_bytes is None or not (result.ways or result.fits):
+        return
+    memory, batch = format_bytes(result.fit_bytes), max(row.batch for row in result.streams)
+    if not result.ways:
+        yield f"no way to train {result.source} fits {memory}"
+        return
+    yield f"ways to train {result.source} in {memory}, fastest first"
+    yield f"(a step is {batch} examples of {result.setup.length} tokens; {_speeds(result)})"
+    for place, way in enumerate(result.ways, 1):
+        yield f"{place:>3}. {way.name}: {format_seconds(way.seconds)} a step, " + (
+            f"{format_bytes(way.training_bytes)} on the GPU"
+            + (f", {format_bytes(way.host_bytes)} of RAM" if way.host_bytes else "")
+        )
+        yield f"     {_way_said(way, result)}"
+        yield f"     {_way_command(way)}"
+    if {way.kind for way in result.ways} >= {"pruned", "streamed"}:
+        yield "  both: LoRAM for most steps, then 'loram polish': a few exact ones, layer by layer"
+    yield ""
+    if result.fits:
+        yield "with the table's settings as they are:"
+
+
+def _way_said(way: Way, result: MemoryReport) -> str:
+    if way.kind == "resident":
+        return "exact: the full model is on the GPU; there is nothing to prune"
+    if way.kind == "pruned":
+        base = format_params(result.rows[0].params)
+        beyond = ", more pruned than in the paper" if way.ratio > _PAPER_MOST else ""
+        return (
+            f"approximate: trains on {format_params(way.params)} of {base} parameters{beyond}; the "
+            "adapter serves all"
+        )
+    assert way.disk_seconds is not None
+    slower = way.disk_seconds > _AS_FAST * way.seconds
+    from_disk = format_seconds(way.disk_seconds) if slower else "as fast"
+    return (
+        f"exact: the full model, layer by layer; without the RAM for it, {from_disk} from the disk"
+    )
+
+
+def _way_command(way: Way) -> str:
+    flags = ["--quantize nf4"] if way.precision == "nf4" else []
+    if way.kind != "streamed" and way.gradient_checkpointing:
+        flags.append("--gradient-checkpointing")
+    if way.micro_batch != _DEFAULT_MICRO_BATCH:
+        flags.append(f"--micro-batch {way.micro_batch}")
+    flags += ["--offload-activations"] if way.offload_activations else []
+    words = " ".join(["", *flags])
+    if way.kind == "pruned":
+        return f"loram prune --ratio {way.ratio:.2f}, then loram train{words}, loram recover"
+    return f"loram train --on full{' --stream' if way.kind == 'streamed' else ''}{words}"
+
+
+def _speeds(result: MemoryReport) -> str:
+    speeds = result.speeds
+    return (
+        f"at least, at {speeds.flops / 1e12:g} TFLOP/s, {speeds.bus / 1e9:g} GB/s from RAM and "
+        f"{speeds.disk / 1e9:g} GB/s from disk"
+    )
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
+
+
+def _card(gib: int | None) -> str:
+    return "none" if gib is None else f"{gib} GB"
 
 
 def bar_lines(result: MemoryReport, glyphs: tuple[str, ...] = _GLYPHS) -> Iterator[str]:

@@ -139,7 +139,7 @@ class LoraPass:
         walk = [*range(last + 1), *range(last - 1, self._first - 1, -1)]
         step = _Step(batches, states, self._kept)
         final = generator_state(self._device)
-        step.enter(self.parts)
+        step.enter(self.parts, self._device)
         for i in range(last):
             with self._layer(i, walk) as layer, torch.no_grad():
                 for m in range(len(batches)):
@@ -189,7 +189,7 @@ class LoraPass:
         self.model.eval()
         layers = self.parts.layers
         step = _Step(batches, None, self._kept)
-        step.enter(self.parts)
+        step.enter(self.parts, self._device)
         walk = range(len(layers))
         for i in walk:
             with self._layer(i, walk) as layer:
@@ -246,12 +246,14 @@ class _Step:
         self.put, self.take = kept.put, kept.take
         self.calls: list[LayerCalls] = []
 
-    def enter(self, parts: ModelParts) -> None:
+    def enter(self, parts: ModelParts, device: torch.device) -> None:
         """Embed every micro-batch."""
         # What a step that failed has left.
         self._kept.clear()
         known: dict[tuple[int, ...], LayerCalls] = {}
         for m, batch in enumerate(self._batches):
+            if self._states is not None:
+                set_generator_state(self._states[m][0], device)
             hidden, calls = parts.enter(batch["input_ids"])
             # Masks and rotary embeddings depend on the shape alone.
             self.calls.append(known.setdefault(tuple(hidden.shape), calls))
@@ -260,7 +262,7 @@ class _Step:
     def draw_from(self, micro_batch: int, layer: int, device: torch.device) -> None:
         """Let the next random numbers be those that the resident model draws there."""
         if self._states is not None:
-            set_generator_state(self._states[micro_batch][layer], device)
+            set_generator_state(self._states[micro_batch][layer + 1], device)
 
 
 def loss_tokens(batches: Sequence[Batch]) -> list[int]:

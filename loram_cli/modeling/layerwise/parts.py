@@ -84,7 +84,9 @@ class ModelParts:
         def hand_on(index: int, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             return self._given_out(hidden if index == len(self.layers) - 1 else hidden_states)
 
-        with self._layers_replaced(hand_on):
+        # What the stack draws before its layers has been drawn when it was entered.
+        devices = [hidden.device] if hidden.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self._layers_replaced(hand_on):
             last = self._stack(inputs_embeds=hidden.detach(), use_cache=False).last_hidden_state
         return chunked_cross_entropy(
             last, labels, self.logits_of, chunk=self.chunk, num_items=num_items

@@ -60,8 +60,10 @@ def model_card(
     """The card of a stage's output, without times or local paths; None for evaluations."""
     if stage not in _KINDS:
         return None
-    kind, library, relation, usage = _KINDS[stage]
     path = Path(str(base.get("path", "")))
+    # Trained on the base itself, an adapter is what recover makes of others.
+    as_recovered = stage == "train" and spec.source.resolve() == path.resolve()
+    kind, library, relation, usage = _KINDS["recover" if as_recovered else stage]
     published = hub_id(path)
     name = published or path.name or "the base"
     this = f"./{spec.out.name}"

@@ -152,6 +152,12 @@ def adapter_record(directory: Path, manifest: Manifest) -> dict[str, str]:
     }
 
 
+def fits_base(manifest: Manifest) -> bool:
+    """Whether an adapter was trained on the base itself, and so needs no recovery."""
+    source = manifest.inputs.get("source", {})
+    return manifest.stage == "train" and source.get("path") == manifest.base.get("path")
+
+
 def adapter_values(adapter: Path) -> dict[str, int]:
     """Rank and alpha of an adapter, under their names in the spec.
 

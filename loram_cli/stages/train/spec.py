@@ -1,6 +1,7 @@
 """How to train: the settings, and the objectives that there are."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 from loram_cli.errors import UsageError
@@ -83,3 +84,53 @@ class TrainSpec(TrainSettings):
                 f"--stream does not go with --cross-entropy {self.cross_entropy}",
                 "pass --cross-entropy chunked",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolishSpec(TrainSpec):
+    """How to go on training a recovered adapter on the full model itself.
+
+    It is a training like others, and its output is one: only defaults differ.
+    """
+
+    source: Path = redefined(TrainSpec, "source", help="Model directory, not the run's base.")
+    from_adapter: Path | None = redefined(
+        TrainSpec,
+        "from_adapter",
+        help="The adapter to go on from.",
+        default_text="the run's recovered one",
+    )
+    data: str = redefined(
+        TrainSpec, "data", help="Instructions, not those that the adapter learnt from."
+    )
+    steps: int = redefined(TrainSpec, "steps", 10)
+    warmup_steps: int = redefined(TrainSpec, "warmup_steps", 0)
+    # A step on a model that comes and goes takes long, and a checkpoint little.
+    save_steps: int = redefined(TrainSpec, "save_steps", 1)
+    stream: bool = redefined(
+        TrainSpec,
+        "stream",
+        True,
+        help="Bring the frozen layers one by one, twice a step (the default); --no-stream holds "
+        "the full model: the same result.",
+    )
+    # Supervised only: these are no flags here.
+    objective: str = redefined(TrainSpec, "objective", flag="")
+    beta: float | None = redefined(TrainSpec, "beta", flag="")
+    generations: int | None = redefined(TrainSpec, "generations", flag="")
+    max_completion_length: int | None = redefined(TrainSpec, "max_completion_length", flag="")
+    temperature: float | None = redefined(TrainSpec, "temperature", flag="")
+    fsdp: bool = redefined(TrainSpec, "fsdp", flag="")
+
+    def check(self) -> None:
+        """Refuse another objective than supervised training.
+
+        Raises:
+            UsageError: It is another one.
+        """
+        if self.objective != "sft":
+            raise UsageError(
+                f"polish: objective {self.objective} is not supported, sft only",
+                "pass it to 'loram train --on full --from-adapter DIR'",
+            )
+        super().check()

@@ -94,7 +94,7 @@ def test_bars_are_on_one_scale():
     result = run(MemoryReportSpec(preset="llama2-13b", ratios=(0.65,)), NullReporter())
     *bars, legend = bar_lines(result, tuple("wsalc"))
     lengths = [sum(bar.split()[-3].count(c) for c in "wsalc") for bar in bars]
-    totals = [row.training_bytes for row in result.rows]
+    totals = [row.training_bytes for row in (*result.rows, *result.streams)]
     assert lengths[0] == 60
     for length, total in zip(lengths, totals, strict=True):
         assert length == pytest.approx(60 * total / max(totals), abs=0.6)
@@ -111,3 +111,27 @@ def test_picture_is_written_and_another_ending_refused(tmp_path, capsys):
     assert (tmp_path / "bars").read_bytes().startswith(b"\x89PNG")
     assert run_command([*words[:-1], str(tmp_path)]) == 1
     assert "cannot be written (Is a directory)" in capsys.readouterr().err
+
+
+def test_ways_that_fit_are_told_fastest_first_with_their_commands(capsys):
+    text = shown(capsys, "--fit", "24GiB", "--multiple-of", "64")
+    ways = text[text.index("ways to train preset llama2-70b in 24.00 GiB") :]
+    ranks = [line for line in ways.splitlines() if line[:5].strip(" .").isdigit()]
+    assert len(ranks) == 4 and ranks[0].lstrip().startswith("1. LoRAM 0.9")
+    assert "QLoRAM 0." in ranks[1] and "stream" in ranks[2] and "stream" in ranks[3]
+    assert "loram train --on full --stream --quantize nf4 --offload-activations" in ways
+    assert "then 'loram polish'" in ways
+    small = shown(capsys, "--fit", "24GiB", "--batch", "1", "--tflops", "400", "--bus", "50")
+    # With one example a step reading decides, and NF4 is a quarter of it.
+    assert "without the RAM for it, 1 min" in small
+
+
+def test_what_fits_whole_needs_neither_pruning_nor_streaming(capsys):
+    assert run_command(["memory-report", "--preset", "llama2-7b", "--fit", "80GiB"]) == 0
+    ways = capsys.readouterr().out.partition("ways to train")[2]
+    assert "1. LoRA:" in ways and "2. QLoRA:" in ways and "3. " not in ways
+    assert "there is nothing to prune" in ways and "loram polish" not in ways
+
+
+def test_a_memory_that_no_way_fits_is_said(capsys):
+    assert "no way to train preset llama2-70b fits 2.00 GiB" in shown(capsys, "--fit", "2GiB")

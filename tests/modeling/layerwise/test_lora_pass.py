@@ -1,6 +1,7 @@
 """Gradients of a model whose layers come and go, beside those of the same model resident."""
 
 import gc
+import json
 import weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,6 +24,10 @@ from loram_cli.training.adapters import attach_lora, lora_config, lora_targets
 
 SILENT = NullReporter()
 FP32 = {"dtype": torch.float32, "device": "cpu"}
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def micro_batches(count=3):
@@ -62,10 +67,19 @@ def num_items(batches):
     return sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
 
 
-def resident(directory, batches, *, dropout=0.0, nf4=False, autocast=nullcontext, steps=1):
+def resident(
+    directory,
+    batches,
+    *,
+    dropout=0.0,
+    nf4=False,
+    autocast=nullcontext,
+    steps=1,
+    attention=None,
+):
     family = family_for(read_config(directory), "test")
     quantization = nf4_config(torch.float32, skip_modules=(family.lm_head,)) if nf4 else None
-    model = load_causal_lm(directory, quantization_config=quantization, **FP32)
+    model = load_causal_lm(directory, quantization_config=quantization, attention=attention, **FP32)
     prepare_for_training(model)
     model = with_factors(model, directory, dropout)
     torch.manual_seed(11)
@@ -80,8 +94,8 @@ def resident(directory, batches, *, dropout=0.0, nf4=False, autocast=nullcontext
 
 
 @contextmanager
-def streamed(directory, *, dropout=0.0, nf4=False, targets=None, **how):
-    skeleton = SkeletonModel(directory, nf4=nf4, **FP32)
+def streamed(directory, *, dropout=0.0, nf4=False, targets=None, attention=None, **how):
+    skeleton = SkeletonModel(directory, nf4=nf4, attention=attention, **FP32)
     model = with_factors(skeleton.model, directory, dropout, targets)
     with streamed_lora(skeleton, model, SILENT, **how) as passes:
         # Several chunks of the head in each micro-batch.
@@ -274,14 +288,40 @@ def test_what_fails_leaves_no_weights_and_can_be_done_again(base):
     assert not counted.layers_alive()
 
 
-def test_dropout_inside_attention_is_refused(tmp_path):
-    import json
+def with_config(variant, folder, changes):
+    directory = variant.save(folder)
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return directory
 
-    directory = VARIANTS[0].save(tmp_path)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
-    with (
-        pytest.raises(LoramError, match="attention_dropout"),
-        streamed(directory, dropout=0.1) as passes,
-    ):
-        passes.accumulate(micro_batches(), 100)
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "rates"),
+    [
+        ("llama", {"attention_dropout": 0.1}),
+        ("phi", {"attention_dropout": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}),
+        slow("seed_oss", {"attention_dropout": 0.1, "residual_dropout": 0.1}),
+        slow("gpt_neox", {"attention_dropout": 0.1, "hidden_dropout": 0.1}),
+        slow("gemma2", {"attention_dropout": 0.1}),
+    ],
+)
+def test_every_dropout_of_a_config_is_the_resident_models(family, rates, attention, tmp_path):
+    variant = next(v for v in VARIANTS if v.model_type == family)
+    directory = with_config(variant, tmp_path, rates)
+    batches = micro_batches()
+    expected = resident(directory, batches, dropout=0.1, attention=attention)
+    without = resident(variant.save(tmp_path / "without"), batches, dropout=0.1)
+    # The rates are in use, and not only read.
+    assert not torch.equal(expected[0][0], without[0][0])
+    with streamed(directory, dropout=0.1, attention=attention) as passes:
+        assert_equal(passes, batches, expected)
+
+
+def test_draws_of_another_kind_are_refused(base):
+    with streamed(base, dropout=0.1) as passes:
+        passes.parts.layers[1].mlp.register_forward_pre_hook(
+            lambda _, given: (given[0] * (1 + 0.01 * torch.rand_like(given[0])),)
+        )
+        with pytest.raises(LoramError, match="draws random numbers"):
+            passes.accumulate(micro_batches(), 100)
