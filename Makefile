@@ -38,6 +38,7 @@ lint: $(VENV)/installed ## style and format
 
 docs: $(VENV)/installed ## the pages of the commands, from their help
 	$(BIN)/python -m loram_cli.cli.command_pages
+	$(BIN)/python -m loram_cli.cli.which_way_page
 
 bench: $(VENV)/installed ## streaming against cp, Taylor, SparseGPT, decoding, offload (9 GB of disk)
 	$(BIN)/python $(BENCHMARKS)/stream.py

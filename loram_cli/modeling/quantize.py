@@ -88,6 +88,19 @@ def nf4_weight(weight: torch.Tensor, storage: torch.dtype = torch.uint8) -> Any:
     ).to(weight.device)
 
 
+def expanded_nf4(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """A 4-bit weight's values, shape (out, in).
+
+    Args:
+        packed: As it is held.
+        state: Its block constants and shape.
+    """
+    import bitsandbytes
+
+    values: torch.Tensor = bitsandbytes.functional.dequantize_4bit(packed.view(-1, 1), state)
+    return values
+
+
 def keep_standard_layout(model: Any) -> None:
     """Keep 4-bit weights in the layout that they were loaded in.
 

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from loram_cli.arch.spec import Family
@@ -18,6 +18,8 @@ Kind = Literal["resident", "pruned", "streamed"]
 _PRECISIONS: tuple[Literal["bf16", "nf4"], ...] = ("bf16", "nf4")
 # Without checkpointing a frozen weight has two products of the three: no second forward pass.
 _WITHOUT_RECOMPUTING = 2 / 3
+# The largest ratio of the paper's tables: what little is left beyond it is no model to train on.
+_MOST_HUNDREDTHS = 95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class Way:
         kind: ``resident`` (the full model on the device), ``pruned`` (LoRAM), or ``streamed`` (the
             full model, layer by layer).
         precision: Of the frozen weights.
-        ratio: Of the pruning, the smallest in steps of a hundredth; 0 for the full model.
+        ratio: Of the pruning, the smallest in steps of a hundredth, at most that of the paper's
+            tables; 0 for the full model.
         micro_batch: Examples per forward pass.
         gradient_checkpointing: Whether it is needed; streaming always recomputes.
         offload_activations: Whether it is needed.
@@ -63,6 +66,49 @@ class Way:
         if self.kind == "pruned":
             return f"{name}M {self.ratio:.2f}"
         return f"stream {name}" if self.kind == "streamed" else name
+
+    @property
+    def flags(self) -> str:
+        """The flags of ``train`` that it needs beside the defaults, each after a space."""
+        flags = ["--quantize nf4"] if self.precision == "nf4" else []
+        if self.kind != "streamed" and self.gradient_checkpointing:
+            flags.append("--gradient-checkpointing")
+        if self.micro_batch != TrainingSetup().micro_batch:
+            flags.append(f"--micro-batch {self.micro_batch}")
+        flags += ["--offload-activations"] if self.offload_activations else []
+        return "".join(f" {flag}" for flag in flags)
+
+    @property
+    def commands(self) -> str:
+        """What to type."""
+        if self.kind == "pruned":
+            return (
+                f"loram prune --ratio {self.ratio:.2f}, then loram train{self.flags}, loram recover"
+            )
+        return f"loram train --on full{' --stream' if self.kind == 'streamed' else ''}{self.flags}"
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain form for ``--json``."""
+        return {
+            "name": self.name, "exact": self.exact, "commands": self.commands, **asdict(self),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CardAnswer:
+    """What fits a common card.
+
+    Attributes:
+        gib: Its memory.
+        ways: Fastest first.
+    """
+
+    gib: int
+    ways: tuple[Way, ...]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain form for ``--json``."""
+        return {"gib": self.gib, "ways": [way.to_mapping() for way in self.ways]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +155,7 @@ class Question:
 
 
 def fitting_ways(asked: Question) -> list[Way]:
-    """The ways that fit, fastest first; of two that take as long, the more exact one.
+    """The ways that fit, fastest first; of those that take as long, exact ones, and least RAM.
 
     Args:
         asked: What is to be trained, and on what.
@@ -120,7 +166,7 @@ def fitting_ways(asked: Question) -> list[Way]:
         whole = _resident(mine)
         # What the device holds whole gains nothing by pruning or by layers that come and go.
         ways += [whole] if whole is not None else [*_pruned(mine), *_streamed(mine)]
-    return sorted(ways, key=lambda way: (way.seconds, not way.exact, way.precision))
+    return sorted(ways, key=lambda way: (way.seconds, not way.exact, way.host_bytes))
 
 
 def _resident(asked: Question) -> Way | None:
@@ -158,8 +204,8 @@ def _smallest_ratio(
         except UsageError:  # nothing would be left of a layer, nor at any larger ratio
             return True
 
-    first = bisect_left(range(1, 100), True, key=settled) + 1
-    if first > 99:
+    first = bisect_left(range(1, _MOST_HUNDREDTHS + 1), True, key=settled) + 1
+    if first > _MOST_HUNDREDTHS:
         return None
     try:
         return first, *at(first)

@@ -21,10 +21,11 @@ from loram_cli.memory.notes import report_notes
 from loram_cli.memory.picture import Bar
 from loram_cli.memory.presets import load_preset
 from loram_cli.memory.setup import TrainingSetup, usual_attention
+from loram_cli.memory.training import CARDS_GIB
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-from loram_cli.tools.fit_ways import Question, Way, fitting_ways
+from loram_cli.tools.fit_ways import CardAnswer, Question, Way, fitting_ways
 from loram_cli.tools.memory_rows import (
     BASE_NAME,
     FitAnswer,
@@ -35,6 +36,7 @@ from loram_cli.tools.memory_rows import (
 )
 from loram_cli.tools.specs import MemoryReportSpec
 from loram_cli.tools.stream_rows import Speeds, StreamRow, stream_rows
+from loram_cli.units import GIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class MemoryReport:
         fit_bytes: The memory asked about, or None.
         fits: The smallest ratios that fit it at these settings.
         ways: All ways to train that fit it, fastest first.
+        cards: The same of each common card, where they were asked for.
         streams: The base layer by layer, at several batches; each in bf16, then NF4.
         speeds: That the times of ``ways`` and ``streams`` follow from.
         notes: What the figures contain and what not.
@@ -65,6 +68,7 @@ class MemoryReport:
     fit_bytes: int | None
     fits: tuple[FitAnswer, ...]
     ways: tuple[Way, ...]
+    cards: tuple[CardAnswer, ...]
     streams: tuple[StreamRow, ...]
     speeds: Speeds
     notes: tuple[str, ...]
@@ -96,7 +100,8 @@ class MemoryReport:
             "setup": {**plain["setup"], "targets": list(self.targets)},
             "rows": list(plain["rows"]),
             "fits": list(plain["fits"]),
-            "ways": [{"name": way.name, "exact": way.exact, **asdict(way)} for way in self.ways],
+            "ways": [way.to_mapping() for way in self.ways],
+            "cards": [card.to_mapping() for card in self.cards],
             "streams": list(plain["streams"]),
             "notes": list(self.notes),
         }
@@ -140,7 +145,11 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
         ),
         fit_bytes=spec.fit_bytes,
         fits=_fits(spec, family, config, setup),
-        ways=_ways(spec, family, base, setup),
+        ways=_ways(spec, family, base, setup, spec.fit_bytes),
+        cards=tuple(
+            CardAnswer(card, _ways(spec, family, base, setup, card * GIB))
+            for card in (CARDS_GIB if spec.cards else ())
+        ),
         streams=_streams(spec, family, base, setup),
         speeds=_speeds(spec),
         notes=tuple(
@@ -177,9 +186,13 @@ def _fits(
 
 
 def _ways(
-    spec: MemoryReportSpec, family: Family, base: ModelRow, setup: TrainingSetup
+    spec: MemoryReportSpec,
+    family: Family,
+    base: ModelRow,
+    setup: TrainingSetup,
+    fit_bytes: int | None,
 ) -> tuple[Way, ...]:
-    if spec.fit_bytes is None or setup.processes > 1 or base.config.get("per_layer_config"):
+    if fit_bytes is None or setup.processes > 1 or base.config.get("per_layer_config"):
         return ()
     asked = Question(
         family=family,
@@ -188,7 +201,7 @@ def _ways(
         batch=max(spec.batches),
         keeps=(spec.keep_first, spec.keep_last),
         multiple_of=spec.multiple_of,
-        fit_bytes=spec.fit_bytes,
+        fit_bytes=fit_bytes,
         speeds=_speeds(spec),
         head_params=base.head_params,
     )

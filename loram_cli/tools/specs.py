@@ -93,11 +93,14 @@ class MemoryReportSpec(StepSpec):
         help="All ways to train that fit so much memory, e.g. 24GiB, fastest first.",
         at_least=1,
     )
+    cards: bool = setting(
+        False, switch=True, help="Only tell the ways to train on each of the common cards."
+    )
     batches: tuple[int, ...] = setting(
         (8, 32, 128),
         flag="--batch",
-        help="Examples per step, layer by layer (train --stream); may be repeated. With --fit: the "
-        "largest.",
+        help="Examples per step, layer by layer (train --stream); may be repeated. --fit and "
+        "--cards take the largest.",
         repeat=True,
         at_least=1,
     )

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loram_cli.memory.training import USABLE_SHARE, TrainingMemory
+from loram_cli.memory.streaming import StreamedMemory
+from loram_cli.memory.training import USABLE_SHARE
 from loram_cli.modeling.free_memory import free_memory_bytes
 from loram_cli.modeling.layerwise.kept_states import Place
 from loram_cli.modeling.layerwise.lora_pass import LoraPass, streamed_lora
@@ -14,14 +15,14 @@ from loram_cli.reporting import Reporter
 from loram_cli.units import format_bytes
 
 # Of the machine's free memory, for copies of layers beside a GPU.
-_HOST_SHARE = 0.5
+_HOST_SHARE = 0.8
 
 
 @contextmanager
 def streamed_within(
     skeleton: SkeletonModel,
     model: Any,
-    memory: TrainingMemory,
+    memory: StreamedMemory,
     reporter: Reporter,
     *,
     offload_activations: bool,
@@ -29,7 +30,7 @@ def streamed_within(
 ) -> Iterator[LoraPass]:
     """Open the pass of a model whose layers come and go, as the free memory allows.
 
-    What a GPU has left beside the training keeps layers that then need not come again; half of
+    What a GPU has left beside the training keeps layers that then need not come again; most of
     the machine's memory holds copies of the others. A CPU reads all of them as they are needed.
 
     Args:
@@ -49,7 +50,8 @@ def streamed_within(
     if skeleton.device.startswith("cuda"):
         spare_bytes = int(free_memory_bytes(skeleton.device) * USABLE_SHARE) - memory.allocated
         stay = max(0, min(len(layers), spare_bytes // max(layers)))
-        host_bytes = int(_HOST_SHARE * free_memory_bytes("cpu"))
+        # Hidden states that are kept there take their share first.
+        host_bytes = max(0, int(_HOST_SHARE * free_memory_bytes("cpu")) - memory.host)
         place = "host" if offload_activations else "device"
     elif offload_activations:
         place = directory

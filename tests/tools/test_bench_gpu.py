@@ -58,6 +58,8 @@ def test_the_whole_path_runs_on_a_cpu(tmp_path):
     for way in ("e2", "e3"):
         assert figures[way]["logits_sum"] == pytest.approx(figures["e1"]["logits_sum"], rel=1e-4)
     assert figures["g2"]["layers"] == 6
+    assert figures["h1"]["streamed_moved_bytes"] > 0 == figures["h1"]["resident_moved_bytes"]
+    assert figures["h1"]["over_floor"] > 0.5
     before, after = figures["g2"]["errors"][0]
     assert after < before
 
@@ -65,7 +67,7 @@ def test_the_whole_path_runs_on_a_cpu(tmp_path):
 def test_rows_of_a_card_are_what_was_asked_for_in_order():
     rows = card_rows()
     letters = "".join(dict.fromkeys(row.name[0] for row in rows))
-    assert letters == "abcefg" and len({row.name for row in rows}) == len(rows)
+    assert letters == "abcefgh" and len({row.name for row in rows}) == len(rows)
     assert {row.kind for row in rows} == set(KINDS)
     assert sum(row.seconds for row in rows) < 8 * 60
     for row in rows:

@@ -9,21 +9,21 @@ from rich.table import Table
 from loram_cli.cli.draw.console import stdout_console
 from loram_cli.tools.fit_ways import Way
 from loram_cli.tools.memory_report import MemoryReport
-from loram_cli.units import common_unit, format_bytes, format_params, format_seconds
+from loram_cli.units import GIB, common_unit, format_bytes, format_params, format_seconds
 
 # A glyph per part of a bar, in the order of ``Bar.parts``: one that terminals have, and plain ones.
 _GLYPHS = ("█", "▓", "▒", "░", "·")
 _PLAIN_GLYPHS = ("#", "=", "+", "-", ".")
 _BAR_COLUMNS = 60
-_DEFAULT_MICRO_BATCH = 4
-# The largest ratio of the paper's tables.
-_PAPER_MOST = 0.95
 _AS_FAST = 1.05
 
 
 def show_report(result: MemoryReport) -> None:
     """Print the report."""
     console = stdout_console()
+    if result.cards:
+        console.print(card_table(result))
+        return
     console.print(weights_table(result))
     console.print(state_table(result))
     console.print(training_table(result))
@@ -139,23 +139,62 @@ def stream_table(result: MemoryReport) -> Table:
     return table
 
 
+CARD_COLUMNS = ("card", "way", "s/step", "GPU", "RAM", "exact", "flags of train")
+
+
+def card_table(result: MemoryReport) -> Table:
+    """The ways to train on each of the common cards, fastest first."""
+    table = Table(
+        title=f"which way for my card: {result.source}\n{step_said(result)}",
+        box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1),
+    )  # fmt: skip
+    for name in CARD_COLUMNS:
+        table.add_column(name, justify="right" if name in ("s/step", "GPU", "RAM") else "left")
+    for cells in card_rows(result):
+        table.add_row(*cells)
+    return table
+
+
+def card_rows(result: MemoryReport) -> Iterator[list[str]]:
+    """The cells of :func:`card_table`; GPU and RAM in GiB."""
+    for card in result.cards:
+        for place, way in enumerate(card.ways):
+            yield [
+                "" if place else f"{card.gib} GB",
+                way.name,
+                _short(way.seconds),
+                f"{way.training_bytes / GIB:.1f}",
+                f"{way.host_bytes / GIB:.0f}" if way.host_bytes else "-",
+                "yes" if way.exact else "no",
+                way.flags.strip() or "-",
+            ]
+        if not card.ways:
+            yield [f"{card.gib} GB", "none", *["-"] * 5]
+
+
+def step_said(result: MemoryReport) -> str:
+    """What a step is, and how fast its machine, in words."""
+    batch = max(row.batch for row in result.streams)
+    return f"a step is {batch} examples of {result.setup.length} tokens; {_speeds(result)}"
+
+
 def way_lines(result: MemoryReport) -> Iterator[str]:
     """All ways that fit the memory asked about, in words to choose by."""
     if result.fit_bytes is None or not (result.ways or result.fits):
         return
-    memory, batch = format_bytes(result.fit_bytes), max(row.batch for row in result.streams)
+    memory = format_bytes(result.fit_bytes)
     if not result.ways:
         yield f"no way to train {result.source} fits {memory}"
         return
     yield f"ways to train {result.source} in {memory}, fastest first"
-    yield f"(a step is {batch} examples of {result.setup.length} tokens; {_speeds(result)})"
+    yield f"({step_said(result)})"
     for place, way in enumerate(result.ways, 1):
         yield f"{place:>3}. {way.name}: {format_seconds(way.seconds)} a step, " + (
             f"{format_bytes(way.training_bytes)} on the GPU"
             + (f", {format_bytes(way.host_bytes)} of RAM" if way.host_bytes else "")
         )
         yield f"     {_way_said(way, result)}"
-        yield f"     {_way_command(way)}"
+        yield f"     {way.commands}"
     if {way.kind for way in result.ways} >= {"pruned", "streamed"}:
         yield "  both: LoRAM for most steps, then 'loram polish': a few exact ones, layer by layer"
     yield ""
@@ -168,9 +207,8 @@ def _way_said(way: Way, result: MemoryReport) -> str:
         return "exact: the full model is on the GPU; there is nothing to prune"
     if way.kind == "pruned":
         base = format_params(result.rows[0].params)
-        beyond = ", more pruned than in the paper" if way.ratio > _PAPER_MOST else ""
         return (
-            f"approximate: trains on {format_params(way.params)} of {base} parameters{beyond}; the "
+            f"approximate: trains on {format_params(way.params)} of {base} parameters; the "
             "adapter serves all"
         )
     assert way.disk_seconds is not None
@@ -179,19 +217,6 @@ def _way_said(way: Way, result: MemoryReport) -> str:
     return (
         f"exact: the full model, layer by layer; without the RAM for it, {from_disk} from the disk"
     )
-
-
-def _way_command(way: Way) -> str:
-    flags = ["--quantize nf4"] if way.precision == "nf4" else []
-    if way.kind != "streamed" and way.gradient_checkpointing:
-        flags.append("--gradient-checkpointing")
-    if way.micro_batch != _DEFAULT_MICRO_BATCH:
-        flags.append(f"--micro-batch {way.micro_batch}")
-    flags += ["--offload-activations"] if way.offload_activations else []
-    words = " ".join(["", *flags])
-    if way.kind == "pruned":
-        return f"loram prune --ratio {way.ratio:.2f}, then loram train{words}, loram recover"
-    return f"loram train --on full{' --stream' if way.kind == 'streamed' else ''}{words}"
 
 
 def _speeds(result: MemoryReport) -> str:

@@ -2,10 +2,11 @@
 
 All micro-batches of an optimizer step pass a layer before the next one is brought, forward and then
 backward, so that reading a layer is paid once a direction and not once a micro-batch. Hidden
-states at layer boundaries are kept, and each layer is run again for its backward pass. What is
-added to each factor's gradient, and in which order, is what a resident model adds under gradient
-accumulation; with dropout from the same random numbers (see :mod:`.draws`). Losses and gradients
-are therefore the resident model's, to the bit.
+states at layer boundaries are kept, and each layer is run again for its backward pass, but for
+products that this does not need (see :mod:`.unvalued`). What is added to each factor's gradient,
+and in which order, is what a resident model adds under gradient accumulation; with dropout from the
+same random numbers (see :mod:`.draws`). Losses and gradients are therefore the resident model's,
+to the bit.
 
 Sources: Chen et al., sublinear memory (arXiv 1604.06174); Pudipeddi et al., L2L: layers as the
 outer loop, micro-batches as the inner one (arXiv 2002.05645).
@@ -22,6 +23,7 @@ from loram_cli.modeling.layer_feed import LayerFeed, LayerSource, fed_layers
 from loram_cli.modeling.layerwise.draws import DrawOrder, generator_state, set_generator_state
 from loram_cli.modeling.layerwise.kept_states import KeptStates, Place
 from loram_cli.modeling.layerwise.parts import LayerCalls, ModelParts
+from loram_cli.modeling.layerwise.unvalued import left_out, recorded_products, without_readers
 from loram_cli.modeling.skeleton import SkeletonModel, drain, fill
 from loram_cli.reporting import Reporter
 
@@ -98,6 +100,8 @@ class LoraPass:
         self.slots = [slots for _, slots in skeleton.layers()]
         self.parts = ModelParts(model)
         self._draws: DrawOrder | None = None
+        # By layer, the products that its second run can do without.
+        self._unread: dict[int, list[Any]] = {}
         layers = self.parts.layers
         trained = (
             i for i, at in enumerate(layers) if any(p.requires_grad for p in at.parameters())
@@ -168,8 +172,7 @@ class LoraPass:
                     gradient = step.take(i + 1, m)
                     hidden = step.take(i, m).requires_grad_(i > self._first)
                     step.draw_from(m, i, self._device)
-                    with autocast():
-                        out = step.calls[m].run(i, layer, hidden)
+                    out = self._run_again(i, layer, step.calls[m], hidden, autocast)
                     torch.autograd.backward(out, gradient)
                     if hidden.grad is not None:
                         step.put(i, m, hidden.grad)
@@ -210,6 +213,19 @@ class LoraPass:
     def boundaries(self) -> int:
         """How many layer boundaries a training step keeps; an evaluation keeps one."""
         return len(self.parts.layers) - self._first
+
+    def _run_again(
+        self, index: int, layer: Any, calls: LayerCalls, hidden: torch.Tensor, autocast: Autocast
+    ) -> torch.Tensor:
+        """A layer's output with its graph, of which only the graph is right."""
+        unread = self._unread.get(index)
+        if unread is not None:
+            with left_out(unread), autocast():
+                return calls.run(index, layer, hidden)
+        with recorded_products(layer) as nodes, autocast():
+            out = calls.run(index, layer, hidden)
+        self._unread[index] = without_readers(out, nodes)
+        return out
 
     def _draw_order(self, autocast: Autocast) -> DrawOrder:
         if self._draws is None:

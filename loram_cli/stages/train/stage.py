@@ -15,7 +15,7 @@ from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_lora_params, count_params
 from loram_cli.memory.setup import TrainingSetup, usual_attention
-from loram_cli.memory.streaming import streamed_training_memory
+from loram_cli.memory.streaming import StreamedMemory, streamed_training_memory
 from loram_cli.memory.training import TrainingMemory, training_memory
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
@@ -176,6 +176,12 @@ def _memory(
 ) -> TrainingMemory:
     if not spec.stream:
         return training_memory(family, config, setup)
+    return _streamed_memory(spec, family, config, setup)
+
+
+def _streamed_memory(
+    spec: TrainSpec, family: Family, config: Mapping[str, Any], setup: TrainingSetup
+) -> StreamedMemory:
     micro_batches = spec.batch // spec.micro_batch
     offload = spec.offload_activations
     return streamed_training_memory(
@@ -208,7 +214,7 @@ def _train(
         )
         model = _with_factors(skeleton.model, spec, work.targets)
         setup = _setup(spec, work.targets, work.model.config, device)
-        memory = _memory(spec, work.model.family, work.model.config, setup)
+        memory = _streamed_memory(spec, work.model.family, work.model.config, setup)
         offload = spec.offload_activations
         with streamed_within(
             skeleton, model, memory, reporter, offload_activations=offload, directory=path

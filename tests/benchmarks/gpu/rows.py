@@ -12,6 +12,7 @@ GROUPS = {
     "e": "13B within 8 GiB for weights: layers read as they run",
     "f": "peers on the same card, weights and batch",
     "g": "prune by Taylor, and reconstruct",
+    "h": "70B layer by layer: exact QLoRA from pinned memory",
 }
 # Worked out from rows b and c; it has no process.
 DERIVED = "d"
@@ -52,6 +53,7 @@ CHECKPOINTS = {
     "13b": ("llama2-13b", None),
     "7b": ("llama2-7b", None),
     "13b-layers": ("llama2-13b", 6),
+    "70b-layers": ("llama2-70b", 4),
 }
 _PLAIN = {"cross_entropy": "full", "micro_batch": 4, "length": 512, "steps": 6}
 _SAVING = {**_PLAIN, "cross_entropy": "chunked", "gradient_checkpointing": True}
@@ -68,6 +70,10 @@ _OFFLOAD_WAYS = (
     ("pageable", "8 GiB, pageable memory, same stream"),
     ("overlapped", "8 GiB, pinned memory, own stream"),
 )
+# Four of the 70B's layers in NF4 come and go; the row tells what all 80 take.
+_STREAM = {"micro_batch": 4, "length": 512, "steps": 2, "full_layers": 80}
+# With one example a step the bus decides, with many the arithmetic; and the seconds of each row.
+_STREAM_BATCHES = {1: 10, 32: 12}
 _PEERS = (
     ("trainer", "PEFT, transformers' Trainer"),
     ("trainer-checkpointing", "PEFT, Trainer, checkpointing"),
@@ -115,6 +121,12 @@ def card_rows() -> list[Row]:
             limit_seconds=150, checkpoint="13b-layers",
             arguments={"ratio": 0.65, "samples": 64, "length": 512})
     )  # fmt: skip
+    for batch, seconds in _STREAM_BATCHES.items():
+        rows.append(
+            Row(name=f"h{_count(rows, 'h')}", label=f"70B QLoRA, batch {batch}", kind="stream",
+                checkpoint="70b-layers", arguments={**_STREAM, "batch": batch}, seconds=seconds,
+                limit_seconds=120)
+        )  # fmt: skip
     return rows
 
 
@@ -150,6 +162,10 @@ def rehearsal_rows() -> list[Row]:
             Row(name=f"g{_count(rows, 'g')}", label=kind, kind=kind, checkpoint=TINY,
                 arguments=prune)
         )  # fmt: skip
+    rows.append(
+        Row(name="h1", label="QLoRA, batch 4", kind="stream", checkpoint=TINY,
+            arguments={**_STREAM, "batch": 4, "micro_batch": 2, "length": 16, "steps": 1})
+    )  # fmt: skip
     return rows
 
 

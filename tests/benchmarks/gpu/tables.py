@@ -211,6 +211,26 @@ def _prune_table(rows: Sequence[Outcome]) -> str:
     return _table(rows, ["layers", "a layer", "peak"], cells)
 
 
+def _stream_table(rows: Sequence[Outcome]) -> str:
+    def cells(row: Outcome) -> list[str]:
+        figures = row.figures
+        decides = "the bus" if figures["bus_decides"] else "computing"
+        return [
+            _amount(figures.get("streamed_peak_bytes")),
+            f"{figures['bus_bytes_per_second'] / 1e9:.1f} GB/s",
+            f"{figures['floor_seconds']:.3g} s ({decides})",
+            f"{figures['streamed_step_seconds']:.3g} s",
+            f"{figures['over_floor']:.2f}",
+            f"{figures['full_step_seconds']:.3g} s",
+            f"{figures['full_tokens_per_second']:.0f}",
+        ]
+
+    headers = [
+        "peak", "bus", "floor", "step", "of the floor", "step of all layers", "tokens/s then",
+    ]  # fmt: skip
+    return _table(rows, headers, cells)
+
+
 _TABLES: dict[str, Callable[[Sequence[Outcome]], str]] = {
     "a": _demo_table,
     "b": _training_table,
@@ -219,6 +239,7 @@ _TABLES: dict[str, Callable[[Sequence[Outcome]], str]] = {
     "e": _offload_table,
     "f": _peer_table,
     "g": _prune_table,
+    "h": _stream_table,
 }
 
 

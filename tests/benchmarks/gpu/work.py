@@ -203,6 +203,127 @@ def _model(way: str, checkpoint: Path, device: str, budget_bytes: int) -> Iterat
         raise RuntimeError(f"copies out of order: {broken[0]}")
 
 
+def stream(
+    batch: int, micro_batch: int, length: int, steps: int, full_layers: int, checkpoint: str
+) -> dict[str, Any]:
+    """Training steps in NF4 whose layers come from pinned memory, beside what they cannot beat.
+
+    The floor is the longer of what the bus takes to copy the layers of a step, at the bandwidth
+    that a pinned copy reaches here, and what the same step takes with every layer on the device.
+
+    Args:
+        batch: Examples of a step.
+        micro_batch: Examples of a forward pass.
+        length: Tokens of each.
+        steps: That are timed.
+        full_layers: Of the whole model, for which the floor and the same share above it are told.
+        checkpoint: A model with some of its layers.
+    """
+    _need("bitsandbytes", True)
+    import torch
+
+    from loram_cli.modeling.load import default_device
+
+    device = default_device()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 2000, (batch, length), generator=generator).to(device)
+    figures: dict[str, Any] = {"batch": batch, "length": length}
+    for way in ("resident", "streamed"):
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        told = _streamed_steps(Path(checkpoint), device, ids.split(micro_batch), steps, way)
+        figures |= {f"{way}_{name}": figure for name, figure in told.items()}
+        if device == "cuda":
+            figures[f"{way}_peak_bytes"] = torch.cuda.max_memory_allocated()
+            torch.cuda.empty_cache()
+    if figures["resident_losses"] != figures["streamed_losses"]:
+        raise RuntimeError("the losses are not those of the resident model")
+    layers, moved = figures["streamed_layers"], figures["streamed_moved_bytes"]
+    bandwidth = _bus_bandwidth(device, figures["streamed_layer_bytes"])
+    computing, copying = figures["resident_step_seconds"], moved / bandwidth
+    over = figures["streamed_step_seconds"] / max(computing, copying)
+    # Of the whole model each layer but the two at either end comes twice a step as well.
+    all_copying = 2 * (full_layers - 2) * figures["streamed_layer_bytes"] / bandwidth
+    all_seconds = over * max(computing * full_layers / layers, all_copying)
+    return {
+        **figures,
+        "bus_bytes_per_second": bandwidth,
+        "floor_seconds": max(computing, copying),
+        "bus_decides": copying > computing,
+        "over_floor": over,
+        "full_layers": full_layers,
+        "full_step_seconds": all_seconds,
+        "full_tokens_per_second": ids.numel() / all_seconds,
+    }
+
+
+def _streamed_steps(
+    checkpoint: Path, device: str, ids: Any, steps: int, way: str
+) -> dict[str, Any]:
+    import torch
+
+    from loram_cli.modeling.copies import Copies, CudaCopies
+    from loram_cli.modeling.free_memory import free_memory_bytes
+    from loram_cli.modeling.layerwise.lora_pass import streamed_lora
+    from loram_cli.modeling.skeleton import SkeletonModel
+    from loram_cli.reporting import NullReporter
+    from loram_cli.training.adapters import attach_lora, lora_config
+
+    on_gpu = device == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    skeleton = SkeletonModel(checkpoint, dtype=dtype, device=device, nf4=True)
+    lora = lora_config(list(skeleton.model.family.lora_targets), dropout=0.0)
+    model = attach_lora(skeleton.model, lora, seed=0)
+    model.config.use_cache = False
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    batches = [{"input_ids": some, "labels": some} for some in ids]
+    items = sum(some.numel() - len(some) for some in ids)
+    layer_bytes = [sum(slot.num_bytes for slot in slots) for _, slots in skeleton.layers()]
+    copies: Copies = CudaCopies(device) if on_gpu else _stand_in()
+    stay = len(layer_bytes) if way == "resident" else 0
+    host_bytes = free_memory_bytes("cpu") // 2
+    seconds, losses, moved = [], [], 0
+    with streamed_lora(
+        skeleton, model, NullReporter(), stay=stay, host_bytes=host_bytes, copies=copies
+    ) as passes:
+        for _ in range(_WARM + steps):
+            before, begun = passes.source.loaded_bytes, time.monotonic()
+            told = passes.accumulate(
+                batches,
+                items,
+                autocast=lambda: torch.autocast(device, torch.bfloat16, enabled=on_gpu),
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append([float(loss) for loss in told])
+            seconds.append(_since(begun, device))
+            moved = passes.source.loaded_bytes - before
+    broken = getattr(copies, "broken", None)
+    if broken:
+        raise RuntimeError(f"copies out of order: {broken[0]}")
+    return {
+        "layers": len(layer_bytes), "layer_bytes": max(layer_bytes), "moved_bytes": moved,
+        "step_seconds": statistics.median(seconds[_WARM:]), "losses": losses,
+    }  # fmt: skip
+
+
+def _bus_bandwidth(device: str, num_bytes: int) -> float:
+    """Bytes a second that a copy of so many from pinned memory reaches."""
+    import torch
+
+    on_gpu = device == "cuda"
+    host = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+    there = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    found = []
+    for _ in range(_WARM + 3):
+        _since(0.0, device)
+        begun = time.monotonic()
+        there.copy_(host, non_blocking=True)
+        found.append(num_bytes / _since(begun, device))
+    return max(found)
+
+
 def _stand_in() -> Any:
     from helpers.fake_copies import FakeCopies
 
@@ -451,6 +572,7 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train,
     "fitted": fitted,
     "offload": offload,
+    "stream": stream,
     "peer": peer,
     "taylor": taylor,
     "reconstruct": reconstruct,

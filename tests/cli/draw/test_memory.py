@@ -117,8 +117,11 @@ def test_ways_that_fit_are_told_fastest_first_with_their_commands(capsys):
     text = shown(capsys, "--fit", "24GiB", "--multiple-of", "64")
     ways = text[text.index("ways to train preset llama2-70b in 24.00 GiB") :]
     ranks = [line for line in ways.splitlines() if line[:5].strip(" .").isdigit()]
-    assert len(ranks) == 4 and ranks[0].lstrip().startswith("1. LoRAM 0.9")
-    assert "QLoRAM 0." in ranks[1] and "stream" in ranks[2] and "stream" in ranks[3]
+    assert [rank.split(":")[0].split(". ")[1] for rank in ranks[1:]] == [
+        "stream QLoRA",
+        "stream LoRA",
+    ]
+    assert ranks[0].lstrip().startswith("1. QLoRAM 0.") and "of RAM" in ranks[1]
     assert "loram train --on full --stream --quantize nf4 --offload-activations" in ways
     assert "then 'loram polish'" in ways
     small = shown(capsys, "--fit", "24GiB", "--batch", "1", "--tflops", "400", "--bus", "50")
@@ -135,3 +138,13 @@ def test_what_fits_whole_needs_neither_pruning_nor_streaming(capsys):
 
 def test_a_memory_that_no_way_fits_is_said(capsys):
     assert "no way to train preset llama2-70b fits 2.00 GiB" in shown(capsys, "--fit", "2GiB")
+
+
+def test_the_common_cards_are_told_alone(capsys):
+    lines = shown(capsys, "--cards", "--batch", "32").splitlines()
+    assert lines[0] == "which way for my card: preset llama2-70b"
+    assert "a step is 32 examples of 512 tokens" in lines[1]
+    cells = [line.split() for line in lines]
+    cards = [words[0] for words in cells if words[1:2] == ["GB"]]
+    assert cards == ["8", "12", "16", "24", "40", "48", "80"]
+    assert not any("weight memory" in line for line in lines)
