@@ -22,10 +22,11 @@ def tables() -> str:
     for preset in PRESETS:
         spec = MemoryReportSpec(preset=preset, cards=True, batches=(BATCH,))
         result = memory_report.run(spec, NullReporter())
+        said = step_said(result)
         lines = [
             f"    loram memory-report --preset {preset} --batch {BATCH} --cards",
             "",
-            f"{step_said(result).capitalize()}.",
+            f"{said[0].upper()}{said[1:]}.",
             "",
             _line(CARD_COLUMNS),
             _line(["---"] * len(CARD_COLUMNS)),

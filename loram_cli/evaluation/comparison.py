@@ -93,21 +93,23 @@ def remarks(result: EvalResult) -> list[str]:
             detail = score.detail.partition("; sandbox:")[0]
             if score.value is not None and detail.startswith(("best of", "mean of")):
                 lines.append(f"{score.task} {score.metric}, {label}: {detail}")
-    kept = ", ".join(f"{task} {share:.0%}" for task, share in gain_retention(result).items())
-    if kept:
-        lines.append(f"kept of full LoRA's gain over the base: {kept}")
+    for row in ("recovered", "polished"):
+        kept = ", ".join(f"{task} {s:.0%}" for task, s in gain_retention(result, row).items())
+        whose = "" if row == "recovered" else f" ({row})"
+        if kept:
+            lines.append(f"kept of full LoRA's gain over the base{whose}: {kept}")
     if any(row.training for row in result.rows.values()):
         lines.append("training memory: peak above what was in use when training began")
     return lines
 
 
-def gain_retention(result: EvalResult) -> dict[str, float]:
+def gain_retention(result: EvalResult, row: str = "recovered") -> dict[str, float]:
     """(recovered - base) / (full LoRA - base) of each task's headline figure, as in Table 7.
 
     Only where full LoRA's gain lies outside both intervals' reach: a ratio of noise is no figure.
     """
     rows = result.rows
-    if not {"base", "recovered", "full-lora"} <= set(rows):
+    if not {"base", row, "full-lora"} <= set(rows):
         return {}
     headline: dict[str, str] = {}
     for score in rows["base"].scores:
@@ -115,7 +117,7 @@ def gain_retention(result: EvalResult) -> dict[str, float]:
             headline.setdefault(score.task, score.metric)
     shares = {}
     for key in headline.items():
-        base, ours, full = (rows[row].find(*key) for row in ("base", "recovered", "full-lora"))
+        base, ours, full = (rows[name].find(*key) for name in ("base", row, "full-lora"))
         if base is None or ours is None or full is None or not base.higher_is_better:
             continue
         if base.value is None or ours.value is None or full.value is None:

@@ -96,3 +96,13 @@ def test_gain_is_related_to_full_loras_where_there_is_one():
     assert gain_retention(results(rows(0.8074)))["gsm8k"] == pytest.approx(0.93, abs=0.005)
     assert gain_retention(results(rows(0.765))) == {}
     assert gain_retention(results({"base": []})) == {}
+
+
+def test_a_polished_row_is_held_against_full_lora_as_well():
+    shares = {"base": 0.3, "recovered": 0.7, "polished": 0.8, "full-lora": 0.8}
+    found = results({name: [score("gsm8k", value)] for name, value in shares.items()})
+    lines = [line for line in remarks(found) if "full LoRA's gain" in line]
+    assert lines == [
+        "kept of full LoRA's gain over the base: gsm8k 80%",
+        "kept of full LoRA's gain over the base (polished): gsm8k 100%",
+    ]

@@ -222,7 +222,7 @@ def _way_said(way: Way, result: MemoryReport) -> str:
 def _speeds(result: MemoryReport) -> str:
     speeds = result.speeds
     return (
-        f"at least, at {speeds.flops / 1e12:g} TFLOP/s, {speeds.bus / 1e9:g} GB/s from RAM and "
+        f"floors at {speeds.flops / 1e12:g} TFLOP/s, {speeds.bus / 1e9:g} GB/s from RAM, "
         f"{speeds.disk / 1e9:g} GB/s from disk"
     )
 
