@@ -32,6 +32,7 @@ class Way:
         precision: Of the frozen weights.
         ratio: Of the pruning, the smallest in steps of a hundredth, at most that of the paper's
             tables; 0 for the full model.
+        multiple_of: Kept MLP channels are a multiple of it.
         micro_batch: Examples per forward pass.
         gradient_checkpointing: Whether it is needed; streaming always recomputes.
         offload_activations: Whether it is needed.
@@ -45,6 +46,7 @@ class Way:
     kind: Kind
     precision: Literal["bf16", "nf4"]
     ratio: float = 0.0
+    multiple_of: int = 1
     micro_batch: int
     gradient_checkpointing: bool = False
     offload_activations: bool = False
@@ -79,18 +81,19 @@ class Way:
         return "".join(f" {flag}" for flag in flags)
 
     @property
-    def commands(self) -> str:
+    def commands(self) -> tuple[str, ...]:
         """What to type."""
         if self.kind == "pruned":
-            return (
-                f"loram prune --ratio {self.ratio:.2f}, then loram train{self.flags}, loram recover"
-            )
-        return f"loram train --on full{' --stream' if self.kind == 'streamed' else ''}{self.flags}"
+            multiple = f" --multiple-of {self.multiple_of}" if self.multiple_of > 1 else ""
+            prune = f"loram prune --ratio {self.ratio:.2f}{multiple}"
+            return prune, f"loram train{self.flags}", "loram recover"
+        stream = " --stream" if self.kind == "streamed" else ""
+        return (f"loram train --on full{stream}{self.flags}",)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain form for ``--json``."""
         return {
-            "name": self.name, "exact": self.exact, "commands": self.commands, **asdict(self),
+            "name": self.name, "exact": self.exact, "commands": list(self.commands), **asdict(self),
         }  # fmt: skip
 
 
@@ -263,6 +266,7 @@ def _computed(
         kind=kind,
         precision="nf4" if setup.quantize else "bf16",
         ratio=ratio,
+        multiple_of=asked.multiple_of if ratio else 1,
         micro_batch=setup.micro_batch,
         gradient_checkpointing=setup.gradient_checkpointing,
         training_bytes=memory.total,

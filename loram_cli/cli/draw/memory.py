@@ -129,9 +129,9 @@ def stream_table(result: MemoryReport) -> Table:
             f"{row.training_bytes / unit_bytes:.2f}",
             f"{row.offloaded_training_bytes / unit_bytes:.2f}",
             _card(row.offloaded_card_gib),
-            f"{row.host_bytes / unit_bytes:.1f}",
-            f"{row.bus_bytes / unit_bytes:.1f}",
-            f"{row.disk_bytes / unit_bytes:.1f}",
+            f"{row.host_bytes / unit_bytes:.0f}",
+            f"{row.bus_bytes / unit_bytes:.0f}",
+            f"{row.disk_bytes / unit_bytes:.0f}",
             _short(row.bus_seconds),
             _short(row.disk_seconds),
             f"{row.tokens_per_second:.0f}",
@@ -194,7 +194,7 @@ def way_lines(result: MemoryReport) -> Iterator[str]:
             + (f", {format_bytes(way.host_bytes)} of RAM" if way.host_bytes else "")
         )
         yield f"     {_way_said(way, result)}"
-        yield f"     {way.commands}"
+        yield from (f"     {command}" for command in way.commands)
     if {way.kind for way in result.ways} >= {"pruned", "streamed"}:
         yield "  both: LoRAM for most steps, then 'loram polish': a few exact ones, layer by layer"
     yield ""

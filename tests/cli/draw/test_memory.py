@@ -118,13 +118,15 @@ def test_ways_that_fit_are_told_fastest_first_with_their_commands(capsys):
     ways = text[text.index("ways to train preset llama2-70b in 24.00 GiB") :]
     ranks = [line for line in ways.splitlines() if line[:5].strip(" .").isdigit()]
     names = [rank.split(":")[0].split(". ")[1] for rank in ranks]
-    assert names[0] == "LoRAM 0.95" and names[1].startswith("QLoRAM 0.")
+    assert names[0] == "LoRAM 0.93" and names[1].startswith("QLoRAM 0.")
     assert names[2:] == ["stream QLoRA", "stream LoRA"] and "of RAM" in ranks[2]
     assert "loram train --on full --stream --quantize nf4 --offload-activations" in ways
+    assert "     loram prune --ratio 0.93 --multiple-of 64\n     loram train --grad" in ways
     assert "then 'loram polish'" in ways
     small = shown(capsys, "--fit", "24GiB", "--batch", "1", "--tflops", "400", "--bus", "50")
-    # With one example a step reading decides, and NF4 is a quarter of it.
-    assert "without the RAM for it, 1 min" in small
+    # With one example a step reading decides, and the disk is the slower.
+    assert "layer by layer; without the RAM for it, as fast" in ways
+    assert "without the RAM for it, as fast" not in small
 
 
 def test_what_fits_whole_needs_neither_pruning_nor_streaming(capsys):
