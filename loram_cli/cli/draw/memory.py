@@ -120,7 +120,7 @@ def stream_table(result: MemoryReport) -> Table:
     unit, unit_bytes = common_unit(max(row.training_bytes for row in streams))
     table = _table(
         f"the full model layer by layer (train --on full --stream), in {unit}\n{_speeds(result)}",
-        ("model", "GPU", "offloading", "card", "RAM", "from RAM", "from disk", "s/step", "or",
+        ("model", "GPU", "offload", "card", "RAM", "from RAM", "or disk", "s/step", "or",
          "tokens/s"),
     )  # fmt: skip
     for row in streams:
