@@ -236,8 +236,14 @@ def stream(
         if device == "cuda":
             figures[f"{way}_peak_bytes"] = torch.cuda.max_memory_allocated()
             torch.cuda.empty_cache()
-    if figures["resident_losses"] != figures["streamed_losses"]:
-        raise RuntimeError("the losses are not those of the resident model")
+    off = max(
+        abs(one / other - 1)
+        for step in zip(figures["resident_losses"], figures["streamed_losses"], strict=True)
+        for one, other in zip(*step, strict=True)
+    )
+    # A GPU adds up gradients in no fixed order.
+    if off > (1e-3 if device == "cuda" else 0):
+        raise RuntimeError(f"the losses are {off:.1e} away from the resident model's")
     layers, moved = figures["streamed_layers"], figures["streamed_moved_bytes"]
     bandwidth = _bus_bandwidth(device, figures["streamed_layer_bytes"])
     computing, copying = figures["resident_step_seconds"], moved / bandwidth
