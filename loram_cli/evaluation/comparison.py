@@ -93,9 +93,9 @@ def remarks(result: EvalResult) -> list[str]:
             detail = score.detail.partition("; sandbox:")[0]
             if score.value is not None and detail.startswith(("best of", "mean of")):
                 lines.append(f"{score.task} {score.metric}, {label}: {detail}")
-    for row in ("recovered", "polished"):
-        kept = ", ".join(f"{task} {s:.0%}" for task, s in gain_retention(result, row).items())
-        whose = "" if row == "recovered" else f" ({row})"
+    for label in ("recovered", "polished"):
+        kept = ", ".join(f"{task} {s:.0%}" for task, s in gain_retention(result, label).items())
+        whose = "" if label == "recovered" else f" ({label})"
         if kept:
             lines.append(f"kept of full LoRA's gain over the base{whose}: {kept}")
     if any(row.training for row in result.rows.values()):

@@ -89,7 +89,7 @@ class MemoryReport:
 
     def bars(self) -> list[Bar]:
         """The rows as bars, part by part."""
-        return [row.bar() for row in (*self.rows, *self.streams)]
+        return [*(row.bar() for row in self.rows), *(row.bar() for row in self.streams)]
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain form for ``--json``."""

@@ -53,7 +53,7 @@ def without_readers(out: torch.Tensor, nodes: dict[Any, Any]) -> list[Any]:
     readers = _readers(out.grad_fn)
     left = {node: len(those) for node, those in readers.items()}
     only_added: set[Any] = set()
-    waiting = [out.grad_fn]
+    waiting: list[Any] = [out.grad_fn]
     while waiting:
         # All that reads this node has been looked at.
         node = waiting.pop()

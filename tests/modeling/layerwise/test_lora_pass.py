@@ -303,7 +303,10 @@ def with_config(variant, folder, changes):
         ("phi", {"attention_dropout": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}),
         slow("seed_oss", {"attention_dropout": 0.1, "residual_dropout": 0.1}),
         slow("gpt_neox", {"attention_dropout": 0.1, "hidden_dropout": 0.1}),
-        slow("gemma2", {"attention_dropout": 0.1}),
+        slow(
+            "starcoder2",
+            {"attention_dropout": 0.1, "embedding_dropout": 0.1, "residual_dropout": 0.1},
+        ),
     ],
 )
 def test_every_dropout_of_a_config_is_the_resident_models(family, rates, attention, tmp_path):
