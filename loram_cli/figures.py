@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any, Literal
 
-INK, BLUE, RED = "#333333", "#4878a8", "#c8553d"
+INK, BLUE, RED, GREEN = "#333333", "#4878a8", "#c8553d", "#4f8a5b"
 LIGHT_BLUE, LIGHT_RED = "#8fb0d0", "#e3a18f"
 # From dark to light.
 GREYS = ("#888888", "#9a9a9a", "#bbbbbb", "#e5e5e5", "#e8e8e8")

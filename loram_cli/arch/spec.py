@@ -315,6 +315,8 @@ class Family:
         logits_multiplier: Config key of a factor on the logits.
         logits_divisor: Config key of what the logits are divided by.
         tuple_output: Whether the layer class returns a tuple, hidden states first.
+        packs: Whether examples that share a row stay apart where positions begin anew: not where a
+            state runs through the row, nor where the class makes its mask without positions.
         gguf: How the family's GGUF files differ; None where llama.cpp does not know it.
         vllm: What vLLM's LoRA loader takes; None where nobody has looked.
     """
@@ -342,6 +344,7 @@ class Family:
     logits_multiplier: str | None = None
     logits_divisor: str | None = None
     tuple_output: bool = False
+    packs: bool = True
     gguf: GgufFacts | None = None
     vllm: VllmFacts | None = None
 

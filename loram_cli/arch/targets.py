@@ -6,6 +6,9 @@ from loram_cli.arch.spec import Family
 from loram_cli.errors import UsageError
 from loram_cli.schema import unknown_name
 
+# PEFT's word for every linear but the output head.
+ALL_LINEAR = "all-linear"
+
 
 def lora_targets(
     family: Family, *, tied_embeddings: bool, targets: Sequence[str] | None = None
@@ -17,20 +20,23 @@ def lora_targets(
     Args:
         family: Of the model.
         tied_embeddings: Whether the head is the embedding.
-        targets: An own choice among the family's modules, in place of these.
+        targets: An own choice among the family's modules, in place of these;
+            :data:`ALL_LINEAR` alone for all but the head.
 
     Raises:
         UsageError: A target that the family does not have, or a tied head.
     """
     head = family.lm_head_target
     known = (*family.lora_targets, head)
+    if targets is not None and tuple(targets) == (ALL_LINEAR,):
+        return family.lora_targets
     if targets is None:
         return family.lora_targets if tied_embeddings else known
     if not targets:
         raise UsageError("no LoRA targets", f"known: {', '.join(known)}")
     for name in targets:
         if name not in known:
-            raise unknown_name("LoRA target", name, known, f"family {family.family}")
+            raise unknown_name("LoRA target", name, (*known, ALL_LINEAR), f"family {family.family}")
     if head in targets and tied_embeddings:
         raise UsageError(f"LoRA target {head}: this model's head is tied to its embedding")
     return tuple(targets)

@@ -79,6 +79,8 @@ def stage_defaults(place: Place, stage: str, values: Values) -> dict[str, Any]:
         defaults["micro_batch"] = max(1, int(defaults["batch"]) // process_count())
     if stage == "prune" and any(name in values for name in AMOUNTS):
         defaults.pop("ratio", None)
+    if stage == "train" and "epochs" in values:
+        defaults.pop("steps", None)
     return defaults
 
 

@@ -1,5 +1,6 @@
 """How a LoRA training is set up, as far as its memory depends on it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,6 +8,10 @@ from typing import Any, Literal
 Attention = Literal["eager", "sdpa", "flash"]
 CrossEntropy = Literal["full", "chunked"]
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
+Packing = Literal["auto", "off", "on"]
+
+# Tokens that a pass computes for each real one, where examples may share a row: at most.
+MOST_PADDING = 1.05
 
 # Logits that the chunked cross-entropy has in memory at a time, in elements: 131 tokens of a
 # vocabulary of 128k, 524 tokens of one of 32k. Enough rows to keep a matrix product busy.
@@ -24,6 +29,9 @@ class TrainingSetup:
         quantize: ``nf4`` holds the frozen decoder linears in 4 bits.
         micro_batch: Sequences per forward pass.
         length: Tokens per sequence, padding included.
+        longest: Tokens of the longest examples in falling order, where the data is at hand: a pass
+            is then counted with them, and not with ``length``.
+        packing: Whether examples share rows, see :func:`loram_cli.training.data.packing.arranged`.
         gradient_checkpointing: Keep only the input of each decoder layer, and run it again.
         attention: ``sdpa`` and ``flash`` never hold the matrix of attention weights.
         cross_entropy: ``full`` holds all logits at once, as transformers' own loss does.
@@ -40,6 +48,8 @@ class TrainingSetup:
     quantize: Literal["nf4"] | None = None
     micro_batch: int = 4
     length: int = 512
+    longest: tuple[int, ...] = ()
+    packing: Packing = "off"
     gradient_checkpointing: bool = False
     attention: Attention = "sdpa"
     cross_entropy: CrossEntropy = "chunked"
@@ -56,8 +66,17 @@ class TrainingSetup:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.micro_batch * self.length
+        """Tokens of a micro-batch at most, padding included."""
+        if not self.longest:
+            return self.micro_batch * self.length
+        # Data of fewer examples is seen again.
+        missing = max(0, self.micro_batch - len(self.longest))
+        real = sum(self.longest[: self.micro_batch]) + missing * self.longest[0]
+        padded = self.micro_batch * self.longest[0]
+        return real if self.packing == "on" else min(padded, self._with_padding(real, padded))
+
+    def _with_padding(self, real: int, padded: int) -> int:
+        return math.ceil(real * MOST_PADDING) if self.packing == "auto" else padded
 
     def chunk_tokens(self, vocab_size: int) -> int:
         """Tokens that pass the head at a time."""

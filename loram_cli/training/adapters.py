@@ -38,9 +38,21 @@ def lora_targets(
 
 
 def lora_config(
-    targets: Sequence[str], *, rank: int = 8, alpha: float = 16, dropout: float = 0.05
+    targets: Sequence[str],
+    *,
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.05,
+    rslora: bool = False,
 ) -> Any:
     """PEFT's config; defaults are the paper's (r 8, alpha 16, dropout 0.05).
+
+    Args:
+        targets: Last parts of module names.
+        rank: LoRA r.
+        alpha: The update is scaled by alpha / r.
+        dropout: On the input of ``lora_A``.
+        rslora: Scale by alpha / sqrt(r) instead (Kalajdzievski, arXiv 2312.03732).
 
     Raises:
         UsageError: A value out of range.
@@ -58,6 +70,7 @@ def lora_config(
             r=rank,
             lora_alpha=alpha,  # PEFT takes fractions as well
             lora_dropout=dropout,
+            use_rslora=rslora,
             target_modules=list(targets),
             bias="none",
         )
@@ -187,6 +200,24 @@ def with_adapter(model: Any, name: str | None) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def put_factors(model: Any, adapter_dir: Path) -> None:
+    """Give an adapter that is on a model the factors of another one of the same shapes.
+
+    Args:
+        model: A ``PeftModel``.
+        adapter_dir: Of the other one.
+
+    Raises:
+        LoramError: PEFT cannot use it.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    file = adapter_dir / WEIGHTS_NAME
+    with loading(file, "PEFT", _OTHER_MODEL), quiet_libraries():
+        set_peft_model_state_dict(model, load_file(file))
 
 
 def save_adapter(

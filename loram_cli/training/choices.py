@@ -4,4 +4,6 @@ from typing import Literal
 
 Exhausted = Literal["stop", "repeat"]
 Precision = Literal["auto", "fp32", "bf16"]
-Tracker = Literal["tensorboard", "wandb"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
+Scheduler = Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt"]
+Keep = Literal["best", "last"]

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError
-from loram_cli.figures import BLUE, INK, RED, figure_svg, new_figure, plain_axes, save_figure
-from loram_cli.training.loop.options import LossRow
+from loram_cli.figures import BLUE, GREEN, INK, RED, figure_svg, new_figure, plain_axes, save_figure
+from loram_cli.training.loop.options import LossRow, Split
 
 _COLUMNS = ("step", "split", "loss", "learning_rate")
 # The figure that shows best how an objective beyond supervised tuning goes, and its axis.
 _SHOWN = {"reward": "mean reward", "reward_accuracy": "preference accuracy"}
 # From this many points on a smoothed line is drawn over the raw one.
 _SMOOTH_FROM = 30
+# What is measured on held-out data: the model that is trained, and the full one.
+_HELD_OUT = (("eval", "eval", RED), ("recovered", "eval on the full model", GREEN))
 
 
 def write_curve_csv(rows: Iterable[LossRow], path: Path) -> None:
@@ -40,7 +42,7 @@ def read_curve_csv(path: Path) -> list[LossRow]:
             return [
                 LossRow(
                     int(row["step"]),
-                    "eval" if row["split"] == "eval" else "train",
+                    _split(row["split"]),
                     float(row["loss"]),
                     float(row["learning_rate"]) if row["learning_rate"] else None,
                     {n: float(v) for n, v in row.items() if n not in _COLUMNS and v},
@@ -49,6 +51,11 @@ def read_curve_csv(path: Path) -> list[LossRow]:
             ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoramError(f"{path}: not a loss curve ({error})") from error
+
+
+def _split(name: str) -> Split:
+    """A split's name, as older curves and newer ones have it."""
+    return "eval" if name == "eval" else "recovered" if name == "recovered" else "train"
 
 
 def draw_curve(rows: Sequence[LossRow], path: Path, title: str) -> None:
@@ -86,18 +93,20 @@ def _figure(rows: Sequence[LossRow], title: str) -> Any:
 
 def _draw_panel(axes: Any, points: Sequence[tuple[LossRow, float]]) -> None:
     train = [(row.step, value) for row, value in points if row.split == "train"]
-    evaluation = [(row.step, value) for row, value in points if row.split == "eval"]
     if len(train) >= _SMOOTH_FROM:
         axes.plot(*zip(*train, strict=True), color=BLUE, alpha=0.25, linewidth=1)
         axes.plot(*zip(*_smoothed(train), strict=True), color=BLUE, linewidth=1.8,
                   label="train (smoothed)")  # fmt: skip
     elif train:
         axes.plot(*zip(*train, strict=True), color=BLUE, linewidth=1.8, label="train")
-    if evaluation:
+    for split, label, color in _HELD_OUT:
+        held_out = [(row.step, value) for row, value in points if row.split == split]
+        if not held_out:
+            continue
         # A line between only start and end would show a course that nobody measured.
-        style = {"linestyle": "-" if len(evaluation) > 2 else "none", "markersize": 6}
-        last = f"eval (last {evaluation[-1][1]:.3f})"
-        axes.plot(*zip(*evaluation, strict=True), color=RED, linewidth=1.8, marker="o",
+        style = {"linestyle": "-" if len(held_out) > 2 else "none", "markersize": 6}
+        last = f"{label} (last {held_out[-1][1]:.3f})"
+        axes.plot(*zip(*held_out, strict=True), color=color, linewidth=1.8, marker="o",
                   label=last, **style)  # fmt: skip
     axes.margins(x=0.02)
     axes.legend(frameon=False)

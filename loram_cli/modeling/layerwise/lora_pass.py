@@ -121,7 +121,8 @@ class LoraPass:
 
         Args:
             batches: Micro-batches: ``input_ids`` and ``labels``, shape (batch, length), on the
-                device; padding stands on the right, without a mask.
+                device; padding stands on the right, without a mask. ``position_ids`` where a row
+                holds several examples.
             num_items: Tokens that carry loss in all of them together, or None for means of each.
             autocast: Makes the context of mixed precision.
             backward: Starts the backward pass from a micro-batch's loss.
@@ -270,9 +271,12 @@ class _Step:
         for m, batch in enumerate(self._batches):
             if self._states is not None:
                 set_generator_state(self._states[m][0], device)
-            hidden, calls = parts.enter(batch["input_ids"])
-            # Masks and rotary embeddings depend on the shape alone.
-            self.calls.append(known.setdefault(tuple(hidden.shape), calls))
+            positions = batch.get("position_ids")
+            hidden, calls = parts.enter(batch["input_ids"], positions)
+            # Masks and rotary embeddings depend on the shape alone, unless rows are shared.
+            if positions is None:
+                calls = known.setdefault(tuple(hidden.shape), calls)
+            self.calls.append(calls)
             self.put(0, m, hidden)
 
     def draw_from(self, micro_batch: int, layer: int, device: torch.device) -> None:

@@ -51,12 +51,17 @@ class ModelParts:
         self.layers = list(self.inner.get_submodule(self.layers_name))
         self.chunk = chunk_tokens(self.inner.config.vocab_size)
 
-    def enter(self, ids: torch.Tensor) -> tuple[torch.Tensor, LayerCalls]:
+    def enter(
+        self, ids: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, LayerCalls]:
         """Hidden states before the first layer, and how the layers are to be called.
 
         Args:
             ids: Token ids, shape (batch, length), without a mask: padding stands on the right.
+            positions: Of the tokens, the same shape, where a row holds several examples: they
+                begin anew with each of them.
         """
+        given = {} if positions is None else {"position_ids": positions}
         entered: list[torch.Tensor] = []
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -67,7 +72,7 @@ class ModelParts:
             return self._given_out(hidden_states)
 
         with torch.no_grad(), self._layers_replaced(record):
-            self._stack(input_ids=ids, use_cache=False)
+            self._stack(input_ids=ids, use_cache=False, **given)
         return entered[0], LayerCalls(tuple(arguments))
 
     def loss(

@@ -14,6 +14,9 @@ class AlignSettings(FitSpec):
     """The settings of align; the rate is the reference code's."""
 
     source: Path = redefined(FitSpec, "source", help="Pruned directory, not the run's.")
+    steps: int = redefined(FitSpec, "steps")
+    learning_rate: float = redefined(FitSpec, "learning_rate")
+    warmup_steps: int = redefined(FitSpec, "warmup_steps")
     data: str = redefined(FitSpec, "data", help="Text: .txt, .jsonl, a folder, a data set id.")
     method: tuple[str, ...] = setting(
         ("pretrain",),

@@ -158,8 +158,8 @@ def fits_base(manifest: Manifest) -> bool:
     return manifest.stage == "train" and source.get("path") == manifest.base.get("path")
 
 
-def adapter_values(adapter: Path) -> dict[str, int]:
-    """Rank and alpha of an adapter, under their names in the spec.
+def adapter_values(adapter: Path) -> dict[str, int | bool]:
+    """Rank, alpha and kind of scaling of an adapter, under their names in the spec.
 
     Raises:
         LoramError: It is no plain LoRA adapter, or its alpha is no whole number.
@@ -171,7 +171,7 @@ def adapter_values(adapter: Path) -> dict[str, int]:
             raise LoramError(
                 f"{adapter / CONFIG_NAME}: {name} is {value!r}, expected a whole number"
             )
-    return known
+    return {**known, "rslora": bool(config.get("use_rslora"))}
 
 
 def adapter_targets(adapter: Path) -> tuple[str, ...]:

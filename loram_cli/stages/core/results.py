@@ -125,6 +125,13 @@ class TrainResult(FitFigures):
         targets: Modules with factors.
         trained_on_params: Parameters of the frozen model.
         lora_params: Trained parameters.
+        best_step: The checkpoint with the best held-out figure, of the full model where it was
+            taken; None without held-out data.
+        kept_step: The checkpoint that the adapter is of, to which the losses belong.
+        tokens: Real tokens that it learnt from; 0 where the objective does not count them.
+        computed_tokens: The same with padding.
+        recovered_loss_before: Held-out loss of the full model itself; None where it was not taken.
+        recovered_loss_after: The same with the adapter.
     """
 
     objective: str = "sft"
@@ -133,6 +140,12 @@ class TrainResult(FitFigures):
     targets: tuple[str, ...] = ()
     trained_on_params: int = 0
     lora_params: int = 0
+    best_step: int | None = None
+    kept_step: int | None = None
+    tokens: int = 0
+    computed_tokens: int = 0
+    recovered_loss_before: float | None = None
+    recovered_loss_after: float | None = None
     eval_reward_accuracy_before: float | None = None
     eval_reward_accuracy_after: float | None = None
     eval_reward_margin_before: float | None = None

@@ -19,6 +19,9 @@ from loram_cli.training.loop.options import FitOptions, FitResult, resolve_preci
 from loram_cli.training.tracking import check_trackers
 from loram_cli.units import format_bytes
 
+# Of the steps, where warm-up is not told: that of QLoRA (arXiv 2305.14314, appendix B).
+WARMUP_SHARE = 0.03
+
 S = TypeVar("S", bound=FitSpec)
 W = TypeVar("W")
 
@@ -74,12 +77,23 @@ def fit_device(spec: FitSpec, reporter: Reporter) -> str:
     return device
 
 
-def fit_options(spec: FitSpec) -> FitOptions:
-    """The spec's share that says how to fit."""
+def fit_options(spec: FitSpec, examples: int = 0) -> FitOptions:
+    """The spec's share that says how to fit.
+
+    Args:
+        spec: Of the stage.
+        examples: Rows to learn from, as ``batch`` counts them: epochs are steps by their number.
+    """
+    assert spec.learning_rate is not None
+    steps = spec.steps_for(examples)
+    warmup = spec.warmup_steps
     return FitOptions(
         learning_rate=spec.learning_rate,
-        steps=spec.steps,
-        warmup_steps=spec.warmup_steps,
+        steps=steps,
+        warmup_steps=round(WARMUP_SHARE * steps) if warmup is None else warmup,
+        lr_scheduler=spec.lr_scheduler,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
         batch=spec.batch,
         micro_batch=spec.micro_batch,
         checkpoint_steps=spec.save_steps,
@@ -136,12 +150,21 @@ def warn_of_memory(
     )
 
 
-def finish_fit(fitted: FitResult, path: Path, title: str) -> dict[str, Any]:
-    """Draw the loss curve, and give the losses for the stage's result."""
+def finish_fit(
+    fitted: FitResult, path: Path, title: str, step: int | None = None
+) -> dict[str, Any]:
+    """Draw the loss curve, and give the losses for the stage's result.
+
+    Args:
+        fitted: What was reached.
+        path: Where the curve goes.
+        title: Its headline.
+        step: The one whose weights are the output; None for the last.
+    """
     if is_main_process():
         write_curve_csv(fitted.history, path / "loss.csv")
         draw_curve(fitted.history, path / "loss.png", title)
-    evals = fitted.eval_losses()
+    evals = fitted.eval_losses(step)
     results = {
         "final_train_loss": round(fitted.final_loss, 4),
         "eval_loss_before": round(evals[0], 4) if evals else None,

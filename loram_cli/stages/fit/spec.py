@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from loram_cli.errors import UsageError
 from loram_cli.memory.setup import CrossEntropy, Optimizer
 from loram_cli.schema import Spec, setting
-from loram_cli.training.choices import Exhausted, Precision, Tracker
+from loram_cli.training.choices import Exhausted, Precision, Scheduler, Tracker
 
 Quantization = Literal["nf4"]
 Attention = Literal["auto", "sdpa", "flash", "eager"]
@@ -43,9 +43,18 @@ class FitSpec(Spec):
         help="With weighted sources: stop when the first is used up, or repeat it.",
         in_key="changed",
     )
-    steps: int = setting(400, help="Optimizer steps.", at_least=1)
-    learning_rate: float = setting(5e-5, help="Peak of the cosine schedule.", above=0)
-    warmup_steps: int = setting(20, help="Steps of linear warm-up.", at_least=0)
+    steps: int | None = setting(400, help="Optimizer steps.", at_least=1)
+    learning_rate: float | None = setting(5e-5, help="Peak of the schedule.", above=0)
+    warmup_steps: int | None = setting(20, help="Steps of linear warm-up.", at_least=0)
+    lr_scheduler: Scheduler = setting(
+        "cosine",
+        help="cosine, linear, constant, polynomial or inverse_sqrt: the rate after warm-up.",
+        in_key="changed",
+    )
+    weight_decay: float = setting(0.0, help="AdamW's.", at_least=0, in_key="changed")
+    max_grad_norm: float = setting(
+        1.0, help="Clip gradients to this norm; 0: not at all.", at_least=0, in_key="changed"
+    )
     batch: int = setting(32, help="Rows per step.", at_least=1)
     micro_batch: int = setting(4, help="Rows per forward pass.", at_least=1)
     save_steps: int = setting(50, help="Steps per checkpoint.", at_least=1)
@@ -57,7 +66,7 @@ class FitSpec(Spec):
     precision: Precision = setting("auto", help="auto (bf16 on a GPU that has it), fp32 or bf16.")
     report_to: tuple[Tracker, ...] = setting(
         (),
-        help="Also log the losses to: tensorboard, wandb (comma-separated).",
+        help="Also log the losses to: tensorboard, wandb, mlflow, swanlab (comma-separated).",
         in_key=False,
         private=True,
     )
@@ -78,6 +87,15 @@ class FitSpec(Spec):
             raise UsageError(
                 f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch}"
             )
+
+    def steps_for(self, examples: int) -> int:
+        """Optimizer steps on so much data.
+
+        Args:
+            examples: Rows to learn from, as ``batch`` counts them.
+        """
+        assert self.steps is not None
+        return self.steps
 
 
 class Trained(Protocol):

@@ -24,6 +24,13 @@ class RecoverSpec(Spec):
         help="The original base.", flag="", place=True, in_key=False, private=True
     )
     out: Path = setting(help=OUT_HELP, place=True, in_key=False, private=True)
+    checkpoint: str | None = setting(
+        None,
+        help="Recover the adapter of a checkpoint: its step, or best.",
+        default_text="the adapter itself",
+        # The digest of its factors is in the key.
+        in_key=False,
+    )
     merge: bool = setting(
         False, help="Also write the full merged checkpoint.", in_key=False, private=True
     )

@@ -1,6 +1,8 @@
 """Recover: LoRA factors of the pruned model, scattered to the full model's shapes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.lineage import adapter_record, check_base, warn_of_other_template
 from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
-from loram_cli.stages.core.results import RecoverResult, training_cost
+from loram_cli.stages.core.results import RecoverResult, TrainResult, result_of, training_cost
+from loram_cli.stages.core.steps import checkpoint_directory
 from loram_cli.stages.recover.spec import MergeSpec, RecoverSpec
 
 __all__ = ["RecoverSpec", "plan", "run"]
@@ -30,11 +33,13 @@ class RecoverWork:
         model: The original base.
         manifest: The adapter's record.
         inputs: Path and digests of both.
+        factors: The directory of the factors: the adapter's own, or of one of its checkpoints.
     """
 
     model: Model
     manifest: Manifest
     inputs: dict[str, Any]
+    factors: Path
 
 
 def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> RecoverWork:
@@ -49,8 +54,13 @@ def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> Re
         raise LoramError(f"{spec.adapter}: was made by '{manifest.stage}', {otherwise}")
     model = Model.open(spec.model)
     base = check_base(manifest, model, spec.adapter)
-    inputs = {"base": base, "adapter": adapter_record(spec.adapter, manifest)}
-    return RecoverWork(model, manifest, inputs)
+    factors, asked = spec.adapter, getattr(spec, "checkpoint", None)
+    if asked is not None:
+        result = result_of(manifest)
+        assert isinstance(result, TrainResult)
+        factors = checkpoint_directory(spec.adapter, asked, result.best_step)
+    record = {**adapter_record(factors, manifest), "path": str(spec.adapter)}
+    return RecoverWork(model, manifest, {"base": base, "adapter": record}, factors)
 
 
 def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[RecoverWork]:
@@ -60,9 +70,9 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
         LoramError: Another base, an adapter that does not fit it, or no disk.
     """
     work = open_inputs(spec, "train", "expected an output of 'train'")
-    base = _Base.of(work)
+    base = FullShapes.of(work.model, work.manifest.keep)
     small_params = full_params = 0
-    for module, (rows, columns, rank) in read_shapes(spec.adapter).items():
+    for module, (rows, columns, rank) in read_shapes(work.factors).items():
         full_rows, full_columns = base.full_shape(module)
         kept_rows, kept_columns = base.kept(module)
         kept = (
@@ -104,8 +114,8 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
             return stage.finished
         stage.restart_meter()
         warn_of_other_template(work.manifest.inputs["source"], planned.base, reporter)
-        small = LoraAdapter.read(spec.adapter)
-        full = _recover_adapter(small, _Base.of(work), reporter)
+        small = LoraAdapter.read(work.factors)
+        full = recover_adapter(small, FullShapes.of(work.model, work.manifest.keep), reporter)
         name = hub_id(spec.model) or str(spec.model)
         named = {**full.config, "base_model_name_or_path": name, "inference_mode": True}
         replace(full, config=named).write(stage.path)
@@ -121,27 +131,40 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
 
 
 @dataclass(frozen=True)
-class _Base:
-    """Where an adapter's factors belong: the base's shapes, and what was kept of them."""
+class FullShapes:
+    """Where an adapter's factors belong: the base's shapes, and what was kept of them.
+
+    Attributes:
+        model: The base.
+        shapes: Of its tensors.
+        keep: What was kept, by layer.
+    """
 
     model: Model
     shapes: dict[str, tuple[int, ...]]
     keep: dict[int, LayerKeep]
 
     @classmethod
-    def of(cls, work: RecoverWork) -> "_Base":
-        family = work.model.family
-        shapes = family.tensor_shapes(work.model.config)
+    def of(cls, model: Model, keep: Mapping[str, Any]) -> "FullShapes":
+        """Those of a base, and what a manifest says was kept of it."""
+        family = model.family
+        shapes = family.tensor_shapes(model.config)
         shapes.setdefault(f"{family.lm_head}.weight", shapes[f"{family.embedding}.weight"])
-        keep = {int(i): LayerKeep.from_mapping(layer) for i, layer in work.manifest.keep.items()}
-        return cls(work.model, shapes, keep)
+        kept = {int(i): LayerKeep.from_mapping(layer) for i, layer in keep.items()}
+        return cls(model, shapes, kept)
 
     def full_shape(self, module: str) -> tuple[int, ...]:
+        """Of a module's weight in the base.
+
+        Raises:
+            LoramError: The base has no such module.
+        """
         if f"{module}.weight" not in self.shapes:
             raise LoramError(f"adapter module {module} does not exist in the base")
         return self.shapes[f"{module}.weight"]
 
     def kept(self, module: str) -> tuple[list[int] | None, list[int] | None]:
+        """Rows and columns that were kept of a module's weight; None for all."""
         found = self.model.family.module_named(module)
         if found is None or found[0] not in self.keep:
             return None, None
@@ -150,7 +173,7 @@ class _Base:
         return keep.rows(linear, geometry), keep.columns(linear, geometry)
 
 
-def _recover_adapter(small: LoraAdapter, base: _Base, reporter: Reporter) -> LoraAdapter:
+def recover_adapter(small: LoraAdapter, base: FullShapes, reporter: Reporter) -> LoraAdapter:
     """Bring every factor of a pruned model's adapter to the base's shapes.
 
     Raises:
@@ -164,7 +187,7 @@ def _recover_adapter(small: LoraAdapter, base: _Base, reporter: Reporter) -> Lor
     return replace(small, pairs=pairs)
 
 
-def _recover_pair(module: str, pair: LoraPair, base: _Base) -> LoraPair:
+def _recover_pair(module: str, pair: LoraPair, base: FullShapes) -> LoraPair:
     full_rows, full_columns = base.full_shape(module)
     rows, columns = base.kept(module)
     lora_a, lora_b = pair.lora_a, pair.lora_b

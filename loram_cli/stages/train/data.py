@@ -41,10 +41,10 @@ def prepare(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> Prepared:
     return objective.prepare(spec, examples, evaluation, tokenizer, reporter)
 
 
-def counted(spec: TrainSpec, reporter: Reporter) -> dict[str, int | float | None]:
-    """Examples that would train and be held out, and how often each is seen.
+def tried(spec: TrainSpec, reporter: Reporter) -> Prepared | None:
+    """The data as it would train; None where it takes long to read.
 
-    Data that takes long to read is tried on its first records, and not counted.
+    Such data is tried on its first records.
 
     Raises:
         LoramError: As :func:`prepare`.
@@ -54,14 +54,24 @@ def counted(spec: TrainSpec, reporter: Reporter) -> dict[str, int | float | None
         load = spec.chosen_objective.load(spec, None, reporter)
         for source in sources:
             load(source, limit=TRIED_RECORDS)
-        return {"examples": None}
-    prepared = prepare(spec, load_tokenizer(spec.source), reporter)
-    seen = spec.steps * spec.batch / (spec.generations or 1)
-    return {
+        return None
+    return prepare(spec, load_tokenizer(spec.source), reporter)
+
+
+def counted(spec: TrainSpec, prepared: Prepared) -> dict[str, int | float]:
+    """Examples that train and are held out, how often each is seen, and their tokens."""
+    # A batch counts completions where several are drawn for an example.
+    drawn = spec.generations or 1
+    steps = spec.steps_for(prepared.examples * drawn)
+    figures: dict[str, int | float] = {
         "examples": prepared.examples,
         "eval_examples": prepared.eval_examples,
-        "epochs": round(seen / prepared.examples, 2),
+        "steps": steps,
+        "epochs": round(steps * spec.batch / (prepared.examples * drawn), 2),
     }
+    if prepared.lengths:
+        figures["tokens_per_epoch"] = sum(prepared.lengths)
+    return figures
 
 
 def _texts(item: Any) -> tuple[str, ...]:

@@ -4,13 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from loram_cli.memory.setup import Packing
 from loram_cli.schema import redefined, setting
 from loram_cli.stages.fit.spec import RANK_HELP, FitSpec, Quantization
+from loram_cli.training.choices import Keep
+
+# Where neither epochs nor steps are told.
+EPOCHS = 3.0
+SFT_RATE = 2e-4
+# Ten times TRL's own of whole models, as LoRA's best rates are ("LoRA Without Regret").
+POLICY_RATE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(FitSpec):
-    """The settings of train; the defaults are the paper's."""
+    """The settings of train; where the defaults come from is said in ``docs/training.md``."""
 
     source: Path = redefined(
         FitSpec, "source", help="Model directory, not the run's aligned or pruned one."
@@ -40,18 +48,64 @@ class TrainSettings(FitSpec):
     train_on: Literal["all", "last"] = setting(
         "all", help="Of a conversation: all answers, or the last (SFT only).", in_key="changed"
     )
-    steps: int = redefined(FitSpec, "steps", 400)
-    learning_rate: float = redefined(FitSpec, "learning_rate", 1e-5)
-    warmup_steps: int = redefined(FitSpec, "warmup_steps", 100)
-    batch: int = redefined(FitSpec, "batch", 128, help="Examples per step.")
+    steps: int | None = setting(None, help="Optimizer steps, in place of --epochs.", at_least=1)
+    epochs: float | None = setting(
+        None, help="Passes over the data.", default_text=f"{EPOCHS:g}", above=0, in_key="changed"
+    )
+    learning_rate: float | None = setting(
+        None,
+        help="Peak of the schedule.",
+        default_text=f"{SFT_RATE:g} for sft, {POLICY_RATE:g} for dpo and grpo".replace("e-0", "e-"),
+        above=0,
+    )
+    warmup_steps: int | None = setting(
+        None, help="Steps of linear warm-up.", default_text="3% of the steps", at_least=0
+    )
+    batch: int = redefined(FitSpec, "batch", 16, help="Examples per step.")
     micro_batch: int = redefined(FitSpec, "micro_batch", 4, help="Examples per forward pass.")
+    packing: Packing = setting(
+        "auto",
+        help="auto (examples of like length share a pass, and rows where more than 5% would be "
+        "padding), on (one row, no padding) or off. Examples never see each other.",
+        in_key="changed",
+    )
+    early_stopping: int | None = setting(
+        None,
+        help="Stop after so many evaluations without a new best one.",
+        at_least=1,
+        in_key="changed",
+    )
+    keep: Keep = setting(
+        "best",
+        help="best (the checkpoint with the lowest held-out loss) or last.",
+        in_key="changed",
+    )
+    keep_checkpoints: int = setting(
+        10,
+        help="Adapters of checkpoints to keep beside the best one, for recover --checkpoint.",
+        at_least=0,
+        in_key="changed",
+    )
+    score_recovered: bool = setting(
+        False,
+        help="Take every kept checkpoint's held-out loss on the full model too, and keep the best "
+        "by it (SFT only).",
+        in_key="changed",
+    )
     rank: int = setting(8, help=RANK_HELP, at_least=1)
     alpha: int = setting(16, help="LoRA alpha: the update is scaled by alpha / r.", at_least=1)
+    rslora: bool = setting(
+        False,
+        help="Scale the update by alpha / sqrt(r) (rank-stabilized LoRA).",
+        in_key="changed",
+    )
     dropout: float | None = setting(
         None, help="LoRA dropout (SFT only).", default_text="0.05", at_least=0, below=1
     )
     targets: tuple[str, ...] = setting(
-        (), help="Modules that get factors, comma-separated.", default_text="all"
+        (),
+        help="Modules that get factors, comma-separated; all-linear: all but the head.",
+        default_text="all, an untied head included",
     )
     quantize: Quantization | None = setting(
         None, help="nf4: hold the frozen model in 4 bits (QLoRAM)."

@@ -1,5 +1,6 @@
 """How to train: the settings, and the objectives that there are."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -8,12 +9,12 @@ from loram_cli.errors import UsageError
 from loram_cli.schema import flag, redefined
 from loram_cli.stages.train.objectives.objective import OWN_SETTINGS, Objective
 from loram_cli.stages.train.objectives.table import OBJECTIVES
-from loram_cli.stages.train.settings import TrainSettings
+from loram_cli.stages.train.settings import EPOCHS, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec(TrainSettings):
-    """How to train; the defaults are the paper's."""
+    """How to train."""
 
     objective: str = redefined(TrainSettings, "objective", choices=lambda: OBJECTIVES)
 
@@ -26,7 +27,15 @@ class TrainSpec(TrainSettings):
         """With the objective's own settings where they are not given."""
         known = self.chosen_objective.settings(self)
         open_ones = {name: v for name, v in known.items() if getattr(self, name) is None}
+        if self.steps is None and self.epochs is None:
+            open_ones["epochs"] = EPOCHS
         return replace(self, **open_ones) if open_ones else self
+
+    def steps_for(self, examples: int) -> int:
+        """Optimizer steps: those asked for, or as many as the epochs take; a part counts whole."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil((self.epochs or EPOCHS) * examples / self.batch))
 
     def check(self) -> None:
         """Refuse settings that do not go together.
@@ -47,8 +56,35 @@ class TrainSpec(TrainSettings):
             self.chosen_objective.check(self)
         else:
             self.settled()
+        self._check_length()
         self._check_fsdp()
         self._check_stream()
+
+    def _check_length(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(
+                f"--steps {self.steps} and --epochs {self.epochs:g} both say how long to train",
+                "pass one of the two",
+            )
+        if self.early_stopping is not None and not (self.eval_data or self.eval_examples):
+            raise UsageError(
+                "--early-stopping needs held-out data, and --eval-examples is 0",
+                "hold some out, or pass --eval-data",
+            )
+        if self.score_recovered and self.objective != "sft":
+            raise UsageError(f"--score-recovered does not go with --objective {self.objective}")
+        if self.score_recovered and not (self.eval_data or self.eval_examples):
+            raise UsageError(
+                "--score-recovered needs held-out data, and --eval-examples is 0",
+                "hold some out, or pass --eval-data",
+            )
+        if self.score_recovered and self.fsdp:
+            raise UsageError(
+                "--score-recovered does not go with --fsdp",
+                "recover the checkpoints afterwards: loram recover --checkpoint N",
+            )
+        if self.packing == "on" and self.objective != "sft":
+            raise UsageError(f"--packing on does not go with --objective {self.objective}")
 
     def _check_fsdp(self) -> None:
         if not self.fsdp:

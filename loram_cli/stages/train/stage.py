@@ -1,5 +1,6 @@
 """Train: LoRA on the pruned (or aligned) model, or on any base, by one of the objectives."""
 
+import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.lineage import (
+    Source,
     adapter_targets,
     check_start,
     describe_source,
@@ -33,6 +35,7 @@ from loram_cli.stages.core.lineage import (
 )
 from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
 from loram_cli.stages.core.results import TrainResult
+from loram_cli.stages.core.steps import put_steps, take_step
 from loram_cli.stages.fit.launchers import as_launched
 from loram_cli.stages.fit.run import (
     check_device,
@@ -42,11 +45,14 @@ from loram_cli.stages.fit.run import (
     warn_of_memory,
 )
 from loram_cli.stages.fit.spec import smaller_trainings
-from loram_cli.stages.train.data import counted, prepare
+from loram_cli.stages.train.data import counted, prepare, tried
+from loram_cli.stages.train.objectives.objective import Prepared
+from loram_cli.stages.train.recovered import open_base, recovered_losses
 from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.adapters import attach_lora, continue_lora, lora_config, save_adapter
 from loram_cli.training.data.documents import source_layout
-from loram_cli.training.loop.options import resolve_precision, weights_dtype
+from loram_cli.training.data.packing import usable_packing
+from loram_cli.training.loop.options import FitResult, best_step, resolve_precision, weights_dtype
 from loram_cli.training.streamed import streamed_within
 
 __all__ = ["TrainSpec", "plan", "run"]
@@ -58,6 +64,15 @@ class TrainWork:
 
     model: Model
     targets: tuple[str, ...]
+
+
+def _check_scoring(source: Source) -> None:
+    if not source.keep:
+        raise UsageError(
+            "--score-recovered is for a pruned model, and this one has the full model's shapes",
+            "its held-out loss is the full model's: leave --score-recovered out",
+        )
+    open_base(source.base)
 
 
 def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[TrainWork]:
@@ -87,16 +102,20 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     )
     inputs: dict[str, Mapping[str, Any]] = {"source": source.record}
     if spec.from_adapter is not None:
-        values = {"rank": spec.rank, "alpha": spec.alpha}
+        values = {"rank": spec.rank, "alpha": spec.alpha, "rslora": spec.rslora}
         inputs["adapter"] = check_start(spec.from_adapter, source, values, targets)
-    setup = _setup(spec, targets, model.config, device)
+    usable_packing(spec.packing, model.family, "")
+    prepared = tried(spec, reporter) if count else None
+    setup = _setup(spec, targets, model.config, device, prepared)
     memory = _memory(spec, model.family, model.config, setup)
-    more_bytes = spec.chosen_objective.more_bytes(spec, memory, model.family, model.config, setup)
     lora_params = count_lora_params(model.family, model.config, spec.rank, targets)
     figures: dict[str, Any] = {"params": model.num_params, "lora_params": lora_params}
-    figures |= {"steps": spec.steps, "batch": spec.batch}
-    if count:
-        figures |= counted(spec, reporter)
+    figures |= {"steps": spec.steps, "epochs": spec.epochs, "batch": spec.batch}
+    if prepared is not None:
+        figures |= counted(spec, prepared)
+        figures["tokens_per_pass"] = setup.tokens
+    if spec.score_recovered:
+        _check_scoring(source)
     return make_plan(
         "train",
         spec,
@@ -108,7 +127,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         base=source.base,
         keep=source.keep,
         sparsity=source.sparsity,
-        memory_bytes=memory.total + more_bytes,
+        memory_bytes=_total_bytes(spec, model, setup),
         processes=process_count(),
         figures=figures,
     )
@@ -126,6 +145,7 @@ def foresee(spec: TrainSpec, config: Mapping[str, Any]) -> dict[str, Any]:
         "params": count_params(family, config).total,
         "lora_params": count_lora_params(family, config, spec.rank, targets),
         "steps": spec.steps,
+        "epochs": spec.epochs,
         "batch": spec.batch,
         "memory_bytes": memory.total + more_bytes,
     }
@@ -143,24 +163,43 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
     with stage_run(planned, spec, spec.source, resumable=True) as stage:
         if stage.finished is not None:
             return stage.finished
-        _tell_start(spec, planned.work, reporter)
-        warn_of_memory(planned, smaller_trainings(spec), device, reporter)
+        work = planned.work
+        _tell_start(spec, work, reporter)
+        prepared = prepare(spec, load_tokenizer(spec.source), reporter)
+        setup = _setup(spec, work.targets, work.model.config, device, prepared)
+        needed = replace(planned, memory_bytes=_total_bytes(spec, work.model, setup))
+        warn_of_memory(needed, smaller_trainings(spec), device, reporter)
         return stage.commit(
-            _train(spec, planned.work, device, stage.path, stage.restart_meter, reporter)
+            _train(spec, planned, prepared, device, stage.path, stage.restart_meter, reporter)
         )
 
 
+def _total_bytes(spec: TrainSpec, model: Model, setup: TrainingSetup) -> int:
+    """What training takes at its peak, the objective's own share included."""
+    family, config = model.family, model.config
+    memory = _memory(spec, family, config, setup)
+    return memory.total + spec.chosen_objective.more_bytes(spec, memory, family, config, setup)
+
+
 def _setup(
-    spec: TrainSpec, targets: tuple[str, ...], config: Mapping[str, Any], device: str
+    spec: TrainSpec,
+    targets: tuple[str, ...],
+    config: Mapping[str, Any],
+    device: str,
+    prepared: Prepared | None = None,
 ) -> TrainingSetup:
-    """What the memory account has to know of a spec."""
+    """What the memory account has to know of a spec, and of the data where it is at hand."""
+    longest = tuple(heapq.nlargest(spec.micro_batch, prepared.lengths)) if prepared else ()
+    family, attention = family_for(config, "the model"), spec.attention
     return TrainingSetup(
         rank=spec.rank,
         targets=targets,
         dropout=spec.dropout or 0.0,
         quantize=spec.quantize,
         micro_batch=spec.micro_batch * spec.chosen_objective.sequences_per_example,
-        length=spec.max_length,
+        length=longest[0] if longest else spec.max_length,
+        longest=longest,
+        packing=usable_packing(spec.packing, family, attention),
         gradient_checkpointing=spec.gradient_checkpointing,
         attention=usual_attention(config) if spec.attention == "auto" else spec.attention,
         cross_entropy=spec.cross_entropy,
@@ -191,13 +230,14 @@ def _streamed_memory(
 
 def _train(
     spec: TrainSpec,
-    work: TrainWork,
+    planned: StagePlan[TrainWork],
+    prepared: Prepared,
     device: str,
     path: Path,
     start_meter: Callable[[], None],
     reporter: Reporter,
 ) -> TrainResult:
-    prepared = prepare(spec, load_tokenizer(spec.source), reporter)
+    work = planned.work
     # Now, and not at the end: the file may be gone by then.
     layout = trained_layout(spec.from_adapter) or source_layout(spec.data)
     objective = spec.chosen_objective
@@ -226,16 +266,40 @@ def _train(
     factors = whole_trained_weights(model) if spec.fsdp else None
     if is_main_process():
         save_adapter(model, path, weights=factors)
+        steps = put_steps(path)
+    del model, factors
+    best = fitted.best_step
+    if spec.score_recovered and is_main_process():
+        base = open_base(planned.base)
+        scores = recovered_losses(
+            base, planned.keep, path, steps, prepared.eval_rows, device, reporter
+        )
+        fitted = replace(fitted, history=(*fitted.history, *scores))
+        best = best_step(scores, "recovered")
+    kept = best if spec.keep == "best" and best is not None else fitted.steps
+    if kept != fitted.steps and is_main_process():
+        take_step(path, kept)
     return TrainResult(
         objective=spec.objective,
         layout=layout,
-        steps=spec.steps,
+        steps=fitted.steps,
         examples=prepared.examples,
         targets=work.targets,
         trained_on_params=work.model.num_params,
         lora_params=fitted.trainable_params,
-        **finish_fit(fitted, path, objective.title),
+        best_step=best,
+        kept_step=kept,
+        tokens=fitted.tokens,
+        computed_tokens=fitted.computed_tokens,
+        recovered_loss_before=_recovered_loss(fitted, 0),
+        recovered_loss_after=_recovered_loss(fitted, kept),
+        **finish_fit(fitted, path, objective.title, kept),
     )
+
+
+def _recovered_loss(fitted: FitResult, step: int) -> float | None:
+    rows = (row for row in fitted.history if row.split == "recovered" and row.step == step)
+    return next((round(row.loss, 4) for row in rows), None)
 
 
 def _tell_start(spec: TrainSpec, work: TrainWork, reporter: Reporter) -> None:
@@ -283,5 +347,7 @@ def _with_factors(model: Any, spec: TrainSpec, targets: tuple[str, ...]) -> Any:
     dropout = float(spec.dropout or 0)
     if spec.from_adapter is not None:
         return continue_lora(model, spec.from_adapter, dropout=dropout)
-    lora = lora_config(targets, rank=spec.rank, alpha=spec.alpha, dropout=dropout)
+    lora = lora_config(
+        targets, rank=spec.rank, alpha=spec.alpha, dropout=dropout, rslora=spec.rslora
+    )
     return attach_lora(model, lora, seed=spec.seed)

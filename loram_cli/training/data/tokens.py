@@ -179,14 +179,14 @@ class PadCollator:
     """
 
     def __init__(self, pad_token_id: int, multiple: int = 1) -> None:
-        self._pad = pad_token_id
-        self._multiple = multiple
+        self.pad = pad_token_id
+        self.multiple = multiple
 
     def __call__(self, rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``labels``."""
         longest = max(len(row.input_ids) for row in rows)
-        shape = (len(rows), -(-longest // self._multiple) * self._multiple)
-        ids = np.full(shape, self._pad, np.int64)
+        shape = (len(rows), -(-longest // self.multiple) * self.multiple)
+        ids = np.full(shape, self.pad, np.int64)
         labels = np.full(shape, IGNORED_LABEL, np.int64)
         for i, row in enumerate(rows):
             length = len(row.input_ids)

@@ -14,11 +14,24 @@ from loram_cli.training.loop.options import FitOptions
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _RUN = "run.json"
+# Adapters of all checkpoints, those that are gone included.
+_KEPT = "adapters"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the trainer puts the checkpoint of a step."""
     return folder / f"checkpoint-{step}"
+
+
+def kept_path(folder: Path, step: int) -> Path:
+    """Where the adapter of a step's checkpoint is kept."""
+    return folder / _KEPT / str(step)
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """The steps whose adapters are kept, in order."""
+    kept = folder / _KEPT
+    return sorted(int(p.name) for p in kept.iterdir() if p.name.isdigit()) if kept.is_dir() else []
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,9 @@ def fingerprint(
     A checkpoint of slices (``shared``) is another set of files.
     """
     # How often a checkpoint is written, and who else hears of it, changes nothing in the result.
-    plain = spec_to_mapping(replace(options, checkpoint_steps=1, report_to=()))
+    plain = spec_to_mapping(
+        replace(options, checkpoint_steps=1, report_to=(), keep_checkpoints=None)
+    )
     shapes = {name: list(shape) for name, shape in trainable.items()}
     return {
         "settings": digest_of(plain),
@@ -94,6 +109,7 @@ def newest_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Found:
         marked = [path for path in there.values() if is_marked(path)]
         for path in there.values():
             shutil.rmtree(path)
+        shutil.rmtree(folder / _KEPT, ignore_errors=True)
         (folder / _RUN).write_text(json.dumps({"fingerprint": fingerprint}) + "\n", "utf-8")
         names = [name for name, value in fingerprint.items() if theirs.get(name, value) != value]
         return Found(differs=tuple(names) or ("unknown",)) if marked else Found()
@@ -107,6 +123,12 @@ def newest_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> Found:
             damaged.append(f"{there[step]}: damaged, {wrong}")
         shutil.rmtree(there[step])
     return Found(damaged=tuple(damaged))
+
+
+def newest_whole(folder: Path) -> int:
+    """The step of the newest checkpoint that was written to its end; 0 where there is none."""
+    steps = (int(m[1]) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and is_marked(p))
+    return max(steps, default=0)
 
 
 def _fingerprint_of(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loram_cli.training.data.tokens import PadCollator, TokenRow
+from loram_cli.arch.spec import Family
+from loram_cli.training.data.packing import PackCollator, usable_packing
+from loram_cli.training.data.tokens import TokenRow
 from loram_cli.training.loop.options import FitOptions
 
 if TYPE_CHECKING:
@@ -91,12 +93,18 @@ def text_job(
             from loram_cli.training.loop.streamed_trainer import StreamedTrainer
 
             trainer_class = partial(StreamedTrainer, streamed=streamed)
+        packing = usable_packing(
+            parts.options.packing,
+            model_family(parts.model),
+            parts.model.config._attn_implementation,
+        )
+        multiple = 8 if parts.device == "cuda" else 1
         return trainer_class(
             model=parts.model,
             args=parts.arguments(),
-            data_collator=PadCollator(
-                pad_token_id(parts.model), 8 if parts.device == "cuda" else 1
-            ),
+            data_collator=PackCollator(pad_token_id(parts.model), multiple, packing),
+            # Rows of like length share a pass, whether or not they can share a row.
+            grouped=parts.options.packing != "off",
             train_dataset=train,
             eval_dataset=evaluation or None,
             callbacks=parts.callbacks,
@@ -111,6 +119,13 @@ def text_job(
         build=build,
         chunked_loss=True,
     )
+
+
+def model_family(model: Any) -> Family:
+    """The family of a causal LM, or of the one inside a PEFT model."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family: Family = inner.family
+    return family
 
 
 def highest(sequences: Sequence[np.ndarray]) -> int:

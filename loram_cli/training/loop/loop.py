@@ -20,12 +20,19 @@ from loram_cli.modeling.chunked_loss import chunked_loss, restore_forward
 from loram_cli.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, process_count
+from loram_cli.training.adapters import save_adapter
 from loram_cli.training.data.tokens import TokenRow
 from loram_cli.training.distributed import share
-from loram_cli.training.loop.checkpoints import fingerprint, newest_checkpoint
+from loram_cli.training.loop.checkpoints import Found, fingerprint, newest_checkpoint
 from loram_cli.training.loop.job import Job, TrainerParts, text_job
 from loram_cli.training.loop.masks import keep_zeros
-from loram_cli.training.loop.options import FitOptions, FitResult, curve_rows, resolve_precision
+from loram_cli.training.loop.options import (
+    FitOptions,
+    FitResult,
+    curve_rows,
+    evaluations_since_best,
+    resolve_precision,
+)
 from loram_cli.training.tracking import tracking_callbacks
 
 if TYPE_CHECKING:
@@ -174,8 +181,10 @@ def fit_job(
         try:
             bar = reporter.progress(job.label, steps, "step")
             with chunks, interruption.caught(), bar as progress:
+                told = StepCallback(progress, interruption, options.batch, reporter, job.evaluates)
                 callbacks = [
-                    StepCallback(progress, interruption, options.batch, reporter, job.evaluates),
+                    *_keeping(model, options, folder, shared, reporter),
+                    told,
                     *(tracking_callbacks(options.report_to, work_dir) if main else ()),
                 ]
                 trainer = job.build(
@@ -189,12 +198,15 @@ def fit_job(
                     )
                 )
                 _remove_printer(trainer)
-                if found.path is not None and found.step >= steps:
+                if hasattr(trainer, "step_tokens"):
+                    told.count_tokens(trainer.step_tokens)
+                ended = _ended(found, options)
+                if ended is not None:
                     # All steps are done; the trainer itself would begin another one.
                     trainer._load_from_checkpoint(str(found.path))
                     progress.skip(steps)
-                    state = json.loads((found.path / "trainer_state.json").read_text("utf-8"))
-                    done, log = state["global_step"], state["log_history"]
+                    done, log = ended["global_step"], ended["log_history"]
+                    told.catch_up(done)
                 else:
                     trainer.train(resume_from_checkpoint=found.path and str(found.path))
                     done, log = trainer.state.global_step, trainer.state.log_history
@@ -217,7 +229,38 @@ def fit_job(
         trainable_params=sum(math.prod(shape) for shape in trainable.values()),
         precision=precision,
         resumed_from=found.step or None,
+        tokens=told.tokens.real,
+        computed_tokens=told.tokens.computed,
     )
+
+
+def _ended(found: Found, options: FitOptions) -> dict[str, Any] | None:
+    """The trainer's state in a checkpoint with which training has ended; None where it goes on."""
+    if found.path is None:
+        return None
+    state: dict[str, Any] = json.loads((found.path / "trainer_state.json").read_text("utf-8"))
+    patience = options.early_stopping
+    since = evaluations_since_best(curve_rows(state["log_history"]))
+    stopped = patience is not None and since >= patience
+    return state if found.step >= options.steps or stopped else None
+
+
+def _keeping(
+    model: Any, options: FitOptions, folder: Path, shared: bool, reporter: Reporter
+) -> list[Any]:
+    """What keeps adapters of checkpoints, where they are to be kept."""
+    if options.keep_checkpoints is None:
+        return []
+    from loram_cli.modeling.sharding import whole_trained_weights
+    from loram_cli.training.loop.kept import KeepAdapters
+
+    def save(path: Path) -> None:
+        weights = whole_trained_weights(model) if shared else None
+        if is_main_process():
+            save_adapter(model, path, weights=weights)
+
+    count, patience = options.keep_checkpoints, options.early_stopping
+    return [KeepAdapters(folder, count, patience, save, reporter)]
 
 
 def _check_streamed(options: FitOptions) -> None:

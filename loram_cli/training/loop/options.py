@@ -1,13 +1,15 @@
 """How a training run goes, and what it gives back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from loram_cli.memory.setup import CrossEntropy, Optimizer
-from loram_cli.training.choices import Precision, Tracker
+from loram_cli.memory.setup import CrossEntropy, Optimizer, Packing
+from loram_cli.training.choices import Precision, Scheduler, Tracker
+
+Split = Literal["train", "eval", "recovered"]
 
 # What preference and policy training tell beside the loss, by their names in TRL's log.
 FIGURES = {
@@ -24,11 +26,15 @@ class FitOptions:
     """Settings shared by alignment and LoRA training; whoever builds them has checked them.
 
     Attributes:
-        learning_rate: Peak, after warm-up; it falls as a cosine.
+        learning_rate: Peak, after warm-up.
         steps: Optimizer steps.
         batch: Sequences per optimizer step.
         micro_batch: Sequences in memory at a time; divides ``batch``.
         warmup_steps: Steps over which the rate rises from 0.
+        lr_scheduler: How the rate falls from its peak.
+        weight_decay: AdamW's.
+        max_grad_norm: Gradients are scaled down to this norm at most; 0 leaves them.
+        packing: Whether examples share rows, see :mod:`loram_cli.training.data.packing`.
         optimizer: ``adamw``, or ``paged_adamw_8bit`` of bitsandbytes, which keeps a quarter of
             the optimizer state.
         precision: Of the computation; ``auto`` is bf16 on a GPU that has it, else fp32.
@@ -38,6 +44,10 @@ class FitOptions:
         eval_steps: Evaluate every so many steps, besides start and end; None for these two only.
         seed: Decides data order and dropout.
         report_to: Trackers that get the losses as well.
+        early_stopping: Stop after so many evaluations in a row without a new best one; None goes
+            on to the last step.
+        keep_checkpoints: How many adapters of checkpoints are kept beside the best one, the newest
+            ones; None keeps none, nor the best.
     """
 
     learning_rate: float
@@ -45,6 +55,10 @@ class FitOptions:
     batch: int = 128
     micro_batch: int = 4
     warmup_steps: int = 100
+    lr_scheduler: Scheduler = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    packing: Packing = "off"
     optimizer: Optimizer = "adamw"
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
@@ -53,6 +67,8 @@ class FitOptions:
     eval_steps: int | None = None
     seed: int = 0
     report_to: tuple[Tracker, ...] = ()
+    early_stopping: int | None = None
+    keep_checkpoints: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +107,15 @@ class LossRow:
 
     Attributes:
         step: Optimizer steps done.
-        split: ``train``: mean over the step's batch; ``eval``: over the evaluation split.
+        split: ``train``: mean over the step's batch; ``eval``: over the evaluation split;
+            ``recovered``: over that split, of the full model with this step's adapter.
         loss: Mean negative log-likelihood per token that carries loss, in nats.
         learning_rate: Of that step; None for ``eval``.
         figures: What else the objective tells, see :data:`FIGURES`.
     """
 
     step: int
-    split: Literal["train", "eval"]
+    split: Split
     loss: float
     learning_rate: float | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -114,6 +131,8 @@ class FitResult:
         trainable_params: How many parameters were trained.
         precision: ``fp32`` or ``bf16``.
         resumed_from: The step that a checkpoint gave back, or None.
+        tokens: Real tokens of all steps; 0 where the objective does not count them.
+        computed_tokens: The same with padding.
     """
 
     steps: int
@@ -121,16 +140,30 @@ class FitResult:
     trainable_params: int
     precision: str
     resumed_from: int | None
+    tokens: int = 0
+    computed_tokens: int = 0
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose evaluation was best; None without one."""
+        return best_step(self.history)
 
     @property
     def final_loss(self) -> float:
         """The last step's training loss."""
         return [row.loss for row in self.history if row.split == "train"][-1]
 
-    def eval_losses(self) -> tuple[float, float] | None:
-        """Evaluation loss at the start and at the end, or None without an evaluation split."""
-        losses = [row.loss for row in self.history if row.split == "eval"]
-        return (losses[0], losses[-1]) if losses else None
+    def eval_losses(self, step: int | None = None) -> tuple[float, float] | None:
+        """Evaluation loss at the start and at the end, or None without an evaluation split.
+
+        Args:
+            step: After which the second one is; None for the last.
+        """
+        rows = [row for row in self.history if row.split == "eval"]
+        if not rows:
+            return None
+        last = next((row for row in reversed(rows) if row.step == step), rows[-1])
+        return rows[0].loss, last.loss
 
     def first_and_last(self, split: str) -> dict[str, tuple[float, float]]:
         """Each further figure at the first and the last point of a split that has it."""
@@ -147,6 +180,28 @@ class FitResult:
         names = {name: None for row in rows for name in row.figures}
         found = {name: [r.figures[name] for r in rows if name in r.figures] for name in names}
         return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def best_step(history: Iterable[LossRow], split: str = "eval") -> int | None:
+    """The step of the best evaluation after the start; the first of several equal ones.
+
+    That of the highest reward where rewards are learnt, else of the lowest loss.
+
+    Args:
+        history: The loss curve.
+        split: Whose rows count.
+    """
+    rows = [row for row in history if row.split == split and row.step > 0]
+    if not rows:
+        return None
+    return min(rows, key=lambda row: (-row.figures.get("reward", -row.loss), row.step)).step
+
+
+def evaluations_since_best(history: Iterable[LossRow]) -> int:
+    """How many evaluations there were since the best one."""
+    rows = list(history)
+    best = best_step(rows)
+    return sum(row.split == "eval" and best is not None and row.step > best for row in rows)
 
 
 def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf16"]:

@@ -4,11 +4,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Sampler
@@ -18,9 +18,10 @@ from loram_cli.errors import LoramError
 from loram_cli.reporting import Progress, Reporter
 from loram_cli.runs.processes import is_main_process, process_count, process_rank
 from loram_cli.runs.whole import mark_whole
+from loram_cli.training.data.packing import arranged, padded_tokens
 from loram_cli.training.data.tokens import IGNORED_LABEL, TokenRow
 from loram_cli.training.distributed import any_process, wait_for_all
-from loram_cli.training.loop.checkpoints import checkpoint_path
+from loram_cli.training.loop.checkpoints import checkpoint_path, newest_whole
 from loram_cli.training.loop.options import FitOptions
 from loram_cli.training.loop.order import EndlessOrder
 
@@ -28,6 +29,8 @@ from loram_cli.training.loop.order import EndlessOrder
 _TOLD = {"rewards/accuracies": "preference accuracy", "reward": "reward"}
 # After so many steps without any reward, the user is warned.
 _STEPS_WITHOUT_REWARD = 10
+# transformers' own "constant" leaves out the warm-up.
+_SCHEDULERS = {"constant": "constant_with_warmup"}
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "paged_adamw_8bit": "paged_adamw_8bit"}
 _SAME_CTRL_C_SECONDS = 2.0
 
@@ -109,15 +112,42 @@ class StepCallback(TrainerCallback):
         self._evaluates = evaluates
         self._began = 0.0
         self._first_step = 0
+        self._tokens_of: Callable[[int], StepTokens] | None = None
+        # Of all steps, and of those since the start.
+        self.tokens = self._since = StepTokens(0, 0)
+
+    def count_tokens(self, tokens_of: Callable[[int], "StepTokens"]) -> None:
+        """Tell real tokens a second as well.
+
+        Args:
+            tokens_of: Gives those of a step, counted from 1.
+        """
+        self._tokens_of = tokens_of
+
+    def catch_up(self, steps: int) -> None:
+        """Count the tokens of steps that were done before this start."""
+        self.tokens = self._tokens_in(range(1, steps + 1))
+
+    def _tokens_in(self, steps: Iterable[int]) -> "StepTokens":
+        if self._tokens_of is None:
+            return StepTokens(0, 0)
+        counts = [self._tokens_of(step) for step in steps]
+        return StepTokens(sum(n.real for n in counts), sum(n.computed for n in counts))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the steps that a checkpoint has already done."""
         self._began, self._first_step = time.monotonic(), state.global_step
         self._progress.skip(state.global_step)
+        self.catch_up(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step; evaluate after the last one."""
         self._progress.advance(1)
+        mine = self._tokens_in([state.global_step])
+        self.tokens, self._since = (
+            StepTokens(n.real + mine.real, n.computed + mine.computed)
+            for n in (self.tokens, self._since)
+        )
         if state.global_step >= state.max_steps and self._evaluates:
             control.should_evaluate = True
         if any_process(self._interruption.requested):
@@ -137,15 +167,20 @@ class StepCallback(TrainerCallback):
             return
         for name, key in (("loss", "loss"), ("gradient", "grad_norm")):
             if not math.isfinite(logs.get(key, 0.0)):
+                kept = newest_whole(Path(args.output_dir))
+                more = f"; the checkpoint of step {kept} is kept" if kept else ""
                 raise LoramError(
                     f"the {name} is {logs[key]} at step {state.global_step}",
-                    "lower the learning rate, or use --precision fp32; the last checkpoint is kept",
+                    f"lower the learning rate, or use --precision fp32{more}",
                 )
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = (state.global_step - self._first_step) * self._batch / seconds
         told = [f"loss {logs['loss']:.3f}"]
         told += [f"{word} {logs[key]:.2f}" for key, word in _TOLD.items() if key in logs]
-        self._progress.detail(", ".join([*told, f"{rate:.1f} samples/s"]))
+        told.append(f"{rate:.1f} samples/s")
+        if self._since.real:
+            told.append(f"{self._since.real / seconds:,.0f} tokens/s")
+        self._progress.detail(", ".join(told))
         if state.global_step == _STEPS_WITHOUT_REWARD and logs.get("reward") == 0:
             earlier = [entry["reward"] for entry in state.log_history if "reward" in entry]
             if not any(earlier):
@@ -186,18 +221,57 @@ class WholeBatches:
     train_dataset: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        return self._order(self.train_dataset if train_dataset is None else train_dataset)
+
+    def _order(self, rows: Any, lengths: Sequence[int] = ()) -> EndlessOrder:
         args = self.args
         batch = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * process_count()
         )
-        return EndlessOrder(len(rows), batch, args.seed)
+        return EndlessOrder(len(rows), batch, args.seed, lengths)
+
+
+class StepTokens(NamedTuple):
+    """Tokens of optimizer steps, of all processes together.
+
+    Attributes:
+        real: Of the examples.
+        computed: That the model runs on, padding included.
+    """
+
+    real: int
+    computed: int
 
 
 class StepTrainer(WholeBatches, LeanCheckpoints, Trainer):
-    """A Trainer of whole batches that evaluates per token and keeps checkpoints lean."""
+    """A Trainer of whole batches that evaluates per token and keeps checkpoints lean.
+
+    Args:
+        args: As the parent takes them.
+        grouped: Whether rows of like length share a forward pass.
+        kwargs: As the parent takes them.
+    """
 
     control: Any
+
+    def __init__(self, *args: Any, grouped: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lengths = [len(row.input_ids) for row in self.train_dataset]
+        self._steps = self._order(self._lengths, self._lengths if grouped else ())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self._steps
+
+    def step_tokens(self, step: int) -> StepTokens:
+        """Tokens of an optimizer step, counted from 1."""
+        lengths = [self._lengths[row] for row in self._steps.step(step - 1)]
+        collator: Any = self.data_collator
+        computed = 0
+        for begin in range(0, len(lengths), self.args.per_device_train_batch_size):
+            some = lengths[begin : begin + self.args.per_device_train_batch_size]
+            layout = arranged(some, collator.packing, multiple=collator.multiple)
+            computed += padded_tokens(layout, some, multiple=collator.multiple)
+        return StepTokens(sum(lengths), computed)
 
     def evaluate(
         self,
@@ -259,10 +333,10 @@ def training_arguments(
         output_dir=str(output_dir),
         max_steps=steps,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=_SCHEDULERS.get(options.lr_scheduler, options.lr_scheduler),
         warmup_steps=warmup_steps,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
         optim=_OPTIMIZERS[options.optimizer],
         per_device_train_batch_size=options.micro_batch,
         per_device_eval_batch_size=options.micro_batch,

@@ -15,7 +15,7 @@ from loram_cli.stages.train.objectives.objective import (
     loader,
     reference_bytes,
 )
-from loram_cli.stages.train.settings import TrainSettings
+from loram_cli.stages.train.settings import POLICY_RATE, TrainSettings
 
 if TYPE_CHECKING:
     from loram_cli.training.loop.options import FitResult
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def _settings(spec: TrainSettings) -> Mapping[str, Any]:
     # TRL's own, but for dropout, without which policy and reference differ by training alone.
-    return {"dropout": 0.0, "beta": 0.1}
+    return {"dropout": 0.0, "beta": 0.1, "learning_rate": POLICY_RATE}
 
 
 def _check(spec: TrainSettings) -> None:
@@ -45,7 +45,7 @@ def _prepare(
     tokenizer: Any,
     reporter: Reporter,
 ) -> Prepared:
-    from loram_cli.stages.fit.run import fit_options
+    from loram_cli.stages.train.options import train_options
     from loram_cli.training.data.preferences import tokenize_pairs
     from loram_cli.training.loop.options import PreferenceOptions
     from loram_cli.training.trl_jobs import fit_preferences
@@ -57,7 +57,7 @@ def _prepare(
     how = PreferenceOptions(beta=spec.beta or 0.0, keeps_reference=spec.from_adapter is not None)
 
     def fit(model: Any, path: Path) -> "FitResult":
-        options = fit_options(spec)
+        options = train_options(spec, len(train_rows))
         return fit_preferences(
             model, tokenizer, train_rows, eval_rows, how, options, path, reporter
         )

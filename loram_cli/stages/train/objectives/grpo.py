@@ -19,7 +19,7 @@ from loram_cli.stages.train.objectives.objective import (
     loader,
     reference_bytes,
 )
-from loram_cli.stages.train.settings import TrainSettings
+from loram_cli.stages.train.settings import POLICY_RATE, TrainSettings
 
 if TYPE_CHECKING:
     from loram_cli.training.loop.options import FitResult
@@ -31,6 +31,7 @@ def _settings(spec: TrainSettings) -> Mapping[str, Any]:
     # TRL's own, but for dropout, without which policy and reference differ by training alone.
     return {
         "dropout": 0.0,
+        "learning_rate": POLICY_RATE,
         "beta": 0.0,
         "generations": 8,
         "temperature": 1.0,
@@ -67,7 +68,7 @@ def _prepare(
     reporter: Reporter,
 ) -> Prepared:
     from loram_cli.evaluation.grading import strict_grader
-    from loram_cli.stages.fit.run import fit_options
+    from loram_cli.stages.train.options import train_options
     from loram_cli.training.data.questions import fitting_questions
     from loram_cli.training.loop.options import RewardOptions
     from loram_cli.training.trl_jobs import fit_rewards
@@ -99,7 +100,7 @@ def _prepare(
     grader = strict_grader()
 
     def fit(model: Any, path: Path) -> "FitResult":
-        options = fit_options(spec)
+        options = train_options(spec, len(train) * how.generations)
         return fit_rewards(
             model, tokenizer, train, evaluation, grader, how, options, path, reporter
         )

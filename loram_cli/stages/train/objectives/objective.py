@@ -13,6 +13,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.stages.train.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from loram_cli.training.data.tokens import TokenRow
     from loram_cli.training.loop.options import FitResult
 
 # Settings that only some objectives have.
@@ -32,11 +33,15 @@ class Prepared:
         eval_examples: How many are held out.
         fit: Trains a PEFT model, keeping checkpoints in a directory; where the objective can,
             layer by layer, by the pass given as ``streamed``.
+        lengths: Tokens of each example that trains, where forward passes are made of them.
+        eval_rows: The examples that are held out, where they are such rows.
     """
 
     examples: int
     eval_examples: int
     fit: "Callable[..., FitResult]"
+    lengths: tuple[int, ...] = ()
+    eval_rows: "tuple[TokenRow, ...]" = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loram_cli.reporting import Reporter
 from loram_cli.stages.train.objectives.objective import Load, Objective, Prepared, loader
-from loram_cli.stages.train.settings import TrainSettings
+from loram_cli.stages.train.settings import SFT_RATE, TrainSettings
 
 if TYPE_CHECKING:
     from loram_cli.modeling.layerwise.lora_pass import LoraPass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _settings(spec: TrainSettings) -> Mapping[str, Any]:
-    return {"dropout": 0.05}
+    return {"dropout": 0.05, "learning_rate": SFT_RATE}
 
 
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Load:
@@ -30,7 +30,7 @@ def _prepare(
     tokenizer: Any,
     reporter: Reporter,
 ) -> Prepared:
-    from loram_cli.stages.fit.run import fit_options
+    from loram_cli.stages.train.options import train_options
     from loram_cli.training.data.tokens import tokenize_examples
     from loram_cli.training.loop.loop import fit_lora
 
@@ -44,10 +44,11 @@ def _prepare(
     )
 
     def fit(model: Any, path: Path, streamed: "LoraPass | None" = None) -> "FitResult":
-        options = fit_options(spec)
+        options = train_options(spec, len(train_rows))
         return fit_lora(model, train_rows, eval_rows, options, path, reporter, streamed=streamed)
 
-    return Prepared(len(train_rows), len(eval_rows), fit)
+    lengths = tuple(len(row.input_ids) for row in train_rows)
+    return Prepared(len(train_rows), len(eval_rows), fit, lengths, tuple(eval_rows))
 
 
 OBJECTIVE = Objective(
