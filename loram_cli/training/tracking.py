@@ -1,6 +1,7 @@
-"""Experiment trackers beside our own loss curve: tensorboard and wandb, through transformers."""
+"""Experiment trackers beside our own loss curve, through transformers' callbacks."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ def tracking_callbacks(names: Sequence[Tracker], work_dir: Path) -> list[Any]:
     """The trainer's callbacks for the trackers.
 
     Raises:
-        LoramError: From the callback of wandb, when training begins: nobody is logged in.
+        LoramError: From their callbacks, when training begins: nobody is logged in, or a server
+            does not answer.
     """
     callbacks: list[Any] = []
     if "tensorboard" in names:
@@ -39,6 +41,10 @@ def tracking_callbacks(names: Sequence[Tracker], work_dir: Path) -> list[Any]:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(work_dir / TENSORBOARD_FOLDER))))
     if "wandb" in names:
         callbacks.append(_wandb_callback())
+    if "mlflow" in names:
+        callbacks.append(_mlflow_callback())
+    if "swanlab" in names:
+        callbacks.append(_swanlab_callback())
     return callbacks
 
 
@@ -57,3 +63,49 @@ def _wandb_callback() -> Any:
                 ) from error
 
     return Wandb()
+
+
+def _mlflow_callback() -> Any:
+    import mlflow
+    from transformers.integrations import MLflowCallback
+
+    class MLflow(MLflowCallback):
+        def setup(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                super().setup(*args, **kwargs)
+            except mlflow.exceptions.MlflowException as error:
+                raise LoramError(
+                    f"--report-to mlflow: {str(error).splitlines()[0][:200]}",
+                    "set MLFLOW_TRACKING_URI to a server or a folder that can be written",
+                ) from error
+
+    return MLflow()
+
+
+def _swanlab_callback() -> Any:
+    import swanlab
+    from transformers.integrations import SwanLabCallback
+
+    class SwanLab(SwanLabCallback):
+        def setup(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                # The parent asks for the run, which from 0.10 on raises where there is none.
+                if not _has_run(swanlab):
+                    swanlab.init(project=os.environ.get("SWANLAB_PROJECT"))
+                super().setup(*args, **kwargs)
+            # Its errors share no class of their own.
+            except (Exception, SystemExit) as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                raise LoramError(
+                    f"--report-to swanlab: {lines[0][:200]}",
+                    "run 'swanlab login', or set SWANLAB_MODE=offline",
+                ) from error
+
+    return SwanLab()
+
+
+def _has_run(swanlab: Any) -> bool:
+    try:
+        return swanlab.get_run() is not None
+    except RuntimeError:
+        return False

@@ -15,7 +15,7 @@ from loram_cli.arch.targets import lora_targets
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_lora_params, count_params
-from loram_cli.memory.setup import TrainingSetup, usual_attention
+from loram_cli.memory.setup import Packing, TrainingSetup, usual_attention
 from loram_cli.memory.streaming import StreamedMemory, streamed_training_memory
 from loram_cli.memory.training import TrainingMemory, training_memory
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer
@@ -189,17 +189,20 @@ def _setup(
     prepared: Prepared | None = None,
 ) -> TrainingSetup:
     """What the memory account has to know of a spec, and of the data where it is at hand."""
-    longest = tuple(heapq.nlargest(spec.micro_batch, prepared.lengths)) if prepared else ()
-    family, attention = family_for(config, "the model"), spec.attention
+    sequences = spec.micro_batch * spec.chosen_objective.sequences_per_example
+    longest = tuple(heapq.nlargest(sequences, prepared.lengths)) if prepared else ()
+    packing: Packing = "off"
+    if spec.objective == "sft":
+        packing = usable_packing(spec.packing, family_for(config, "the model"), spec.attention)
     return TrainingSetup(
         rank=spec.rank,
         targets=targets,
         dropout=spec.dropout or 0.0,
         quantize=spec.quantize,
-        micro_batch=spec.micro_batch * spec.chosen_objective.sequences_per_example,
+        micro_batch=sequences,
         length=longest[0] if longest else spec.max_length,
         longest=longest,
-        packing=usable_packing(spec.packing, family, attention),
+        packing=packing,
         gradient_checkpointing=spec.gradient_checkpointing,
         attention=usual_attention(config) if spec.attention == "auto" else spec.attention,
         cross_entropy=spec.cross_entropy,

@@ -62,7 +62,12 @@ def _prepare(
             model, tokenizer, train_rows, eval_rows, how, options, path, reporter
         )
 
-    return Prepared(len(train_rows), len(eval_rows), fit)
+    lengths = tuple(
+        len(row.prompt_ids) + len(answer)
+        for row in train_rows
+        for answer in (row.chosen_ids, row.rejected_ids)
+    )
+    return Prepared(len(train_rows), len(eval_rows), fit, lengths)
 
 
 OBJECTIVE = Objective(

@@ -33,7 +33,7 @@ class Prepared:
         eval_examples: How many are held out.
         fit: Trains a PEFT model, keeping checkpoints in a directory; where the objective can,
             layer by layer, by the pass given as ``streamed``.
-        lengths: Tokens of each example that trains, where forward passes are made of them.
+        lengths: Tokens of each sequence that trains, where forward passes are made of them.
         eval_rows: The examples that are held out, where they are such rows.
     """
 
