@@ -85,7 +85,7 @@ def gradients(model, batches, items) -> tuple[float, dict[str, torch.Tensor]]:
         for batch in batches:
             loss = model(**batch, num_items_in_batch=items, use_cache=False).loss
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
