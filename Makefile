@@ -40,7 +40,7 @@ docs: $(VENV)/installed ## the pages of the commands, from their help
 	$(BIN)/python -m loram_cli.cli.command_pages
 	$(BIN)/python -m loram_cli.cli.which_way_page
 
-bench: $(VENV)/installed ## streaming against cp, Taylor, SparseGPT, decoding, offload (9 GB of disk)
+bench: $(VENV)/installed ## streaming against cp, Taylor, SparseGPT, decoding, offload, packing (9 GB of disk)
 	$(BIN)/python $(BENCHMARKS)/stream.py
 	$(BIN)/python $(BENCHMARKS)/taylor.py
 	$(BIN)/python $(BENCHMARKS)/sparsity.py
@@ -48,6 +48,7 @@ bench: $(VENV)/installed ## streaming against cp, Taylor, SparseGPT, decoding, o
 	$(BIN)/python $(BENCHMARKS)/quantized_load.py
 	$(BIN)/python $(BENCHMARKS)/offload.py
 	$(BIN)/python $(BENCHMARKS)/stream_training.py
+	$(BIN)/python $(BENCHMARKS)/packing.py
 
 bench-huge: $(VENV)/installed ## streaming a checkpoint larger than its memory limit (23 GB of disk)
 	$(BIN)/python $(BENCHMARKS)/huge.py $(ARGS)

@@ -28,7 +28,8 @@ USABLE_SHARE = 0.95
 _SMALLEST_8BIT_PARAMS = 4096
 _BLOCK_8BIT_PARAMS = 256
 
-_LARGEST_MICRO_BATCH = 4096
+# More are not asked for.
+LARGEST_MICRO_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def largest_micro_batch(
         tried = replace(setup, micro_batch=micro_batch)
         return training_memory(family, config, tried).fits(memory_bytes)
 
-    return largest(fits, _LARGEST_MICRO_BATCH)
+    return largest(fits, LARGEST_MICRO_BATCH)
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int | None:

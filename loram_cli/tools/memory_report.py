@@ -1,5 +1,6 @@
 """Memory report: what base, pruned and quantized models cost, from configs alone."""
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from loram_cli.memory.notes import report_notes
 from loram_cli.memory.picture import Bar
 from loram_cli.memory.presets import load_preset
 from loram_cli.memory.setup import TrainingSetup, usual_attention
-from loram_cli.memory.training import CARDS_GIB
+from loram_cli.memory.training import CARDS_GIB, LARGEST_MICRO_BATCH
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
@@ -77,7 +78,12 @@ class MemoryReport:
     def settings(self) -> str:
         """The setup in words."""
         setup = self.setup
-        words = [f"micro-batch {setup.micro_batch}", f"{setup.length} tokens"]
+        words = [f"micro-batch {setup.micro_batch}"]
+        if setup.longest:
+            real = setup.micro_batch * setup.longest[0]
+            words.append(f"{setup.tokens:,} tokens a pass at most ({real:,} padded)")
+        else:
+            words.append(f"{setup.length} tokens")
         words += [f"{setup.attention} attention", f"{setup.cross_entropy} cross-entropy"]
         if setup.gradient_checkpointing:
             words.append("gradient checkpointing")
@@ -97,7 +103,11 @@ class MemoryReport:
         return {
             **plain,
             "targets": list(self.targets),
-            "setup": {**plain["setup"], "targets": list(self.targets)},
+            "setup": {
+                **{name: v for name, v in plain["setup"].items() if name != "longest"},
+                "targets": list(self.targets),
+                "tokens_per_pass": self.setup.tokens,
+            },
             "rows": list(plain["rows"]),
             "fits": list(plain["fits"]),
             "ways": [way.to_mapping() for way in self.ways],
@@ -118,7 +128,7 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
     config = _base_config(spec)
     family = _checked_family(config, source)
     base = ModelRow(BASE_NAME, config, head_params=_head_params(spec.model))
-    setup = _setup(spec, config)
+    setup = _setup(spec, config, family, reporter)
     ratios = spec.effective_ratios
     if config.get("per_layer_config"):
         if spec.ratios:
@@ -165,12 +175,34 @@ def run(spec: MemoryReportSpec, reporter: Reporter) -> MemoryReport:
     )
 
 
-def _setup(spec: MemoryReportSpec, config: dict[str, Any]) -> TrainingSetup:
+def _setup(
+    spec: MemoryReportSpec, config: dict[str, Any], family: Family, reporter: Reporter
+) -> TrainingSetup:
     names = {field.name for field in fields(TrainingSetup)} & {field.name for field in fields(spec)}
     values = {name: getattr(spec, name) for name in names}
     if spec.attention == "auto":
         values["attention"] = usual_attention(config)
+    if spec.data is not None:
+        from loram_cli.training.data.packing import usable_packing
+
+        values["packing"] = usable_packing(spec.packing, family, spec.attention)
+        values["longest"] = _longest(spec, reporter)
+        values["length"] = values["longest"][0]
     return TrainingSetup(**values)
+
+
+def _longest(spec: MemoryReportSpec, reporter: Reporter) -> tuple[int, ...]:
+    """Tokens of the longest examples, in falling order."""
+    from loram_cli.modeling.load import load_tokenizer
+    from loram_cli.training.data.documents import load_instructions
+    from loram_cli.training.data.tokens import tokenize_examples
+
+    assert spec.data is not None and spec.model is not None
+    tokenizer = load_tokenizer(spec.model)
+    examples = load_instructions(spec.data, tokenizer=tokenizer, reporter=reporter)
+    rows = tokenize_examples(examples, tokenizer, spec.length, reporter)
+    lengths = (len(row.input_ids) for row in rows)
+    return tuple(heapq.nlargest(LARGEST_MICRO_BATCH, lengths))
 
 
 def _fits(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from loram_cli.arch.registry import family_for
 from loram_cli.errors import UsageError
 from loram_cli.memory.presets import load_preset
-from loram_cli.memory.setup import CrossEntropy, Optimizer
+from loram_cli.memory.setup import CrossEntropy, Optimizer, Packing
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.pruning.strategies import STRATEGIES, strategy_named
 from loram_cli.pruning.strategy import Strategy
@@ -87,6 +87,12 @@ class MemoryReportSpec(StepSpec):
         help="Share the model out among so many (train --fsdp): what each one holds.",
         at_least=1,
     )
+    data: str | None = setting(
+        None,
+        help="Instructions, as train takes them: a pass counts the real tokens of the longest, and "
+        "not --length of each. Needs the model's tokenizer.",
+    )
+    packing: Packing = setting("auto", help="With --data: auto, on or off, as train has it.")
     fit_bytes: Bytes | None = setting(
         None,
         flag="--fit",
@@ -122,6 +128,11 @@ class MemoryReportSpec(StepSpec):
             raise UsageError(
                 "memory-report needs a model directory or a preset, and not both",
                 "pass --model DIR, or --preset llama2-70b",
+            )
+        if self.data is not None and (self.model is None or self.model.is_file()):
+            raise UsageError(
+                "--data needs a tokenizer, which a preset or a config alone does not have",
+                "pass --model DIR, or --length",
             )
         only = self.chosen_strategy.only_ratio
         for ratio in self.ratios:

@@ -46,6 +46,16 @@ def _trained(result: TrainResult) -> list[str]:
         )
     elif result.objective == "sft":
         lines += _losses(result)
+    if result.recovered_loss_before is not None and result.recovered_loss_after is not None:
+        lines.append(
+            f"on the full model {result.recovered_loss_before:.4f} -> "
+            f"{result.recovered_loss_after:.4f}"
+        )
+    if result.kept_step not in (None, result.steps):
+        lines.append(f"kept: the checkpoint of step {result.kept_step}, the best one")
+    if result.tokens:
+        share = result.computed_tokens / result.tokens
+        lines.append(f"{result.tokens:,} tokens seen, {share:.2f} computed for each of them")
     return lines
 
 
