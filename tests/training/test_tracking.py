@@ -23,7 +23,7 @@ def without(monkeypatch, *names: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "swanlab"])
 def test_an_absent_package_is_named_before_any_work(
     name: str, finished_run: Path, instructions: Path, tmp_path: Path, monkeypatch, capsys
 ):
@@ -143,3 +143,84 @@ def test_what_wandb_refuses_is_one_line(monkeypatch):
     (callback,) = tracking.tracking_callbacks(("wandb",), Path("nowhere"))
     with pytest.raises(LoramError, match=r"wandb: No API key configured\.\nrun 'wandb login'"):
         callback.setup(None, None, None)
+
+
+def test_what_mlflow_refuses_is_one_line(monkeypatch):
+    from transformers.integrations import integration_utils
+
+    fake = types.ModuleType("mlflow")
+    fake.exceptions = types.SimpleNamespace(
+        MlflowException=type("MlflowException", (Exception,), {})
+    )
+    fake.utils = types.SimpleNamespace(
+        validation=types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=9, MAX_PARAMS_TAGS_PER_BATCH=9)
+    )
+
+    def refuse(*args, **kwargs):
+        raise fake.exceptions.MlflowException("no server at http://x\nmore")
+
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.setattr(integration_utils, "is_mlflow_available", lambda: True)
+    monkeypatch.setattr(integration_utils.MLflowCallback, "setup", refuse)
+    (callback,) = tracking.tracking_callbacks(("mlflow",), Path("nowhere"))
+    with pytest.raises(LoramError, match="mlflow: no server at http://x\nset MLFLOW_TRACKING_URI"):
+        callback.setup(None, None, None)
+
+
+def test_swanlab_begins_its_run_where_there_is_none(monkeypatch):
+    """From 0.10 on ``get_run`` raises there, which transformers' callback does not expect."""
+    from transformers.integrations import integration_utils
+
+    begun = []
+    fake = types.ModuleType("swanlab")
+
+    def get_run():
+        if not begun:
+            raise RuntimeError("No active Run. Call swanlab.init() first.")
+        return begun[0]
+
+    fake.get_run, fake.init = get_run, lambda **given: begun.append(given)
+    monkeypatch.setitem(sys.modules, "swanlab", fake)
+    monkeypatch.setenv("SWANLAB_PROJECT", "mine")
+    monkeypatch.setattr(integration_utils, "is_swanlab_available", lambda: True)
+    monkeypatch.setattr(integration_utils.SwanLabCallback, "setup", lambda *a, **k: fake.get_run())
+    (callback,) = tracking.tracking_callbacks(("swanlab",), Path("nowhere"))
+    callback.setup(None, None, None)
+    callback.setup(None, None, None)
+    assert begun == [{"project": "mine"}]
+
+    def refuse(**given):
+        raise RuntimeError("no TTY is available for interactive login.")
+
+    begun.clear()
+    fake.init = refuse
+    with pytest.raises(LoramError, match="swanlab: no TTY .*\nrun 'swanlab login'"):
+        callback.setup(None, None, None)
+
+
+@pytest.mark.slow
+def test_mlflow_and_swanlab_write_the_losses(
+    finished_run: Path, instructions: Path, tmp_path: Path
+):
+    """Their own files, offline; where both are installed."""
+    for name in ("mlflow", "swanlab"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install 'loram[mlflow,swanlab]'")
+    words = ["train", "--in", finished_run / "pruned", "--out", "out", "--data", instructions]
+    words += ["--report-to", "mlflow,swanlab", "--steps", "2"]
+    words += ["--batch", "2", "--micro-batch", "2", "--max-length", "64"]
+    environment = {
+        **os.environ, "SWANLAB_MODE": "offline", "LORAM_RUN": str(finished_run),
+        "MLFLOW_TRACKING_URI": f"file://{tmp_path / 'mlruns'}", "MLFLOW_ALLOW_FILE_STORE": "true",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "loram_cli", *map(str, words)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out" / "loss.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["split"] == "train"]
+    (file,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
+    logged = [float(line.split()[1]) for line in file.read_text().splitlines()]
+    assert logged == pytest.approx(losses, abs=1e-5)
+    assert list((tmp_path / "swanlog").glob("run-*"))

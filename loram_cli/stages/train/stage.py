@@ -121,8 +121,10 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         spec,
         inputs,
         TrainWork(model, targets),
-        # The adapter, and up to three checkpoints of it with the optimizer's moments.
-        disk_bytes=4 * 4 * lora_params + 3 * memory.optimizer * setup.processes,
+        # The adapter, up to three checkpoints of it with the optimizer's moments, and what is kept
+        # of all of them, once more while it is copied into the output.
+        disk_bytes=4 * lora_params * (4 + 2 * (spec.keep_checkpoints + 1))
+        + 3 * memory.optimizer * setup.processes,
         reads=tuple(filter(None, (spec.source, spec.from_adapter, spec.data, spec.eval_data))),
         base=source.base,
         keep=source.keep,
