@@ -194,7 +194,7 @@ def test_swanlab_begins_its_run_where_there_is_none(monkeypatch):
 
     begun.clear()
     fake.init = refuse
-    with pytest.raises(LoramError, match="swanlab: no TTY .*\nrun 'swanlab login'"):
+    with pytest.raises(LoramError, match=r"swanlab: no TTY .*\nrun 'swanlab login'"):
         callback.setup(None, None, None)
 
 
