@@ -234,7 +234,10 @@ def save_adapter(
         weights: The factors, where those in the model are slices.
     """
     with quiet_libraries():
-        model.save_pretrained(out, save_embedding_layers=False, state_dict=weights)
+        # Without the frozen copy that may serve as a reference.
+        model.save_pretrained(
+            out, save_embedding_layers=False, state_dict=weights, selected_adapters=["default"]
+        )
     path = out / CONFIG_NAME
     config = json.loads(path.read_text("utf-8"))
     # PEFT keeps targets in a set, whose order changes from process to process.

@@ -249,6 +249,47 @@ def _train(
     objective.warm_up()
     transformers.set_seed(spec.seed)
     start_meter()
+    fitted = _fit(spec, work, prepared, device, path, reporter)
+    steps = put_steps(path) if is_main_process() else []
+    best = fitted.best_step
+    if spec.score_recovered and is_main_process():
+        base = open_base(planned.base)
+        scores = recovered_losses(
+            base, planned.keep, path, steps, prepared.eval_rows, device, reporter
+        )
+        fitted = replace(fitted, history=(*fitted.history, *scores))
+        best = best_step(scores, "recovered")
+    kept = fitted.steps
+    if spec.keep == "best" and best is not None and best in steps:
+        take_step(path, best)
+        kept = best
+    return TrainResult(
+        objective=spec.objective,
+        layout=layout,
+        steps=fitted.steps,
+        examples=prepared.examples,
+        targets=work.targets,
+        trained_on_params=work.model.num_params,
+        lora_params=fitted.trainable_params,
+        best_step=best,
+        kept_step=kept,
+        tokens=fitted.tokens,
+        computed_tokens=fitted.computed_tokens,
+        recovered_loss_before=_recovered_loss(fitted, 0),
+        recovered_loss_after=_recovered_loss(fitted, kept),
+        **finish_fit(fitted, path, objective.title, kept),
+    )
+
+
+def _fit(
+    spec: TrainSpec,
+    work: TrainWork,
+    prepared: Prepared,
+    device: str,
+    path: Path,
+    reporter: Reporter,
+) -> FitResult:
+    """Train, and write the adapter of the last step; the model is gone afterwards."""
     if spec.stream:
         skeleton = SkeletonModel(
             work.model,
@@ -271,35 +312,7 @@ def _train(
     factors = whole_trained_weights(model) if spec.fsdp else None
     if is_main_process():
         save_adapter(model, path, weights=factors)
-        steps = put_steps(path)
-    del model, factors
-    best = fitted.best_step
-    if spec.score_recovered and is_main_process():
-        base = open_base(planned.base)
-        scores = recovered_losses(
-            base, planned.keep, path, steps, prepared.eval_rows, device, reporter
-        )
-        fitted = replace(fitted, history=(*fitted.history, *scores))
-        best = best_step(scores, "recovered")
-    kept = best if spec.keep == "best" and best is not None else fitted.steps
-    if kept != fitted.steps and is_main_process():
-        take_step(path, kept)
-    return TrainResult(
-        objective=spec.objective,
-        layout=layout,
-        steps=fitted.steps,
-        examples=prepared.examples,
-        targets=work.targets,
-        trained_on_params=work.model.num_params,
-        lora_params=fitted.trainable_params,
-        best_step=best,
-        kept_step=kept,
-        tokens=fitted.tokens,
-        computed_tokens=fitted.computed_tokens,
-        recovered_loss_before=_recovered_loss(fitted, 0),
-        recovered_loss_after=_recovered_loss(fitted, kept),
-        **finish_fit(fitted, path, objective.title, kept),
-    )
+    return fitted
 
 
 def _recovered_loss(fitted: FitResult, step: int) -> float | None:
