@@ -51,7 +51,7 @@ class FitSpec(Spec):
         help="cosine, linear, constant, polynomial or inverse_sqrt: the rate after warm-up.",
         in_key="changed",
     )
-    weight_decay: float = setting(0.0, help="AdamW's.", at_least=0, in_key="changed")
+    weight_decay: float = setting(0.0, help="Weight decay of AdamW.", at_least=0, in_key="changed")
     max_grad_norm: float = setting(
         1.0, help="Clip gradients to this norm; 0: not at all.", at_least=0, in_key="changed"
     )

@@ -55,7 +55,9 @@ class TrainSettings(FitSpec):
     learning_rate: float | None = setting(
         None,
         help="Peak of the schedule.",
-        default_text=f"{SFT_RATE:g} for sft, {POLICY_RATE:g} for dpo and grpo".replace("e-0", "e-"),
+        default_text=f"{SFT_RATE:.0e} for sft, {POLICY_RATE:.0e} for dpo and grpo".replace(
+            "e-0", "e-"
+        ),
         above=0,
     )
     warmup_steps: int | None = setting(
