@@ -19,7 +19,7 @@ from loram_cli.training.loop.options import FitOptions, FitResult, resolve_preci
 from loram_cli.training.tracking import check_trackers
 from loram_cli.units import format_bytes
 
-# Of the steps, where warm-up is not told: that of QLoRA (arXiv 2305.14314, appendix B).
+# Of the steps, where warm-up is not told: the warmup_ratio of QLoRA's code.
 WARMUP_SHARE = 0.03
 
 S = TypeVar("S", bound=FitSpec)
