@@ -41,7 +41,7 @@ def _ask(
     spec: GenerateSpec, label: str, model: Model, learnt: str | None, reporter: Reporter
 ) -> list[Answer]:
     parts = spec.rows[label]
-    tokenizer = row_tokenizer(parts[0], spec.model)
+    tokenizer = row_tokenizer(parts, spec.model)
     own: Layout = "messages" if getattr(tokenizer, "chat_template", None) else "prompt"
     layout = spec.layout or cast("Layout | None", learnt) or own
     chat = Chat(tokenizer)

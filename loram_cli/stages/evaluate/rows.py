@@ -146,7 +146,7 @@ def _open_engine(
     stack: ExitStack,
 ) -> Engine:
     parts = spec.rows[label]
-    tokenizer = row_tokenizer(parts[0], spec.model)
+    tokenizer = row_tokenizer(parts, spec.model)
     context_tokens = int(model.config.get("max_position_embeddings") or 2048)
 
     def open_backend() -> Any:

@@ -1,7 +1,9 @@
 """Training data read, split and made into tokens, as the objective says."""
 
+from pathlib import Path
 from typing import Any
 
+from loram_cli.checkpoint.sources import TEMPLATE_FILE
 from loram_cli.modeling.load import load_tokenizer
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.plan import TRIED_RECORDS, reads_quickly
@@ -10,6 +12,28 @@ from loram_cli.stages.train.objectives.objective import Prepared
 from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.data.documents import split_eval
 from loram_cli.training.data.markers import foreign_markers
+from loram_cli.training.data.template_names import (
+    with_adapter_template,
+    with_template,
+)
+
+
+def training_tokenizer(spec: TrainSpec) -> Any:
+    """The model's tokenizer, with the template that is asked for, or that of an earlier adapter.
+
+    Raises:
+        LoramError: There is no tokenizer, or no such template.
+    """
+    tokenizer = load_tokenizer(spec.source)
+    if spec.chat_template is not None:
+        return with_template(tokenizer, spec.chat_template)
+    return with_adapter_template(tokenizer, spec.from_adapter)
+
+
+def save_template(tokenizer: Any, path: Path) -> None:
+    """Leave a template that is not the model's own beside the adapter that was trained by it."""
+    if getattr(tokenizer, "chat_template_source", None) is not None:
+        (path / TEMPLATE_FILE).write_text(str(tokenizer.chat_template), "utf-8")
 
 
 def prepare(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> Prepared:
@@ -55,7 +79,7 @@ def counted(spec: TrainSpec, reporter: Reporter) -> dict[str, int | float | None
         for source in sources:
             load(source, limit=TRIED_RECORDS)
         return {"examples": None}
-    prepared = prepare(spec, load_tokenizer(spec.source), reporter)
+    prepared = prepare(spec, training_tokenizer(spec), reporter)
     seen = spec.steps * spec.batch / (spec.generations or 1)
     return {
         "examples": prepared.examples,

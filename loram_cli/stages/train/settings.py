@@ -40,6 +40,12 @@ class TrainSettings(FitSpec):
     train_on: Literal["all", "last"] = setting(
         "all", help="Of a conversation: all answers, or the last (SFT only).", in_key="changed"
     )
+    chat_template: str | None = setting(
+        None,
+        help="Template for messages: a Jinja file, or a name such as chatml or llama3.",
+        default_text="the model's own",
+        in_key="changed",
+    )
     steps: int = redefined(FitSpec, "steps", 400)
     learning_rate: float = redefined(FitSpec, "learning_rate", 1e-5)
     warmup_steps: int = redefined(FitSpec, "warmup_steps", 100)

@@ -17,7 +17,7 @@ from loram_cli.memory.account import count_lora_params, count_params
 from loram_cli.memory.setup import TrainingSetup, usual_attention
 from loram_cli.memory.streaming import streamed_training_memory
 from loram_cli.memory.training import TrainingMemory, training_memory
-from loram_cli.modeling.load import load_causal_lm, load_tokenizer
+from loram_cli.modeling.load import load_causal_lm
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.sharding import SharedModel, whole_trained_weights
 from loram_cli.modeling.skeleton import SkeletonModel
@@ -42,10 +42,11 @@ from loram_cli.stages.fit.run import (
     warn_of_memory,
 )
 from loram_cli.stages.fit.spec import smaller_trainings
-from loram_cli.stages.train.data import counted, prepare
+from loram_cli.stages.train.data import counted, prepare, save_template, training_tokenizer
 from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.adapters import attach_lora, continue_lora, lora_config, save_adapter
 from loram_cli.training.data.documents import source_layout
+from loram_cli.training.data.template_names import named_template
 from loram_cli.training.loop.options import resolve_precision, weights_dtype
 from loram_cli.training.streamed import streamed_within
 
@@ -75,6 +76,8 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         )
     check_out_of_tree(spec.out, *filter(None, (spec.source, spec.from_adapter)))
     device = check_device(spec)
+    if spec.chat_template is not None:
+        named_template(spec.chat_template)
     model = Model.open(spec.source)
     model.check_whole()
     source = describe_source(model)
@@ -191,7 +194,8 @@ def _train(
     start_meter: Callable[[], None],
     reporter: Reporter,
 ) -> TrainResult:
-    prepared = prepare(spec, load_tokenizer(spec.source), reporter)
+    tokenizer = training_tokenizer(spec)
+    prepared = prepare(spec, tokenizer, reporter)
     # Now, and not at the end: the file may be gone by then.
     layout = trained_layout(spec.from_adapter) or source_layout(spec.data)
     objective = spec.chosen_objective
@@ -220,6 +224,7 @@ def _train(
     factors = whole_trained_weights(model) if spec.fsdp else None
     if is_main_process():
         save_adapter(model, path, weights=factors)
+        save_template(tokenizer, path)
     return TrainResult(
         objective=spec.objective,
         layout=layout,
