@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from loram_cli.reporting import Reporter
+from loram_cli.training.data.judged import JudgedRow
 from loram_cli.training.data.preferences import PairRow
 from loram_cli.training.data.questions import Question
 from loram_cli.training.loop.job import Job, TrainerParts, highest
@@ -17,6 +18,8 @@ from loram_cli.training.loop.loop import fit_job
 from loram_cli.training.loop.options import (
     FitOptions,
     FitResult,
+    JudgedOptions,
+    PairLoss,
     PreferenceOptions,
     RewardOptions,
 )
@@ -34,6 +37,8 @@ def fit_preferences(
     options: FitOptions,
     work_dir: Path,
     reporter: Reporter,
+    *,
+    loss: PairLoss = "dpo",
 ) -> FitResult:
     """Train the factors of a PEFT model to prefer chosen answers to rejected ones.
 
@@ -41,7 +46,7 @@ def fit_preferences(
         LoramError: As :func:`.loop.fit_job`.
         KeyboardInterrupt: As :func:`.loop.fit_job`.
     """
-    data = hashlib.sha256(_plain(how))
+    data = hashlib.sha256(_plain(how) + (b"" if loss == "dpo" else loss.encode()))
     every: list[np.ndarray] = []
     longest = 0
     for rows in (train, evaluation):
@@ -58,14 +63,56 @@ def fit_preferences(
         from loram_cli.training.trl_trainers import preference_trainer
 
         train_data, eval_data = _pair_dataset(train), _pair_dataset(evaluation)
-        return preference_trainer(parts, tokenizer, train_data, eval_data, how)
+        return preference_trainer(parts, tokenizer, train_data, eval_data, how, loss)
 
     job = Job(
-        label="dpo",
+        label=loss,
         digest=data.hexdigest(),
         evaluates=bool(evaluation),
         highest_token=highest(every),
         longest=longest,
+        build=build,
+    )
+    return _fit(model, job, options, work_dir, reporter)
+
+
+def fit_judged(
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[JudgedRow],
+    evaluation: Sequence[JudgedRow],
+    how: JudgedOptions,
+    options: FitOptions,
+    work_dir: Path,
+    reporter: Reporter,
+) -> FitResult:
+    """Train the factors of a PEFT model towards good answers and away from bad ones.
+
+    Raises:
+        LoramError: As :func:`.loop.fit_job`.
+        KeyboardInterrupt: As :func:`.loop.fit_job`.
+    """
+    data = hashlib.sha256(_plain(how))
+    every: list[np.ndarray] = []
+    for rows in (train, evaluation):
+        data.update(f"{len(rows)};".encode())
+        for row in rows:
+            data.update(f"{len(row.prompt_ids)},{len(row.completion_ids)},{row.good};".encode())
+            every.append(np.concatenate([row.prompt_ids, row.completion_ids]))
+            data.update(every[-1].tobytes())
+
+    def build(parts: TrainerParts) -> Any:
+        from loram_cli.training.trl_trainers import judged_trainer
+
+        train_data, eval_data = _judged_dataset(train), _judged_dataset(evaluation)
+        return judged_trainer(parts, tokenizer, train_data, eval_data, how)
+
+    job = Job(
+        label="kto",
+        digest=data.hexdigest(),
+        evaluates=bool(evaluation),
+        highest_token=highest(every),
+        longest=max(map(len, every)),
         build=build,
     )
     return _fit(model, job, options, work_dir, reporter)
@@ -132,6 +179,17 @@ def _pair_dataset(rows: Sequence[PairRow]) -> Any:
 
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     columns = {name: [getattr(row, name).tolist() for row in rows] for name in names}
+    return datasets.Dataset.from_dict(columns) if rows else None
+
+
+def _judged_dataset(rows: Sequence[JudgedRow]) -> Any:
+    import datasets
+
+    columns: dict[str, list[Any]] = {
+        name: [getattr(row, name).tolist() for row in rows]
+        for name in ("prompt_ids", "completion_ids")
+    }
+    columns["label"] = [row.good for row in rows]
     return datasets.Dataset.from_dict(columns) if rows else None
 
 

@@ -1,5 +1,6 @@
 """Conversations as text, and which parts of it are learnt."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +72,32 @@ class Chat:
         message = {"role": "user", "content": text}
         prompt = render(self._tokenizer, [message], "the prompt", begun=True)
         return Example(prompt, "", special_tokens=False)
+
+    def asked(self, messages: Sequence[Message], *, begun: bool = True) -> str:
+        """A conversation that waits for the assistant, as the template writes it.
+
+        Args:
+            messages: Any number of turns; a system message that the template does not take is put
+                before the first one of the user.
+            begun: The assistant's turn is opened; else the last message is the beginning of it,
+                and nothing is written behind its words.
+
+        Raises:
+            TemplateRefusal: The template does not take the conversation.
+        """
+        where = "a question of the task"
+        whole = Conversation(list(messages), (), None, where)
+        try:
+            text = render(self._tokenizer, whole.messages, where, begun=begun)
+        except TemplateRefusal:
+            if whole.messages[0]["role"] != "system":
+                raise
+            whole = _fold(whole)
+            text = render(self._tokenizer, whole.messages, where, begun=begun)
+        if begun:
+            return text
+        words = whole.messages[-1]["content"]
+        return text[: text.rindex(words) + len(words)] if words in text else text
 
     def warn_of_fallback(self, reporter: Reporter) -> None:
         """Tell of conversations that were rendered without a template."""

@@ -19,7 +19,7 @@ from loram_cli.training.data.sources import load_sources
 from loram_cli.training.data.tally import UnusableRecord
 from loram_cli.training.data.tokens import encode_examples
 
-_SIDES = ("chosen", "rejected")
+SIDES = ("chosen", "rejected")
 _PROMPTS = ("prompt", "question", "instruction", "input", "output", "messages", "conversations")
 _LAYOUTS = (
     "prompt, chosen and rejected, each text or a list of messages; the prompt may also be "
@@ -86,7 +86,7 @@ def _load(
     equal: list[str] = []
     for record in read_records(source, limit=limit):
         try:
-            pair = Preference(*(_example(record, side, chat) for side in _SIDES))
+            pair = Preference(*(preferred(record, side, chat) for side in SIDES))
         except UnusableRecord as unusable:
             chat.tally.leave_out(unusable)
             continue
@@ -121,7 +121,7 @@ def tokenize_pairs(
     """
     eos = tokenizer.eos_token_id
     sides = [
-        list(encode_examples([getattr(pair, side) for pair in pairs], tokenizer)) for side in _SIDES
+        list(encode_examples([getattr(pair, side) for pair in pairs], tokenizer)) for side in SIDES
     ]
     rows: list[PairRow] = []
     cut = dropped = 0
@@ -150,10 +150,15 @@ def tokenize_pairs(
     return rows
 
 
-def _example(record: Record, side: str, chat: Chat) -> Example:
-    """The record as if one of its answers were the only one."""
+def preferred(record: Record, side: str, chat: Chat) -> Example:
+    """The record as if one of its answers were the only one.
+
+    Raises:
+        UnusableRecord: An answer is null, or empty.
+        LoramError: There is no such answer, or no prompt.
+    """
     fields = record.fields
-    for name in _SIDES:
+    for name in SIDES:
         if name not in fields:
             raise LoramError(
                 f"{record.where}: field '{name}' of a preference is missing "
@@ -178,7 +183,7 @@ def _example(record: Record, side: str, chat: Chat) -> Example:
 
 def _plain(fields: Mapping[str, Any], answer: Any) -> dict[str, Any] | None:
     """Fields of supervised tuning that say the same; None where there is no prompt."""
-    rest = {k: v for k, v in fields.items() if k not in (*_SIDES, *_PROMPTS)}
+    rest = {k: v for k, v in fields.items() if k not in (*SIDES, *_PROMPTS)}
     prompt = decoded_turns(fields.get("prompt"))
     turns = [answer] if isinstance(answer, Mapping) else answer
     if isinstance(answer, str):

@@ -9,6 +9,8 @@ import torch
 from loram_cli.memory.setup import CrossEntropy, Optimizer
 from loram_cli.training.choices import Precision, Tracker
 
+# Losses on pairs of answers.
+PairLoss = Literal["dpo", "orpo"]
 # What preference and policy training tell beside the loss, by their names in TRL's log.
 FIGURES = {
     "rewards/accuracies": "reward_accuracy",
@@ -68,6 +70,19 @@ class PreferenceOptions:
 
     beta: float
     keeps_reference: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedOptions(PreferenceOptions):
+    """How judged answers are learnt (KTO: arXiv 2402.01306, equation 7).
+
+    Attributes:
+        good_weight: Of each good answer's loss.
+        bad_weight: Of each bad one's.
+    """
+
+    good_weight: float = 1.0
+    bad_weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
