@@ -25,6 +25,7 @@ from loram_cli.stages.fit.spec import (
     Quantization,
 )
 from loram_cli.stages.train.settings import TrainSettings
+from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.choices import Exhausted
 
 # Without a GPU a preset would take hours; this one takes seconds, and says nothing about a preset.
@@ -61,10 +62,12 @@ class DataSpec(Spec):
         "with weights.",
         argument=True,
     )
+    objective: str = redefined(TrainSpec, "objective")
     max_length: int = redefined(TrainSettings, "max_length")
     loss_on: Literal["answer", "all"] = redefined(TrainSettings, "loss_on")
     train_on: Literal["all", "last"] = redefined(TrainSettings, "train_on")
     chat_template: str | None = redefined(TrainSettings, "chat_template")
+    reward: tuple[str, ...] = redefined(TrainSettings, "reward")
     exhausted: Exhausted = redefined(TrainSettings, "exhausted")
     seed: int = redefined(TrainSettings, "seed")
     rows: int = setting(3, flag="-n", help="Rows to show.", at_least=0)

@@ -23,6 +23,7 @@ from loram_cli.training.loop.options import (
     PreferenceOptions,
     RewardOptions,
 )
+from loram_cli.training.rewards import FIELDS, Reward, with_fields
 
 # Of a completion and the data set's answer: is it right?
 Grader = Callable[[str, str], bool]
@@ -128,16 +129,20 @@ def fit_rewards(
     options: FitOptions,
     work_dir: Path,
     reporter: Reporter,
+    *,
+    rewards: Sequence[Reward | None] = (None,),
 ) -> FitResult:
     """Train the factors of a PEFT model towards completions that earn a reward.
 
-    A completion that the grader calls right is rewarded with 1, any other with 0.
+    A completion that the grader calls right is rewarded with 1, any other with 0. In the place of
+    a None in ``rewards`` that is one reward; the others are functions of the user's own, and what
+    counts is their sum, weighted by ``how.reward_weights``.
 
     Raises:
         LoramError: As :func:`.loop.fit_job`.
         KeyboardInterrupt: As :func:`.loop.fit_job`.
     """
-    texts = [[asdict(question) for question in part] for part in (train, evaluation)]
+    texts = [[_plain_question(question) for question in part] for part in (train, evaluation)]
     digest = hashlib.sha256(_plain(how) + json.dumps(texts).encode()).hexdigest()
     prompts = [question.prompt for question in (*train, *evaluation)]
     ids = [np.array(row) for row in tokenizer(prompts)["input_ids"]]
@@ -150,7 +155,8 @@ def fit_rewards(
         from loram_cli.training.trl_trainers import reward_trainer
 
         train_data, eval_data = _question_dataset(train), _question_dataset(evaluation)
-        return reward_trainer(parts, tokenizer, train_data, eval_data, how, exact_match)
+        functions = [with_fields(reward) if reward else exact_match for reward in rewards]
+        return reward_trainer(parts, tokenizer, train_data, eval_data, how, functions)
 
     job = Job(
         label="grpo",
@@ -196,8 +202,16 @@ def _judged_dataset(rows: Sequence[JudgedRow]) -> Any:
 def _question_dataset(questions: Sequence[Question]) -> Any:
     import datasets
 
-    return datasets.Dataset.from_list([asdict(q) for q in questions]) if questions else None
+    rows = [_plain_question(question) for question in questions]
+    return datasets.Dataset.from_list(rows) if questions else None
+
+
+def _plain_question(question: Question) -> dict[str, Any]:
+    """A row of TRL's; the fields are one text, since they may change their type between records."""
+    own = {"prompt": question.prompt, "answer": question.answer}
+    return {**own, FIELDS: json.dumps(dict(question.fields))} if question.fields else own
 
 
 def _plain(how: PreferenceOptions | RewardOptions) -> bytes:
-    return json.dumps(asdict(how), sort_keys=True).encode()
+    plain = {k: v for k, v in asdict(how).items() if v is not None}
+    return json.dumps(plain, sort_keys=True).encode()

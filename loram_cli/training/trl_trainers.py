@@ -215,9 +215,9 @@ def reward_trainer(
     train: Any,
     evaluation: Any,
     how: RewardOptions,
-    reward: Callable[..., list[float]],
+    rewards: list[Callable[..., Any]],
 ) -> RewardTrainer:
-    """A GRPO trainer; data sets have ``prompt``, and what ``reward`` takes by name."""
+    """A GRPO trainer; data sets have ``prompt``, and what the rewards take by name."""
     settings = {
         "arguments_class": GRPOConfig,
         "beta": how.beta,
@@ -226,11 +226,12 @@ def reward_trainer(
         "num_generations_eval": 1,
         "max_completion_length": how.max_completion_length,
         "temperature": how.temperature,
+        "reward_weights": how.reward_weights and list(how.reward_weights),
     }
     given = _given(parts, tokenizer, train, evaluation, settings)
     keep = how.keeps_reference and how.beta > 0
     with _accepted_by_trl(parts, keep=keep, temperature=how.temperature):
-        return RewardTrainer(reward_funcs=reward, **given)
+        return RewardTrainer(reward_funcs=rewards, **given)
 
 
 def _given(

@@ -23,7 +23,9 @@ def command(values: Values, options: BaseOptions) -> None:
 
     reporter = reporter_for(options.json_output)
     place = settle(options, reporter)
-    of_train = {**stage_defaults(place, "train", {}), **layered("train", {})}
+    of_train = layered("train", {})
+    asked = {**of_train, **values}
+    of_train = {**stage_defaults(place, "train", asked), **of_train}
     shared = {k: v for k, v in of_train.items() if k in hints_of(DataSpec) and k != "data"}
     spec = DataSpec(**{**shared, **values})
     preview = data.run(spec, model_dir(place.model, tokenizer_only=True))

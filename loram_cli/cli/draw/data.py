@@ -13,9 +13,10 @@ from loram_cli.training.data.tally import Count
 _BAR_CELLS = 40
 _BINS = 12
 _SHOWN_CHARS = 2000
-_LEARNT = "bold green"
+_LEARNT, _AVOIDED = "bold green", "bold red"
 # Where there is no colour; no text that is looked at holds them by chance.
 _OPEN, _CLOSE = "⟦", "⟧"
+_OPEN_AVOIDED, _CLOSE_AVOIDED = "⟦-", "-⟧"
 
 
 def show_preview(found: Preview, spec: DataSpec) -> None:
@@ -23,8 +24,12 @@ def show_preview(found: Preview, spec: DataSpec) -> None:
     console = stdout_console()
     colour = console.color_system is not None
     learnt = Text("what is learnt", _LEARNT) if colour else f"{_OPEN}what is learnt{_CLOSE}"
+    words: list[Text | str | tuple[str, str]] = ["as training reads it, ", learnt]
+    if any(segment.avoided for row in found.rows for segment in row.segments):
+        avoided = f"{_OPEN_AVOIDED}what is unlearnt{_CLOSE_AVOIDED}"
+        words += [" and ", ("what is unlearnt", _AVOIDED) if colour else avoided]
     if found.rows:
-        console.print(Text.assemble("as training reads it, ", learnt, ":"))
+        console.print(Text.assemble(*words, ":"))
     for row in found.rows:
         cut = f", cut to {row.tokens}" if row.cut else ""
         console.print()
@@ -45,7 +50,9 @@ def row_text(row: PreviewRow, *, colour: bool) -> Text:
         if not segment.learnt:
             text.append(shown, "dim")
         elif colour:
-            text.append(shown, _LEARNT)
+            text.append(shown, _AVOIDED if segment.avoided else _LEARNT)
+        elif segment.avoided:
+            text.append(f"{_OPEN_AVOIDED}{shown}{_CLOSE_AVOIDED}")
         else:
             text.append(f"{_OPEN}{shown}{_CLOSE}")
     return text
@@ -69,6 +76,8 @@ def summary_lines(found: Preview, max_length: int) -> Iterator[str]:
     yield from _counted("left out", found.dropped)
     yield from _counted("read differently", found.changed)
     yield from _counted("fields ignored", found.unused)
+    for line in found.told:
+        yield f"told: {line}"
     if found.foreign_markers:
         yield (
             f"warning: {', '.join(found.foreign_markers)} are not tokens of this model: is the "

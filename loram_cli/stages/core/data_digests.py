@@ -37,10 +37,14 @@ def data_records(spec: Spec) -> dict[str, dict[str, str]]:
 
 
 def _single_files(spec: Spec) -> Iterator[tuple[str, Path]]:
-    """Files that decide what is learnt beside the data: a chat template."""
+    """Files that decide what is learnt beside the data: a chat template, reward functions."""
     template = getattr(spec, "chat_template", None)
     if template is not None and Path(template).expanduser().is_file():
         yield "chat_template", Path(template).expanduser()
+    for text in getattr(spec, "reward", ()):
+        file = Path(text.rpartition(":")[0]).expanduser()
+        if file.is_file():
+            yield f"reward {text}", file
 
 
 def data_digest(data: str) -> str | None:

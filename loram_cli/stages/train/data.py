@@ -44,7 +44,8 @@ def prepare(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> Prepared:
     """
     objective = spec.chosen_objective
     load = objective.load(spec, tokenizer, reporter)
-    examples = list(load(spec.data))
+    # A list, or a sequence in a file where it exceeds the memory that data may take.
+    examples: Any = load(spec.data)
     markers = foreign_markers((text for item in examples for text in _texts(item)), tokenizer)
     if markers:
         reporter.warn(
@@ -55,13 +56,13 @@ def prepare(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> Prepared:
         count = held_out(spec.eval_examples, len(examples), "--eval-examples", reporter)
         train, evaluation = split_eval(examples, count, spec.seed)
         return objective.prepare(spec, train, evaluation, tokenizer, reporter)
-    evaluation = list(load(spec.eval_data))
+    evaluation = load(spec.eval_data)
     if len(evaluation) > spec.eval_examples:
         reporter.note(
             f"{spec.eval_data}: the first {spec.eval_examples} of {len(evaluation)} examples "
             "are held out (--eval-examples)"
         )
-    evaluation = evaluation[: spec.eval_examples]
+    evaluation = list(evaluation[: spec.eval_examples])
     return objective.prepare(spec, examples, evaluation, tokenizer, reporter)
 
 

@@ -88,6 +88,19 @@ class TrainSettings(FitSpec):
         default_text="256, or half of --max-length",
         at_least=1,
     )
+    reward: tuple[str, ...] = setting(
+        (),
+        help="grpo: FILE.py:FUNCTION, called as TRL calls one, or exact; may be repeated.",
+        default_text="exact",
+        repeat=True,
+        in_key="changed",
+    )
+    reward_weights: tuple[float, ...] = setting(
+        (), help="grpo: of each --reward in their sum.", default_text="1 each", in_key="changed"
+    )
+    allow_code_execution: bool = setting(
+        False, help="Run the Python files of --reward, with all of your rights.", in_key=False
+    )
     temperature: float | None = setting(
         None, help="grpo: completions are drawn at it.", default_text="1", above=0
     )

@@ -13,7 +13,7 @@ from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.examples import Example
 from loram_cli.training.data.fields import is_absent
 from loram_cli.training.data.layouts import examples_of
-from loram_cli.training.data.preferences import SIDES, preferred
+from loram_cli.training.data.preferences import SIDES, preferred, with_sides
 from loram_cli.training.data.records import Record, read_records
 from loram_cli.training.data.sources import load_sources
 from loram_cli.training.data.tally import UnusableRecord
@@ -90,7 +90,7 @@ def load_judged(
     def load(name: str) -> list[Judged]:
         return _load(name, tokenizer, limit, reporter or NullReporter())
 
-    found = load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
+    found = list(load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted))
     if limit is None and len({answer.good for answer in found}) < 2:
         only = "good" if found[0].good else "bad"
         raise LoramError(
@@ -148,7 +148,7 @@ def _load(
 ) -> list[Judged]:
     chat = Chat(tokenizer)
     found: list[Judged] = []
-    for record in read_records(source, limit=limit):
+    for record in map(with_sides, read_records(source, limit=limit)):
         try:
             found += _judged(record, chat)
         except UnusableRecord as unusable:

@@ -75,7 +75,7 @@ def load_preferences(
     def load(name: str) -> list[Preference]:
         return _load(name, tokenizer, limit, reporter or NullReporter())
 
-    return load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
+    return list(load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted))
 
 
 def _load(
@@ -84,7 +84,7 @@ def _load(
     chat = Chat(tokenizer)
     pairs: list[Preference] = []
     equal: list[str] = []
-    for record in read_records(source, limit=limit):
+    for record in map(with_sides, read_records(source, limit=limit)):
         try:
             pair = Preference(*(preferred(record, side, chat) for side in SIDES))
         except UnusableRecord as unusable:
@@ -148,6 +148,15 @@ def tokenize_pairs(
             "pass a longer --max-length",
         )
     return rows
+
+
+def with_sides(record: Record) -> Record:
+    """With ``chosen_response`` and ``rejected_response`` by their short names."""
+    fields = dict(record.fields)
+    for side in SIDES:
+        if side not in fields and f"{side}_response" in fields:
+            fields[side] = fields.pop(f"{side}_response")
+    return Record(fields, record.where)
 
 
 def preferred(record: Record, side: str, chat: Chat) -> Example:

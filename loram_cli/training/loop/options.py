@@ -1,5 +1,6 @@
 """How a training run goes, and what it gives back."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +20,9 @@ FIGURES = {
     "kl": "kl",
     "completions/mean_length": "completion_tokens",
 }
+
+
+_ONE_REWARD = re.compile(r"rewards/(?P<name>\w+)/mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +97,13 @@ class RewardOptions(PreferenceOptions):
         generations: Completions per question, whose mean reward is the baseline.
         max_completion_length: Tokens of a completion.
         temperature: Completions are drawn at it.
+        reward_weights: Of each reward in their sum; None for 1 each.
     """
 
     generations: int
     max_completion_length: int
     temperature: float
+    reward_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -203,4 +209,11 @@ def curve_rows(log_history: list[dict[str, Any]]) -> tuple[LossRow, ...]:
 
 def _figures(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
     named = {name: entry.get(prefix + key) for key, name in FIGURES.items()}
+    means = {
+        f"reward_{match['name']}": value
+        for key, value in entry.items()
+        if (match := _ONE_REWARD.fullmatch(key, len(prefix))) and key.startswith(prefix)
+    }
+    # Of several rewards each has its own mean beside their sum.
+    named |= means if len(means) > 1 else {}
     return {name: value for name, value in named.items() if value is not None}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
+from loram_cli.stages.train.objectives import dpo
 from loram_cli.stages.train.objectives.objective import (
     Load,
     Objective,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _settings(spec: TrainSettings) -> Mapping[str, Any]:
-    return {"dropout": 0.0, "beta": 0.1}
+    return {**dpo.OBJECTIVE.settings(spec), "beta": 0.1}
 
 
 def _check(spec: TrainSettings) -> None:

@@ -13,7 +13,7 @@ from loram_cli.stages.train.settings import TrainSettings
 
 def _settings(spec: TrainSettings) -> Mapping[str, Any]:
     # The weight of the odds ratio in the paper, and TRL's default.
-    return {"dropout": 0.0, "beta": 0.1}
+    return {**dpo.OBJECTIVE.settings(spec), "beta": 0.1}
 
 
 def _check(spec: TrainSettings) -> None:
