@@ -178,7 +178,8 @@ def load_recipe(file: Path) -> Recipe:
     data = read_yaml(file, "recipe")
     recipe = spec_from_mapping(Recipe, data, f"recipe {file.name}")
     for stage in SPECS:
-        _check_section(recipe.section(stage), stage, f"recipe {file.name}, stage {stage}")
+        if getattr(recipe, stage) is not None:
+            _check_section(recipe.section(stage), stage, f"recipe {file.name}, stage {stage}")
     recipe.check(f"recipe {file.name}")
     for stage in recipe.further:
         _check_section(recipe.section(stage), "train", f"recipe {file.name}, stage {stage}")

@@ -25,7 +25,7 @@ COMMANDS = {
     ),
     "train": (
         "train",
-        "Fit LoRA on the small model (QLoRAM with --quantize nf4), by SFT, DPO or GRPO.",
+        "Fit LoRA on the small model (QLoRAM with --quantize nf4), by SFT, DPO, ORPO, KTO or GRPO.",
     ),
     "recover": (
         "recover",

@@ -125,6 +125,7 @@ class TrainResult(FitFigures):
         targets: Modules with factors.
         trained_on_params: Parameters of the frozen model.
         lora_params: Trained parameters.
+        rewards: Of several rewards, the mean of each; ``reward`` is their weighted sum.
     """
 
     objective: str = "sft"
@@ -148,6 +149,7 @@ class TrainResult(FitFigures):
     final_train_reward: float | None = None
     final_train_kl: float | None = None
     final_train_completion_tokens: float | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,18 +18,18 @@ class TrainSettings(FitSpec):
     data: str = redefined(
         FitSpec,
         "data",
-        help="Instructions (sft), preferences (dpo) or word problems (grpo): a file, a folder or "
-        "a data set id.",
+        help="Instructions (sft), preferences (dpo, orpo), judged answers (kto) or prompts (grpo): "
+        "a file, a folder or a data set id.",
     )
     objective: str = setting(
         "sft",
-        help="sft (given answers), dpo (one answer over another) or grpo (drawn answers, rewarded "
-        "when right).",
+        help="sft (given answers), dpo or orpo (one answer over another), kto (good and bad ones) "
+        "or grpo (drawn answers, rewarded).",
     )
     from_adapter: Path | None = setting(
         None,
-        help="Resume from an earlier adapter of the same model. It is the reference of dpo and "
-        "grpo, which take the run's own unless told.",
+        help="Resume from an earlier adapter of the same model. It is the reference of dpo, kto "
+        "and grpo, which take the run's own unless told.",
         in_key=False,
         private=True,
     )
@@ -75,8 +75,8 @@ class TrainSettings(FitSpec):
     )
     beta: float | None = setting(
         None,
-        help="Weight of the reference (dpo, grpo).",
-        default_text="0.1 for dpo, 0 for grpo",
+        help="Weight of the reference (dpo, kto, grpo) or of the odds ratio (orpo).",
+        default_text="0.1; 0 for grpo",
         at_least=0,
     )
     generations: int | None = setting(

@@ -139,7 +139,8 @@ def test_one_recipe_does_sft_then_dpo_then_grpo_with_rewards_of_ones_own(
         made["adapter-grpo"].inputs
     )
     results = made["adapter-grpo"].results
-    total = results["final_train_reward_short"] + 0.5 * results["final_train_reward_level"]
+    of_each = results["rewards"]
+    total = of_each["final_train_reward_short"] + 0.5 * of_each["final_train_reward_level"]
     assert results["final_train_reward"] == pytest.approx(total, abs=1e-3)
     # The same again is there already, from the first stage to the last.
     assert run_command(words) == 0
