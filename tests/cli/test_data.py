@@ -20,10 +20,10 @@ def test_rows_are_shown_with_what_is_learnt_marked(tmp_path, capsys, monkeypatch
     assert f"1: 'answer' is null (the first: {data}, line 2)" in out
     # The demo's own recipe cuts at 192, and settings of train hold here.
     assert "cut at 192" in out
-    monkeypatch.setenv("LORAM_TRAIN_MAX_LENGTH", "40")
+    monkeypatch.setenv("LORAM_TRAIN_MAX_LENGTH", "4")
     assert run_command([*words, "--json", "-n", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["rows"][0]["segments"][-1]["learnt"] is False
-    assert (found["examples"], found["kept"]) == (1, 1)
+    assert (found["examples"], found["kept"], found["rows"]) == (1, 0, [])
+    assert found["dropped"]["no answer is left within 4 tokens"]["number"] == 1
     assert run_command(["data", str(tmp_path / "none.jsonl")]) == 1
     assert "no such file" in capsys.readouterr().err

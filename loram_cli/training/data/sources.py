@@ -162,7 +162,7 @@ def mixed_places(
     for start, own, count in zip(accumulate(lengths, initial=0), lengths, counts, strict=False):
         whole, rest = divmod(count, own)
         drawn = sorted(rng.sample(range(own), rest))
-        queues.append(start + place for place in [*list(range(own)) * whole, *drawn])
+        queues.append(iter([start + place for place in [*list(range(own)) * whole, *drawn]]))
     order = [i for i, count in enumerate(counts) for _ in range(count)]
     rng.shuffle(order)
     return [next(queues[i]) for i in order]

@@ -3,6 +3,7 @@
 import os
 import pickle
 import tempfile
+import weakref
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -97,6 +98,7 @@ class Spool(Lazy[T]):
         if self._file is None:
             folder = None if "TMPDIR" in os.environ or not _FOLDER.is_dir() else _FOLDER
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this
+            weakref.finalize(self, self._file.close)
         for item in self._waiting:
             written = self._file.write(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
             self._ends.append(self._ends[-1] + written)
