@@ -99,7 +99,10 @@ def test_nan_is_found_only_when_asked_for(base: Path, tmp_path: Path):
     ("damage", "message"),
     [
         (lambda d: edit_json(d / "config.json", intermediate_size=44), "config.json asks for"),
-        (lambda d: edit_json(d / "config.json", vocab_size=100), "beyond the model's embedding of 100"),
+        (
+            lambda d: edit_json(d / "config.json", vocab_size=100),
+            "beyond the model's embedding of 100",
+        ),
         (lambda d: edit_json(d / "config.json", model_type="transfo_x"), "not a known family"),
         (lambda d: edit_json(d / "config.json", num_hidden_layers="two"), "a whole number"),
         (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer"),

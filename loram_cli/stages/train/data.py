@@ -54,15 +54,16 @@ def prepare(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> Prepared:
         )
     if spec.eval_data is None:
         count = held_out(spec.eval_examples, len(examples), "--eval-examples", reporter)
+        train: Any
         train, evaluation = split_eval(examples, count, spec.seed)
         return objective.prepare(spec, train, evaluation, tokenizer, reporter)
-    evaluation = load(spec.eval_data)
-    if len(evaluation) > spec.eval_examples:
+    found = load(spec.eval_data)
+    if len(found) > spec.eval_examples:
         reporter.note(
-            f"{spec.eval_data}: the first {spec.eval_examples} of {len(evaluation)} examples "
+            f"{spec.eval_data}: the first {spec.eval_examples} of {len(found)} examples "
             "are held out (--eval-examples)"
         )
-    evaluation = list(evaluation[: spec.eval_examples])
+    evaluation = list(found[: spec.eval_examples])
     return objective.prepare(spec, examples, evaluation, tokenizer, reporter)
 
 

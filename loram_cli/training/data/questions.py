@@ -112,8 +112,8 @@ def _prompt(record: Record, chat: Chat, tokenizer: Any) -> str:
         )
     kept = {k: fields[k] for k in (*SYSTEM_KEYS, "tools") if k in fields}
     (*_, example) = examples_of(Record({**kept, **asked}, record.where), chat, train_on="last")
-    bos = getattr(tokenizer, "bos_token", None)
-    twice = not example.special_tokens and bos and example.prompt.startswith(bos)
+    bos: str = getattr(tokenizer, "bos_token", None) or ""
+    twice = not example.special_tokens and bos != "" and example.prompt.startswith(bos)
     if twice and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         # A template has written what the tokenizer adds to a text once more.
         return example.prompt[len(bos) :]
