@@ -7,7 +7,7 @@ from typing import Any
 from loram_cli.modeling.load import load_tokenizer
 from loram_cli.reporting import NullReporter
 from loram_cli.stages.train.spec import TrainSpec
-from loram_cli.tools.specs import DataSpec
+from loram_cli.tools.data_spec import DataSpec
 from loram_cli.training.data.examples import Example
 from loram_cli.training.data.preview import Preview, preview, preview_answers
 from loram_cli.training.data.template_names import with_template

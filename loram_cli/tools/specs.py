@@ -12,7 +12,7 @@ from loram_cli.memory.setup import CrossEntropy, Optimizer
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.pruning.strategies import STRATEGIES, strategy_named
 from loram_cli.pruning.strategy import Strategy
-from loram_cli.schema import Bytes, Spec, redefined, setting
+from loram_cli.schema import Bytes, Spec, setting
 from loram_cli.stages.fit.spec import (
     CHECKPOINTING_HELP,
     CROSS_ENTROPY_HELP,
@@ -24,9 +24,6 @@ from loram_cli.stages.fit.spec import (
     Attention,
     Quantization,
 )
-from loram_cli.stages.train.settings import TrainSettings
-from loram_cli.stages.train.spec import TrainSpec
-from loram_cli.training.choices import Exhausted
 
 # Without a GPU a preset would take hours; this one takes seconds, and says nothing about a preset.
 TINY_NAME = "tiny"
@@ -51,29 +48,6 @@ class StepSpec(Spec):
     gradient_checkpointing: bool = setting(False, help=CHECKPOINTING_HELP)
     cross_entropy: CrossEntropy = setting("chunked", help=CROSS_ENTROPY_HELP)
     optimizer: Optimizer = setting("adamw", help=OPTIMIZER_HELP)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSpec(Spec):
-    """Which data to look at, and as which training would read it."""
-
-    data: str = setting(
-        help="What training would be given as --data: a file, a folder, a data set id, or several "
-        "with weights.",
-        argument=True,
-    )
-    objective: str = redefined(TrainSpec, "objective")
-    max_length: int = redefined(TrainSettings, "max_length")
-    loss_on: Literal["answer", "all"] = redefined(TrainSettings, "loss_on")
-    train_on: Literal["all", "last"] = redefined(TrainSettings, "train_on")
-    chat_template: str | None = redefined(TrainSettings, "chat_template")
-    reward: tuple[str, ...] = redefined(TrainSettings, "reward")
-    exhausted: Exhausted = redefined(TrainSettings, "exhausted")
-    seed: int = redefined(TrainSettings, "seed")
-    rows: int = setting(3, flag="-n", help="Rows to show.", at_least=0)
-    limit: int | None = setting(
-        None, help="Read the first records only.", default_text="all, as training does", at_least=1
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from loram_cli.cli.options import BaseOptions, Values, layered, reporter_for, settle
 from loram_cli.schema import hints_of
-from loram_cli.tools.specs import DataSpec
+from loram_cli.tools.data_spec import DataSpec
 
 NAME = "data"
 EPILOG = "Example: loram data instructions.jsonl --model ./Llama-2-13b-hf -n 5"

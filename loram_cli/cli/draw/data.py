@@ -6,7 +6,7 @@ from rich.text import Text
 
 from loram_cli.cli.draw.console import stdout_console
 from loram_cli.errors import one_line
-from loram_cli.tools.specs import DataSpec
+from loram_cli.tools.data_spec import DataSpec
 from loram_cli.training.data.preview import Preview, PreviewRow
 from loram_cli.training.data.tally import Count
 
