@@ -116,11 +116,9 @@ def preview(
     found = load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
     examples = [example for _, example in found]
     done = tokenize_rows(examples, tokenizer, max_length, loss_on_prompt=loss_on_prompt)
-    dropped = dict(chat.tally.left_out)
     kept = set(done.kept)
     lost = [where for i, (where, _) in enumerate(found) if i not in kept]
-    if lost:
-        dropped[f"no answer is left within {max_length} tokens"] = Count(len(lost), lost[0])
+    dropped = {**chat.tally.left_out, **_left_without(lost, max_length)}
     return Preview(
         rows=tuple(
             _shown(row, tokenizer, found[place][0], done.lengths[place])
@@ -166,7 +164,6 @@ def preview_answers(
         text = encode_prompt(examples[place].prompt, tokenizer)
         learnt[place] = TokenRow(np.array(text, np.int32), len(text))
     lost = [name for i, (name, _, _) in enumerate(answers) if i not in learnt]
-    dropped = {f"no answer is left within {max_length} tokens": Count(len(lost), lost[0])}
     shown = sorted(learnt)[:rows]
     return Preview(
         rows=tuple(
@@ -179,13 +176,19 @@ def preview_answers(
         lengths=tuple(done.lengths),
         tokens=sum(len(row.input_ids) for row in learnt.values()),
         learnt_tokens=sum(row.learnt_tokens() for row in learnt.values()),
-        dropped=dropped if lost else {},
+        dropped=_left_without(lost, max_length),
         changed={},
         unused={},
         foreign_markers=foreign_markers((example.text for example in examples), tokenizer),
         has_template=Chat(tokenizer).has_template,
         told=tuple(told),
     )
+
+
+def _left_without(lost: Sequence[str], max_length: int) -> dict[str, Count]:
+    """Count the places where no answer is left."""
+    reason = f"no answer is left within {max_length} tokens"
+    return {reason: Count(len(lost), lost[0])} if lost else {}
 
 
 def _shown(
