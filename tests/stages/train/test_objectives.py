@@ -310,8 +310,9 @@ def test_dry_run_counts_the_reference_and_the_completions(
 
 def test_the_demo_needs_no_flags(tmp_path):
     demo = resolve.Place(RunDirectory(tmp_path / "run"), "demo")
-    values = resolve.stage_defaults(demo, "train", {"objective": "dpo"})
-    assert values["data"] == "demo:preferences"
+    for name in ("dpo", "orpo", "kto"):
+        values = resolve.stage_defaults(demo, "train", {"objective": name})
+        assert values["data"] == "demo:preferences"
     assert resolve.stage_defaults(demo, "train", {})["data"] == "demo:train"
     assert resolve.stage_defaults(demo, "train", {"objective": "grpo"})["data"] == "demo:train"
     for name in ("sft", "dpo", "orpo", "kto", "grpo"):
