@@ -20,7 +20,7 @@ FLOORS = (
     {"cli", "api"},
     {"pipeline"},
     {"config"},
-    {"tools"},
+    {"tools", "serving"},
     {"stages"},
     {"evaluation"},
     {"training"},

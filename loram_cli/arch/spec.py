@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from loram_cli.errors import LoramError
 
@@ -242,10 +242,34 @@ class GgufFacts:
         architecture: The value of ``general.architecture``.
         rotary_permuted: Modules whose rows are reordered head by head, since llama.cpp rotates
             neighbouring rows where transformers rotates the halves of a head.
+        made_contiguous: Fused modules whose parts alternate from one key/value head to the next in
+            a checkpoint, and lie one after the other in a GGUF file: queries, keys, values.
     """
 
     architecture: str
     rotary_permuted: tuple[str, ...] = ()
+    made_contiguous: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VllmFacts:
+    """What vLLM's LoRA loader takes for a family.
+
+    Source: ``registry.py``, the model classes and ``lora/`` of vLLM 0.33.
+
+    Attributes:
+        backend: ``vllm`` for a model class of vLLM's own, ``transformers`` where it wraps that of
+            transformers.
+        lora: Whether the class takes adapters at all.
+        embeddings: Modules beside the linears that may have factors: ``embedding_modules``.
+        refused: Linears, by the last part of their name, that its loader does not expect, since it
+            knows their parts alone (``packed_modules_mapping``).
+    """
+
+    backend: Literal["vllm", "transformers"] = "vllm"
+    lora: bool = True
+    embeddings: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
 
 def _overridden(
@@ -292,6 +316,7 @@ class Family:
         logits_divisor: Config key of what the logits are divided by.
         tuple_output: Whether the layer class returns a tuple, hidden states first.
         gguf: How the family's GGUF files differ; None where llama.cpp does not know it.
+        vllm: What vLLM's LoRA loader takes; None where nobody has looked.
     """
 
     family: str
@@ -318,6 +343,7 @@ class Family:
     logits_divisor: str | None = None
     tuple_output: bool = False
     gguf: GgufFacts | None = None
+    vllm: VllmFacts | None = None
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> "Family":
@@ -342,12 +368,15 @@ class Family:
             key: tuple(LayerTensor.from_data(*item) for item in data.get(key, {}).items())
             for key in ("layer_norms", "layer_tensors")
         }
-        kinds, gguf = data.get("layer_kinds"), data.get("gguf")
+        kinds = data.get("layer_kinds")
         if kinds:
             kinds = LayerKinds(**{**kinds, "keys": tuple(kinds["keys"])})
-        if gguf:
-            permuted = tuple(gguf.get("rotary_permuted", ()))
-            gguf = GgufFacts(**{**gguf, "rotary_permuted": permuted})
+        classes: dict[str, Any] = {"gguf": GgufFacts, "vllm": VllmFacts}
+        facts = {
+            key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data[key].items()})
+            for key, kind in classes.items()
+            if key in data
+        }
         return cls(
             **{
                 **data,
@@ -355,7 +384,7 @@ class Family:
                 **tensors,
                 "modules": modules,
                 "layer_kinds": kinds,
-                "gguf": gguf,
+                **facts,
             }
         )
 

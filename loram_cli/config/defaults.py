@@ -14,6 +14,7 @@ from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.processes import process_count
 from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory, demo_base
 from loram_cli.schema import spec_from_mapping
+from loram_cli.serving.spec import ChatSpec, ServeSpec
 from loram_cli.stages.align.methods.table import METHODS
 from loram_cli.stages.align.spec import AlignSpec
 from loram_cli.stages.core.lineage import adapter_values
@@ -202,6 +203,16 @@ def eval_spec(place: Place, values: Values) -> EvalSpec:
 def generate_spec(place: Place, values: Values) -> GenerateSpec:
     """The spec of ``generate``; its rows must be given."""
     return spec_from_mapping(GenerateSpec, {"model": model_dir(place.model), **values}, "generate")
+
+
+def chat_spec(place: Place, values: Values) -> ChatSpec:
+    """The spec of ``chat``; its rows must be given."""
+    return spec_from_mapping(ChatSpec, {"model": model_dir(place.model), **values}, "chat")
+
+
+def serve_spec(place: Place, values: Values) -> ServeSpec:
+    """The spec of ``serve``; its rows must be given."""
+    return spec_from_mapping(ServeSpec, {"model": model_dir(place.model), **values}, "serve")
 
 
 # Every stage's way from values to its spec; ``full_lora`` is a training of the base.

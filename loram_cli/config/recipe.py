@@ -17,6 +17,7 @@ from loram_cli.schema import (
     spec_from_mapping,
     unknown_name,
 )
+from loram_cli.serving.spec import ChatSpec, ServeSpec
 from loram_cli.stages.evaluate.spec import GenerateSpec
 from loram_cli.stages.specs import SPECS as STAGE_SPECS
 from loram_cli.stages.train.objectives.table import beyond_sft
@@ -24,7 +25,9 @@ from loram_cli.stages.train.objectives.table import beyond_sft
 # The stages of a recipe, in order; a merge is a setting of recover.
 SPECS: dict[str, type[Spec]] = {k: v for k, v in STAGE_SPECS.items() if k != "merge"}
 # What settings of one's own may hold; a recipe asks nobody.
-SETTABLE: dict[str, type[Spec]] = {**SPECS, "generate": GenerateSpec}
+SETTABLE: dict[str, type[Spec]] = {
+    **SPECS, "generate": GenerateSpec, "chat": ChatSpec, "serve": ServeSpec
+}  # fmt: skip
 FULL_LORA = "full_lora"
 # Settings of a training that hold for those that follow it in a recipe.
 SHARED = (

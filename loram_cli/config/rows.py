@@ -53,6 +53,17 @@ def asked_rows(rows: Rows, choose: Sequence[str] | None, own: Rows) -> Rows:
     return chosen_rows(rows, choose, own)
 
 
+def served_rows(rows: Rows, choose: Sequence[str] | None, own: Rows) -> Rows:
+    """The rows to talk to: base and recovered unless named, which share the base's weights.
+
+    Raises:
+        UsageError: A named row does not exist.
+    """
+    if choose is None:
+        choose = () if own else tuple(name for name in ("recovered", "base") if name in rows)
+    return chosen_rows(rows, choose, own)
+
+
 def parse_rows(entries: Sequence[str]) -> Rows:
     """``NAME=DIR`` or ``NAME=DIR+ADAPTER``.
 

@@ -40,6 +40,21 @@ class Generation:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """One text that was generated.
+
+    Attributes:
+        text: Cut before its first stop.
+        tokens: How many were generated; those of a stop and behind it count.
+        cut: Whether it reached ``max_new_tokens`` before an end or a stop.
+    """
+
+    text: str
+    tokens: int
+    cut: bool
+
+
 def stream_seed(seed: int, prompt: str, occurrence: int) -> int:
     """A seed for one of several texts of the same prompt."""
     digest = hashlib.sha256(f"{seed}:{occurrence}:{prompt}".encode()).digest()
@@ -60,6 +75,7 @@ class _Row:
     place: int
     generator: torch.Generator | None
     ids: list[int] = field(default_factory=list)
+    cut: bool = False
 
 
 class Decoder:
@@ -78,12 +94,24 @@ class Decoder:
         jobs: Sequence[Generation],
         on_token: Callable[[], None] = lambda: None,
     ) -> list[str]:
+        """The texts alone; see :meth:`decode`."""
+        return [decoded.text for decoded in self.decode(prompts, jobs, on_token)]
+
+    def decode(
+        self,
+        prompts: Sequence[list[int]],
+        jobs: Sequence[Generation],
+        on_token: Callable[[], None] = lambda: None,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Decoded]:
         """The texts, cut before their first stop.
 
         Args:
             prompts: Token ids of each job's prompt, within the context less what is generated.
             jobs: As many.
             on_token: Called after each pass, which gives every row a token.
+            on_text: Called with a job's place and its text so far, after each of its tokens. The
+                end may change: a character of several tokens, or a stop that has begun.
         """
         from transformers import DynamicCache
 
@@ -96,7 +124,7 @@ class Decoder:
             mask[place, width - len(prompt) :] = 1
         ids, mask = ids.to(device), mask.to(device)
         rows = [_Row(job, place, self._stream(job)) for place, job in enumerate(jobs)]
-        texts = [""] * len(jobs)
+        done = [Decoded("", 0, cut=False)] * len(jobs)
         cache = DynamicCache(config=self._model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode():
@@ -113,8 +141,13 @@ class Decoder:
                 # An ended row that has not left yet goes along; what it says is not read.
                 chosen = self._choose(logits, rows)
                 for row, token in zip(rows, chosen.tolist(), strict=True):
-                    if row.place >= 0 and self._take(row, token):
-                        texts[row.place] = self._text(row)
+                    if row.place < 0:
+                        continue
+                    ended = self._take(row, token)
+                    if on_text is not None:
+                        on_text(row.place, self._text(row))
+                    if ended:
+                        done[row.place] = Decoded(self._text(row), len(row.ids), row.cut)
                         row.place = -1
                 alive = [i for i, row in enumerate(rows) if row.place >= 0]
                 if not alive:
@@ -127,7 +160,7 @@ class Decoder:
                 ids = chosen[:, None]
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
                 positions = positions[:, -1:] + 1
-        return texts
+        return done
 
     def _stream(self, job: Generation) -> torch.Generator | None:
         if job.temperature <= 0:
@@ -151,7 +184,10 @@ class Decoder:
         if token in self._ends:
             return True
         row.ids.append(token)
-        return len(row.ids) >= row.job.max_new_tokens or self._met_stop(row, token)
+        if self._met_stop(row, token):
+            return True
+        row.cut = len(row.ids) >= row.job.max_new_tokens
+        return row.cut
 
     def _met_stop(self, row: _Row, token: int) -> bool:
         piece = self._pieces.get(token)

@@ -1,6 +1,6 @@
 """Models with their adapters, loaded whole, in 4 bits, or layer by layer where they do not fit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from loram_cli.modeling.load import load_causal_lm, load_tokenizer, usable_devic
 from loram_cli.modeling.offload import loaded_within, resident_layers, weight_bytes
 from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import Reporter
-from loram_cli.training.adapters import load_adapter
+from loram_cli.training.adapters import load_adapter, load_beside
 from loram_cli.training.data.template_names import with_adapter_template
 from loram_cli.units import MIB, format_bytes
 
@@ -46,7 +46,7 @@ def model_bytes(model: Model, *, device: str | None, nf4: bool) -> int:
 def opened_model(
     label: str,
     model: Model,
-    adapters: Sequence[Path],
+    adapters: Sequence[Path] | Mapping[str, Path],
     reporter: Reporter,
     *,
     device: str | None = None,
@@ -58,7 +58,7 @@ def opened_model(
     Args:
         label: The row's name, for messages.
         model: The model.
-        adapters: Adapters to put on it, the first one first.
+        adapters: Adapters to put on it, the first one first; or by name, to choose from.
         reporter: Warned where not all of the model is in memory.
         device: ``cpu``, ``cuda``, ``cuda:1``; None takes a GPU when there is one.
         nf4: Hold the decoder linears in 4 bits.
@@ -156,7 +156,9 @@ def row_tokenizer(parts: Sequence[Path], base: Path) -> Any:
     return with_adapter_template(tokenizer, parts[-1] if len(parts) > 1 else None)
 
 
-def _adapted(model: Any, adapters: Sequence[Path]) -> Any:
+def _adapted(model: Any, adapters: Sequence[Path] | Mapping[str, Path]) -> Any:
+    if isinstance(adapters, Mapping):
+        return load_beside(model, adapters)
     for adapter in adapters:
         model = load_adapter(model, adapter)
     return model

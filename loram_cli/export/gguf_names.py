@@ -1,5 +1,6 @@
 """What a module of a Hugging Face model is called in a GGUF file, and how its rows lie there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,18 +60,21 @@ class GgufNames:
 
     def reordered(self, module: str, pair: LoraPair) -> LoraPair:
         """The factors of a module, with ``lora_B``'s rows as GGUF orders them."""
-        found = self.family.module_named(module)
-        if found is None or found[1].name not in gguf_facts(self.family).rotary_permuted:
+        found, facts = self.family.module_named(module), gguf_facts(self.family)
+        if found is None:
             return pair
         layer, linear = found
-        heads = getattr(self.heads[layer], linear.rows[0])
+        heads = [getattr(self.heads[layer], part, 0) for part in linear.rows]
         rows = pair.lora_b.shape[0]
-        if rows % (2 * heads):
-            raise LoramError(
-                f"adapter module {module}: {rows} rows do not make {heads} heads of even width",
-                "export an adapter that was made for this model",
-            )
-        return LoraPair(pair.lora_a, pair.lora_b[rotary_order(rows, heads)])
+        if linear.name in facts.rotary_permuted:
+            _check_heads(module, rows, heads[0], even=True)
+            order = rotary_order(rows, heads[0])
+        elif linear.name in facts.made_contiguous:
+            _check_heads(module, rows, sum(heads))
+            order = contiguous_order(rows, heads)
+        else:
+            return pair
+        return LoraPair(pair.lora_a, pair.lora_b[order])
 
     @cached_property
     def _names(self) -> TensorNameMap:
@@ -93,6 +97,35 @@ def rotary_order(rows: int, heads: int) -> torch.Tensor:
         Indices, shape (rows,): ``gguf = huggingface[rotary_order(rows, heads)]``.
     """
     return torch.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def contiguous_order(rows: int, heads: Sequence[int]) -> torch.Tensor:
+    """Which row of a fused Hugging Face weight each row of a GGUF weight is.
+
+    A checkpoint holds, per key/value head, its query heads, its key and its value; GGUF holds all
+    queries, then all keys, then all values. Source: ``FalconModel.modify_tensors`` and
+    ``GPTNeoXModel.modify_tensors`` in llama.cpp's converter.
+
+    Args:
+        rows: Of the weight.
+        heads: How many heads each part has, queries first; all but these have one a group.
+
+    Returns:
+        Indices, shape (rows,): ``gguf = huggingface[contiguous_order(rows, heads)]``.
+    """
+    groups = heads[-1]
+    grouped = torch.arange(rows).reshape(groups, -1, rows // sum(heads))
+    parts = grouped.split([count // groups for count in heads], dim=1)
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _check_heads(module: str, rows: int, heads: int, *, even: bool = False) -> None:
+    if rows % (heads * (2 if even else 1)):
+        raise LoramError(
+            f"adapter module {module}: {rows} rows do not make {heads} heads"
+            f"{' of even width' if even else ''}",
+            "export an adapter that was made for this model",
+        )
 
 
 def gguf_facts(family: Family) -> GgufFacts:

@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: scores, loss curves, widths and specs."""
+"""A run as one HTML page that needs nothing else: scores, answers, curves, memory, data, specs."""
 
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -15,6 +15,7 @@ from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.rundir import OUTPUTS
 from loram_cli.stages.core.results import PruneResult, TrainResult, result_of
 from loram_cli.stages.evaluate.results import read_results
+from loram_cli.tools import page_parts
 from loram_cli.tools.inspect import Inspection, inspect
 from loram_cli.units import format_bytes, format_params, format_seconds
 
@@ -50,7 +51,10 @@ def render_page(run: Path) -> str:
     body = [
         *_tiles(manifests),
         *_scores(run, manifests),
+        *_answers(run, manifests),
         *_curves(found.outputs),
+        *_memory(run, manifests),
+        *_data(found.outputs, manifests),
         *_layers(found.outputs),
         *_records(manifests),
     ]
@@ -135,6 +139,27 @@ def _best(column: list[TaskScore | None]) -> float | None:
         return None
     values = [score.value for score in told if score.value is not None]
     return max(values) if told[0].higher_is_better else min(values)
+
+
+def _answers(run: Path, manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    if _by_stage(manifests, "eval") is not None:
+        yield from page_parts.answers(run / OUTPUTS["eval"])
+
+
+def _memory(run: Path, manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    bases = (str(m.base.get("path") or "") for m in manifests.values())
+    base = next(filter(None, map(page_parts.base_at_hand, bases)), None)
+    yield from page_parts.memory(manifests, run, base)
+
+
+def _data(outputs: tuple[Inspection, ...], manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    trained = _by_stage(manifests, "train")
+    if trained is None:
+        return
+    # The pruned model has the base's tokenizer, and lies in the run.
+    pruned = next((o.directory for o in outputs if o.stage == "prune"), None)
+    if pruned is not None:
+        yield from page_parts.data_lengths(trained, pruned)
 
 
 def _curves(outputs: tuple[Inspection, ...]) -> Iterator[str]:

@@ -226,6 +226,9 @@ class VerifySpec(Spec):
         False, switch=True, help="Also compare every byte of the base, where they were recorded."
     )
     ancestry: bool = setting(True, help="Follow inputs to the directories that they name.")
+    engine: Literal["vllm"] | None = setting(
+        None, flag="--for", help="vllm: also check what its LoRA loader demands, from its rules."
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from loram_cli.stages.core.data_digests import data_digest
 from loram_cli.stages.core.lineage import PARTS, TEMPLATE, differences
 from loram_cli.stages.core.plan import recorded_key
 from loram_cli.stages.specs import SPECS
-from loram_cli.tools import checks
+from loram_cli.tools import checks, vllm_rules
 from loram_cli.tools.inspect import is_adapter, is_checkpoint
 from loram_cli.tools.specs import VerifyReport, VerifySpec
 
@@ -33,6 +33,8 @@ def run(spec: VerifySpec, reporter: Reporter) -> VerifyReport:
     walk = _Walk(spec, reporter)
     for directory in _roots(spec.directory):
         walk.visit(directory)
+    if spec.engine == "vllm":
+        walk.check_for_vllm(spec.directory)
     return VerifyReport(tuple(walk.seen.values()), tuple(walk.problems), tuple(walk.notes))
 
 
@@ -92,6 +94,27 @@ class _Walk:
         if manifest is not None and self._spec.ancestry:
             for label, record in manifest.inputs.items():
                 self._input(directory, manifest, label, record)
+
+    def check_for_vllm(self, directory: Path) -> None:
+        """What vLLM would say of a directory, or of a run's outputs that are made for it."""
+        asked = _roots(directory)
+        if directory not in asked:
+            known = [(path, self._stage(path)) for path in asked]
+            asked = [path for path, stage in known if stage in ("recover", "merge")]
+            if not asked:
+                self.problems.append(f"{directory}: nothing for vLLM yet; run 'loram recover'")
+        for path in asked:
+            if is_adapter(path):
+                found = vllm_rules.check_adapter(path, self._model_of(path, self._manifest(path)))
+            else:
+                found = vllm_rules.check_model(path)
+            self.problems += found.problems
+            self.notes += found.notes
+
+    def _stage(self, directory: Path) -> str | None:
+        with contextlib.suppress(LoramError):
+            return Manifest.read(directory).stage
+        return None
 
     def _manifest(self, directory: Path) -> Manifest | None:
         if not (directory / MANIFEST_NAME).is_file():

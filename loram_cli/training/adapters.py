@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def continue_lora(model: Any, adapter_dir: Path, *, dropout: float) -> Any:
     return _without_input_copies(_loaded(model, adapter_dir, dropout=dropout))
 
 
-def _loaded(model: Any, adapter_dir: Path, dropout: float | None = None) -> Any:
+def _loaded(
+    model: Any, adapter_dir: Path, dropout: float | None = None, name: str = "default"
+) -> Any:
     """The model with an adapter; where a dropout is given, to train on.
 
     As ``PeftModel.from_pretrained``, which keeps the result of the loading to itself and only
@@ -114,18 +117,18 @@ def _loaded(model: Any, adapter_dir: Path, dropout: float | None = None) -> Any:
             config.inference_mode = dropout is None
             if dropout is not None:
                 config.lora_dropout = dropout
-            model = PeftModelForCausalLM(model, config)
+            # A named one goes beside those that the model has; any other on top of them.
+            if name == "default" or not isinstance(model, PeftModelForCausalLM):
+                model = PeftModelForCausalLM(model, config, adapter_name=name)
         with loading(adapter_dir / WEIGHTS_NAME, library, _OTHER_MODEL):
-            found = model.load_adapter(
-                str(adapter_dir), "default", is_trainable=dropout is not None
-            )
+            found = model.load_adapter(str(adapter_dir), name, is_trainable=dropout is not None)
     for keys, fault in (
         (found.unexpected_keys, "the model has no module for its factor"),
         (found.missing_keys, f"it has no factors for a module that {CONFIG_NAME} targets:"),
     ):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            name = keys[0].removeprefix("base_model.model.").replace(".default", "")
+            name = keys[0].removeprefix("base_model.model.").replace(f".{name}", "")
             raise LoramError(f"{adapter_dir / WEIGHTS_NAME}: {fault} {name}{more}", _OTHER_MODEL)
     return model
 
@@ -151,6 +154,39 @@ def load_adapter(model: Any, adapter_dir: Path) -> Any:
         LoramError: PEFT cannot use it, or factors and modules are not one to one.
     """
     return _loaded(model, adapter_dir).eval()
+
+
+def load_beside(model: Any, adapters: Mapping[str, Path]) -> Any:
+    """Put adapters on one model side by side, for :func:`with_adapter` to choose from.
+
+    Args:
+        model: The model that their shapes fit.
+        adapters: By a name that PEFT takes for a module's: letters and digits.
+
+    Raises:
+        LoramError: As :func:`load_adapter`.
+    """
+    for name, adapter_dir in adapters.items():
+        model = _loaded(model, adapter_dir, name=name)
+    return model.eval()
+
+
+@contextmanager
+def with_adapter(model: Any, name: str | None) -> Iterator[None]:
+    """Have one of a model's adapters act within the block, or none.
+
+    Args:
+        model: From :func:`load_beside`.
+        name: Of the adapter; None for the model as it is.
+    """
+    if name is not None:
+        model.set_adapter(name, inference_mode=True)
+        yield
+    elif hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+    else:
+        yield
 
 
 def save_adapter(

@@ -76,7 +76,7 @@ def test_the_wheel_is_small_and_holds_the_data_files(wheel: Path):
         for path in (ROOT / "loram_cli").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     ]
-    assert {"loram_cli/stages/page.html", "loram_cli/docs/tutorial.md"} <= names
+    assert {"loram_cli/tools/page.html", "loram_cli/docs/tutorial.md"} <= names
     assert set(tracked) <= names, sorted(set(tracked) - names)
     assert not [name for name in names if name.startswith("tests")]
 
@@ -165,3 +165,39 @@ def test_it_installs_from_an_index_and_works_on_every_supported_python(
         assert "made by 'recover'" in run(loram, "inspect", "loram-run/recovered", cwd=tmp_path)
     finally:
         shutil.rmtree(tmp_path / "venv")
+
+
+# pipx hands pip's settings on; uv reads none of them, and is told where wheels lie.
+TOOLS = {
+    "pipx": ("install", "--pip-args", f"--constraint {ROOT / 'constraints.txt'}"),
+    "uv": ("tool", "install", "--constraints", str(ROOT / "constraints.txt")),
+}
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tool_installs_it_from_the_wheel(wheel: Path, name: str, tmp_path: Path, monkeypatch):
+    """In an environment of its own, with nothing of ours on any path: 1 to 6 GB of disk."""
+    program = shutil.which(name)
+    if program is None:
+        pytest.skip(f"{name} is not installed here")
+    for variable in ("PIPX_HOME", "PIPX_BIN_DIR", "PIPX_MAN_DIR", "UV_TOOL_DIR", "UV_CACHE_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable.lower()))
+    monkeypatch.setenv("UV_TOOL_BIN_DIR", str(tmp_path / "pipx_bin_dir"))
+    monkeypatch.setenv("UV_FIND_LINKS", os.environ.get("PIP_FIND_LINKS", ""))
+    python = getattr(sys, "_base_executable", sys.executable)
+    done = start(program, *TOOLS[name], "--python", python, wheel)
+    if "Name or service not known" in done.stderr or "dns error" in done.stderr:
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stdout + done.stderr
+    try:
+        loram = tmp_path / "pipx_bin_dir" / "loram"
+        assert "loram 0." in run(loram, "--version", cwd=tmp_path)
+        run(loram, "prune", "--strategy", "rand", "--ratio", "0.85", cwd=tmp_path)
+        run(loram, "verify", "loram-run", cwd=tmp_path)
+        run(loram, "report", cwd=tmp_path)
+        page = (tmp_path / "loram-run" / "report.html").read_text()
+        assert "Widths of the pruned model" in page
+    finally:
+        for folder in ("pipx_home", "uv_tool_dir", "uv_cache_dir"):
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)

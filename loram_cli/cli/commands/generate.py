@@ -1,7 +1,9 @@
 """``loram generate``."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from loram_cli.cli.commands.evaluate import ROW_HELP, ROWS_HELP
 from loram_cli.cli.options import (
@@ -12,8 +14,14 @@ from loram_cli.cli.options import (
     reporter_for,
     settle,
 )
+from loram_cli.reporting import Reporter
 from loram_cli.schema import setting
 from loram_cli.stages.evaluate.spec import GenerateSpec
+
+if TYPE_CHECKING:
+    from loram_cli.config.defaults import Place
+
+RowChooser = Callable[..., Any]
 
 NAME = "generate"
 EPILOG = 'Example: loram generate --rows base,recovered "How many legs do 3 cats have?"'
@@ -27,26 +35,49 @@ class GenerateOptions(BaseOptions):
     row: tuple[str, ...] = setting((), help=ROW_HELP, repeat=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TalkOptions(GenerateOptions):
+    """Whom to talk to: of chat and serve."""
+
+    rows: str | None = setting(None, help=ROWS_HELP, default_text="recovered,base")
+
+
+def with_rows(
+    options: GenerateOptions, values: Values, reporter: Reporter, choose: RowChooser
+) -> "tuple[Place, Values]":
+    """Where a command works, and its values with the rows that it is about.
+
+    Args:
+        options: Name them.
+        values: Of the command's spec.
+        reporter: Told of the demo base.
+        choose: Which rows are meant where none is named.
+    """
+    from loram_cli.config.defaults import model_dir
+    from loram_cli.config.rows import parse_rows, run_rows
+
+    own = parse_rows(options.row)
+    first_own = next(iter(own.values()), (None,))[0]
+    place = settle(options, reporter, at_hand=first_own if options.run is None else None)
+    rows = run_rows(place.run, model_dir(place.model))
+    return place, {**values, "rows": choose(rows, comma_separated(options.rows), own)}
+
+
 SPEC, OPTIONS = GenerateSpec, GenerateOptions
 
 
 def command(values: Values, options: GenerateOptions) -> None:
     """Ask the full model with the recovered adapter, whether or not the GPU holds it."""
     from loram_cli.cli.draw.console import print_json, stdout_console
-    from loram_cli.config.defaults import generate_spec, model_dir
-    from loram_cli.config.rows import asked_rows, parse_rows, run_rows
+    from loram_cli.config.defaults import generate_spec
+    from loram_cli.config.rows import asked_rows
     from loram_cli.stages.evaluate import generate
 
     if not values.get("prompts") and sys.stdin is not None and not sys.stdin.isatty():
         values["prompts"] = (sys.stdin.read().rstrip("\n"),)
     values = layered(NAME, values)
     reporter = reporter_for(options.json_output)
-    own = parse_rows(options.row)
-    first_own = next(iter(own.values()), (None,))[0]
-    place = settle(options, reporter, at_hand=first_own if options.run is None else None)
-    rows = run_rows(place.run, model_dir(place.model))
-    values["rows"] = asked_rows(rows, comma_separated(options.rows), own)
-    spec = generate_spec(place, values)
+    spec = generate_spec(*with_rows(options, values, reporter, asked_rows))
     answers = generate.run(spec, reporter)
     if options.json_output:
         print_json({"answers": [answer.to_mapping() for answer in answers]})

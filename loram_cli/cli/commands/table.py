@@ -36,6 +36,14 @@ COMMANDS = {
         "generate",
         "Ask the full model with the recovered adapter, whether or not the GPU holds it.",
     ),
+    "chat": (
+        "chat",
+        "Talk to the models in the terminal, turn by turn; /row NAME has another one answer.",
+    ),
+    "serve": (
+        "serve",
+        "Answer OpenAI's chat and completion requests, each row a model name; for trying.",
+    ),
     "export": (
         "export",
         "Write the recovered adapter as GGUF, for llama.cpp and Ollama: alone, or merged.",

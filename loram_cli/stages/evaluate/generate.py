@@ -1,6 +1,6 @@
 """Generate: what the models of a run answer to a prompt."""
 
-from typing import cast, get_args
+from typing import Any
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
@@ -12,7 +12,7 @@ from loram_cli.modeling.load import warn_of_unused_gpu
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lineage import trained_layout
 from loram_cli.stages.evaluate.rows import checked_row, open_row
-from loram_cli.stages.evaluate.spec import GenerateSpec
+from loram_cli.stages.evaluate.spec import AnswersSpec, GenerateSpec
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.layouts import Layout, asked
 from loram_cli.training.data.tokens import encode_prompt
@@ -28,8 +28,7 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
     """
     warn_of_unused_gpu(spec.device, reporter)
     models = {label: checked_row(parts) for label, parts in spec.rows.items()}
-    found = {trained_layout(parts[-1]): None for parts in spec.rows.values()}
-    learnt = next((name for name in found if name in get_args(Layout)), None)
+    learnt = learnt_layout(spec)
     return [
         answer
         for label, model in models.items()
@@ -37,13 +36,24 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
     ]
 
 
+def learnt_layout(spec: AnswersSpec) -> Layout | None:
+    """The layout that the first of the rows with a training on record learnt from."""
+    found = (trained_layout(parts[-1]) for parts in spec.rows.values())
+    return next((layout for layout in found if layout is not None), None)
+
+
+def asking_layout(spec: AnswersSpec, tokenizer: Any, learnt: Layout | None) -> Layout:
+    """How a row is asked: as told, as it learnt, or as its tokenizer has it."""
+    own: Layout = "messages" if getattr(tokenizer, "chat_template", None) else "prompt"
+    return spec.layout or learnt or own
+
+
 def _ask(
-    spec: GenerateSpec, label: str, model: Model, learnt: str | None, reporter: Reporter
+    spec: GenerateSpec, label: str, model: Model, learnt: Layout | None, reporter: Reporter
 ) -> list[Answer]:
     parts = spec.rows[label]
     tokenizer = row_tokenizer(parts, spec.model)
-    own: Layout = "messages" if getattr(tokenizer, "chat_template", None) else "prompt"
-    layout = spec.layout or cast("Layout | None", learnt) or own
+    layout = asking_layout(spec, tokenizer, learnt)
     chat = Chat(tokenizer)
     examples = [asked(prompt, layout, chat, learnt=layout == learnt) for prompt in spec.prompts]
     chat.warn_of_fallback(reporter)

@@ -142,15 +142,9 @@ class EvalSpec(RowsSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSpec(RowsSpec):
-    """What to ask, and whom."""
+class AnswersSpec(RowsSpec):
+    """How answers are asked for and drawn: what generate, chat and serve share."""
 
-    prompts: tuple[str, ...] = setting(
-        (),
-        help="What to ask; quote each. Without one, what is piped in.",
-        argument=True,
-        place=True,
-    )
     layout: Layout | None = setting(
         None,
         help="question, instruction, messages, or prompt as it is.",
@@ -164,18 +158,38 @@ class GenerateSpec(RowsSpec):
     )
 
     def check(self) -> None:
-        """Refuse an empty prompt, and settings that do not go together.
+        """Refuse settings that do not go together.
 
         Raises:
             UsageError: See above.
         """
         if not self.rows:
             raise UsageError("no model to ask", "pass --rows base")
+        if self.top_p < 1 and not self.temperature:
+            raise UsageError("--top-p is for drawn tokens", "pass --temperature as well")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSpec(AnswersSpec):
+    """What to ask, and whom."""
+
+    prompts: tuple[str, ...] = setting(
+        (),
+        help="What to ask; quote each. Without one, what is piped in.",
+        argument=True,
+        place=True,
+    )
+
+    def check(self) -> None:
+        """Refuse an empty prompt, and settings that do not go together.
+
+        Raises:
+            UsageError: See above.
+        """
+        super().check()
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise UsageError("the prompt is empty", "write it behind the command, or pipe it in")
         try:
             "".join(self.prompts).encode()
         except UnicodeEncodeError as error:
             raise UsageError("the prompt is not UTF-8", "convert it to UTF-8") from error
-        if self.top_p < 1 and not self.temperature:
-            raise UsageError("--top-p is for drawn tokens", "pass --temperature as well")

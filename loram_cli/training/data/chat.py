@@ -71,10 +71,13 @@ class Chat:
         )
         return [self._turn(conversation, i) for i in conversation.learnt]
 
-    def opened(self, text: str) -> Example:
-        """A message of the user, and the turn of the assistant begun by the template."""
-        message = {"role": "user", "content": text}
-        prompt = render(self._tokenizer, [message], "the prompt", begun=True)
+    def opened(self, messages: Sequence[Message]) -> Example:
+        """Messages that end with the user's, and the turn of the assistant begun by the template.
+
+        Raises:
+            TemplateRefusal: The template does not take the conversation.
+        """
+        prompt = render(self._tokenizer, messages, "the prompt", begun=True)
         return Example(prompt, "", special_tokens=False)
 
     def asked(self, messages: Sequence[Message], *, begun: bool = True) -> str:

@@ -1,6 +1,6 @@
 """Layouts of instruction records: what each one teaches, as prompt and completion."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.conversations import (
     CONVERSATION_KEYS,
     SYSTEM_KEYS,
+    Message,
     TrainOn,
     read_conversation,
 )
@@ -96,7 +97,7 @@ def asked(text: str, layout: Layout, chat: Chat, *, learnt: bool = True) -> Exam
             opens the answer's turn as it does for the model that it belongs to.
     """
     if layout == "messages" and not learnt and chat.has_template:
-        return chat.opened(text)
+        return chat.opened([{"role": "user", "content": text}])
     if layout == "text":
         return Example(text, "")
     fields: dict[Layout, dict[str, Any]] = {
@@ -112,6 +113,40 @@ def asked(text: str, layout: Layout, chat: Chat, *, learnt: bool = True) -> Exam
     }
     [example] = examples_of(Record(fields[layout], "the prompt"), chat)
     return replace(example, completion="", given=())
+
+
+def continued(turns: Sequence[Message], layout: Layout, chat: Chat, *, learnt: bool) -> Example:
+    """A conversation that ends with the user's turn, as the prompt of its answer.
+
+    Args:
+        turns: Messages with ``role`` (system, user or assistant) and ``content``.
+        layout: As of the data that was trained on. Those without turns get the earlier ones as
+            examples of the same layout before the last.
+        chat: Renders messages.
+        learnt: As of :func:`asked`.
+
+    Raises:
+        LoramError: There is no user's turn at the end, or the template refuses the conversation.
+    """
+    if not turns or turns[-1]["role"] != "user":
+        raise LoramError("the last message is not the user's", "end with a message of role 'user'")
+    if layout == "messages" and not learnt and chat.has_template:
+        return chat.opened(turns)
+    if layout == "messages":
+        answer = {"role": "assistant", "content": "."}
+        record = Record({"messages": [*turns, answer]}, "the prompt")
+        examples = examples_of(record, chat, train_on="last")
+        return replace(examples[-1], completion="", given=())
+    *earlier, last = turns
+    text = ""
+    for turn in earlier:
+        if turn["role"] == "user":
+            text += asked(turn["content"], layout, chat).prompt
+        else:
+            between = " " if turn["role"] == "assistant" and text[-1:].strip() else ""
+            text += f"{between}{turn['content']}\n\n"
+    example = asked(last["content"], layout, chat)
+    return replace(example, prompt=text + example.prompt)
 
 
 def text_field(record: Record, key: str, tally: Tally) -> str:

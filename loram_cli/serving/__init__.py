@@ -1,0 +1,1 @@
+"""A run's models to talk to: OpenAI's protocol over HTTP, and a conversation in the terminal."""
