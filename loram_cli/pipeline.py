@@ -1,6 +1,7 @@
 """Run the stages of a recipe; what is done is skipped, what was interrupted resumes."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from loram_cli.checkpoint.index import read_config
@@ -8,6 +9,7 @@ from loram_cli.config.defaults import FILL, POLISHED_ALIKE, Place, merge_spec, m
 from loram_cli.config.recipe import FULL_LORA, SPECS, Recipe, checked_by_stand_ins
 from loram_cli.memory.presets import load_preset
 from loram_cli.reporting import Reporter
+from loram_cli.runs.manifest import MANIFEST_NAME
 from loram_cli.runs.rundir import OUTPUTS, RunDirectory
 from loram_cli.stages.align import stage as align
 from loram_cli.stages.core.lifecycle import StageResult
@@ -48,9 +50,12 @@ def run(
     """
     place = Place(directory, directory.settle_model(recipe.model))
     results: list[StageResult] = []
+    before: Path | None = None
     for stage in recipe.stages:
-        spec = FILL[stage](place, {**recipe.section(stage), "force": force})
-        results.append(STAGES[stage].run(spec, reporter))
+        spec = _spec(recipe, stage, place, before, force=force)
+        if _kind(recipe, stage) == "train":
+            before = spec.out
+        results.append(STAGES[_kind(recipe, stage)].run(spec, reporter))
         on_result(results[-1])
         merging = merge_spec(place, spec) if stage == "recover" else None
         if merging is not None:
@@ -75,13 +80,29 @@ def plan(recipe: Recipe, directory: RunDirectory, reporter: Reporter) -> list[St
     return list(_plans(recipe, place, reporter))
 
 
+def _kind(recipe: Recipe, stage: str) -> str:
+    """The stage that a name in a recipe stands for: further trainings are ``train``."""
+    return "train" if stage in recipe.further else stage
+
+
+def _spec(recipe: Recipe, stage: str, place: Place, before: Path | None, **more: Any) -> Any:
+    """A stage's spec; a further training starts from the adapter before it."""
+    values = {**recipe.section(stage), **more}
+    if stage in recipe.further:
+        values.setdefault("from_adapter", before)
+    return FILL[_kind(recipe, stage)](place, values)
+
+
 def _plans(recipe: Recipe, place: Place, reporter: Reporter) -> Iterator[StagePlan[Any]]:
     base = load_preset(recipe.preset) if recipe.preset else read_config(model_dir(place.model))
     small: Mapping[str, Any] = base
+    before: Path | None = None
     for stage in recipe.stages:
         values = recipe.section(stage)
+        kind = _kind(recipe, stage)
         if recipe.preset is None and _has_inputs(stage, recipe, place):
-            planned = STAGES[stage].plan(FILL[stage](place, values), reporter)
+            planned = STAGES[kind].plan(_spec(recipe, stage, place, before), reporter)
+            before = _out(stage, place) if kind == "train" else before
             if stage == "prune":
                 small = planned.work.config
             yield planned
@@ -89,7 +110,8 @@ def _plans(recipe: Recipe, place: Place, reporter: Reporter) -> Iterator[StagePl
         if stage == "polish":
             alike = {k: v for k, v in recipe.section("train").items() if k in POLISHED_ALIKE}
             values = {**alike, **values}
-        yield _foreseen(stage, values, place, base, small)
+        before = _out(stage, place) if kind == "train" else before
+        yield _foreseen(stage, kind, values, place, base, small)
         if stage == "prune":
             spec = checked_by_stand_ins(PruneSpec, values, "recipe, stage prune")
             assert isinstance(spec, PruneSpec)
@@ -101,18 +123,29 @@ def _has_inputs(stage: str, recipe: Recipe, place: Place) -> bool:
     if stage in ("prune", FULL_LORA):
         return True
     order = [name for name in recipe.stages if name != FULL_LORA]
-    return all(place.run.is_done(name) for name in order[: order.index(stage)] if name != "eval")
+    needed = [name for name in order[: order.index(stage)] if name != "eval"]
+    return all((_out(name, place) / MANIFEST_NAME).is_file() for name in needed)
+
+
+def _out(stage: str, place: Place) -> Path:
+    """Where a stage of a recipe writes."""
+    if stage == FULL_LORA:
+        return place.run.path / "full-lora"
+    if stage in OUTPUTS:
+        return place.run.output(stage)
+    return place.run.path / stage.replace("train", OUTPUTS["train"], 1)
 
 
 def _foreseen(
     stage: str,
+    kind: str,
     values: Mapping[str, Any],
     place: Place,
     base: Mapping[str, Any],
     small: Mapping[str, Any],
 ) -> StagePlan[None]:
     """A stage's plan by arithmetic: its inputs are still to be made."""
-    own = "train" if stage == FULL_LORA else stage
+    own = "train" if stage == FULL_LORA else kind
     spec = checked_by_stand_ins(SPECS[own], values, f"recipe, stage {own}").settled()
     figures: dict[str, Any] = {"settings": dict(values)}
     memory_bytes = 0
@@ -122,7 +155,7 @@ def _foreseen(
         config = base if stage in (FULL_LORA, "polish") else small
         figures |= train.foresee(spec, config)
         memory_bytes = figures.pop("memory_bytes")
-    out = place.run.path / (OUTPUTS[own] if stage != FULL_LORA else "full-lora")
+    out = _out(stage, place)
     return StagePlan(
         stage=own,
         reads=tuple(str(v) for k, v in values.items() if k in ("data", "eval_data", "calibration")),

@@ -8,6 +8,8 @@ from loram_cli.hub import unreachable
 
 # Weights in safetensors alone: a pickle is never fetched, so it can never be loaded.
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+# Of a model or an adapter; transformers, PEFT and vLLM read it there as well.
+TEMPLATE_FILE = "chat_template.jinja"
 # What travels with the weights from a base to whatever is made of it.
 _COMPANION_FILES = (
     "tokenizer.json",
@@ -17,18 +19,19 @@ _COMPANION_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "generation_config.json",
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def resolve_model(model: str, *, config_only: bool = False) -> Path:
+def resolve_model(model: str, *, config_only: bool = False, tokenizer_only: bool = False) -> Path:
     """The local directory of a model given by path or hub id.
 
     Args:
         model: The path or id.
         config_only: Fetch ``config.json`` alone from the hub, and no weights.
+        tokenizer_only: Fetch that and the tokenizer's files alone.
 
     Raises:
         LoramError: No such directory, and the hub does not have it or cannot be reached.
@@ -42,11 +45,14 @@ def resolve_model(model: str, *, config_only: bool = False) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    patterns = _PATTERNS
+    if config_only or tokenizer_only:
+        patterns = ["config.json", *(_COMPANION_FILES if tokenizer_only else ())]
     silence = unreachable()
     try:
         found = snapshot_download(
             model,
-            allow_patterns=["config.json"] if config_only else _PATTERNS,
+            allow_patterns=patterns,
             local_files_only=silence is not None,
         )
     except Exception as error:
@@ -91,3 +97,9 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in _COMPANION_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def copy_template(adapter: Path, target: Path) -> None:
+    """Copy the chat template that an adapter was trained by, where it has one of its own."""
+    if (adapter / TEMPLATE_FILE).is_file():
+        shutil.copyfile(adapter / TEMPLATE_FILE, target / TEMPLATE_FILE)

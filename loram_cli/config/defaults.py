@@ -41,13 +41,15 @@ class Place:
     model: str
 
 
-def model_dir(model: str, *, config_only: bool = False) -> Path:
+def model_dir(model: str, *, config_only: bool = False, tokenizer_only: bool = False) -> Path:
     """The local directory of the demo base, a path or a hub id.
 
     Raises:
         LoramError: It is not there.
     """
-    return demo_base() if model == DEMO_MODEL else resolve_model(model, config_only=config_only)
+    if model == DEMO_MODEL:
+        return demo_base()
+    return resolve_model(model, config_only=config_only, tokenizer_only=tokenizer_only)
 
 
 def base_of(directory: Path) -> str | None:

@@ -20,6 +20,7 @@ from loram_cli.schema import (
 from loram_cli.serving.spec import ChatSpec, ServeSpec
 from loram_cli.stages.evaluate.spec import GenerateSpec
 from loram_cli.stages.specs import SPECS as STAGE_SPECS
+from loram_cli.stages.train.objectives.table import beyond_sft
 
 # The stages of a recipe, in order; a merge is a setting of recover.
 SPECS: dict[str, type[Spec]] = {k: v for k, v in STAGE_SPECS.items() if k != "merge"}
@@ -28,6 +29,11 @@ SETTABLE: dict[str, type[Spec]] = {
     **SPECS, "generate": GenerateSpec, "chat": ChatSpec, "serve": ServeSpec
 }  # fmt: skip
 FULL_LORA = "full_lora"
+# Settings of a training that hold for those that follow it in a recipe.
+SHARED = (
+    "quantize", "gradient_checkpointing", "max_length", "attention", "precision", "optimizer",
+    "cross_entropy", "device", "report_to",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,8 @@ class Recipe:
         prune: Values of ``PruneSpec``.
         align: Values of ``AlignSpec``.
         train: Values of ``TrainSpec``.
+        then: Further trainings, each of another objective and from the adapter before it; what
+            concerns the model itself (:data:`SHARED`) holds as in ``train`` unless told.
         full_lora: Also train the base itself with the values of ``train``.
         recover: Values of ``RecoverSpec``.
         polish: Values of ``PolishSpec``; what is absent is as in ``train``.
@@ -76,6 +84,7 @@ class Recipe:
     prune: dict[str, Any] | None = None
     align: dict[str, Any] | None = None
     train: dict[str, Any] | None = None
+    then: tuple[dict[str, Any], ...] = ()
     full_lora: bool = False
     recover: dict[str, Any] | None = None
     polish: dict[str, Any] | None = None
@@ -84,6 +93,9 @@ class Recipe:
 
     def section(self, stage: str) -> dict[str, Any]:
         """The values of one stage; empty when it is absent."""
+        if stage in self.further:
+            own = self.then[self.further.index(stage)]
+            return {k: v for k, v in (self.train or {}).items() if k in SHARED} | own
         return dict(getattr(self, "train" if stage == FULL_LORA else stage) or {})
 
     def defaults(self, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,12 +108,44 @@ class Recipe:
         return values
 
     @property
+    def further(self) -> tuple[str, ...]:
+        """Names of the trainings after the first: ``train-dpo``."""
+        return tuple(f"train-{values.get('objective')}" for values in self.then)
+
+    def check(self, where: str) -> None:
+        """Refuse further trainings that cannot follow.
+
+        Raises:
+            UsageError: There is no first one, two have the same objective, or full LoRA is to be
+                compared with all of them.
+        """
+        if not self.then:
+            return
+        if self.train is None:
+            raise UsageError(f"{where}: 'then' goes on from 'train', which is missing")
+        named = [self.train.get("objective", "sft"), *(v.get("objective") for v in self.then)]
+        for values in self.then:
+            if values.get("objective") not in beyond_sft():
+                raise unknown_name(
+                    "objective", str(values.get("objective")), beyond_sft(), f"{where}, then"
+                )
+        if len(set(named)) < len(named):
+            raise UsageError(f"{where}: two trainings of the same objective, {', '.join(named)}")
+        if self.full_lora:
+            raise UsageError(
+                f"{where}: full_lora repeats 'train' alone, and does not go with 'then'",
+                "leave full_lora out, or compare each training in a recipe of its own",
+            )
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """The stages that run, in order."""
         order = []
         for stage in SPECS:
             if getattr(self, stage) is not None:
                 order.append(stage)
+            if stage == "train":
+                order += self.further
             if stage == "train" and self.full_lora:
                 order.append(FULL_LORA)
         return tuple(order)
@@ -139,7 +183,11 @@ def load_recipe(file: Path) -> Recipe:
     data = read_yaml(file, "recipe")
     recipe = spec_from_mapping(Recipe, data, f"recipe {file.name}")
     for stage in SPECS:
-        _check_section(recipe.section(stage), stage, f"recipe {file.name}, stage {stage}")
+        if getattr(recipe, stage) is not None:
+            _check_section(recipe.section(stage), stage, f"recipe {file.name}, stage {stage}")
+    recipe.check(f"recipe {file.name}")
+    for stage in recipe.further:
+        _check_section(recipe.section(stage), "train", f"recipe {file.name}, stage {stage}")
     return recipe
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loram_cli.config.recipe import SETTABLE, SPECS, Recipe, read_yaml, setting_types
+from loram_cli.config.recipe import SETTABLE, SHARED, SPECS, Recipe, read_yaml, setting_types
 from loram_cli.errors import UsageError
 from loram_cli.reading import YAML_BYTES, read_text
 from loram_cli.schema import convert, from_text, unknown_name
@@ -59,7 +59,20 @@ class Settings:
             for stage in SPECS
             if getattr(recipe, stage) is not None
         }
-        return replace(recipe, **merged)
+        then = [
+            {
+                **_of_the_machine(self.file.get("train", {})),
+                **values,
+                **_of_the_machine(self.environment.get("train", {})),
+            }
+            for values in recipe.then
+        ]
+        return replace(recipe, **merged, then=tuple(then))
+
+
+def _of_the_machine(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of training that hold for every objective: not the data, nor what is learnt."""
+    return {name: value for name, value in values.items() if name in (*SHARED, "micro_batch")}
 
 
 def load_settings(folder: Path, environ: Mapping[str, str]) -> Settings:

@@ -93,6 +93,11 @@ def remarks(result: EvalResult) -> list[str]:
             detail = score.detail.partition("; sandbox:")[0]
             if score.value is not None and detail.startswith(("best of", "mean of")):
                 lines.append(f"{score.task} {score.metric}, {label}: {detail}")
+    asked = [label for label, row in result.rows.items() if row.chat]
+    if asked:
+        others = [label for label in result.rows if label not in asked]
+        plain = f"; as plain text: {', '.join(others)}" if others else ""
+        lines.append(f"asked by the chat template: {', '.join(asked)}{plain}")
     for label in ("recovered", "polished"):
         kept = ", ".join(f"{task} {s:.0%}" for task, s in gain_retention(result, label).items())
         whose = "" if label == "recovered" else f" ({label})"

@@ -11,6 +11,8 @@ from loram_cli.evaluation.decode import Generation, stream_seed
 from loram_cli.evaluation.responses import ResponseCache, response_key
 from loram_cli.evaluation.scoring import SpanScore, TokenSpan
 from loram_cli.reporting import NullReporter, Reporter
+from loram_cli.training.data.chat import Chat
+from loram_cli.training.data.templates import template_text
 
 # Whole batches of answers, each with the place of its question.
 Batches = Iterator[Sequence[tuple[int, Any]]]
@@ -42,8 +44,11 @@ class Engine(LM):
         context_tokens: int,
         cache: ResponseCache | None = None,
         seed: int = 1234,
+        *,
+        chat: bool = False,
     ) -> None:
         super().__init__()
+        self.chat = chat
         self._open_backend = open_backend
         self._backend: Backend | None = None
         self.tokenizer = tokenizer
@@ -56,6 +61,28 @@ class Engine(LM):
     def report_to(self, reporter: Reporter, label: str) -> None:
         """Where progress goes from here on, and under which name."""
         self._reporter, self._label = reporter, label
+
+    @property
+    def tokenizer_name(self) -> str:
+        """lm-eval's name for what it would cache rendered prompts under; it caches none here."""
+        return str(getattr(self.tokenizer, "name_or_path", ""))
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template's source, which lm-eval writes into its results."""
+        return template_text(self.tokenizer)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A task's question, with its solved examples as turns, as the template writes it.
+
+        A system message that the template refuses goes before the first question. Without a begun
+        turn the last message is the beginning of the answer, and stays open.
+
+        Raises:
+            TemplateRefusal: The template does not take the conversation.
+        """
+        return Chat(self.tokenizer).asked(chat_history, begun=add_generation_prompt)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """lm-eval's requests for texts; the same one asked several times is sampled anew."""

@@ -183,7 +183,14 @@ def _run_task(
         from lm_eval import evaluator
 
         result = evaluator.evaluate(
-            engine, loaded, limit=limit, bootstrap_iters=100, log_samples=True
+            engine,
+            loaded,
+            limit=limit,
+            bootstrap_iters=100,
+            log_samples=True,
+            apply_chat_template=engine.chat,
+            # As lm-eval itself does with a template: each solved example is two turns.
+            fewshot_as_multiturn=engine.chat,
         )
     _warn_of_cut_prompts(engine, loaded["tasks"].values(), reporter)
     return read_scores(request, result), read_samples(request, result)

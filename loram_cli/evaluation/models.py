@@ -17,6 +17,7 @@ from loram_cli.modeling.offload import loaded_within, resident_layers, weight_by
 from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import Reporter
 from loram_cli.training.adapters import load_adapter, load_beside
+from loram_cli.training.data.template_names import with_adapter_template
 from loram_cli.units import MIB, format_bytes
 
 # What is left of the free memory for keys, values and activations, up to half of it.
@@ -140,14 +141,19 @@ def _check_adapter(model: Model, directory: Path) -> None:
             )
 
 
-def row_tokenizer(model: Path, base: Path) -> Any:
+def row_tokenizer(parts: Sequence[Path], base: Path) -> Any:
     """The tokenizer of a row's model, or the base's where it has none.
+
+    An adapter that was trained by a chat template of its own is asked by it.
 
     Raises:
         LoramError: The base has none either, or the model's is damaged.
     """
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    return load_tokenizer(model if any((model / name).exists() for name in names) else base)
+    model = parts[0]
+    own = any((model / name).exists() for name in names)
+    tokenizer = load_tokenizer(model if own else base)
+    return with_adapter_template(tokenizer, parts[-1] if len(parts) > 1 else None)
 
 
 def _adapted(model: Any, adapters: Sequence[Path] | Mapping[str, Path]) -> Any:

@@ -60,6 +60,11 @@ class TaskRequest:
         return self.source or (str(self.data_file) if self.data_file is not None else "")
 
     @property
+    def asks(self) -> bool:
+        """Whether it puts questions; code is completed, and a text's perplexity is measured."""
+        return self.lm_eval_name not in ("humaneval", "perplexity")
+
+    @property
     def lm_eval_name(self) -> str:
         """lm-eval's name of the task."""
         return self.harness_task or self.name

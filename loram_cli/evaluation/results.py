@@ -29,10 +29,17 @@ class TrainingCost:
 
 @dataclass(frozen=True, kw_only=True)
 class RowResult:
-    """A model's scores; ``training`` is None for a model that was not trained here."""
+    """A model's scores.
+
+    Attributes:
+        scores: Of all tasks.
+        training: What it cost to train; None for a model that was not trained here.
+        chat: Whether lm-eval's tasks were asked as messages, by its chat template.
+    """
 
     scores: tuple[TaskScore, ...] = ()
     training: TrainingCost | None = None
+    chat: bool = False
 
     def find(self, task: str, metric: str) -> TaskScore | None:
         """The score of a task by a metric, or None."""

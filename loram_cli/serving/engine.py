@@ -201,7 +201,7 @@ def opened_rows(spec: AnswersSpec, reporter: Reporter) -> Iterator[dict[str, Ser
             )  # fmt: skip
         rows = {}
         for label, parts in spec.rows.items():
-            tokenizer = row_tokenizer(parts[0], spec.model)
+            tokenizer = row_tokenizer(parts, spec.model)
             layout = asking_layout(spec, tokenizer, learnt)
             rows[label] = ServedRow(
                 label, loaded[parts[0]], names[label], tokenizer, layout, layout == learnt,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from loram_cli.reporting import Reporter
+from loram_cli.training.data.judged import JudgedRow
 from loram_cli.training.data.preferences import PairRow
 from loram_cli.training.data.questions import Question
 from loram_cli.training.loop.job import Job, TrainerParts, highest
@@ -17,9 +18,12 @@ from loram_cli.training.loop.loop import fit_job
 from loram_cli.training.loop.options import (
     FitOptions,
     FitResult,
+    JudgedOptions,
+    PairLoss,
     PreferenceOptions,
     RewardOptions,
 )
+from loram_cli.training.rewards import FIELDS, Reward, with_fields
 
 # Of a completion and the data set's answer: is it right?
 Grader = Callable[[str, str], bool]
@@ -34,6 +38,8 @@ def fit_preferences(
     options: FitOptions,
     work_dir: Path,
     reporter: Reporter,
+    *,
+    loss: PairLoss = "dpo",
 ) -> FitResult:
     """Train the factors of a PEFT model to prefer chosen answers to rejected ones.
 
@@ -41,7 +47,7 @@ def fit_preferences(
         LoramError: As :func:`.loop.fit_job`.
         KeyboardInterrupt: As :func:`.loop.fit_job`.
     """
-    data = hashlib.sha256(_plain(how))
+    data = hashlib.sha256(_plain(how) + (b"" if loss == "dpo" else loss.encode()))
     every: list[np.ndarray] = []
     longest = 0
     for rows in (train, evaluation):
@@ -58,14 +64,56 @@ def fit_preferences(
         from loram_cli.training.trl_trainers import preference_trainer
 
         train_data, eval_data = _pair_dataset(train), _pair_dataset(evaluation)
-        return preference_trainer(parts, tokenizer, train_data, eval_data, how)
+        return preference_trainer(parts, tokenizer, train_data, eval_data, how, loss)
 
     job = Job(
-        label="dpo",
+        label=loss,
         digest=data.hexdigest(),
         evaluates=bool(evaluation),
         highest_token=highest(every),
         longest=longest,
+        build=build,
+    )
+    return _fit(model, job, options, work_dir, reporter)
+
+
+def fit_judged(
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[JudgedRow],
+    evaluation: Sequence[JudgedRow],
+    how: JudgedOptions,
+    options: FitOptions,
+    work_dir: Path,
+    reporter: Reporter,
+) -> FitResult:
+    """Train the factors of a PEFT model towards good answers and away from bad ones.
+
+    Raises:
+        LoramError: As :func:`.loop.fit_job`.
+        KeyboardInterrupt: As :func:`.loop.fit_job`.
+    """
+    data = hashlib.sha256(_plain(how))
+    every: list[np.ndarray] = []
+    for rows in (train, evaluation):
+        data.update(f"{len(rows)};".encode())
+        for row in rows:
+            data.update(f"{len(row.prompt_ids)},{len(row.completion_ids)},{row.good};".encode())
+            every.append(np.concatenate([row.prompt_ids, row.completion_ids]))
+            data.update(every[-1].tobytes())
+
+    def build(parts: TrainerParts) -> Any:
+        from loram_cli.training.trl_trainers import judged_trainer
+
+        train_data, eval_data = _judged_dataset(train), _judged_dataset(evaluation)
+        return judged_trainer(parts, tokenizer, train_data, eval_data, how)
+
+    job = Job(
+        label="kto",
+        digest=data.hexdigest(),
+        evaluates=bool(evaluation),
+        highest_token=highest(every),
+        longest=max(map(len, every)),
         build=build,
     )
     return _fit(model, job, options, work_dir, reporter)
@@ -81,16 +129,20 @@ def fit_rewards(
     options: FitOptions,
     work_dir: Path,
     reporter: Reporter,
+    *,
+    rewards: Sequence[Reward | None] = (None,),
 ) -> FitResult:
     """Train the factors of a PEFT model towards completions that earn a reward.
 
-    A completion that the grader calls right is rewarded with 1, any other with 0.
+    A completion that the grader calls right is rewarded with 1, any other with 0. In the place of
+    a None in ``rewards`` that is one reward; the others are functions of the user's own, and what
+    counts is their sum, weighted by ``how.reward_weights``.
 
     Raises:
         LoramError: As :func:`.loop.fit_job`.
         KeyboardInterrupt: As :func:`.loop.fit_job`.
     """
-    texts = [[asdict(question) for question in part] for part in (train, evaluation)]
+    texts = [[_plain_question(question) for question in part] for part in (train, evaluation)]
     digest = hashlib.sha256(_plain(how) + json.dumps(texts).encode()).hexdigest()
     prompts = [question.prompt for question in (*train, *evaluation)]
     ids = [np.array(row) for row in tokenizer(prompts)["input_ids"]]
@@ -103,7 +155,8 @@ def fit_rewards(
         from loram_cli.training.trl_trainers import reward_trainer
 
         train_data, eval_data = _question_dataset(train), _question_dataset(evaluation)
-        return reward_trainer(parts, tokenizer, train_data, eval_data, how, exact_match)
+        functions = [with_fields(reward) if reward else exact_match for reward in rewards]
+        return reward_trainer(parts, tokenizer, train_data, eval_data, how, functions)
 
     job = Job(
         label="grpo",
@@ -135,11 +188,30 @@ def _pair_dataset(rows: Sequence[PairRow]) -> Any:
     return datasets.Dataset.from_dict(columns) if rows else None
 
 
+def _judged_dataset(rows: Sequence[JudgedRow]) -> Any:
+    import datasets
+
+    columns: dict[str, list[Any]] = {
+        name: [getattr(row, name).tolist() for row in rows]
+        for name in ("prompt_ids", "completion_ids")
+    }
+    columns["label"] = [row.good for row in rows]
+    return datasets.Dataset.from_dict(columns) if rows else None
+
+
 def _question_dataset(questions: Sequence[Question]) -> Any:
     import datasets
 
-    return datasets.Dataset.from_list([asdict(q) for q in questions]) if questions else None
+    rows = [_plain_question(question) for question in questions]
+    return datasets.Dataset.from_list(rows) if questions else None
+
+
+def _plain_question(question: Question) -> dict[str, Any]:
+    """A row of TRL's; the fields are one text, since they may change their type between records."""
+    own = {"prompt": question.prompt, "answer": question.answer}
+    return {**own, FIELDS: json.dumps(dict(question.fields))} if question.fields else own
 
 
 def _plain(how: PreferenceOptions | RewardOptions) -> bytes:
-    return json.dumps(asdict(how), sort_keys=True).encode()
+    plain = {k: v for k, v in asdict(how).items() if v is not None}
+    return json.dumps(plain, sort_keys=True).encode()

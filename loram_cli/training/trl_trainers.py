@@ -1,4 +1,4 @@
-"""The door to TRL: its DPO and GRPO trainers, fitted to the loop's checkpoints and to LoRA heads.
+"""The door to TRL: its trainers, fitted to the loop's checkpoints and to LoRA heads.
 
 The version is pinned, because more of its trainers is used than their public face.
 """
@@ -7,13 +7,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+import torch
+from torch.nn.functional import logsigmoid
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import RepeatSampler
 
 from loram_cli.modeling.chunked_loss import install_token_scores
 from loram_cli.quiet import quiet_trl
 from loram_cli.training.loop.job import TrainerParts
-from loram_cli.training.loop.options import PreferenceOptions, RewardOptions
+from loram_cli.training.loop.options import (
+    JudgedOptions,
+    PairLoss,
+    PreferenceOptions,
+    RewardOptions,
+)
 from loram_cli.training.loop.trainer import LeanCheckpoints, WholeBatches
 
 _REFERENCE = "ref"
@@ -41,6 +49,83 @@ class PreferenceTrainer(WholeBatches, _Quiet, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         # Its rows are tokens already, rendered as supervised tuning renders them.
         return dataset
+
+
+class OddsTrainer(PreferenceTrainer):
+    """Odds ratio preference optimization (Hong et al., arXiv 2403.07691).
+
+    TRL's own trainer of it is experimental, takes texts, and holds all logits at once; this one is
+    its loss on the batches and the scores of the DPO trainer.
+    """
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"]
+        scores = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["input_ids"].masked_fill(mask == 0, -100),
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        lengths = mask[:, 1:].sum(-1).clamp(min=1)
+        chosen, rejected = (scores.log_probs.sum(-1) / lengths).chunk(2)
+        loss, log_odds = odds_ratio_loss(chosen, rejected, self.beta)
+        rewards = {
+            "rewards/accuracies": (chosen > rejected).float().mean(),
+            "rewards/margins": self.beta * (chosen - rejected).mean(),
+            "log_odds": log_odds.mean(),
+        }
+        for name, value in rewards.items():
+            gathered = self.accelerator.gather_for_metrics(value.detach()).mean().item()
+            self._metrics[mode][name].append(gathered)
+        return (loss, scores) if return_outputs else loss
+
+
+def odds_ratio_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equation 6 of arXiv 2403.07691: likelihood of the chosen answer, and the odds ratio.
+
+    Args:
+        chosen: Mean log-probability of a chosen answer's tokens, shape (pairs,).
+        rejected: Of the rejected one's.
+        weight: Of the odds ratio.
+
+    Returns:
+        The loss, a scalar, and each pair's log odds ratio.
+    """
+    chosen, rejected = chosen.float(), rejected.float()
+    # log(1 - p); a probability of 1 has no odds.
+    log_nots = [torch.log1p(-torch.exp(side.clamp(max=-1e-6))) for side in (chosen, rejected)]
+    log_odds = (chosen - rejected) - (log_nots[0] - log_nots[1])
+    return (-chosen - weight * logsigmoid(log_odds)).mean(), log_odds
+
+
+class JudgedTrainer(WholeBatches, _Quiet, KTOTrainer):
+    """Kahneman-Tversky optimization (Ethayarajh et al., arXiv 2402.01306)."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # Its rows are tokens already, rendered as supervised tuning renders them.
+        return dataset
+
+
+class MismatchedAnswers:
+    """Gives each prompt of a pass the answer of the one before it, which estimates the KL term.
+
+    TRL pairs them once, and so must keep the order of the data; here any order will do.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self._collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of TRL's collator."""
+        answers = [row["completion_ids"] for row in rows]
+        others = [answers[-1], *answers[:-1]]
+        return self._collator(
+            [{**row, "KL_completion_ids": other} for row, other in zip(rows, others, strict=True)]
+        )
 
 
 class RewardTrainer(_Quiet, GRPOTrainer):
@@ -82,14 +167,46 @@ class EpochSampler(RepeatSampler):
 
 
 def preference_trainer(
-    parts: TrainerParts, tokenizer: Any, train: Any, evaluation: Any, how: PreferenceOptions
+    parts: TrainerParts,
+    tokenizer: Any,
+    train: Any,
+    evaluation: Any,
+    how: PreferenceOptions,
+    loss: PairLoss = "dpo",
 ) -> PreferenceTrainer:
-    """A DPO trainer; data sets have ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``."""
+    """A DPO or ORPO trainer; data sets have ``prompt_ids``, ``chosen_ids``, ``rejected_ids``."""
     # Rows are cut already, and the user told.
     settings = {"arguments_class": DPOConfig, "beta": how.beta, "max_length": None}
     given = _given(parts, tokenizer, train, evaluation, settings)
+    keep = how.keeps_reference and loss == "dpo"
+    with _accepted_by_trl(parts, keep=keep, temperature=1.0):
+        return _PAIR_TRAINERS[loss](**given)
+
+
+_PAIR_TRAINERS: dict[PairLoss, type[PreferenceTrainer]] = {
+    "dpo": PreferenceTrainer,
+    "orpo": OddsTrainer,
+}
+
+
+def judged_trainer(
+    parts: TrainerParts, tokenizer: Any, train: Any, evaluation: Any, how: JudgedOptions
+) -> JudgedTrainer:
+    """A KTO trainer; data sets have ``prompt_ids``, ``completion_ids`` and ``label``."""
+    settings = {
+        "arguments_class": KTOConfig,
+        "beta": how.beta,
+        "max_length": None,
+        "desirable_weight": how.good_weight,
+        "undesirable_weight": how.bad_weight,
+    }
+    given = _given(parts, tokenizer, train, evaluation, settings)
+    collator = DataCollatorForUnpairedPreference(
+        pad_token_id=tokenizer.pad_token_id,
+        pad_to_multiple_of=8 if parts.device == "cuda" else None,
+    )
     with _accepted_by_trl(parts, keep=how.keeps_reference, temperature=1.0):
-        return PreferenceTrainer(**given)
+        return JudgedTrainer(**given, data_collator=MismatchedAnswers(collator))
 
 
 def reward_trainer(
@@ -98,9 +215,9 @@ def reward_trainer(
     train: Any,
     evaluation: Any,
     how: RewardOptions,
-    reward: Callable[..., list[float]],
+    rewards: list[Callable[..., Any]],
 ) -> RewardTrainer:
-    """A GRPO trainer; data sets have ``prompt``, and what ``reward`` takes by name."""
+    """A GRPO trainer; data sets have ``prompt``, and what the rewards take by name."""
     settings = {
         "arguments_class": GRPOConfig,
         "beta": how.beta,
@@ -109,11 +226,12 @@ def reward_trainer(
         "num_generations_eval": 1,
         "max_completion_length": how.max_completion_length,
         "temperature": how.temperature,
+        "reward_weights": how.reward_weights and list(how.reward_weights),
     }
     given = _given(parts, tokenizer, train, evaluation, settings)
     keep = how.keeps_reference and how.beta > 0
     with _accepted_by_trl(parts, keep=keep, temperature=how.temperature):
-        return RewardTrainer(reward_funcs=reward, **given)
+        return RewardTrainer(reward_funcs=rewards, **given)
 
 
 def _given(

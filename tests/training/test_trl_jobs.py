@@ -1,8 +1,10 @@
-"""DPO and GRPO on a tiny narrow model: what is learnt, from which reference, and resuming."""
+"""DPO, ORPO, KTO and GRPO on a tiny narrow model: what is learnt, from which reference, and resuming."""
 
+import math
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +13,18 @@ from helpers.factors import assert_same, trained
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import attach_lora, continue_lora, lora_config, save_adapter
 from loram_cli.training.curves import draw_curve, read_curve_csv, write_curve_csv
+from loram_cli.training.data.judged import Judged, tokenize_judged
 from loram_cli.training.data.layouts import Example
 from loram_cli.training.data.preferences import Preference, tokenize_pairs
 from loram_cli.training.data.questions import Question
-from loram_cli.training.loop.options import FitOptions, PreferenceOptions, RewardOptions
+from loram_cli.training.loop.options import (
+    FitOptions,
+    JudgedOptions,
+    PreferenceOptions,
+    RewardOptions,
+)
 from loram_cli.training.trl_jobs import (
+    fit_judged,
     fit_preferences,
     fit_rewards,
 )
@@ -26,6 +35,7 @@ OPTIONS = FitOptions(
     learning_rate=5e-3, steps=6, batch=8, micro_batch=4, warmup_steps=1, checkpoint_steps=2, seed=7
 )
 DPO = PreferenceOptions(beta=0.1, keeps_reference=False)
+KTO = JudgedOptions(beta=0.1, keeps_reference=False)
 GRPO = RewardOptions(
     beta=0.0, keeps_reference=False, generations=4, max_completion_length=6, temperature=1.0
 )
@@ -40,6 +50,18 @@ def pairs(tokenizer):
         for b in range(2, 6)
     ]
     return tokenize_pairs(made, tokenizer, 64, NullReporter())
+
+
+@pytest.fixture
+def judged(tokenizer):
+    """A good and a bad answer to each sum, one after the other."""
+    made = [
+        Judged(Example(f"{a}+{b} is", f" {a + b}" if good else f" {a - b}?"), good)
+        for a in range(4)
+        for b in range(2, 6)
+        for good in (True, False)
+    ]
+    return tokenize_judged(made, tokenizer, 64, NullReporter())
 
 
 @pytest.fixture
@@ -140,10 +162,55 @@ def test_going_on_takes_over_the_factors_in_fp32(load, warm_adapter, with_lora):
     assert model.peft_config["default"].lora_dropout == 0.0
 
 
-@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+def test_orpo_learns_by_its_own_loss_and_has_no_reference(
+    load, warm_adapter, tokenizer, pairs, tmp_path
+):
+    how = replace(DPO, keeps_reference=True)
+    options = replace(OPTIONS, steps=8, eval_steps=8)
+    model = continue_lora(load(), warm_adapter, dropout=0.0).train()
+    data = (tokenizer, pairs[:12], pairs[12:], how, options, tmp_path, NullReporter())
+    result = fit_preferences(model, *data, loss="orpo")
+    assert list(model.peft_config) == ["default"]
+    losses, margins = [], []
+    for row in pairs[12:]:
+        good, bad = (
+            log_prob(model, row, ids) / len(ids) for ids in (row.chosen_ids, row.rejected_ids)
+        )
+        odds = [math.log(math.exp(x) / (1 - math.exp(x))) for x in (good, bad)]
+        losses.append(-good + how.beta * math.log1p(math.exp(odds[1] - odds[0])))
+        margins.append(how.beta * (good - bad))
+    first, last = result.history[0], result.history[-1]
+    assert last.loss == pytest.approx(sum(losses) / len(losses), rel=1e-3)
+    assert last.figures["reward_margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-3)
+    assert last.loss < first.loss - 0.1
+    assert last.figures["reward_margin"] > first.figures["reward_margin"]
+
+
+def test_kto_moves_good_and_bad_answers_apart(with_lora, tokenizer, judged, tmp_path):
+    model = with_lora(dropout=0.0)
+    options = replace(OPTIONS, steps=12, eval_steps=12)
+    data = (tokenizer, judged[:24], judged[24:], KTO, options, tmp_path, NullReporter())
+    result = fit_judged(model, *data)
+    first, last = result.history[0], result.history[-1]
+    # Before the first step policy and reference are one: no divergence, and 1 - sigmoid(0).
+    assert first.loss == pytest.approx(0.5, abs=1e-4)
+    assert first.figures["kl"] == pytest.approx(0, abs=1e-4)
+    assert last.loss < 0.49
+    margins = []
+    for row in judged[24:]:
+        pair = SimpleNamespace(prompt_ids=row.prompt_ids)
+        with model.disable_adapter():
+            before = log_prob(model, pair, row.completion_ids)
+        gained = KTO.beta * (log_prob(model, pair, row.completion_ids) - before)
+        margins.append(gained if row.good else -gained)
+    assert last.figures["reward_margin"] == pytest.approx(2 * sum(margins) / len(margins), rel=1e-3)
+    assert last.figures["reward_margin"] > 0.05
+
+
+@pytest.mark.parametrize("objective", ["dpo", "grpo", "orpo", "kto"])
 @pytest.mark.parametrize("keeps", [False, True])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
-    load, with_lora, warm_adapter, tokenizer, pairs, reporter, tmp_path, objective, keeps
+    load, with_lora, warm_adapter, tokenizer, pairs, judged, reporter, tmp_path, objective, keeps
 ):
     options = replace(OPTIONS, eval_steps=3)
 
@@ -151,10 +218,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
         model = with_lora(dropout=0.0)
         if keeps:
             model = continue_lora(load(), warm_adapter, dropout=0.0).train()
-        if objective == "dpo":
+        if objective in ("dpo", "orpo"):
             how = replace(DPO, keeps_reference=keeps)
             data = (tokenizer, pairs[:12], pairs[12:], how)
-            return model, fit_preferences(model, *data, options, work, reporter)
+            return model, fit_preferences(model, *data, options, work, reporter, loss=objective)
+        if objective == "kto":
+            data = (tokenizer, judged[:24], judged[24:], replace(KTO, keeps_reference=keeps))
+            return model, fit_judged(model, *data, options, work, reporter)
         how = replace(GRPO, keeps_reference=keeps, beta=0.05 if keeps else 0.0)
         data = (tokenizer, QUESTIONS[:8], QUESTIONS[8:], evens, how)
         return model, fit_rewards(model, *data, options, work, reporter)

@@ -19,9 +19,13 @@ COMMANDS = {
         "align",
         "Bring the pruned model back towards the full one, so that its updates fit it.",
     ),
+    "data": (
+        "data",
+        "Show what training would learn from a data set: rows, lengths, what is left out and why.",
+    ),
     "train": (
         "train",
-        "Fit LoRA on the small model (QLoRAM with --quantize nf4), by SFT, DPO or GRPO.",
+        "Fit LoRA on the small model (QLoRAM with --quantize nf4), by SFT, DPO, ORPO, KTO or GRPO.",
     ),
     "recover": (
         "recover",

@@ -25,7 +25,7 @@ SPEC, OPTIONS = TrainSpec, TrainOptions
 
 
 def command(values: Values, options: TrainOptions) -> None:
-    """Fit LoRA on the small model (QLoRAM with --quantize nf4), by SFT, DPO or GRPO."""
+    """Fit LoRA on the small model (QLoRAM with --quantize nf4), by SFT, DPO, ORPO, KTO or GRPO."""
     from loram_cli.config.defaults import FILL
     from loram_cli.stages.train import stage
 

@@ -37,7 +37,13 @@ def _trained(result: TrainResult) -> list[str]:
     if result.eval_reward_accuracy_after is not None:
         lines.append(
             f"held-out preferences: {result.eval_reward_accuracy_after:.1%} right, reward margin "
-            f"{result.eval_reward_margin_after:.3f} (0 at the start) in {result.steps} steps"
+            f"{result.eval_reward_margin_before:.3f} -> {result.eval_reward_margin_after:.3f} "
+            f"in {result.steps} steps"
+        )
+    elif result.eval_reward_margin_after is not None:
+        lines.append(
+            f"held-out reward margin, good over bad: {result.eval_reward_margin_before:.3f} -> "
+            f"{result.eval_reward_margin_after:.3f} in {result.steps} steps"
         )
     elif result.eval_reward_after is not None:
         lines.append(

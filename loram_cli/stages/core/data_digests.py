@@ -1,5 +1,6 @@
 """Digests of the data that a stage reads, so that other data is another input."""
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -24,11 +25,26 @@ def data_records(spec: Spec) -> dict[str, dict[str, str]]:
     """
     named = {name: getattr(spec, name, None) for name in DATA_SETTINGS}
     found = {name: (data, data_digest(data)) for name, data in named.items() if data}
-    return {
+    records = {
         name: {"path": data, "content": digest}
         for name, (data, digest) in found.items()
         if digest is not None
     }
+    for name, file in _single_files(spec):
+        [digest] = _known_digests((_state(file),))
+        records[name] = {"path": str(file), "content": digest}
+    return records
+
+
+def _single_files(spec: Spec) -> Iterator[tuple[str, Path]]:
+    """Files that decide what is learnt beside the data: a chat template, reward functions."""
+    template = getattr(spec, "chat_template", None)
+    if template is not None and Path(template).expanduser().is_file():
+        yield "chat_template", Path(template).expanduser()
+    for text in getattr(spec, "reward", ()):
+        file = Path(text.rpartition(":")[0]).expanduser()
+        if file.is_file():
+            yield f"reward {text}", file
 
 
 def data_digest(data: str) -> str | None:

@@ -132,6 +132,7 @@ class TrainResult(FitFigures):
         computed_tokens: The same with padding.
         recovered_loss_before: Held-out loss of the full model itself; None where it was not taken.
         recovered_loss_after: The same with the adapter.
+        rewards: Of several rewards, the mean of each; ``reward`` is their weighted sum.
     """
 
     objective: str = "sft"
@@ -161,6 +162,7 @@ class TrainResult(FitFigures):
     final_train_reward: float | None = None
     final_train_kl: float | None = None
     final_train_completion_tokens: float | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

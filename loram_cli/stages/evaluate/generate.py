@@ -52,7 +52,7 @@ def _ask(
     spec: GenerateSpec, label: str, model: Model, learnt: Layout | None, reporter: Reporter
 ) -> list[Answer]:
     parts = spec.rows[label]
-    tokenizer = row_tokenizer(parts[0], spec.model)
+    tokenizer = row_tokenizer(parts, spec.model)
     layout = asking_layout(spec, tokenizer, learnt)
     chat = Chat(tokenizer)
     examples = [asked(prompt, layout, chat, learnt=layout == learnt) for prompt in spec.prompts]

@@ -7,6 +7,7 @@ from typing import Any
 
 from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.model import Model
+from loram_cli.errors import UsageError
 from loram_cli.evaluation.catalog import CODE_SAMPLES, TEMPERATURES
 from loram_cli.evaluation.engine import Engine
 from loram_cli.evaluation.harness import evaluate_model
@@ -23,7 +24,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.schema import digest_of
-from loram_cli.stages.core.lineage import read_checked
+from loram_cli.stages.core.lineage import read_checked, trained_layout
 from loram_cli.stages.core.results import training_cost
 from loram_cli.stages.evaluate.spec import EvalSpec, Rows, RowsSpec
 from loram_cli.training.data.records import read_records
@@ -114,7 +115,7 @@ def score_row(
     reporter: Reporter,
 ) -> RowResult:
     """Score one row; what was answered before is taken from ``answers``."""
-    known = {k: v for k, v in inputs[f"row {label}"].items() if k != "path"}
+    known = {k: v for k, v in inputs[f"row {label}"].items() if k not in ("path", "asked")}
     how = [known, spec.backend, precision(spec.device)]
     if spec.quantize is not None:
         how.append(spec.quantize)
@@ -134,7 +135,8 @@ def score_row(
             reporter=reporter,
             samples_path=path / samples_name(label),
         )
-    return RowResult(scores=tuple(scores), training=_training(spec.rows[label]))
+    chat = engine.chat and any(request.asks for request in requests)
+    return RowResult(scores=tuple(scores), training=_training(spec.rows[label]), chat=chat)
 
 
 def _open_engine(
@@ -146,7 +148,7 @@ def _open_engine(
     stack: ExitStack,
 ) -> Engine:
     parts = spec.rows[label]
-    tokenizer = row_tokenizer(parts[0], spec.model)
+    tokenizer = row_tokenizer(parts, spec.model)
     context_tokens = int(model.config.get("max_position_embeddings") or 2048)
 
     def open_backend() -> Any:
@@ -157,7 +159,31 @@ def _open_engine(
         rows = spec.batch_size if isinstance(spec.batch_size, int) else None
         return HuggingFaceBackend(loaded, tokenizer, rows)
 
-    return Engine(open_backend, tokenizer, context_tokens, cache, spec.seed)
+    chat = _asked_as_chat(spec, label, tokenizer)
+    return Engine(open_backend, tokenizer, context_tokens, cache, spec.seed, chat=chat)
+
+
+def as_chat(spec: EvalSpec, parts: tuple[Path, ...]) -> bool:
+    """Whether a row's tasks are to be asked as messages: as it was trained, unless told."""
+    if spec.apply_chat_template == "auto":
+        return trained_layout(parts[-1]) == "messages"
+    return spec.apply_chat_template == "on"
+
+
+def _asked_as_chat(spec: EvalSpec, label: str, tokenizer: Any) -> bool:
+    """As :func:`as_chat`, once the tokenizer is known to have a template.
+
+    Raises:
+        UsageError: It has none, and one is asked for.
+    """
+    if getattr(tokenizer, "chat_template", None) is not None:
+        return as_chat(spec, spec.rows[label])
+    if spec.apply_chat_template == "on":
+        raise UsageError(
+            f"--apply-chat-template on: the tokenizer of row {label} has no chat template",
+            "pass auto, or leave the row out",
+        )
+    return False
 
 
 def _code_settings(spec: EvalSpec, requests: Sequence[TaskRequest]) -> CodeSettings:

@@ -72,6 +72,11 @@ class EvalSpec(RowsSpec):
         place=True,
     )
     num_fewshot: int | None = setting(None, help="Examples in the prompt.", at_least=0)
+    apply_chat_template: Literal["auto", "on", "off"] = setting(
+        "auto",
+        help="Ask questions as messages: auto (adapters trained on messages), on or off.",
+        in_key="changed",
+    )
     limit: int | None = setting(None, help="Documents per task at most.", at_least=1)
     batch_size: int | str = setting(
         AUTO,

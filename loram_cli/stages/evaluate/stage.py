@@ -17,7 +17,13 @@ from loram_cli.runs.staging import look_up
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.plan import StagePlan, find_finished, free_disk, is_done
 from loram_cli.stages.evaluate.results import write_results
-from loram_cli.stages.evaluate.rows import checked_row, eval_inputs, score_row, warn_of_tokenizers
+from loram_cli.stages.evaluate.rows import (
+    as_chat,
+    checked_row,
+    eval_inputs,
+    score_row,
+    warn_of_tokenizers,
+)
 from loram_cli.stages.evaluate.spec import EvalSpec
 from loram_cli.training.data.documents import load_instructions
 
@@ -62,6 +68,9 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
         _check_readable(f"--task-data {name}", file)
     requests = tuple(_requests(spec, reporter))
     inputs = eval_inputs(spec.rows, models, requests)
+    for label, parts in spec.rows.items():
+        if as_chat(spec, parts):
+            inputs[f"row {label}"]["asked"] = "chat template"
     if not spec.replace:
         find_finished("eval", spec, inputs)
     return StagePlan(

@@ -15,7 +15,12 @@ from loram_cli.stages.fit.launchers import forget_launcher, tell_launcher
 from loram_cli.stages.fit.spec import FitSpec
 from loram_cli.training.curves import draw_curve, write_curve_csv
 from loram_cli.training.distributed import join_processes, wait_for_all
-from loram_cli.training.loop.options import FitOptions, FitResult, resolve_precision
+from loram_cli.training.loop.options import (
+    FIGURES,
+    FitOptions,
+    FitResult,
+    resolve_precision,
+)
 from loram_cli.training.tracking import check_trackers
 from loram_cli.units import format_bytes
 
@@ -170,8 +175,18 @@ def finish_fit(
         "eval_loss_before": round(evals[0], 4) if evals else None,
         "eval_loss_after": round(evals[1], 4) if evals else None,
     }
+    more: dict[str, float] = {}
     for name, (first, last) in fitted.first_and_last("eval").items():
-        results |= {f"eval_{name}_before": round(first, 4), f"eval_{name}_after": round(last, 4)}
+        more |= {f"eval_{name}_before": round(first, 4), f"eval_{name}_after": round(last, 4)}
     for name, mean in fitted.final_figures().items():
-        results[f"final_train_{name}"] = round(mean, 4)
-    return results
+        more[f"final_train_{name}"] = round(mean, 4)
+    # Of several rewards, each has the name that the user gave it.
+    rewards = {key: more.pop(key) for key in list(more) if not _is_own_figure(key)}
+    return {**results, **more, **({"rewards": rewards} if rewards else {})}
+
+
+def _is_own_figure(key: str) -> bool:
+    return any(
+        key in (f"eval_{name}_before", f"eval_{name}_after", f"final_train_{name}")
+        for name in FIGURES.values()
+    )

@@ -7,7 +7,7 @@ from typing import Any
 from loram_cli.checkpoint.background import read_ahead
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
-from loram_cli.checkpoint.sources import copy_companions
+from loram_cli.checkpoint.sources import copy_companions, copy_template
 from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
 from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter, read_shapes
 from loram_cli.lora.scatter import add_update
@@ -89,6 +89,7 @@ def run(spec: MergeSpec, reporter: Reporter) -> StageResult:
         config, digests = merge_weights(spec, adapter, model, stage.path, reporter)
         (stage.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(spec.model, stage.path)
+        copy_template(spec.adapter, stage.path)
         result = MergeResult(
             modules=len(adapter.pairs),
             weight_bytes=model.num_bytes,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from loram_cli.checkpoint.model import Model
-from loram_cli.checkpoint.sources import copy_companions, hub_id
+from loram_cli.checkpoint.sources import copy_companions, copy_template, hub_id
 from loram_cli.errors import LoramError
 from loram_cli.lora.adapter import LoraAdapter, LoraPair, read_shapes
 from loram_cli.lora.scatter import gather, scatter_columns, scatter_rows
@@ -120,6 +120,7 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
         named = {**full.config, "base_model_name_or_path": name, "inference_mode": True}
         replace(full, config=named).write(stage.path)
         copy_companions(spec.model, stage.path)
+        copy_template(spec.adapter, stage.path)
         return stage.commit(
             RecoverResult(
                 modules=len(full.pairs),

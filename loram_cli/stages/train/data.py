@@ -1,7 +1,9 @@
 """Training data read, split and made into tokens, as the objective says."""
 
+from pathlib import Path
 from typing import Any
 
+from loram_cli.checkpoint.sources import TEMPLATE_FILE
 from loram_cli.modeling.load import load_tokenizer
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.plan import TRIED_RECORDS, reads_quickly
@@ -10,6 +12,28 @@ from loram_cli.stages.train.objectives.objective import Prepared
 from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.data.documents import split_eval
 from loram_cli.training.data.markers import foreign_markers
+from loram_cli.training.data.template_names import (
+    with_adapter_template,
+    with_template,
+)
+
+
+def training_tokenizer(spec: TrainSpec) -> Any:
+    """The model's tokenizer, with the template that is asked for, or that of an earlier adapter.
+
+    Raises:
+        LoramError: There is no tokenizer, or no such template.
+    """
+    tokenizer = load_tokenizer(spec.source)
+    if spec.chat_template is not None:
+        return with_template(tokenizer, spec.chat_template)
+    return with_adapter_template(tokenizer, spec.from_adapter)
+
+
+def save_template(tokenizer: Any, path: Path) -> None:
+    """Leave a template that is not the model's own beside the adapter that was trained by it."""
+    if getattr(tokenizer, "chat_template_source", None) is not None:
+        (path / TEMPLATE_FILE).write_text(str(tokenizer.chat_template), "utf-8")
 
 
 def prepare(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> Prepared:
@@ -20,7 +44,8 @@ def prepare(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> Prepared:
     """
     objective = spec.chosen_objective
     load = objective.load(spec, tokenizer, reporter)
-    examples = list(load(spec.data))
+    # A list, or a sequence in a file where it exceeds the memory that data may take.
+    examples: Any = load(spec.data)
     markers = foreign_markers((text for item in examples for text in _texts(item)), tokenizer)
     if markers:
         reporter.warn(
@@ -29,15 +54,16 @@ def prepare(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> Prepared:
         )
     if spec.eval_data is None:
         count = held_out(spec.eval_examples, len(examples), "--eval-examples", reporter)
+        train: Any
         train, evaluation = split_eval(examples, count, spec.seed)
         return objective.prepare(spec, train, evaluation, tokenizer, reporter)
-    evaluation = list(load(spec.eval_data))
-    if len(evaluation) > spec.eval_examples:
+    found = load(spec.eval_data)
+    if len(found) > spec.eval_examples:
         reporter.note(
-            f"{spec.eval_data}: the first {spec.eval_examples} of {len(evaluation)} examples "
+            f"{spec.eval_data}: the first {spec.eval_examples} of {len(found)} examples "
             "are held out (--eval-examples)"
         )
-    evaluation = evaluation[: spec.eval_examples]
+    evaluation = list(found[: spec.eval_examples])
     return objective.prepare(spec, examples, evaluation, tokenizer, reporter)
 
 
@@ -55,7 +81,7 @@ def tried(spec: TrainSpec, reporter: Reporter) -> Prepared | None:
         for source in sources:
             load(source, limit=TRIED_RECORDS)
         return None
-    return prepare(spec, load_tokenizer(spec.source), reporter)
+    return prepare(spec, training_tokenizer(spec), reporter)
 
 
 def counted(spec: TrainSpec, prepared: Prepared) -> dict[str, int | float]:

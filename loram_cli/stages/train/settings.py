@@ -26,18 +26,18 @@ class TrainSettings(FitSpec):
     data: str = redefined(
         FitSpec,
         "data",
-        help="Instructions (sft), preferences (dpo) or word problems (grpo): a file, a folder or "
-        "a data set id.",
+        help="Instructions (sft), preferences (dpo, orpo), judged answers (kto) or prompts (grpo): "
+        "a file, a folder or a data set id.",
     )
     objective: str = setting(
         "sft",
-        help="sft (given answers), dpo (one answer over another) or grpo (drawn answers, rewarded "
-        "when right).",
+        help="sft (given answers), dpo or orpo (one answer over another), kto (good and bad ones) "
+        "or grpo (drawn answers, rewarded).",
     )
     from_adapter: Path | None = setting(
         None,
-        help="Resume from an earlier adapter of the same model. It is the reference of dpo and "
-        "grpo, which take the run's own unless told.",
+        help="Resume from an earlier adapter of the same model. It is the reference of dpo, kto "
+        "and grpo, which take the run's own unless told.",
         in_key=False,
         private=True,
     )
@@ -48,6 +48,12 @@ class TrainSettings(FitSpec):
     train_on: Literal["all", "last"] = setting(
         "all", help="Of a conversation: all answers, or the last (SFT only).", in_key="changed"
     )
+    chat_template: str | None = setting(
+        None,
+        help="Template for messages: a Jinja file, or a name such as chatml or llama3.",
+        default_text="the model's own",
+        in_key="changed",
+    )
     steps: int | None = setting(None, help="Optimizer steps, in place of --epochs.", at_least=1)
     epochs: float | None = setting(
         None, help="Passes over the data.", default_text=f"{EPOCHS:g}", above=0, in_key="changed"
@@ -55,9 +61,7 @@ class TrainSettings(FitSpec):
     learning_rate: float | None = setting(
         None,
         help="Peak of the schedule.",
-        default_text=f"{SFT_RATE:.0e} for sft, {POLICY_RATE:.0e} for dpo and grpo".replace(
-            "e-0", "e-"
-        ),
+        default_text=f"{SFT_RATE:.0e} for sft, {POLICY_RATE:.0e} else".replace("e-0", "e-"),
         above=0,
     )
     warmup_steps: int | None = setting(
@@ -125,8 +129,8 @@ class TrainSettings(FitSpec):
     )
     beta: float | None = setting(
         None,
-        help="Weight of the reference (dpo, grpo).",
-        default_text="0.1 for dpo, 0 for grpo",
+        help="Weight of the reference (dpo, kto, grpo) or of the odds ratio (orpo).",
+        default_text="0.1; 0 for grpo",
         at_least=0,
     )
     generations: int | None = setting(
@@ -137,6 +141,19 @@ class TrainSettings(FitSpec):
         help="grpo: tokens of a completion.",
         default_text="256, or half of --max-length",
         at_least=1,
+    )
+    reward: tuple[str, ...] = setting(
+        (),
+        help="grpo: FILE.py:FUNCTION, called as TRL calls one, or exact; may be repeated.",
+        default_text="exact",
+        repeat=True,
+        in_key="changed",
+    )
+    reward_weights: tuple[float, ...] = setting(
+        (), help="grpo: of each --reward in their sum.", default_text="1 each", in_key="changed"
+    )
+    allow_code_execution: bool = setting(
+        False, help="Run the Python files of --reward, with all of your rights.", in_key=False
     )
     temperature: float | None = setting(
         None, help="grpo: completions are drawn at it.", default_text="1", above=0

@@ -57,6 +57,7 @@ class TrainSpec(TrainSettings):
         else:
             self.settled()
         self._check_length()
+        self._check_rewards()
         self._check_fsdp()
         self._check_stream()
 
@@ -85,6 +86,18 @@ class TrainSpec(TrainSettings):
             )
         if self.packing == "on" and self.objective != "sft":
             raise UsageError(f"--packing on does not go with --objective {self.objective}")
+
+    def _check_rewards(self) -> None:
+        for given, name in (
+            (self.reward, "reward"),
+            (self.reward_weights, "reward_weights"),
+            (self.allow_code_execution, "allow_code_execution"),
+        ):
+            if given and self.objective != "grpo":
+                raise UsageError(
+                    f"{flag(self, name)} does not go with --objective {self.objective}",
+                    "it is for grpo",
+                )
 
     def _check_fsdp(self) -> None:
         if not self.fsdp:

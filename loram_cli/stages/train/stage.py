@@ -18,7 +18,7 @@ from loram_cli.memory.account import count_lora_params, count_params
 from loram_cli.memory.setup import Packing, TrainingSetup, usual_attention
 from loram_cli.memory.streaming import StreamedMemory, streamed_training_memory
 from loram_cli.memory.training import TrainingMemory, training_memory
-from loram_cli.modeling.load import load_causal_lm, load_tokenizer
+from loram_cli.modeling.load import load_causal_lm
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.sharding import SharedModel, whole_trained_weights
 from loram_cli.modeling.skeleton import SkeletonModel
@@ -45,13 +45,20 @@ from loram_cli.stages.fit.run import (
     warn_of_memory,
 )
 from loram_cli.stages.fit.spec import smaller_trainings
-from loram_cli.stages.train.data import counted, prepare, tried
+from loram_cli.stages.train.data import (
+    counted,
+    prepare,
+    save_template,
+    training_tokenizer,
+    tried,
+)
 from loram_cli.stages.train.objectives.objective import Prepared
 from loram_cli.stages.train.recovered import open_base, recovered_losses
 from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.adapters import attach_lora, continue_lora, lora_config, save_adapter
 from loram_cli.training.data.documents import source_layout
 from loram_cli.training.data.packing import usable_packing
+from loram_cli.training.data.template_names import named_template
 from loram_cli.training.loop.options import FitResult, best_step, resolve_precision, weights_dtype
 from loram_cli.training.streamed import streamed_within
 
@@ -90,6 +97,8 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         )
     check_out_of_tree(spec.out, *filter(None, (spec.source, spec.from_adapter)))
     device = check_device(spec)
+    if spec.chat_template is not None:
+        named_template(spec.chat_template)
     model = Model.open(spec.source)
     model.check_whole()
     source = describe_source(model)
@@ -167,13 +176,15 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
             return stage.finished
         work = planned.work
         _tell_start(spec, work, reporter)
-        prepared = prepare(spec, load_tokenizer(spec.source), reporter)
+        tokenizer = training_tokenizer(spec)
+        prepared = prepare(spec, tokenizer, reporter)
         setup = _setup(spec, work.targets, work.model.config, device, prepared)
         needed = replace(planned, memory_bytes=_total_bytes(spec, work.model, setup))
         warn_of_memory(needed, smaller_trainings(spec), device, reporter)
-        return stage.commit(
-            _train(spec, planned, prepared, device, stage.path, stage.restart_meter, reporter)
-        )
+        result = _train(spec, planned, prepared, device, stage.path, stage.restart_meter, reporter)
+        if is_main_process():
+            save_template(tokenizer, stage.path)
+        return stage.commit(result)
 
 
 def _total_bytes(spec: TrainSpec, model: Model, setup: TrainingSetup) -> int:

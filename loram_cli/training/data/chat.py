@@ -1,5 +1,6 @@
 """Conversations as text, and which parts of it are learnt."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -52,9 +53,12 @@ class Chat:
         """
         if not self.has_template:
             self._used_fallback = True
+            conversation = self._with_calls(conversation, "")
             self._tell_unused(conversation, "")
             return [self._plain(conversation)]
-        self._tell_unused(conversation, template_text(self._tokenizer, conversation.tools))
+        template = template_text(self._tokenizer, conversation.tools)
+        conversation = self._with_calls(conversation, template)
+        self._tell_unused(conversation, template)
         conversation = self._with_system(conversation)
         text = self._applied(conversation)
         self._tell_hidden(conversation, text)
@@ -75,6 +79,32 @@ class Chat:
         """
         prompt = render(self._tokenizer, messages, "the prompt", begun=True)
         return Example(prompt, "", special_tokens=False)
+
+    def asked(self, messages: Sequence[Message], *, begun: bool = True) -> str:
+        """A conversation that waits for the assistant, as the template writes it.
+
+        Args:
+            messages: Any number of turns; a system message that the template does not take is put
+                before the first one of the user.
+            begun: The assistant's turn is opened; else the last message is the beginning of it,
+                and nothing is written behind its words.
+
+        Raises:
+            TemplateRefusal: The template does not take the conversation.
+        """
+        where = "a question of the task"
+        whole = Conversation(list(messages), (), None, where)
+        try:
+            text = render(self._tokenizer, whole.messages, where, begun=begun)
+        except TemplateRefusal:
+            if whole.messages[0]["role"] != "system":
+                raise
+            whole = _fold(whole)
+            text = render(self._tokenizer, whole.messages, where, begun=begun)
+        if begun:
+            return text
+        words = whole.messages[-1]["content"]
+        return text[: text.rindex(words) + len(words)] if words in text else text
 
     def warn_of_fallback(self, reporter: Reporter) -> None:
         """Tell of conversations that were rendered without a template."""
@@ -201,6 +231,22 @@ class Chat:
             return True
         return system in self._applied(folded)
 
+    def _with_calls(self, conversation: Conversation, template: str) -> Conversation:
+        """With tool calls as text where the template has no name for them.
+
+        A turn that only calls would else be learnt as one that says nothing.
+        """
+        if "tool_calls" in template:
+            return conversation
+        messages = [_calls_as_text(message) for message in conversation.messages]
+        if messages == conversation.messages:
+            return conversation
+        self.tally.change(
+            "the chat template takes no tool calls: written as <tool_call> and JSON",
+            conversation.where,
+        )
+        return replace(conversation, messages=messages)
+
     def _tell_unused(self, conversation: Conversation, template: str) -> None:
         """Count what the template has no name for; names stand in its source."""
         if conversation.tools is not None and "tools" not in template:
@@ -234,6 +280,20 @@ class Chat:
             if i < last:
                 text += "\n"
         return example_of_spans(text, tuple(spans), special_tokens=True)
+
+
+def _calls_as_text(message: Message) -> Message:
+    """A message's tool calls behind its words, as Hermes and Qwen write them."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    written = [
+        f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+        for call in calls
+    ]
+    words = [message["content"]] if message["content"].strip() else []
+    rest = {k: v for k, v in message.items() if k != "tool_calls"}
+    return {**rest, "content": "\n".join([*words, *written])}
 
 
 def _fold(conversation: Conversation) -> Conversation:

@@ -69,6 +69,7 @@ def read_conversation(
         raise UnusableRecord(fields.where, f"field '{key}' must be a list of messages")
     messages: list[Message] = []
     learnt: list[int] = []
+    turns = [turn for each in turns for turn in _pair(each)]
     for number, turn in enumerate(turns, 1):
         message, teaches = _message(fields, turn, f"{fields.where}, message {number}", key)
         if teaches and number > given:
@@ -90,15 +91,30 @@ def read_conversation(
     return Conversation(messages, tuple(learnt), _tools(fields), fields.where)
 
 
+def _pair(turn: Any) -> Sequence[Any]:
+    """The two turns of ``{"human": .., "assistant": ..}``; any other turn is one."""
+    for user in ("human", "user"):
+        for assistant in ("assistant", "gpt", "bot"):
+            if isinstance(turn, Mapping) and set(turn) == {user, assistant}:
+                asked, answered = turn[user], turn[assistant]
+                return (
+                    {"role": "user", "content": asked},
+                    {"role": "assistant", "content": answered},
+                )
+    return (turn,)
+
+
 def _message(fields: Fields, turn: Any, where: str, key: str) -> tuple[Message, bool]:
     """One message, and whether it is to be learnt."""
     given = without_nulls(turn) if isinstance(turn, Mapping) else {}
     role = _first(given, "role", "from")
-    content = _first(given, "content", "value")
+    content = _first(given, "content", "value", "text")
     calls = _calls(given, role, content)
     if not isinstance(role, str) or (content is None and not calls):
         raise UnusableRecord(where, f"a message of '{key}' needs 'role' and 'content'")
-    message: Message = {k: v for k, v in given.items() if k not in ("from", "value", *_SWITCHES)}
+    message: Message = {
+        k: v for k, v in given.items() if k not in ("from", "value", "text", *_SWITCHES)
+    }
     if role in _CALL_ROLES:
         role = "assistant"
         content = None if calls else content

@@ -17,6 +17,7 @@ from loram_cli.training.data.files import is_text_file, read_pieces
 from loram_cli.training.data.layouts import LAYOUTS, Layout, examples_of, layout_of, text_field
 from loram_cli.training.data.records import DEMO_PREFIX, Record, local_files, read_records
 from loram_cli.training.data.sources import load_sources, parse_sources
+from loram_cli.training.data.spool import Subset, spooled
 from loram_cli.training.data.tally import Tally, UnusableRecord
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ def load_text(
     def load(name: str) -> list[str]:
         return _load_text(name, limit, reporter or NullReporter())
 
-    return load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
+    return list(load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted))
 
 
 def _load_text(source: str, limit: int | None, reporter: Reporter) -> list[str]:
@@ -83,7 +84,7 @@ def load_instructions(
     train_on: TrainOn = "all",
     seed: int = 0,
     exhausted: Exhausted = "stop",
-) -> list[Example]:
+) -> Sequence[Example]:
     """Examples to fine-tune on; each record's layout is told by its fields.
 
     ``question``/``answer`` is rendered exactly as lm-eval's gsm8k does, ``instruction``/``output``
@@ -92,16 +93,16 @@ def load_instructions(
 
     ``source`` is as for :func:`load_text`, or ``demo:train``, ``demo:validation``, ``demo:test``.
     What is left out, changed or not used is told once with its count; ``limit`` counts records.
+    Examples that exceed :data:`.spool.MEMORY_BYTES` are kept in a file.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
 
-    def load(name: str) -> list[Example]:
+    def load(name: str) -> Sequence[Example]:
         chat = Chat(tokenizer)
-        found = [
-            example for _, example in read_examples(name, chat, limit=limit, train_on=train_on)
-        ]
+        read = read_examples(name, chat, limit=limit, train_on=train_on)
+        found = spooled((example for _, example in read), lambda example: len(example.text))
         if not found:
             raise chat.tally.nothing_left(name, "examples", f"layouts: {LAYOUTS}")
         chat.tally.tell(name, reporter or NullReporter())
@@ -146,7 +147,9 @@ def source_layout(source: str) -> Layout | None:
     return layout_of(fields)
 
 
-def split_eval(items: Sequence[T], fraction_or_count: float, seed: int) -> tuple[list[T], list[T]]:
+def split_eval(
+    items: Sequence[T], fraction_or_count: float, seed: int
+) -> tuple[Sequence[T], list[T]]:
     """Set a random part aside for evaluation; both parts keep their order.
 
     Args:
@@ -172,10 +175,11 @@ def split_eval(items: Sequence[T], fraction_or_count: float, seed: int) -> tuple
             "set less aside, or pass more data",
         )
     chosen = set(random.Random(seed).sample(range(len(items)), count))
-    return (
-        [item for i, item in enumerate(items) if i not in chosen],
-        [item for i, item in enumerate(items) if i in chosen],
-    )
+    held_out = [items[i] for i in sorted(chosen)]
+    rest = [i for i in range(len(items)) if i not in chosen]
+    if isinstance(items, list):
+        return [items[i] for i in rest], held_out
+    return Subset(items, rest), held_out
 
 
 def _documents(source: str, limit: int | None, tally: Tally) -> Iterator[str]:

@@ -69,8 +69,10 @@ class Fields:
 
 
 def present(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are not null."""
-    return {str(key): value for key, value in fields.items() if not is_absent(value)}
+    """The fields that are not null; a name in capitals is the same in small letters."""
+    found = {str(key): value for key, value in fields.items() if not is_absent(value)}
+    small = {key.lower(): value for key, value in found.items()}
+    return small if len(small) == len(found) else found
 
 
 def as_text(value: Any, what: str, where: str, tally: Tally) -> str:

@@ -14,7 +14,7 @@ from loram_cli.training.data.conversations import (
     read_conversation,
 )
 from loram_cli.training.data.examples import Example, example_of_spans
-from loram_cli.training.data.fields import Fields, present
+from loram_cli.training.data.fields import Fields, as_text, present
 from loram_cli.training.data.json_text import decoded, decoded_turns
 from loram_cli.training.data.records import Record
 from loram_cli.training.data.tally import Tally, UnusableRecord
@@ -31,14 +31,16 @@ _WITHOUT_INPUT = (
 )
 LAYOUTS = (
     "prompt/completion, instruction(+input)/output, question/answer, messages or conversations, "
-    "text"
+    "segments, text"
 )
 Layout = Literal["messages", "prompt", "instruction", "question", "text"]
-_INSTRUCTION = ("instruction", "query", "input")
+_INSTRUCTION = ("instruction", "query", "input", "inputs", "source")
 _CONTEXT = ("input", "context")
+# What a question is about.
+_PASSAGES = ("context", "passage", "article")
 _ANSWERS: dict[Layout, tuple[str, ...]] = {
-    "prompt": ("completion", "response", "output", "answer"),
-    "instruction": ("output", "response", "completion", "answer"),
+    "prompt": ("completion", "response", "output", "answer", "generation"),
+    "instruction": ("output", "response", "completion", "answer", "targets", "target"),
     "question": ("answer", "response", "output", "completion"),
 }
 
@@ -60,13 +62,17 @@ def examples_of(record: Record, chat: Chat, *, train_on: TrainOn = "all") -> lis
         examples = _conversation(fields, chat, train_on)
     elif layout == "instruction":
         examples = [_instruction(fields, chat, train_on)]
+    elif layout == "text" and "segments" in fields:
+        examples = [_segments(fields)]
     elif layout == "text":
         examples = [Example("", fields.text("text"))]
     else:
         prompt = fields.text("prompt" if layout == "prompt" else "question")
         answer = fields.text(_answer_of(fields, layout))
         if layout == "question":
-            prompt, answer = f"Question: {prompt}\nAnswer:", f" {answer}"
+            context = fields.text_if_any(*_PASSAGES)
+            passage = f"{context}\n\n" if context.strip() else ""
+            prompt, answer = f"{passage}Question: {prompt}\nAnswer:", f" {answer}"
         system = fields.text_if_any(*SYSTEM_KEYS)
         examples = [Example(f"{system}\n\n{prompt}" if system.strip() else prompt, answer)]
     if not any(example.completion.strip() for example in examples):
@@ -162,7 +168,32 @@ def _layout(fields: Mapping[str, Any]) -> Layout | None:
             return "question"
     elif any(_instructs(fields, key) for key in _INSTRUCTION):
         return "instruction"
-    return "text" if "text" in fields else None
+    return "text" if "text" in fields or _has_segments(fields) else None
+
+
+def _has_segments(fields: Mapping[str, Any]) -> bool:
+    segments = decoded(fields.get("segments"))
+    return isinstance(segments, list) and all(
+        isinstance(part, Mapping) and {"label", "text"} <= set(part) for part in segments
+    )
+
+
+def _segments(fields: Fields) -> Example:
+    """Axolotl's layout without a template: texts, each learnt or given.
+
+    Raises:
+        UnusableRecord: None of them is learnt, or one is no text.
+    """
+    text = ""
+    spans: list[tuple[int, int]] = []
+    for part in decoded(fields.value("segments")):
+        begin = len(text)
+        text += as_text(part["text"], "a segment's text", fields.where, fields.tally)
+        if part["label"] and len(text) > begin:
+            spans.append((begin, len(text)))
+    if not spans:
+        raise UnusableRecord(fields.where, "no segment of it is learnt")
+    return example_of_spans(text, tuple(spans), special_tokens=True)
 
 
 def _instructs(fields: Mapping[str, Any], key: str) -> bool:

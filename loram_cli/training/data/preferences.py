@@ -19,7 +19,7 @@ from loram_cli.training.data.sources import load_sources
 from loram_cli.training.data.tally import UnusableRecord
 from loram_cli.training.data.tokens import encode_examples
 
-_SIDES = ("chosen", "rejected")
+SIDES = ("chosen", "rejected")
 _PROMPTS = ("prompt", "question", "instruction", "input", "output", "messages", "conversations")
 _LAYOUTS = (
     "prompt, chosen and rejected, each text or a list of messages; the prompt may also be "
@@ -75,7 +75,7 @@ def load_preferences(
     def load(name: str) -> list[Preference]:
         return _load(name, tokenizer, limit, reporter or NullReporter())
 
-    return load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
+    return list(load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted))
 
 
 def _load(
@@ -84,9 +84,9 @@ def _load(
     chat = Chat(tokenizer)
     pairs: list[Preference] = []
     equal: list[str] = []
-    for record in read_records(source, limit=limit):
+    for record in map(with_sides, read_records(source, limit=limit)):
         try:
-            pair = Preference(*(_example(record, side, chat) for side in _SIDES))
+            pair = Preference(*(preferred(record, side, chat) for side in SIDES))
         except UnusableRecord as unusable:
             chat.tally.leave_out(unusable)
             continue
@@ -121,7 +121,7 @@ def tokenize_pairs(
     """
     eos = tokenizer.eos_token_id
     sides = [
-        list(encode_examples([getattr(pair, side) for pair in pairs], tokenizer)) for side in _SIDES
+        list(encode_examples([getattr(pair, side) for pair in pairs], tokenizer)) for side in SIDES
     ]
     rows: list[PairRow] = []
     cut = dropped = 0
@@ -150,10 +150,24 @@ def tokenize_pairs(
     return rows
 
 
-def _example(record: Record, side: str, chat: Chat) -> Example:
-    """The record as if one of its answers were the only one."""
+def with_sides(record: Record) -> Record:
+    """With ``chosen_response`` and ``rejected_response`` by their short names."""
+    fields = dict(record.fields)
+    for side in SIDES:
+        if side not in fields and f"{side}_response" in fields:
+            fields[side] = fields.pop(f"{side}_response")
+    return Record(fields, record.where)
+
+
+def preferred(record: Record, side: str, chat: Chat) -> Example:
+    """The record as if one of its answers were the only one.
+
+    Raises:
+        UnusableRecord: An answer is null, or empty.
+        LoramError: There is no such answer, or no prompt.
+    """
     fields = record.fields
-    for name in _SIDES:
+    for name in SIDES:
         if name not in fields:
             raise LoramError(
                 f"{record.where}: field '{name}' of a preference is missing "
@@ -178,7 +192,7 @@ def _example(record: Record, side: str, chat: Chat) -> Example:
 
 def _plain(fields: Mapping[str, Any], answer: Any) -> dict[str, Any] | None:
     """Fields of supervised tuning that say the same; None where there is no prompt."""
-    rest = {k: v for k, v in fields.items() if k not in (*_SIDES, *_PROMPTS)}
+    rest = {k: v for k, v in fields.items() if k not in (*SIDES, *_PROMPTS)}
     prompt = decoded_turns(fields.get("prompt"))
     turns = [answer] if isinstance(answer, Mapping) else answer
     if isinstance(answer, str):

@@ -1,19 +1,25 @@
 """Questions with an answer that can be checked: what a policy is rewarded for."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.training.choices import Exhausted
 from loram_cli.training.data.chat import Chat
-from loram_cli.training.data.fields import as_text, is_absent
+from loram_cli.training.data.conversations import CONVERSATION_KEYS, SYSTEM_KEYS
+from loram_cli.training.data.fields import as_text, is_absent, present
+from loram_cli.training.data.json_text import decoded_turns
 from loram_cli.training.data.layouts import examples_of
 from loram_cli.training.data.records import Record, read_records
 from loram_cli.training.data.sources import load_sources
 from loram_cli.training.data.tally import UnusableRecord
 
 _MARK = "####"
+_STAND_IN = "."
+_NAMES_OF_TRL = ("prompt", "prompts", "completion", "completions", "completion_ids")
 _LAYOUT = "grpo takes word problems: question, and answer ending in '#### N'"
 
 
@@ -23,47 +29,124 @@ class Question:
 
     Attributes:
         prompt: As supervised tuning and ``eval`` render it.
-        answer: The data set's own answer, ending in ``#### N``.
+        answer: The data set's own answer, ending in ``#### N``; empty where none is compared.
+        fields: The record's further fields, for rewards of the user's own.
     """
 
     prompt: str
     answer: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_questions(
     source: str,
     *,
+    tokenizer: Any | None = None,
+    numbers: bool = True,
+    own_rewards: bool = False,
     limit: int | None = None,
     reporter: Reporter | None = None,
     seed: int = 0,
     exhausted: Exhausted = "stop",
 ) -> list[Question]:
-    """Word problems in GSM8K's layout.
+    """Word problems in GSM8K's layout, or prompts in any layout where own functions reward.
 
     ``source`` is as for :func:`.documents.load_instructions`.
+
+    Args:
+        source: Where they come from.
+        tokenizer: Renders messages by its chat template.
+        numbers: Whether an answer must hold a number to compare with.
+        own_rewards: Whether all fields of a record are kept, for functions of the user's own.
+        limit: Read so many records only.
+        reporter: Told of what is left out.
+        seed: Of a mixture.
+        exhausted: Of a mixture.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
 
     def load(name: str) -> list[Question]:
-        return _load(name, limit, reporter or NullReporter())
+        chat = Chat(tokenizer if own_rewards else None)
 
-    return load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted)
+        def read(record: Record) -> Question:
+            found = _question(record, chat) if numbers else Question("", "")
+            if not own_rewards:
+                return found
+            prompt = found.prompt or _prompt(record, chat, tokenizer)
+            return Question(prompt, found.answer, _plain_fields(record))
+
+        return _load(name, read, chat, limit, reporter or NullReporter())
+
+    return list(load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted))
 
 
-def _load(source: str, limit: int | None, reporter: Reporter) -> list[Question]:
+def _load(
+    source: str,
+    read: Callable[[Record], Question],
+    chat: Chat,
+    limit: int | None,
+    reporter: Reporter,
+) -> list[Question]:
     questions: list[Question] = []
-    chat = Chat(None)
     for record in read_records(source, limit=limit):
         try:
-            questions.append(_question(record, chat))
+            questions.append(read(record))
         except UnusableRecord as unusable:
             chat.tally.leave_out(unusable)
     if not questions:
         raise chat.tally.nothing_left(source, "questions", _LAYOUT)
     chat.tally.tell(source, reporter)
     return questions
+
+
+def _prompt(record: Record, chat: Chat, tokenizer: Any) -> str:
+    """The prompt of a record in any instruction layout, its answer left to the policy."""
+    fields = present(record.fields)
+    asked = _asked(fields)
+    if asked is None:
+        raise LoramError(
+            f"{record.where}: no prompt (fields: {', '.join(map(str, fields)) or 'none'})",
+            "grpo takes prompt, question, instruction(+input) or messages",
+        )
+    kept = {k: fields[k] for k in (*SYSTEM_KEYS, "tools") if k in fields}
+    (*_, example) = examples_of(Record({**kept, **asked}, record.where), chat, train_on="last")
+    bos: str = getattr(tokenizer, "bos_token", None) or ""
+    twice = not example.special_tokens and bos != "" and example.prompt.startswith(bos)
+    if twice and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        # A template has written what the tokenizer adds to a text once more.
+        return example.prompt[len(bos) :]
+    return example.prompt
+
+
+def _asked(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Fields of supervised tuning with a stand-in for the answer."""
+    for key in (*CONVERSATION_KEYS, "prompt"):
+        turns = decoded_turns(fields.get(key))
+        if isinstance(turns, list):
+            while turns and _is_answer(turns[-1]):
+                turns = turns[:-1]
+            return {"messages": [*turns, {"role": "assistant", "content": _STAND_IN}]}
+    if "prompt" in fields:
+        return {"prompt": fields["prompt"], "completion": _STAND_IN}
+    if "question" in fields:
+        return {"question": fields["question"], "answer": _STAND_IN}
+    if "instruction" in fields:
+        kept = {k: fields[k] for k in ("instruction", "input") if k in fields}
+        return {**kept, "output": _STAND_IN}
+    return None
+
+
+def _is_answer(turn: Any) -> bool:
+    role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+    return role in ("assistant", "gpt", "model")
+
+
+def _plain_fields(record: Record) -> dict[str, Any]:
+    """The fields as JSON holds them; those that TRL gives names to are its own."""
+    plain = json.loads(json.dumps(dict(record.fields), default=str))
+    return {str(k): v for k, v in plain.items() if k not in _NAMES_OF_TRL}
 
 
 def _question(record: Record, chat: Chat) -> Question:
@@ -73,7 +156,7 @@ def _question(record: Record, chat: Chat) -> Question:
             raise LoramError(
                 f"{record.where}: field '{name}' is missing "
                 f"(fields: {', '.join(map(str, fields)) or 'none'})",
-                _LAYOUT,
+                f"{_LAYOUT}; to reward otherwise, pass --reward FILE.py:FUNCTION",
             )
         if is_absent(fields[name]):
             raise UnusableRecord(record.where, f"'{name}' is null")
@@ -86,7 +169,8 @@ def _question(record: Record, chat: Chat) -> Question:
     if not any(c.isdigit() for c in answer.rpartition(_MARK)[2]) or _MARK not in answer:
         raise LoramError(
             f"{record.where}: the answer does not end in '{_MARK} N', so that no number can "
-            "be checked"
+            "be checked",
+            "to reward otherwise, pass --reward FILE.py:FUNCTION",
         )
     asked_for = {"question": fields["question"], "answer": answer}
     (example,) = examples_of(Record(asked_for, record.where), chat)

@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from loram_cli.errors import UsageError
 from loram_cli.training.choices import Exhausted
 from loram_cli.training.data.files import kind_at
 from loram_cli.training.data.records import DEMO_PREFIX, local_files
+from loram_cli.training.data.spool import Chain, Subset
 
 T = TypeVar("T")
 
@@ -82,7 +84,7 @@ def load_sources(
     limit: int | None = None,
     seed: int = 0,
     exhausted: Exhausted = "stop",
-) -> list[T]:
+) -> Sequence[T]:
     """Load every source and mix them by weight; without weights, one after the other.
 
     ``load`` reads one source; ``seed`` and ``exhausted`` are as for :func:`mix`.
@@ -94,12 +96,15 @@ def load_sources(
     sources = parse_sources(data)
     parts = [load(source.name) for source in sources]
     weights = [source.weight for source in sources if source.weight is not None]
-    if len(parts) == 1 or not weights:
-        return [item for part in parts for item in part][:limit]
+    whole: Sequence[T] = parts[0] if len(parts) == 1 else Chain(parts)
     try:
-        return mix(parts, weights, seed=seed, exhausted=exhausted)[:limit]
+        if len(parts) > 1 and weights:
+            places = mixed_places([len(part) for part in parts], weights, seed, exhausted)
+            whole = Subset(whole, places)
     except UsageError as error:
         raise UsageError(f"{data}: {error.message}", error.hint) from error
+    # In memory as long as its parts are.
+    return (list(whole) if all(isinstance(p, list) for p in parts) else whole)[:limit]
 
 
 def mix(
@@ -109,13 +114,21 @@ def mix(
     seed: int = 0,
     exhausted: Exhausted = "stop",
 ) -> list[T]:
-    """Items of several sources in the proportions of their weights, in a random order.
+    """Items of several sources in the proportions of their weights; see :func:`mixed_places`."""
+    places = mixed_places([len(part) for part in parts], weights, seed, exhausted)
+    return list(Subset(Chain(parts), places))
+
+
+def mixed_places(
+    lengths: Sequence[int], weights: Sequence[float], seed: int, exhausted: Exhausted
+) -> list[int]:
+    """Which items of sources one after the other a mixture takes, in a random order.
 
     Counts are exact to rounding. A source keeps its own order; where only a part of it is taken,
     the part is drawn.
 
     Args:
-        parts: The sources, none of them empty.
+        lengths: Items of each source, at least one.
         weights: As many, above 0; only their proportions matter.
         seed: Decides what is drawn, and the order. The same seed gives the same list.
         exhausted: ``stop`` ends with the source that is used up first: nothing is repeated, and
@@ -126,33 +139,33 @@ def mix(
         UsageError: A weight leaves a source without a single item, or has one repeated more than
             a thousand times.
     """
-    if not all(parts):
+    if not all(lengths):
         raise UsageError("a source of the mixture holds nothing", "leave it out")
     total = sum(weights)
     shares = [weight / total for weight in weights]
-    ends = [len(part) / share for part, share in zip(parts, shares, strict=True)]
+    ends = [count / share for count, share in zip(lengths, shares, strict=True)]
     length = min(ends) if exhausted == "stop" else max(ends)
     counts = [round(length * share) for share in shares]
-    for number, (part, count) in enumerate(zip(parts, counts, strict=True), 1):
+    for number, (own, count) in enumerate(zip(lengths, counts, strict=True), 1):
         if not count:
             raise UsageError(
                 f"source {number} gets no example of {round(length)} at its weight",
                 "raise its weight, or leave it out",
             )
-        if count > _MOST_REPEATS * len(part):
+        if count > _MOST_REPEATS * own:
             raise UsageError(
-                f"source {number} would be repeated {count // len(part)} times",
+                f"source {number} would be repeated {count // own} times",
                 "lower its weight, or stop when the first source is used up",
             )
     rng = random.Random(f"mix-{seed}")
     queues = []
-    for part, count in zip(parts, counts, strict=True):
-        whole, rest = divmod(count, len(part))
-        drawn = sorted(rng.sample(range(len(part)), rest))
-        queues.append(iter([*list(range(len(part))) * whole, *drawn]))
+    for start, own, count in zip(accumulate(lengths, initial=0), lengths, counts, strict=False):
+        whole, rest = divmod(count, own)
+        drawn = sorted(rng.sample(range(own), rest))
+        queues.append(iter([start + place for place in [*list(range(own)) * whole, *drawn]]))
     order = [i for i, count in enumerate(counts) for _ in range(count)]
     rng.shuffle(order)
-    return [parts[i][next(queues[i])] for i in order]
+    return [next(queues[i]) for i in order]
 
 
 def _source(part: str) -> Source:

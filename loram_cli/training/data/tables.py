@@ -17,7 +17,7 @@ def csv_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     Raises:
         LoramError: A row has more cells than the first, or cannot be read; names the line.
     """
-    delimiter = "\t" if has_suffix(path, (".tsv", ".tsv.gz")) else ","
+    delimiter = "\t" if has_suffix(path, (".tsv", ".tsv.gz")) else _delimiter(path)
     previous = csv.field_size_limit(LONGEST_RECORD)
     reader = csv.reader((line for _, line in read_lines(path)), delimiter=delimiter, strict=True)
     line = 1
@@ -41,6 +41,12 @@ def csv_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         raise LoramError(f"{path}, line {line}: not a readable table ({error})") from error
     finally:
         csv.field_size_limit(previous)
+
+
+def _delimiter(path: Path) -> str:
+    """A semicolon where the first row has that and no comma, as some languages' Excel writes it."""
+    first = next((line for _, line in read_lines(path)), "")
+    return ";" if ";" in first and "," not in first else ","
 
 
 def parquet_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -18,6 +18,8 @@ MOST_BYTES = 512 << 20
 # Text that a template may write beside, and for each character of, what it is given.
 _FREE_CHARACTERS = 1 << 20
 _MOST_GROWTH = 16
+# Of a template's own source; the longest of the known ones has 30 KiB.
+MOST_TEMPLATE_BYTES = 1 << 20
 
 
 class TemplateRefusal(LoramError):
@@ -30,6 +32,9 @@ class _TooLong(Exception):
 
 def template_file(tokenizer: Any) -> str:
     """The file that a tokenizer's template stands in, for errors."""
+    given = getattr(tokenizer, "chat_template_source", None)
+    if given is not None:
+        return f"--chat-template {given}"
     folder = Path(str(getattr(tokenizer, "name_or_path", "") or "the tokenizer"))
     own = folder / "chat_template.jinja"
     if own.is_file():

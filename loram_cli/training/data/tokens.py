@@ -12,7 +12,9 @@ import torch
 from loram_cli.errors import LoramError
 from loram_cli.quiet import quiet_libraries
 from loram_cli.reporting import Reporter
+from loram_cli.training.data import spool
 from loram_cli.training.data.examples import Example
+from loram_cli.training.data.spool import Spool
 
 IGNORED_LABEL = -100
 _TEXTS_AT_A_TIME = 256
@@ -70,7 +72,7 @@ class Tokenized:
         lengths: Tokens of every example before it was cut, in the order of the examples.
     """
 
-    rows: list[TokenRow]
+    rows: Sequence[TokenRow]
     kept: list[int]
     lengths: list[int]
 
@@ -112,7 +114,7 @@ def tokenize_examples(
     reporter: Reporter,
     *,
     loss_on_prompt: bool = False,
-) -> list[TokenRow]:
+) -> Sequence[TokenRow]:
     """Token ids of prompt, completion and end-of-sequence, with the prompt masked.
 
     Prompt and completion are tokenized as one text, as they meet when the model generates.
@@ -153,7 +155,10 @@ def tokenize_rows(
 ) -> Tokenized:
     """As :func:`tokenize_examples`, telling which examples keep something to learn."""
     eos = tokenizer.eos_token_id
-    done = Tokenized([], [], [])
+    kept: list[int] = []
+    lengths: list[int] = []
+    # Ids that exceed the memory that data may take are kept in a file.
+    rows: Spool[TokenRow] = Spool(lambda row: row.input_ids.nbytes, spool.MEMORY_BYTES)
     for chunk in _chunks(enumerate(examples)):
         encoded = encode_examples([example for _, example in chunk], tokenizer)
         for (place, _), one in zip(chunk, encoded, strict=True):
@@ -162,13 +167,13 @@ def tokenize_rows(
             last_turn = max([one.start, *(end for _, end in one.given if end < len(ids))])
             if eos is not None and eos not in ids[last_turn:]:
                 ids = [*ids, eos]
-            done.lengths.append(len(ids))
+            lengths.append(len(ids))
             row = TokenRow(np.array(ids[:sequence_length], np.int32), one.start, one.given)
             if not row.learnt_tokens():
                 continue
-            done.kept.append(place)
-            done.rows.append(TokenRow(row.input_ids) if loss_on_prompt else row)
-    return done
+            kept.append(place)
+            rows.append(TokenRow(row.input_ids) if loss_on_prompt else row)
+    return Tokenized(rows if rows.on_disk else list(rows), kept, lengths)
 
 
 class PadCollator:

@@ -72,13 +72,15 @@ def text_job(
 ) -> Job:
     """Next-token prediction on token rows, or a teacher's distribution over them."""
     data = hashlib.sha256()
+    highest_token = longest = 0
     for rows in (train, evaluation):
         data.update(f"{len(rows)};".encode())
         for row in rows:
             given = f",{row.given}" if row.given else ""
             data.update(f"{len(row.input_ids)},{row.answer_start}{given};".encode())
             data.update(row.input_ids.tobytes())
-    every = [row.input_ids for row in (*train, *evaluation)]
+            highest_token = max(highest_token, int(row.input_ids.max()))
+            longest = max(longest, len(row.input_ids))
 
     def build(parts: TrainerParts) -> Any:
         from loram_cli.training.loop.distill import DistillTrainer
@@ -114,8 +116,8 @@ def text_job(
         label=label,
         digest=data.hexdigest(),
         evaluates=bool(evaluation),
-        highest_token=highest(every),
-        longest=max(map(len, every)),
+        highest_token=highest_token,
+        longest=longest,
         build=build,
         chunked_loss=True,
     )

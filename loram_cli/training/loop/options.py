@@ -1,5 +1,6 @@
 """How a training run goes, and what it gives back."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from loram_cli.training.choices import Precision, Scheduler, Tracker
 
 Split = Literal["train", "eval", "recovered"]
 
+# Losses on pairs of answers.
+PairLoss = Literal["dpo", "orpo"]
 # What preference and policy training tell beside the loss, by their names in TRL's log.
 FIGURES = {
     "rewards/accuracies": "reward_accuracy",
@@ -19,6 +22,9 @@ FIGURES = {
     "kl": "kl",
     "completions/mean_length": "completion_tokens",
 }
+
+
+_ONE_REWARD = re.compile(r"rewards/(?P<name>\w+)/mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,19 @@ class PreferenceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgedOptions(PreferenceOptions):
+    """How judged answers are learnt (KTO: arXiv 2402.01306, equation 7).
+
+    Attributes:
+        good_weight: Of each good answer's loss.
+        bad_weight: Of each bad one's.
+    """
+
+    good_weight: float = 1.0
+    bad_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardOptions(PreferenceOptions):
     """How rewards are learnt.
 
@@ -94,11 +113,13 @@ class RewardOptions(PreferenceOptions):
         generations: Completions per question, whose mean reward is the baseline.
         max_completion_length: Tokens of a completion.
         temperature: Completions are drawn at it.
+        reward_weights: Of each reward in their sum; None for 1 each.
     """
 
     generations: int
     max_completion_length: int
     temperature: float
+    reward_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -243,4 +264,11 @@ def curve_rows(log_history: list[dict[str, Any]]) -> tuple[LossRow, ...]:
 
 def _figures(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
     named = {name: entry.get(prefix + key) for key, name in FIGURES.items()}
+    means = {
+        f"reward_{match['name']}": value
+        for key, value in entry.items()
+        if (match := _ONE_REWARD.fullmatch(key, len(prefix))) and key.startswith(prefix)
+    }
+    # Of several rewards each has its own mean beside their sum.
+    named |= means if len(means) > 1 else {}
     return {name: value for name, value in named.items() if value is not None}

@@ -1,5 +1,6 @@
 """train --objective dpo and grpo as commands and specs: defaults, refusals, and the whole way."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from loram_cli.cli.app import run_command
 from loram_cli.config import defaults as resolve
+from loram_cli.config.recipe import load_recipe
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
@@ -81,6 +83,85 @@ def test_dpo_and_grpo_follow_sft_in_a_run_and_are_recovered(
 
     stock = AutoModelForCausalLM.from_pretrained(base)
     PeftModel.from_pretrained(stock, run_copy / "recovered")
+
+
+REWARDS = """
+def short(completions, **fields):
+    return [-len(text) / 8 for text in completions]
+
+def level(completions, level, **fields):
+    return [float(number) for number in level]
+"""
+CHAIN = """
+model: {base}
+prune: {{strategy: rand, ratio: 0.5, keep_first: 1, keep_last: 1}}
+train: {{data: {sft}, max_length: 64, {fit}}}
+then:
+  - {{objective: dpo, data: {pairs}, {fit}}}
+  - {{objective: grpo, data: {prompts}, reward: ["{file}:short", "{file}:level"],
+      reward_weights: [1.0, 0.5], allow_code_execution: true, generations: 2,
+      max_completion_length: 8, {fit}}}
+recover: {{}}
+"""
+
+
+def test_one_recipe_does_sft_then_dpo_then_grpo_with_rewards_of_ones_own(
+    base, instructions, preferences, tmp_path, capsys
+):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    prompts = [{"prompt": f"Count to {i}", "level": i % 3} for i in range(40)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    fit = "steps: 2, batch: 4, micro_batch: 2, warmup_steps: 0, learning_rate: 0.01"
+    recipe = tmp_path / "chain.yaml"
+    recipe.write_text(
+        CHAIN.format(
+            base=base, sft=instructions, pairs=preferences, fit=fit,
+            prompts=tmp_path / "prompts.jsonl", file=tmp_path / "rewards.py",
+        )
+    )  # fmt: skip
+    run = tmp_path / "run"
+    words = ["run", str(recipe), "--run", str(run), "--json"]
+    assert run_command([*words, "--dry-run"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert [Path(plan["writes"]).name for plan in plans] == [
+        "pruned", "adapter", "adapter-dpo", "adapter-grpo", "recovered"
+    ]  # fmt: skip
+    assert run_command(words) == 0
+    capsys.readouterr()
+    names = ("adapter", "adapter-dpo", "adapter-grpo")
+    made = {name: Manifest.read(run / name) for name in names}
+    for before, after in itertools.pairwise(names):
+        assert made[after].inputs["adapter"]["key"] == made[before].key
+        # What concerns the model holds for all of them.
+        assert made[after].spec["max_length"] == 64
+    assert Manifest.read(run / "recovered").inputs["adapter"]["key"] == made["adapter-grpo"].key
+    assert {f"reward {tmp_path}/rewards.py:{f}" for f in ("short", "level")} <= set(
+        made["adapter-grpo"].inputs
+    )
+    results = made["adapter-grpo"].results
+    of_each = results["rewards"]
+    total = of_each["final_train_reward_short"] + 0.5 * of_each["final_train_reward_level"]
+    assert results["final_train_reward"] == pytest.approx(total, abs=1e-3)
+    # The same again is there already, from the first stage to the last.
+    assert run_command(words) == 0
+    assert not any(result["fresh"] for result in json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {}\nthen: [{objective: sft}]", "unknown objective 'sft'"),
+        ("train: {}\nthen: [{objective: dpo}, {objective: dpo}]", "two trainings of the same"),
+        ("then: [{objective: dpo}]", "goes on from 'train', which is missing"),
+        ("train: {}\nthen: [{objective: dpo, stepz: 1}]", "unknown key 'stepz'"),
+        ("train: {}\nfull_lora: true\nthen: [{objective: dpo}]", "full_lora repeats 'train' alone"),
+    ],
+)
+def test_chains_that_cannot_be(tmp_path, text, said):
+    file = tmp_path / "chain.yaml"
+    file.write_text(f"model: demo\n{text}\n")
+    with pytest.raises(UsageError, match=said):
+        load_recipe(file)
 
 
 def test_two_ends_of_training_are_not_guessed_between(
@@ -169,6 +250,14 @@ def test_an_adapter_that_does_not_fit_is_refused(
         ({"dropout": 0.1}, "--dropout does not go with --objective dpo"),
         ({"objective": "sft", "dropout": 1.0}, "--dropout 1 is outside"),
         ({"loss_on": "all"}, "--loss-on all does not go with"),
+        ({"objective": "orpo", "beta": 0.0}, "without the odds ratio it is supervised"),
+        ({"objective": "kto", "micro_batch": 1}, "kto needs a --micro-batch of at least 2"),
+        ({"reward": ("exact",)}, "--reward does not go with --objective dpo"),
+        ({"objective": "grpo", "generations": 2, "reward": ("a.py:f",)}, "--allow-code-execution"),
+        (
+            {"objective": "grpo", "generations": 2, "reward_weights": (1.0, 2.0)},
+            "2 --reward-weights for 1 rewards",
+        ),
         ({"objective": "grpo", "beta": -1.0}, "--beta cannot be negative"),
         ({"objective": "grpo", "generations": 1}, "--generations must be at least 2"),
         ({"objective": "grpo", "generations": 3}, "--batch 4 is no multiple of --generations 3"),
@@ -225,11 +314,12 @@ def test_dry_run_counts_the_reference_and_the_completions(
 
 def test_the_demo_needs_no_flags(tmp_path):
     demo = resolve.Place(RunDirectory(tmp_path / "run"), "demo")
-    values = resolve.stage_defaults(demo, "train", {"objective": "dpo"})
-    assert values["data"] == "demo:preferences"
+    for name in ("dpo", "orpo", "kto"):
+        values = resolve.stage_defaults(demo, "train", {"objective": name})
+        assert values["data"] == "demo:preferences"
     assert resolve.stage_defaults(demo, "train", {})["data"] == "demo:train"
     assert resolve.stage_defaults(demo, "train", {"objective": "grpo"})["data"] == "demo:train"
-    for name in ("sft", "dpo", "grpo"):
+    for name in ("sft", "dpo", "orpo", "kto", "grpo"):
         values = resolve.stage_defaults(demo, "train", {"objective": name})
         train.TrainSpec(source=tmp_path, out=tmp_path / "x", objective=name, **values)
 

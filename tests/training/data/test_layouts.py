@@ -228,3 +228,47 @@ def test_documents_of_any_layout_and_null_text(write, reporter):
     source = write({"text": None}, {"text": 3}, {"text": None, "prompt": "a", "completion": "b"})
     assert load_text(source, reporter=reporter) == ["3", "ab"]
     assert any("1 left out: 'text' is null" in line for line in reporter.warnings)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"inputs": "i", "targets": "t", "task": "x"}, ["t"]),
+        ({"source": "i", "target": "t"}, ["t"]),
+        ({"prompt": "i", "generation": "t"}, ["t"]),
+        ({"Instruction": "i", "Response": "t"}, ["t"]),
+        ({"segments": [{"label": False, "text": "a"}, {"label": True, "text": "b</s>"}]}, ["b</s>"]),
+        ({"conversation": [{"human": "a", "assistant": "b"}] * 2}, [" b</s>", " b"]),
+        ({"messages": [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}]}, [" b"]),
+    ],
+)  # fmt: skip
+def test_less_common_layouts(write, load, record, said):
+    (example,) = load(write(record))
+    assert learnt(example) == said
+
+
+def test_a_question_is_asked_behind_what_it_is_about(write, load, reporter):
+    (example,) = load(write({"context": "It rained.", "question": "Was it wet?", "answer": "Yes"}))
+    assert example.prompt == "It rained.\n\nQuestion: Was it wet?\nAnswer:"
+    assert not reporter.warnings
+
+
+def test_a_table_with_semicolons_is_one(tmp_path, load):
+    path = tmp_path / "a.csv"
+    path.write_text('question;answer\n"a;b";c, d\n')
+    (example,) = load(str(path))
+    assert example.text == "Question: a;b\nAnswer: c, d"
+
+
+def test_calls_are_written_as_text_where_the_template_takes_none(write, load, reporter):
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "b"},
+    ]
+    (example,) = load(write({"messages": turns}))
+    said = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    assert learnt(example) == [f" {said}</s>", " b"]
+    assert "takes no tool calls" in reporter.warnings[0]

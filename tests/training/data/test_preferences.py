@@ -209,6 +209,29 @@ def test_a_number_is_an_answer_and_a_null_is_left_out(write, reporter):
     assert "read as '#### N' (1 times" in reporter.warnings[1]
 
 
+def test_prompts_for_own_rewards_come_in_any_layout_with_their_fields(write, tokenizer, reporter):
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    source = write(
+        {"prompt": "p", "solution": 3},
+        {"messages": turns, "solution": "x"},
+        {"prompt": turns[:1], "answer": "y"},
+        {"instruction": "i", "input": "", "output": "o"},
+        {"question": "q", "answer": "no number"},
+    )
+    found = load_questions(
+        source, tokenizer=tokenizer, numbers=False, own_rewards=True, reporter=reporter
+    )
+    assert [q.prompt[:20] for q in found[:3]] == ["p", *["User: u\nAssistant:"] * 2]
+    assert found[3].prompt.endswith("### Instruction:\ni\n\n### Response:\n")
+    assert found[4].prompt == "Question: q\nAnswer:"
+    assert [dict(q.fields) for q in found[:3]] == [
+        {"solution": 3}, {"messages": turns, "solution": "x"}, {"answer": "y"}
+    ]  # fmt: skip
+    assert [q.answer for q in found] == [""] * 5
+    with pytest.raises(LoramError, match="line 1: no prompt"):
+        load_questions(write({"text": "a"}), numbers=False, own_rewards=True)
+
+
 def test_questions_too_long_are_left_out(reporter):
     questions = [Question(str(i), "#### 1") for i in range(3)]
     assert fitting_questions(questions, [3, 9, 4], 4, reporter) == [questions[0], questions[2]]

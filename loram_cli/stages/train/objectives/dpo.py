@@ -18,7 +18,7 @@ from loram_cli.stages.train.objectives.objective import (
 from loram_cli.stages.train.settings import POLICY_RATE, TrainSettings
 
 if TYPE_CHECKING:
-    from loram_cli.training.loop.options import FitResult
+    from loram_cli.training.loop.options import FitResult, PairLoss
 
 
 def _settings(spec: TrainSettings) -> Mapping[str, Any]:
@@ -38,13 +38,16 @@ def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Load:
     return loader(load_preferences, spec, reporter, tokenizer=tokenizer)
 
 
-def _prepare(
+def prepare_pairs(
     spec: TrainSettings,
     train: list[Any],
     evaluation: list[Any],
     tokenizer: Any,
     reporter: Reporter,
+    *,
+    loss: "PairLoss" = "dpo",
 ) -> Prepared:
+    """Tokens of preferences, to be learnt by one of the losses on pairs."""
     from loram_cli.stages.train.options import train_options
     from loram_cli.training.data.preferences import tokenize_pairs
     from loram_cli.training.loop.options import PreferenceOptions
@@ -59,7 +62,7 @@ def _prepare(
     def fit(model: Any, path: Path) -> "FitResult":
         options = train_options(spec, len(train_rows))
         return fit_preferences(
-            model, tokenizer, train_rows, eval_rows, how, options, path, reporter
+            model, tokenizer, train_rows, eval_rows, how, options, path, reporter, loss=loss
         )
 
     lengths = tuple(
@@ -76,7 +79,7 @@ OBJECTIVE = Objective(
     settings=_settings,
     check=_check,
     load=_load,
-    prepare=_prepare,
+    prepare=prepare_pairs,
     more_bytes=reference_bytes,
     follows_sft=True,
     # A pair is two sequences in one pass.

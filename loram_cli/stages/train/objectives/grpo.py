@@ -20,6 +20,7 @@ from loram_cli.stages.train.objectives.objective import (
     reference_bytes,
 )
 from loram_cli.stages.train.settings import POLICY_RATE, TrainSettings
+from loram_cli.training.rewards import check_reward, load_reward, parse_reward
 
 if TYPE_CHECKING:
     from loram_cli.training.loop.options import FitResult
@@ -52,12 +53,35 @@ def _check(spec: TrainSettings) -> None:
             f"--max-completion-length {spec.max_completion_length} leaves no room for a prompt in "
             f"--max-length {spec.max_length}"
         )
+    rewards = [parse_reward(text) for text in spec.reward]
+    if any(reward.file for reward in rewards) and not spec.allow_code_execution:
+        raise UsageError(
+            f"--reward {spec.reward[0]} runs a Python file with all of your rights",
+            "read it, and pass --allow-code-execution",
+        )
+    if len({reward.label for reward in rewards}) < len(rewards):
+        raise UsageError("two --reward have the same name", "give each function its own")
+    if spec.reward_weights and len(spec.reward_weights) != max(1, len(rewards)):
+        raise UsageError(
+            f"{len(spec.reward_weights)} --reward-weights for {max(1, len(rewards))} rewards",
+            "give one weight for each --reward, in their order",
+        )
 
 
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Load:
     from loram_cli.training.data.questions import load_questions
 
-    return loader(load_questions, spec, reporter)
+    rewards = [parse_reward(text) for text in spec.reward]
+    for reward in rewards:
+        check_reward(reward)
+    return loader(
+        load_questions,
+        spec,
+        reporter,
+        tokenizer=tokenizer,
+        numbers=not rewards or any(reward.file is None for reward in rewards),
+        own_rewards=any(reward.file is not None for reward in rewards),
+    )
 
 
 def _prepare(
@@ -96,13 +120,26 @@ def _prepare(
         generations=spec.generations,
         max_completion_length=spec.max_completion_length,
         temperature=spec.temperature,
+        reward_weights=spec.reward_weights or None,
     )
     grader = strict_grader()
+    names = [parse_reward(text) for text in spec.reward]
+    # The files run here, once everything else is known to be in order.
+    rewards = [load_reward(name) if name.file else None for name in names] or [None]
 
     def fit(model: Any, path: Path) -> "FitResult":
         options = train_options(spec, len(train) * how.generations)
         return fit_rewards(
-            model, tokenizer, train, evaluation, grader, how, options, path, reporter
+            model,
+            tokenizer,
+            train,
+            evaluation,
+            grader,
+            how,
+            options,
+            path,
+            reporter,
+            rewards=rewards,
         )
 
     return Prepared(len(train), len(evaluation), fit)

@@ -1,11 +1,13 @@
 """The table of objectives: each one is a file and a line here."""
 
-from loram_cli.stages.train.objectives import dpo, grpo, sft
+from loram_cli.stages.train.objectives import dpo, grpo, kto, orpo, sft
 from loram_cli.stages.train.objectives.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": sft.OBJECTIVE,
     "dpo": dpo.OBJECTIVE,
+    "orpo": orpo.OBJECTIVE,
+    "kto": kto.OBJECTIVE,
     "grpo": grpo.OBJECTIVE,
 }
 
