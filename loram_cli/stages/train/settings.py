@@ -61,7 +61,9 @@ class TrainSettings(FitSpec):
     learning_rate: float | None = setting(
         None,
         help="Peak of the schedule.",
-        default_text=f"{SFT_RATE:.0e} for sft, {POLICY_RATE:.0e} else".replace("e-0", "e-"),
+        default_text=f"{SFT_RATE:.0e} for sft, {POLICY_RATE:.0e} for the others".replace(
+            "e-0", "e-"
+        ),
         above=0,
     )
     warmup_steps: int | None = setting(

@@ -9,7 +9,7 @@ from loram_cli.errors import UsageError
 from loram_cli.schema import flag, redefined
 from loram_cli.stages.train.objectives.objective import OWN_SETTINGS, Objective
 from loram_cli.stages.train.objectives.table import OBJECTIVES
-from loram_cli.stages.train.settings import EPOCHS, TrainSettings
+from loram_cli.stages.train.settings import EPOCHS, SFT_RATE, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class TrainSpec(TrainSettings):
 
     def settled(self) -> Self:
         """With the objective's own settings where they are not given."""
-        known = self.chosen_objective.settings(self)
+        # An objective that names no rate learns at that of supervised tuning.
+        known = {"learning_rate": SFT_RATE, **self.chosen_objective.settings(self)}
         open_ones = {name: v for name, v in known.items() if getattr(self, name) is None}
         if self.steps is None and self.epochs is None:
             open_ones["epochs"] = EPOCHS
@@ -44,7 +45,8 @@ class TrainSpec(TrainSettings):
             UsageError: A setting that the objective does not have, or values that exclude others.
         """
         super().check()
-        known = self.chosen_objective.settings(self)
+        # An objective that names no rate learns at that of supervised tuning.
+        known = {"learning_rate": SFT_RATE, **self.chosen_objective.settings(self)}
         for name in OWN_SETTINGS:
             if getattr(self, name) is not None and name not in known:
                 having = [key for key, other in OBJECTIVES.items() if name in other.settings(self)]
@@ -169,6 +171,9 @@ class PolishSpec(TrainSpec):
     generations: int | None = redefined(TrainSpec, "generations", flag="")
     max_completion_length: int | None = redefined(TrainSpec, "max_completion_length", flag="")
     temperature: float | None = redefined(TrainSpec, "temperature", flag="")
+    reward: tuple[str, ...] = redefined(TrainSpec, "reward", flag="")
+    reward_weights: tuple[float, ...] = redefined(TrainSpec, "reward_weights", flag="")
+    allow_code_execution: bool = redefined(TrainSpec, "allow_code_execution", flag="")
     fsdp: bool = redefined(TrainSpec, "fsdp", flag="")
 
     def check(self) -> None:
