@@ -171,6 +171,8 @@ def polish_spec(place: Place, values: Values) -> PolishSpec:
         "out": place.run.output("polish"),
         **values,
     }
+    if "epochs" in values:
+        filled.setdefault("steps", None)  # in place of its default
     if "from_adapter" not in filled:
         filled["from_adapter"] = place.run.require("recover")
     if "source" not in filled:

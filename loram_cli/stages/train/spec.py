@@ -154,8 +154,8 @@ class PolishSpec(TrainSpec):
     data: str = redefined(
         TrainSpec, "data", help="Instructions, not those that the adapter learnt from."
     )
-    steps: int = redefined(TrainSpec, "steps", 10)
-    warmup_steps: int = redefined(TrainSpec, "warmup_steps", 0)
+    steps: int | None = redefined(TrainSpec, "steps", 10)
+    warmup_steps: int | None = redefined(TrainSpec, "warmup_steps", 0, default_text="0")
     # A step on a model that comes and goes takes long, and a checkpoint little.
     save_steps: int = redefined(TrainSpec, "save_steps", 1)
     stream: bool = redefined(
@@ -175,6 +175,8 @@ class PolishSpec(TrainSpec):
     reward_weights: tuple[float, ...] = redefined(TrainSpec, "reward_weights", flag="")
     allow_code_execution: bool = redefined(TrainSpec, "allow_code_execution", flag="")
     fsdp: bool = redefined(TrainSpec, "fsdp", flag="")
+    # Its held-out loss is the full model's already.
+    score_recovered: bool = redefined(TrainSpec, "score_recovered", flag="")
 
     def check(self) -> None:
         """Refuse another objective than supervised training.
