@@ -28,7 +28,11 @@ def test_every_flag_tells_its_specs_default():
     assert seen > 60
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+# A recipe named after a paper holds the paper's values, whatever the defaults become.
+OWN = [file for file in RECIPES if not file.stem.startswith("paper-")]
+
+
+@pytest.mark.parametrize("recipe", OWN, ids=lambda file: file.stem)
 def test_a_recipe_repeats_no_default(recipe: Path):
     loaded = load_recipe(recipe)
     for stage, spec in SPECS.items():

@@ -117,6 +117,7 @@ def test_mistakes_are_named(tmp_path: Path, text, environ, message):
 
 
 def test_every_setting_has_a_type():
-    assert setting_types("recover") == {"merge": bool, "max_shard_bytes": Bytes}
+    types = setting_types("recover")
+    assert types == {"merge": bool, "max_shard_bytes": Bytes, "checkpoint": str | None}
     assert {"steps", "report_to", "seed"} <= set(setting_types("train"))
     assert "out" not in setting_types("train")
