@@ -12,6 +12,7 @@ said in *widths*:
 ``key_value_heads``    one entry a key/value head
 ``head``               the width of one head
 ``intermediate``       MLP channels
+``experts``            one entry an expert
 ``2*a*b+c``            numbers and config keys, multiplied and added: an axis that stays whole
 =====================  ===========================================================================
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from loram_cli.arch.experts import AdaptedWeight, Experts
 from loram_cli.errors import LoramError
 
 Axis = str
@@ -30,7 +32,7 @@ Axis = str
 ATTENTION_AXES = frozenset({"query", "key_value", "query_heads", "key_value_heads"})
 """Axes that are cut with the key/value heads."""
 
-PRUNED_AXES = ATTENTION_AXES | {"intermediate"}
+PRUNED_AXES = ATTENTION_AXES | {"intermediate", "experts"}
 """Axes that pruning cuts."""
 
 Condition = Mapping[str, Any]
@@ -68,7 +70,8 @@ class LayerTensor:
 
     Attributes:
         name: Full name inside the layer, such as ``self_attn.q_norm.weight``.
-        shape: Width of every axis; only the first is ever cut.
+        shape: Width of every axis; only the first is ever cut, and the second where it runs over
+            experts.
         when: What the config must say for it to exist; empty: it always does.
         kinds: The kinds of layer that have it; empty when all have.
     """
@@ -98,13 +101,19 @@ class LayerKinds:
             ``then``, the others of kind ``otherwise``.
         then: See ``every``.
         otherwise: See ``every``.
+        first: The config key of the first layer that may be of kind ``then``.
+        last: The config key of the last one; absent or negative for the last layer.
+        but: The config key that lists layers of kind ``otherwise``.
     """
 
-    keys: tuple[str, ...]
+    keys: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     every: str | None = None
     then: str = ""
     otherwise: str = ""
+    first: str | None = None
+    last: str | None = None
+    but: str | None = None
 
     def of(self, config: Mapping[str, Any]) -> list[str]:
         """The kind of every layer.
@@ -115,8 +124,20 @@ class LayerKinds:
         for key in self.keys:
             if config.get(key) is not None:
                 return [self.names.get(kind, kind) for kind in config[key]]
-        period, count = config[self.every or self.keys[0]], config["num_hidden_layers"]
-        return [self.otherwise if (i + 1) % period else self.then for i in range(count)]
+        count = config["num_hidden_layers"]
+        if self.first is None and self.every is None:
+            raise KeyError(self.keys[0])
+        period = config[self.every] if self.every else 1
+        first = config[self.first] if self.first else 0
+        last = config.get(self.last or "")
+        last = count - 1 if last is None or last < 0 else last
+        others = config.get(self.but or "") or ()
+        return [
+            self.otherwise
+            if (i + 1) % period or not first <= i <= last or i in others
+            else self.then
+            for i in range(count)
+        ]
 
 
 @dataclass(frozen=True)
@@ -131,6 +152,11 @@ class LayerGeometry:
         kind: Of the layer, where a family has several kinds.
         has_attention: Whether the layer has heads that can be pruned.
         has_mlp: Whether the layer has channels that can be pruned.
+        num_experts: Experts that a router picks among; 0 in a family without.
+        has_experts: Whether the layer has them.
+        top_k: How many of them a token has.
+        expert_groups: Groups of equal size that the router picks among first.
+        groups_chosen: How many of the groups a token may use.
         fixed: Products of config keys that its tensors run over, with their value.
     """
 
@@ -141,6 +167,11 @@ class LayerGeometry:
     kind: str = ""
     has_attention: bool = True
     has_mlp: bool = True
+    num_experts: int = 0
+    has_experts: bool = False
+    top_k: int = 0
+    expert_groups: int = 1
+    groups_chosen: int = 1
     fixed: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -161,12 +192,16 @@ class LayerGeometry:
             "key_value_heads": self.num_key_value_heads,
             "head": self.head_dim,
             "intermediate": self.intermediate_size,
+            "experts": self.num_experts,
         }
         return units[axis] if axis in units else dict(self.fixed)[axis]
 
 
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 """The widths of a layer that ``per_layer_config`` may state."""
+
+EXPERT_WIDTHS = ("num_experts", "top_k")
+"""Those that it may state beside them, in a family with experts."""
 
 # A layer class that derives a head's width from the head count would take the pruned count for the
 # base's: such a config keeps its own keys as they were, and the kept counts stand beside them.
@@ -189,6 +224,7 @@ class Geometry:
         layers: Widths of every layer.
         keys: Keys of ``per_layer_config`` that differ from the widths' names; None where a width
             is never written.
+        count_keys: Config keys that hold how many experts there are.
     """
 
     hidden_size: int
@@ -196,10 +232,14 @@ class Geometry:
     tied_embeddings: bool
     layers: tuple[LayerGeometry, ...]
     keys: Mapping[str, str | None] = field(default_factory=dict)
+    count_keys: tuple[str, ...] = ()
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], keys: Mapping[str, str | None] | None = None
+        cls,
+        config: Mapping[str, Any],
+        keys: Mapping[str, str | None] | None = None,
+        experts: Experts | None = None,
     ) -> "Geometry":
         """Read a Hugging Face config, with or without ``per_layer_config``.
 
@@ -207,17 +247,24 @@ class Geometry:
             config: The parsed ``config.json``, with the family's defaults where it leaves
                 something open: see :meth:`Family.geometry`.
             keys: See :attr:`keys`.
+            experts: The family's, where it has any.
 
         Raises:
             KeyError: A required width is absent.
         """
         keys = keys or {}
+        if experts is not None:
+            keys = {**keys, "num_experts": experts.counts[0], "top_k": experts.top_k}
         heads = config["num_attention_heads"]
         base = LayerGeometry(
             num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             intermediate_size=config["intermediate_size"],
+            num_experts=config.get("num_experts") or 0 if experts else 0,
+            top_k=config.get(experts.top_k) or 0 if experts else 0,
+            expert_groups=_count(config, experts.groups if experts else None),
+            groups_chosen=_count(config, experts.groups_chosen if experts else None),
         )
         overrides = {int(i): widths for i, widths in (config.get("per_layer_config") or {}).items()}
         return cls(
@@ -229,7 +276,13 @@ class Geometry:
                 for i in range(config["num_hidden_layers"])
             ),
             keys=keys,
+            count_keys=experts.counts if experts else (),
         )
+
+
+def _count(config: Mapping[str, Any], key: str | None) -> int:
+    """A count that is 1 where the config does not say."""
+    return (config.get(key) if key else None) or 1
 
 
 @dataclass(frozen=True)
@@ -276,7 +329,8 @@ def _overridden(
     base: LayerGeometry, stated: Mapping[str, Any], keys: Mapping[str, str | None]
 ) -> LayerGeometry:
     """One layer's widths: those that its entry states, else the base's."""
-    named = {width: keys.get(width, width) for width in WIDTHS}
+    widths = (*WIDTHS, *EXPERT_WIDTHS) if base.num_experts else WIDTHS
+    named = {width: keys.get(width, width) for width in widths}
     return replace(
         base, **{w: stated[k] for w, k in named.items() if k is not None and k in stated}
     )
@@ -317,6 +371,9 @@ class Family:
         tuple_output: Whether the layer class returns a tuple, hidden states first.
         packs: Whether examples that share a row stay apart where positions begin anew: not where a
             state runs through the row, nor where the class makes its mask without positions.
+        experts: What its experts are; None for a dense family.
+        further_layers: Config key of how many layers files hold after the last one, which predict
+            tokens further ahead; they are left out.
         gguf: How the family's GGUF files differ; None where llama.cpp does not know it.
         vllm: What vLLM's LoRA loader takes; None where nobody has looked.
     """
@@ -345,6 +402,8 @@ class Family:
     logits_divisor: str | None = None
     tuple_output: bool = False
     packs: bool = True
+    experts: Experts | None = None
+    further_layers: str | None = None
     gguf: GgufFacts | None = None
     vllm: VllmFacts | None = None
 
@@ -373,7 +432,8 @@ class Family:
         }
         kinds = data.get("layer_kinds")
         if kinds:
-            kinds = LayerKinds(**{**kinds, "keys": tuple(kinds["keys"])})
+            kinds = LayerKinds(**{**kinds, "keys": tuple(kinds.get("keys", ()))})
+        experts = Experts.from_data(data["experts"]) if "experts" in data else None
         classes: dict[str, Any] = {"gguf": GgufFacts, "vllm": VllmFacts}
         facts = {
             key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data[key].items()})
@@ -387,6 +447,7 @@ class Family:
                 **tensors,
                 "modules": modules,
                 "layer_kinds": kinds,
+                "experts": experts,
                 **facts,
             }
         )
@@ -404,7 +465,8 @@ class Family:
     @cached_property
     def kinds(self) -> frozenset[str]:
         """The kinds of layer that the file tells apart; empty when all layers are alike."""
-        return frozenset(kind for module in self.modules for kind in module.kinds)
+        items: list[LinearModule | LayerTensor] = [*self.modules, *self.layer_norms]
+        return frozenset(kind for item in (*items, *self.layer_tensors) for kind in item.kinds)
 
     def geometry(self, config: Mapping[str, Any]) -> Geometry:
         """The widths that a config of this family states or implies.
@@ -424,7 +486,7 @@ class Family:
                     f"{self.family} (expected {value!r})"
                 )
         keys = self.config_keys if self.attributes is None else _KEPT_KEYS
-        geometry = Geometry.from_config(full, keys)
+        geometry = Geometry.from_config(full, keys, self.experts)
         kinds = [""] * len(geometry.layers)
         if self.layer_kinds is not None:
             kinds = self.layer_kinds.of(full)
@@ -442,6 +504,7 @@ class Family:
                 kind=kind,
                 has_attention=bool(self._axes_of(kind) & ATTENTION_AXES),
                 has_mlp="intermediate" in self._axes_of(kind),
+                has_experts=self.experts is not None and self._has_experts(kind),
                 fixed=fixed,
             )
             for layer, kind in zip(geometry.layers, kinds, strict=True)
@@ -463,6 +526,10 @@ class Family:
         for alias, key in self.config_aliases.items():
             if full.get(alias) is not None:
                 full[key] = full[alias]
+        if self.experts is not None:
+            # Whichever of the names a config has.
+            stated = [full[key] for key in self.experts.counts if full.get(key) is not None]
+            full |= {"num_experts": stated[0]} if stated else {}
         for key, value in self.config_defaults.items():
             if key not in full:
                 full[key] = _product(value, full) if isinstance(value, str) else value
@@ -505,6 +572,27 @@ class Family:
         tensor = self._tensors_by_name.get(rest)
         return None if index is None or tensor is None else (index, tensor)
 
+    def adapted_weight(
+        self, module: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> AdaptedWeight | None:
+        """The weight that a module's LoRA factors change, or None if there is none.
+
+        Args:
+            module: As an adapter names it, such as ``model.layers.3.self_attn.q_proj``.
+            shapes: Shape by name of the model's tensors.
+        """
+        shape = shapes.get(f"{module}.weight", ())
+        if len(shape) == 2:
+            return AdaptedWeight(f"{module}.weight", *shape)
+        prefix, rest = self.split_layer(module)
+        parameter = self.experts.factor_modules.get(rest) if self.experts is not None else None
+        shape = shapes.get(f"{prefix}{parameter}", ())
+        if self.experts is None or len(shape) != 3:
+            return None
+        transposed = self.experts.transposed
+        rows, columns = reversed(shape[1:]) if transposed else shape[1:]
+        return AdaptedWeight(f"{prefix}{parameter}", rows, columns, shape[0], transposed)
+
     def is_ignored(self, name: str) -> bool:
         """Whether a checkpoint tensor is a derived buffer that is safe to leave out."""
         return any(name.endswith(f".{suffix}") for suffix in self.ignored)
@@ -537,6 +625,17 @@ class Family:
         for i, layer in enumerate(self.geometry(config).layers):
             for module in self.layer_modules(layer):
                 yield f"{self.layer_prefix(i)}{module.name}.weight"
+
+    def expert_names(self, config: Mapping[str, Any]) -> Iterator[str]:
+        """Full names of the experts' weights, each of all experts of a layer.
+
+        Args:
+            config: The parsed ``config.json``.
+        """
+        for i, layer in enumerate(self.geometry(config).layers):
+            if self.experts is not None and layer.has_experts:
+                for name in self.experts.parameters:
+                    yield f"{self.layer_prefix(i)}{name}"
 
     def layer_shapes(
         self, index: int, layer: LayerGeometry, config: Mapping[str, Any]
@@ -584,10 +683,25 @@ class Family:
     def _tensors_by_name(self) -> dict[str, LayerTensor]:
         return {tensor.name: tensor for tensor in (*self.layer_norms, *self.layer_tensors)}
 
+    def split_layer(self, name: str) -> tuple[str, str]:
+        """A tensor's name as its layer's prefix and the rest; two empty texts outside a layer.
+
+        Args:
+            name: Such as ``model.layers.3.mlp.gate.weight``.
+        """
+        index, rest = self._split(name)
+        return ("", "") if index is None else (self.layer_prefix(index), rest)
+
     def _axes_of(self, kind: str) -> frozenset[str]:
         """Axes that the modules of a kind of layer run over."""
         found = [m for m in self.modules if not m.kinds or kind in m.kinds]
         return frozenset(axis for m in found for axis in (*m.rows, *m.columns))
+
+    def _has_experts(self, kind: str) -> bool:
+        """Whether a kind of layer has experts."""
+        return any(
+            "experts" in t.shape and (not t.kinds or kind in t.kinds) for t in self.layer_tensors
+        )
 
     def _split(self, name: str) -> tuple[int | None, str]:
         prefix = f"{self.layers}."

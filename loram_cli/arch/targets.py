@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from loram_cli.arch.experts import EXPERTS_TARGET
 from loram_cli.arch.spec import Family
 from loram_cli.errors import UsageError
 from loram_cli.schema import unknown_name
@@ -27,11 +28,14 @@ def lora_targets(
         UsageError: A target that the family does not have, or a tied head.
     """
     head = family.lm_head_target
-    known = (*family.lora_targets, head)
+    usual = (*family.lora_targets, head)
+    # Experts get factors only where they are asked for: the others keep their full shape, so that
+    # recovery changes nothing and any server loads the adapter.
+    known = (*usual, EXPERTS_TARGET) if family.experts is not None else usual
     if targets is not None and tuple(targets) == (ALL_LINEAR,):
         return family.lora_targets
     if targets is None:
-        return family.lora_targets if tied_embeddings else known
+        return family.lora_targets if tied_embeddings else usual
     if not targets:
         raise UsageError("no LoRA targets", f"known: {', '.join(known)}")
     for name in targets:

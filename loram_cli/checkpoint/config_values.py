@@ -40,6 +40,7 @@ def _are_tokens(value: Any) -> bool:
 
 
 _COUNT = _Rule(lambda value: _is_whole(value, 1), "a whole number above 0")
+_WHOLE = _Rule(lambda value: _is_whole(value, 0), "a whole number from 0")
 _TOKEN = _Rule(_are_tokens, "a token id")
 _POSITIVE = _Rule(lambda value: _is_number(value) and value > 0, "a number above 0")
 _NOT_NEGATIVE = _Rule(lambda value: _is_number(value) and value >= 0, "a number from 0")
@@ -69,7 +70,9 @@ _ROPE: dict[str, _Rule] = {
     "rope_type": _NAME,
 }
 _RULES: dict[str, _Rule] = {
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window"), _COUNT),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), _COUNT),
+    # Qwen2-MoE says by 0 that there is none.
+    "sliding_window": _WHOLE,
     **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), _TOKEN),
     **dict.fromkeys(
         ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),

@@ -10,7 +10,7 @@ import math
 import operator
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,19 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Rows of a tensor that a file holds under a name of their own.
+
+    Attributes:
+        name: In the file; a ``*`` stands for the index along the tensor's first axis.
+        rows: How many, along the axis after the indexed one; all of a tensor that is only renamed.
+    """
+
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor's bytes lie.
 
@@ -83,8 +96,11 @@ class TensorEntry:
         name: Tensor name.
         dtype: Element type.
         shape: Dimensions.
-        file: The shard.
+        file: The shard; the first part's where a tensor is stored in parts.
         offset_bytes: First byte, from the start of the file.
+        pieces: What the file holds in its place: the pieces of each index of the first axis. Empty
+            for a tensor that is stored under its own name.
+        parts: The stored tensors, by index and piece; empty for a tensor that is stored whole.
     """
 
     name: str
@@ -92,6 +108,8 @@ class TensorEntry:
     shape: tuple[int, ...]
     file: Path
     offset_bytes: int
+    pieces: tuple[Piece, ...] = ()
+    parts: tuple[tuple["TensorEntry", ...], ...] = field(default=(), repr=False)
 
     @property
     def num_bytes(self) -> int:

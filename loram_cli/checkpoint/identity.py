@@ -88,7 +88,14 @@ def chat_template_digest(directory: Path) -> str:
 
 def _sample_weights(index: CheckpointIndex) -> str:
     digest = hashlib.sha256()
-    for _, entry in sorted(index.tensors.items()):
+    entries = [entry for _, entry in sorted(index.tensors.items())]
+    # A tensor in parts lies in as many places.
+    flat = [
+        part
+        for entry in entries
+        for part in (part for parts in entry.parts or ((entry,),) for part in parts)
+    ]
+    for entry in flat:
         try:
             # Unbuffered, since the windows lie far apart.
             with entry.file.open("rb", buffering=0) as shard:

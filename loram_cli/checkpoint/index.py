@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loram_cli.arch.experts import Experts
 from loram_cli.arch.registry import families
+from loram_cli.arch.spec import Family
 from loram_cli.checkpoint.config_values import check_values
-from loram_cli.checkpoint.header import TensorEntry, read_header
+from loram_cli.checkpoint.header import Piece, TensorEntry, read_header
 from loram_cli.checkpoint.json_files import read_json as read_json
 from loram_cli.checkpoint.widths import check_required, check_widths
 from loram_cli.errors import LoramError
@@ -108,21 +110,89 @@ class CheckpointIndex:
 def _with_module_names(directory: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Tensors under their modules' names, where published files of a family have others."""
     config = directory / "config.json"
-    model_type = read_json(config).get("model_type") if config.is_file() else None
-    names = {
-        stored: module
-        for family in families()
-        if model_type in family.model_types
-        for stored, module in family.stored_names.items()
-    }
+    stated = read_json(config) if config.is_file() else {}
+    model_type = stated.get("model_type")
+    for family in families():
+        if model_type in family.model_types:
+            if family.stored_names:
+                tensors = {_renamed(name, family): entry for name, entry in tensors.items()}
+            if family.further_layers and isinstance(stated.get("num_hidden_layers"), int):
+                last = stated["num_hidden_layers"] + (stated.get(family.further_layers) or 1)
+                further = tuple(map(family.layer_prefix, range(stated["num_hidden_layers"], last)))
+                tensors = {n: e for n, e in tensors.items() if not n.startswith(further)}
+            if family.experts is not None:
+                tensors = _with_stacked_experts(directory, tensors, family, family.experts)
+    return tensors
 
-    def renamed(name: str) -> str:
-        for stored, module in names.items():
-            if name.startswith(stored):
-                return module + name.removeprefix(stored)
-        return name
 
-    return {renamed(name): entry for name, entry in tensors.items()} if names else tensors
+def _renamed(name: str, family: Family) -> str:
+    for stored, module in family.stored_names.items():
+        if name.startswith(stored):
+            return module + name.removeprefix(stored)
+    return name
+
+
+def _with_stacked_experts(
+    directory: Path, tensors: Mapping[str, TensorEntry], family: Family, experts: Experts
+) -> dict[str, TensorEntry]:
+    """Tensors that files hold expert by expert, each as the one that the module has.
+
+    Raises:
+        LoramError: A part is missing, or of another shape or type than its neighbours.
+    """
+    found: dict[str, TensorEntry] = {}
+    parts: dict[str, dict[tuple[int, int], TensorEntry]] = {}
+    for name, entry in tensors.items():
+        prefix, rest = family.split_layer(name)
+        part = experts.stored_at(rest) if rest else None
+        if part is None:
+            found[name] = entry
+        elif part.index is None:
+            rows = entry.shape[0] if entry.shape else 1
+            moved = replace(entry, name=prefix + part.tensor, pieces=(Piece(name, rows),))
+            found[moved.name] = moved
+        else:
+            # Its place is that of its first part.
+            found.setdefault(prefix + part.tensor, entry)
+            parts.setdefault(prefix + part.tensor, {})[part.index, part.place] = entry
+    for name, stored in parts.items():
+        prefix, rest = family.split_layer(name)
+        templates = [prefix + template for template in experts.stored[rest]]
+        found[name] = _stacked(directory, name, templates, stored)
+    return found
+
+
+def _stacked(
+    directory: Path,
+    name: str,
+    templates: Sequence[str],
+    stored: Mapping[tuple[int, int], TensorEntry],
+) -> TensorEntry:
+    """One tensor of the parts of all experts."""
+    count = max(index for index, _ in stored) + 1
+    for place, template in enumerate(templates):
+        for index in range(count):
+            if (index, place) not in stored:
+                absent = template.replace("*", str(index))
+                raise LoramError(f"{directory}: tensor {absent} is missing from the weights")
+            entry, first = stored[index, place], stored[0, place]
+            alike = entry.shape == first.shape and entry.dtype == stored[0, 0].dtype
+            if not alike or len(entry.shape) != 2 or entry.shape[1] != stored[0, 0].shape[1]:
+                raise LoramError(
+                    f"{entry.file}: tensor {entry.name} has the type {entry.dtype.name} and shape "
+                    f"{list(entry.shape)}, unlike those that it is stacked with"
+                )
+    first = stored[0, 0]
+    pieces = tuple(Piece(t, stored[0, place].shape[0]) for place, t in enumerate(templates))
+    return TensorEntry(
+        name,
+        first.dtype,
+        (count, sum(piece.rows for piece in pieces), first.shape[1]),
+        first.file,
+        first.offset_bytes,
+        pieces,
+        tuple(tuple(stored[i, p] for p in range(len(templates))) for i in range(count)),
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -74,6 +74,8 @@ class TensorReader:
             LoramError: The shard ends early.
         """
         entry = self.index.tensors[name]
+        if entry.parts:
+            return self._load_stack(entry, range(entry.shape[0]))
         return self._load(entry, 0, entry.shape)
 
     def read_chunks(
@@ -96,8 +98,11 @@ class TensorReader:
         if entry.num_bytes == 0 or not entry.shape:
             yield 0, self.read(name)
             return
-        row_bytes = entry.num_bytes // entry.shape[0]
         wanted = range(entry.shape[0]) if rows is None else rows
+        if entry.parts:
+            yield from self._stacks_ahead(entry, wanted)
+            return
+        row_bytes = entry.num_bytes // entry.shape[0]
         done = 0
         for start, stop, chunk in self._spans_ahead(entry, _spans(wanted, row_bytes)):
             if rows is not None:
@@ -123,6 +128,38 @@ class TensorReader:
         while pending:
             yield pending.popleft().result()
             pending.extend(self._reads.submit(load, *span) for span in islice(spans, 1))
+
+    def _stacks_ahead(
+        self, entry: TensorEntry, wanted: Sequence[int]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Wanted indices of a tensor that is stored in parts, some MiB at a time, or one."""
+        count = max(1, CHUNK_BYTES // (entry.num_bytes // entry.shape[0]))
+        spans = iter([wanted[i : i + count] for i in range(0, len(wanted), count)])
+        for part in (part for parts in entry.parts for part in parts):
+            self._open(part)
+        pending = deque(
+            self._reads.submit(self._load_stack, entry, span) for span in islice(spans, 1)
+        )
+        done = 0
+        while pending:
+            chunk = pending.popleft().result()
+            # One ahead: the parts of an expert can be hundreds of MiB.
+            pending.extend(
+                self._reads.submit(self._load_stack, entry, span) for span in islice(spans, 1)
+            )
+            yield done, chunk
+            done += chunk.shape[0]
+
+    def _load_stack(self, entry: TensorEntry, indices: Sequence[int]) -> torch.Tensor:
+        """Some indices of a tensor that is stored in parts, shape (n, *shape[1:])."""
+        stack = torch.empty((len(indices), *entry.shape[1:]), dtype=entry.dtype.to_torch())
+        for place, index in enumerate(indices):
+            start = 0
+            for part in entry.parts[index]:
+                stop = start + part.shape[0]
+                stack[place, start:stop] = self._load(part, 0, part.shape)
+                start = stop
+        return stack
 
     def _load(
         self,

@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 
 from loram_cli.checkpoint.background import WriteBehind
-from loram_cli.checkpoint.header import DTYPES, TensorEntry
+from loram_cli.checkpoint.header import DTYPES, Piece, TensorEntry
 from loram_cli.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from loram_cli.errors import LoramError
 
@@ -24,15 +24,34 @@ _DTYPE_NAMES = {dtype.to_torch(): name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor to be written: its type and shape."""
+    """A tensor to be written: its type, its shape, and what the file holds in its place.
+
+    Attributes:
+        dtype: Of the tensor.
+        shape: Of the tensor.
+        pieces: As those of :class:`.TensorEntry`; empty for the tensor itself.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    pieces: tuple[Piece, ...] = ()
 
     @classmethod
     def like(cls, entry: TensorEntry) -> "TensorPlan":
         """The plan of a copy of a stored tensor."""
-        return cls(entry.dtype.to_torch(), entry.shape)
+        return cls(entry.dtype.to_torch(), entry.shape, entry.pieces)
+
+    def stored(self, name: str) -> "dict[str, TensorPlan]":
+        """What the file holds for the tensor of this name, in the order of writing."""
+        if not self.pieces:
+            return {name: self}
+        if "*" not in self.pieces[0].name:
+            return {self.pieces[0].name: TensorPlan(self.dtype, self.shape)}
+        return {
+            piece.name.replace("*", str(i)): TensorPlan(self.dtype, (piece.rows, *self.shape[2:]))
+            for i in range(self.shape[0])
+            for piece in self.pieces
+        }
 
     @property
     def num_bytes(self) -> int:
@@ -59,12 +78,23 @@ class ShardedWriter:
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self._directory = directory
-        self._plan = dict(plan)
+        self._stacks = {
+            name: tensor
+            for name, tensor in plan.items()
+            if tensor.pieces and "*" in tensor.pieces[0].name
+        }
+        self._names = {n: p.pieces[0].name for n, p in plan.items() if p.pieces}
+        self._plan = {
+            stored: tensor
+            for name, asked in plan.items()
+            for stored, tensor in asked.stored(name).items()
+        }
         self._shards = _split(self._plan, max_shard_bytes)
         self._files = _shard_names(len(self._shards))
         self._pending = deque((s, name) for s, names in enumerate(self._shards) for name in names)
         self.digests: dict[str, str] = {}
         self._done_bytes = 0
+        self._stack_done: dict[str, int] = {}
         self._file: WriteBehind | None = None
         self._open_shard = -1
 
@@ -101,6 +131,21 @@ class ShardedWriter:
         Raises:
             LoramError: There are NaN or infinite values, or the disk is full.
         """
+        stack = self._stacks.get(name)
+        if stack is None:
+            self._write(self._names.get(name, name), rows)
+            return
+        done = self._stack_done.get(name, 0)
+        widths = [piece.rows for piece in stack.pieces]
+        if rows.shape[1:] != stack.shape[1:] or done + len(rows) > stack.shape[0]:
+            raise RuntimeError(f"{name}: does not match the plan: {stack}")
+        for i, whole in enumerate(rows, start=done):
+            for piece, part in zip(stack.pieces, whole.split(widths), strict=True):
+                self._write(piece.name.replace("*", str(i)), part)
+        self._stack_done[name] = done + len(rows)
+
+    def _write(self, name: str, rows: torch.Tensor) -> None:
+        """Append to the next planned tensor of the file."""
         shard, planned = self._pending[0]
         want = self._plan[planned]
         left_bytes = want.num_bytes - self._done_bytes

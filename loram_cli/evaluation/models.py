@@ -129,9 +129,10 @@ def _check_adapter(model: Model, directory: Path) -> None:
     tied = {f"{family.lm_head}.weight": model.shapes[f"{family.embedding}.weight"]}
     shapes = {**tied, **model.shapes}
     for module, pair in LoraAdapter.read(directory).pairs.items():
-        shape = shapes.get(f"{module}.weight")
-        if shape is None:
+        adapted = family.adapted_weight(module, shapes)
+        if adapted is None:
             raise LoramError(f"{directory}: {model.directory} has no module {module}", hint)
+        shape = (adapted.rows, adapted.columns)
         factors = (pair.lora_b.shape[0], pair.lora_a.shape[1])
         if factors != shape:
             raise LoramError(

@@ -20,7 +20,7 @@ _PREFIX = "base_model.model."
 # Settings of PEFT's LoraConfig that change what an adapter computes, or what it holds.
 _MORE_THAN_LORA = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save",
-    "trainable_token_indices", "layer_replication", "target_parameters", "megatron_config",
+    "trainable_token_indices", "layer_replication", "megatron_config",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
 
@@ -81,7 +81,9 @@ class LoraAdapter:
                 raise LoramError(f"{directory / WEIGHTS_NAME}: {module} has only one LoRA factor")
             a, b = pair["lora_A"].shape[0], pair["lora_B"].shape[1]
             rank = _of_module(config, "rank_pattern", module, "r")
-            if not a == b == rank:
+            # Factors of several experts lie one after the other.
+            stacked = bool(config.get("target_parameters")) and a == b and a % rank == 0
+            if not (a == b == rank or stacked):
                 raise LoramError(
                     f"{directory / WEIGHTS_NAME}: {module} has factors of rank {a} and {b}, "
                     f"{CONFIG_NAME} says r {rank}"

@@ -57,6 +57,60 @@ def scatter_columns(
     return scatter_rows(factor.T, columns, full_columns).T.contiguous()
 
 
+def scatter_experts(pair: LoraPair, kept: Sequence[int], experts: int) -> LoraPair:
+    """Factors of some experts at the places of all, with zeros for the others.
+
+    PEFT (0.21, ``ParamWrapper``) lays the experts' factors one after the other in ``lora_A``, of
+    shape (experts * r, in), and side by side in ``lora_B``, of shape (out, r * experts), whose
+    columns run over experts fastest.
+
+    Args:
+        pair: Factors of the kept experts.
+        kept: Original index of each.
+        experts: How many there are in full.
+
+    Raises:
+        ValueError: The factors are not of so many experts, or the indices do not rise.
+    """
+    rank, rest = divmod(pair.lora_a.shape[0], len(kept))
+    if rest or pair.lora_b.shape[1] != pair.lora_a.shape[0]:
+        raise ValueError(f"{pair.lora_a.shape[0]} rows are no factors of {len(kept)} experts")
+    by_expert = pair.lora_a.reshape(len(kept), -1)
+    lora_a = scatter_rows(by_expert, kept, experts).reshape(experts * rank, -1)
+    out_features = pair.lora_b.shape[0]
+    side_by_side = pair.lora_b.reshape(out_features * rank, len(kept))
+    lora_b = scatter_columns(side_by_side, kept, experts).reshape(out_features, rank * experts)
+    return LoraPair(lora_a, lora_b)
+
+
+def add_expert_updates(
+    weights: torch.Tensor,
+    start: int,
+    pair: LoraPair,
+    scaling: float,
+    experts: int,
+    *,
+    transposed: bool,
+) -> None:
+    """Add ``scaling * B @ A`` of some experts to their weights, in place.
+
+    Args:
+        weights: Of experts ``start, start + 1, ...``, shape (n, out, in), or (n, in, out).
+        start: The first expert's index.
+        pair: Factors of all experts; see :func:`scatter_experts`.
+        scaling: alpha / r.
+        experts: How many there are.
+        transposed: Whether the weights have shape (n, in, out).
+    """
+    lora_a = pair.lora_a.reshape(experts, -1, pair.lora_a.shape[-1])
+    lora_b = pair.lora_b.reshape(pair.lora_b.shape[0], -1, experts)
+    for i, weight in enumerate(weights, start=start):
+        one = LoraPair(lora_a[i], lora_b[..., i])
+        if transposed:
+            one = LoraPair(one.lora_b.T, one.lora_a.T)
+        add_update(weight, 0, one, scaling)
+
+
 def gather(
     full: torch.Tensor, rows: Sequence[int] | None, columns: Sequence[int] | None
 ) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from loram_cli.arch.experts import EXPERTS_TARGET
 from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
 from loram_cli.errors import UsageError
@@ -39,6 +40,7 @@ class ParamCount:
         lm_head: The output head; 0 when it is tied to the embedding.
         norms: All norm weights and biases, and what else the layers hold.
         biases: Biases of the linear modules.
+        experts: Weights of routed experts.
     """
 
     decoder_linear: int
@@ -46,11 +48,13 @@ class ParamCount:
     lm_head: int
     norms: int
     biases: int = 0
+    experts: int = 0
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.decoder_linear + self.embedding + self.lm_head + self.norms + self.biases
+        dense = self.decoder_linear + self.embedding + self.lm_head + self.norms + self.biases
+        return dense + self.experts
 
 
 def count_params(family: Family, config: Mapping[str, Any]) -> ParamCount:
@@ -108,11 +112,11 @@ def nf4_weight_bytes(
 ) -> int:
     """Bytes of a model's weights once loaded in NF4 with double quantization.
 
-    Only decoder linears are quantized; embedding, head, norms and biases stay in bf16, as
-    transformers leaves them. This is more than the paper's count (:func:`paper_nf4_params` at 2
+    Only decoder linears and experts are quantized; embedding, head, norms, routers and biases stay
+    in bf16. This is more than the paper's count (:func:`paper_nf4_params` at 2
     bytes each), the more so the larger the vocabulary is beside the pruned layers.
     """
-    linears = _linear_names(family, config)
+    linears = {*_linear_names(family, config), *family.expert_names(config)}
     total_bytes = 0
     for name, shape in family.tensor_shapes(config).items():
         params = math.prod(shape)
@@ -151,6 +155,12 @@ def lora_factor_params(
     wanted = set(trained_modules(family, config, targets))
     shapes = family.tensor_shapes(config)
     trained = [shapes[name] for name in _linear_names(family, config) if _last(name) in wanted]
+    if EXPERTS_TARGET in wanted and family.experts is not None:
+        for i in range(len(family.geometry(config).layers)):
+            for name in family.experts.factor_modules:
+                adapted = family.adapted_weight(f"{family.layer_prefix(i)}{name}", shapes)
+                if adapted is not None:
+                    trained += [(adapted.rows, adapted.columns)] * adapted.experts
     if family.lm_head_target in wanted:
         trained.append(shapes[f"{family.lm_head}.weight"])
     return tuple(rank * width for rows, columns in trained for width in (columns, rows))
@@ -172,11 +182,15 @@ def _count(family: Family, config: Mapping[str, Any], sparsity: float) -> ParamC
     # The decimal as it was written: in binary floating point 0.29 * 100 falls short of 29.
     share = Fraction(str(sparsity))
     linears = _linear_names(family, config)
-    counts = dict.fromkeys(("decoder_linear", "embedding", "lm_head", "norms", "biases"), 0)
+    experts = set(family.expert_names(config))
+    kinds = ("decoder_linear", "embedding", "lm_head", "norms", "biases", "experts")
+    counts = dict.fromkeys(kinds, 0)
     for name, shape in family.tensor_shapes(config).items():
         params = math.prod(shape)
         if name in linears:
             counts["decoder_linear"] += params - math.floor(params * share)
+        elif name in experts:
+            counts["experts"] += params
         elif name == f"{family.embedding}.weight":
             counts["embedding"] += params
         elif name.startswith(f"{family.lm_head}."):

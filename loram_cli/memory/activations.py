@@ -12,6 +12,7 @@ A product with a frozen weight keeps nothing of its input; what is kept is:
 - cross-entropy: log-probabilities in fp32.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,9 @@ def _layer_kept(
     # The activation's input and output, and in gated MLPs what it is multiplied with.
     modules = family.layer_modules(layer)
     branches = sum(module.rows.count("intermediate") for module in modules)
-    per_token += (branches + 1) * layer.intermediate_size * setup.compute_bytes
+    if layer.has_mlp or not layer.has_experts:
+        per_token += (branches + 1) * layer.intermediate_size * setup.compute_bytes
+    per_token += _experts_kept(family, layer, hidden) * setup.compute_bytes
     shared: dict[str, int] = {}
     for module in modules:
         if _target(module.name) in targets:
@@ -138,6 +141,24 @@ def _layer_kept(
     )
     mask = setup.compute_bytes * setup.length if setup.padded and setup.attention == "sdpa" else 0
     return (per_token + sum(shared.values()) + mask) * setup.tokens + copies * _cast_bytes(setup)
+
+
+def _experts_kept(family: Family, layer: LayerGeometry, hidden: int) -> int:
+    """Numbers per token: for each of its experts gate and up, their product, and the output."""
+    if family.experts is None or not layer.has_experts:
+        return 0
+    width = _expert_shape(family, layer, hidden, family.experts.parameters[-1])
+    columns = width[1] if family.experts.transposed else width[2]
+    return layer.top_k * (3 * columns + hidden)
+
+
+def _expert_shape(family: Family, layer: LayerGeometry, hidden: int, name: str) -> tuple[int, ...]:
+    """Of one of the experts' weights."""
+    tensor = next(tensor for tensor in family.layer_tensors if tensor.name == name)
+    return tuple(
+        a if isinstance(a, int) else hidden if a == "hidden" else layer.axis_units(a)
+        for a in tensor.shape
+    )
 
 
 def _capped_weights(layer: LayerGeometry, config: Mapping[str, Any], setup: TrainingSetup) -> int:
@@ -215,6 +236,10 @@ def _passing(family: Family, layer: LayerGeometry, hidden: int, setup: TrainingS
         * (sum(layer.axis_units(axis) for axis in module.columns) or hidden)
         for module in family.layer_modules(layer)
     )
+    if family.experts is not None and layer.has_experts:
+        # All experts of a layer are expanded together.
+        stacks = [_expert_shape(family, layer, hidden, n) for n in family.experts.parameters]
+        widest = max(widest, sum(math.prod(stack) for stack in stacks))
     return in_flight + widest * setup.compute_bytes
 
 

@@ -114,6 +114,12 @@ def _cut_to_size(
             cut = type(linear)(columns, rows, bias=linear.bias is not None)
             owner, _, name = module.name.rpartition(".")
             setattr(layer.get_submodule(owner), name, cut.to(linear.weight.dtype))
+    for tensor in family.layer_norms:
+        # Of norms over heads, where the class takes their width from elsewhere.
+        shape = shapes.get(f"{family.layer_prefix(0)}{tensor.name}")
+        owner, _, name = tensor.name.rpartition(".")
+        if shape is not None and (old := layer.get_parameter(tensor.name)).shape != shape:
+            layer.get_submodule(owner)._parameters[name] = torch.nn.Parameter(old.new_ones(shape))
 
 
 def load_causal_lm(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from loram_cli.arch.experts import Experts
 from loram_cli.errors import LoramError
 from loram_cli.quiet import quiet_libraries
 
@@ -99,6 +100,27 @@ def expanded_nf4(packed: torch.Tensor, state: Any) -> torch.Tensor:
 
     values: torch.Tensor = bitsandbytes.functional.dequantize_4bit(packed.view(-1, 1), state)
     return values
+
+
+def quantize_experts(layer: Any, experts: Experts) -> None:
+    """Hold a layer's experts in NF4, with double quantization.
+
+    They are expanded while the layer runs, all of them together, and again for its backward pass
+    where the layer is checkpointed.
+
+    Args:
+        layer: A decoder layer with its weights; changed in place.
+        experts: Which weights are theirs.
+    """
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    held = dict(layer.named_parameters())
+    for name in experts.parameters:
+        if name in held:
+            owner, _, kind = name.rpartition(".")
+            replace_parameter_4bit(
+                layer.get_submodule(owner), kind, compress_statistics=True, quant_type="nf4"
+            )
 
 
 def keep_standard_layout(model: Any) -> None:

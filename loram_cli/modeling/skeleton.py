@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from loram_cli.arch.experts import Experts
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.memory.account import nf4_tensor_bytes
@@ -21,6 +22,7 @@ from loram_cli.modeling.quantize import (
     keep_standard_layout,
     nf4_linear,
     nf4_weight,
+    quantize_experts,
     require_bitsandbytes,
 )
 from loram_cli.quiet import quiet_libraries
@@ -104,6 +106,7 @@ class SkeletonModel:
         if generation is not None:
             self.model.generation_config = generation
         self._untie_other_head()
+        self._fill_buffers()
         self.slots = self._take_places(set(source.linear_names) if nf4 else set())
         if nf4:
             keep_standard_layout(self.model)
@@ -152,6 +155,21 @@ class SkeletonModel:
             if any(not torch.equal(mine, other) for (_, mine), (_, other) in pairs):
                 head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)
 
+    def _fill_buffers(self) -> None:
+        """Buffers that a checkpoint holds, such as routers' biases: small, and kept as stored."""
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        stored = [
+            (name, buffer)
+            for name, buffer in self.model.state_dict().items()
+            if name not in parameters and name in self.index.tensors
+        ]
+        with TensorReader(self.index) as reader:
+            for name, buffer in stored:
+                self.index.entry_of(name, buffer.shape)
+                owner, _, kind = name.rpartition(".")
+                held = reader.read(name).to(self.device)
+                self.model.get_submodule(owner)._buffers[kind] = held
+
     def _take_places(self, quantized: set[str]) -> dict[str, Slot]:
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         for name in quantized:
@@ -193,6 +211,30 @@ class SkeletonModel:
             quant_storage=self.nf4_storage,
             bnb_quantized=True,
         )
+
+
+def fill_quantized(skeleton: SkeletonModel, experts: Experts) -> None:
+    """Fill a model whose linears are in NF4, and hold its experts in NF4 as well.
+
+    Layer by layer, so that no more than one layer's experts are ever there in full.
+
+    Args:
+        skeleton: Not filled yet; of no more use afterwards but for its model.
+        experts: What the family's experts are.
+
+    Raises:
+        LoramError: A tensor is absent or of another shape.
+    """
+    with TensorReader(skeleton.index) as reader:
+        done = set()
+        for layer, slots in skeleton.layers():
+            for slot in slots:
+                fill(slot, skeleton.read(slot, reader))
+                done.add(slot.tensor)
+            quantize_experts(layer, experts)
+        for name, slot in skeleton.slots.items():
+            if name not in done:
+                fill(slot, skeleton.read(slot, reader))
 
 
 def fill(slot: Slot, weight: Weight) -> None:

@@ -23,10 +23,17 @@ class LayerKeep:
     Attributes:
         key_value_heads: Sorted indices of the kept key/value heads; each one's query heads stay.
         intermediate: Sorted indices of the kept MLP channels.
+        experts: Sorted indices of the kept experts; None where all stay, or there are none.
     """
 
     key_value_heads: tuple[int, ...]
     intermediate: tuple[int, ...]
+    experts: tuple[int, ...] | None = None
+
+    @classmethod
+    def whole(cls, layer: LayerGeometry) -> "LayerKeep":
+        """All that a layer has."""
+        return cls(tuple(range(layer.num_key_value_heads)), tuple(range(layer.intermediate_size)))
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, list[int]]) -> "LayerKeep":
@@ -36,15 +43,18 @@ class LayerKeep:
             LoramError: One of the two lists is absent.
         """
         try:
-            return cls(tuple(data["key_value_heads"]), tuple(data["intermediate"]))
+            experts = tuple(data["experts"]) if "experts" in data else None
+            return cls(tuple(data["key_value_heads"]), tuple(data["intermediate"]), experts)
         except KeyError as error:
             raise LoramError(f"the keep indices of a layer lack {error}") from error
 
     def to_mapping(self) -> dict[str, list[int]]:
         """Plain form for a manifest."""
+        experts = {} if self.experts is None else {"experts": list(self.experts)}
         return {
             "key_value_heads": list(self.key_value_heads),
             "intermediate": list(self.intermediate),
+            **experts,
         }
 
     def axis_indices(self, axis: Axis, layer: LayerGeometry) -> list[int]:
@@ -56,6 +66,8 @@ class LayerKeep:
         """
         if axis == "intermediate":
             return list(self.intermediate)
+        if axis == "experts":
+            return list(range(layer.num_experts) if self.experts is None else self.experts)
         if axis not in PRUNED_AXES:
             return list(range(layer.axis_units(axis)))
         return self._of_heads(layer.axis_units(axis) // layer.num_key_value_heads)
@@ -66,12 +78,13 @@ class LayerKeep:
         Args:
             layer: The layer's widths before pruning.
         """
-        return replace(
+        narrow = replace(
             layer,
             num_attention_heads=len(self.key_value_heads) * layer.queries_per_key_value,
             num_key_value_heads=len(self.key_value_heads),
             intermediate_size=len(self.intermediate),
         )
+        return narrow if self.experts is None else with_experts(narrow, len(self.experts))
 
     def rows(self, module: LinearModule, layer: LayerGeometry) -> list[int] | None:
         """Kept output features of a module, or None when all stay."""
@@ -89,6 +102,12 @@ class LayerKeep:
         axis = tensor.shape[0]
         return self._segments((axis,), layer) if isinstance(axis, str) else None
 
+    def tensor_columns(self, tensor: LayerTensor, layer: LayerGeometry) -> list[int] | None:
+        """Kept indices along the second axis where it runs over experts, or None."""
+        if tensor.shape[1:2] != ("experts",):
+            return None
+        return self.axis_indices("experts", layer)
+
     def _of_heads(self, width: int) -> list[int]:
         """Kept indices of an axis that has ``width`` of them for each key/value head."""
         return [group * width + i for group in self.key_value_heads for i in range(width)]
@@ -102,6 +121,17 @@ class LayerKeep:
             indices.extend(start + i for i in self.axis_indices(axis, layer))
             start += layer.axis_units(axis)
         return indices
+
+
+def with_experts(layer: LayerGeometry, count: int) -> LayerGeometry:
+    """A layer's widths with fewer experts, of which a token has no more than it can reach.
+
+    Args:
+        layer: The widths with all of them.
+        count: How many stay, equally many in every group.
+    """
+    reached = count // layer.expert_groups * layer.groups_chosen
+    return replace(layer, num_experts=count, top_k=min(layer.top_k, reached))
 
 
 def params_per_group(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loram_cli.arch.spec import WIDTHS, Geometry, LayerGeometry
+from loram_cli.arch.spec import EXPERT_WIDTHS, WIDTHS, Geometry, LayerGeometry
 from loram_cli.errors import UsageError
 
 # 0.95 * 20 is 18.999999999999996 in binary floating point; floor must still give 19.
@@ -108,6 +108,12 @@ def pruned_config(
         geometry: The base's widths.
         widths: Widths of every layer after pruning.
     """
+    if geometry.layers[0].num_experts:
+        counts, geometry, widths = _common_experts(config, geometry, widths)
+        config = {**config, **counts}
+        if geometry.layers == widths:
+            # Of one width throughout: any loader takes it.
+            return dict(config)
     # A width may only differ per layer if it also stands for the whole model, and configs of
     # families that derive the head's width leave it out.
     stated = {"head_dim": geometry.layers[0].head_dim}
@@ -120,6 +126,29 @@ def pruned_config(
         # Family configs check their global widths on load; without this, reading them is refused.
         "allow_global_per_layer_attribute_access": True,
     }
+
+
+def _common_experts(
+    config: Mapping[str, Any], geometry: Geometry, widths: tuple[LayerGeometry, ...]
+) -> tuple[dict[str, int], Geometry, tuple[LayerGeometry, ...]]:
+    """Expert counts that all layers with experts have, put into config, geometry and widths.
+
+    Where layers keep different numbers, the base's own counts stand for the whole model.
+
+    Returns:
+        The config's keys, and geometry and widths in which dense layers state the same counts.
+    """
+    kept = {(w.num_experts, w.top_k) for w in widths if w.has_experts}
+    if len(kept) != 1:
+        return {}, geometry, widths
+    num_experts, top_k = kept.pop()
+    stated = [key for key in geometry.count_keys if key in config] or [geometry.count_keys[0]]
+    counts = dict.fromkeys(stated, num_experts) | {str(geometry.keys["top_k"]): top_k}
+    layers, after = (
+        tuple(replace(layer, num_experts=num_experts, top_k=top_k) for layer in model)
+        for model in (geometry.layers, widths)
+    )
+    return counts, replace(geometry, layers=layers), after
 
 
 def per_layer_config(
@@ -139,8 +168,9 @@ def per_layer_config(
 
 def _stated(layer: LayerGeometry, keys: Mapping[str, str | None]) -> dict[str, int]:
     """A layer's widths under the keys that ``per_layer_config`` has for them."""
+    widths = (*WIDTHS, *EXPERT_WIDTHS) if layer.num_experts else WIDTHS
     return {
         key: getattr(layer, width)
-        for width in WIDTHS
+        for width in widths
         if (key := keys.get(width, width)) is not None
     }

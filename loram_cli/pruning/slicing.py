@@ -47,7 +47,10 @@ def read_kept(
     if other is not None and other[0] in keep:
         layer, tensor = other
         rows = keep[layer].tensor_rows(tensor, geometry.layers[layer])
-    wanted = None if columns is None or kind != "weight" else torch.tensor(columns)
+        columns = keep[layer].tensor_columns(tensor, geometry.layers[layer])
+    elif kind != "weight":
+        columns = None
+    wanted = None if columns is None else torch.tensor(columns)
     for _, chunk in reader.read_chunks(name, rows):
         yield chunk if wanted is None else _gather_columns(chunk, wanted)
 

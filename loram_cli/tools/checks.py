@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from loram_cli.arch.experts import EXPERTS_TARGET, plain_target
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
 from loram_cli.checkpoint.header import TensorEntry
@@ -116,7 +117,10 @@ def check_adapter(
         return
     file = directory / WEIGHTS_NAME
     targets = adapter.config.get("target_modules")
+    stacked = bool(adapter.config.get("target_parameters"))
     for module in adapter.pairs:
+        if stacked and plain_target(module) == EXPERTS_TARGET:
+            continue
         if isinstance(targets, list) and not any(
             module == target or module.endswith(f".{target}") for target in targets
         ):
@@ -133,7 +137,9 @@ def check_adapter(
         return
     fitting = True
     for module, pair in adapter.pairs.items():
-        want, have = shapes.get(f"{module}.weight"), (pair.lora_b.shape[0], pair.lora_a.shape[1])
+        adapted = family.adapted_weight(module, shapes)
+        want = None if adapted is None else (adapted.rows, adapted.columns)
+        have = (pair.lora_b.shape[0], pair.lora_a.shape[1])
         if want is None:
             yield f"{file}: module {module} does not exist in {model}"
         elif tuple(have) != tuple(want):

@@ -23,6 +23,7 @@ from loram_cli.memory.picture import Bar
 from loram_cli.memory.presets import load_preset
 from loram_cli.memory.setup import TrainingSetup, usual_attention
 from loram_cli.memory.training import CARDS_GIB, LARGEST_MICRO_BATCH
+from loram_cli.pruning.experts import without_experts
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
@@ -294,6 +295,10 @@ def _narrowed_or_sparse(
     spec: MemoryReportSpec, family: Family, config: dict[str, Any], ratios: tuple[float, ...]
 ) -> Iterator[ModelRow]:
     geometry, head_params = family.geometry(config), _head_params(spec.model)
+    for ratio in spec.experts_ratios:
+        after = without_experts(geometry.layers, ratio, family.family)
+        small = pruned_config(config, geometry, after)
+        yield ModelRow(f"experts {ratio:g}", small, ratio, head_params=head_params)
     for ratio in ratios:
         name = f"{spec.strategy} {ratio:g}"
         if spec.chosen_strategy.zeroes_weights:

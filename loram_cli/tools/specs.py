@@ -72,6 +72,14 @@ class MemoryReportSpec(StepSpec):
         above=0,
         below=1,
     )
+    experts_ratios: tuple[float, ...] = setting(
+        (),
+        flag="--experts-ratio",
+        help="Share of experts to drop in every layer that has them; may be repeated.",
+        repeat=True,
+        above=0,
+        below=1,
+    )
     strategy: str = setting("stru", help=f"{', '.join(STRATEGIES)}.", choices=lambda: STRATEGIES)
     keep_first: int = setting(4, help="First layers kept whole.", at_least=0)
     keep_last: int = setting(2, help="Last layers kept whole.", at_least=0)
@@ -158,7 +166,7 @@ class MemoryReportSpec(StepSpec):
     @property
     def effective_ratios(self) -> tuple[float, ...]:
         """The ratios to work out: those of the paper, or none where a directory is given."""
-        if self.ratios or self.pruned is not None:
+        if self.ratios or self.experts_ratios or self.pruned is not None:
             return self.ratios
         return self.chosen_strategy.paper_ratios
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from loram_cli.arch.experts import EXPERTS_TARGET, Experts
 from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets as chosen_targets
 from loram_cli.errors import LoramError, UsageError
@@ -44,6 +45,7 @@ def lora_config(
     alpha: float = 16,
     dropout: float = 0.05,
     rslora: bool = False,
+    experts: Experts | None = None,
 ) -> Any:
     """PEFT's config; defaults are the paper's (r 8, alpha 16, dropout 0.05).
 
@@ -53,6 +55,7 @@ def lora_config(
         alpha: The update is scaled by alpha / r.
         dropout: On the input of ``lora_A``.
         rslora: Scale by alpha / sqrt(r) instead (Kalajdzievski, arXiv 2312.03732).
+        experts: The family's, whose weights get factors where the targets name them.
 
     Raises:
         UsageError: A value out of range.
@@ -62,6 +65,7 @@ def lora_config(
             f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: "
             "expected rank from 1, alpha above 0, dropout from 0 to below 1"
         )
+    parameters = experts.parameters if experts is not None and EXPERTS_TARGET in targets else ()
     with quiet_libraries():
         from peft import LoraConfig
 
@@ -71,7 +75,8 @@ def lora_config(
             lora_alpha=alpha,  # PEFT takes fractions as well
             lora_dropout=dropout,
             use_rslora=rslora,
-            target_modules=list(targets),
+            target_modules=[name for name in targets if name != EXPERTS_TARGET],
+            target_parameters=list(parameters) or None,
             bias="none",
         )
 
@@ -241,7 +246,10 @@ def save_adapter(
     path = out / CONFIG_NAME
     config = json.loads(path.read_text("utf-8"))
     # PEFT keeps targets in a set, whose order changes from process to process.
-    config["target_modules"] = sorted(config["target_modules"])
+    config["target_modules"] = sorted(config["target_modules"] or ())
+    if config.get("target_parameters"):
+        # Their order says which wrapper is in which; PEFT itself goes by the module's order.
+        config["target_parameters"] = sorted(config["target_parameters"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     # PEFT's model card is a form to fill in, and names the local path of the base.
     (out / "README.md").unlink(missing_ok=True)

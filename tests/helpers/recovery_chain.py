@@ -44,7 +44,28 @@ def base_with_groups_zeroed(base: Path, keep: dict[int, LayerKeep]):
                 weight = model.get_parameter(f"{family.layer_prefix(i)}{module.name}.weight")
                 dropped = sorted(set(range(weight.shape[1])) - set(columns))
                 weight.data[:, dropped] = 0
+        if kept.experts is not None:
+            block = family.experts.module.rpartition(".")[0]
+            layer = model.get_submodule(family.layers)[i].get_submodule(block)
+            top_k = kept.widths(geometry.layers[i]).top_k
+            _route_among(layer, torch.tensor(kept.experts), top_k)
     return model
+
+
+def _route_among(block, kept: torch.Tensor, top_k: int) -> None:
+    """Let a block's router see some of its experts only, which all stay where they are."""
+    router = block.get_submodule("gate" if hasattr(block, "gate") else "router")
+    count = router.weight.shape[0]
+    for module in (block, *router.modules()):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and count in tensor.shape:
+                    cut = tensor.data.index_select(tensor.shape.index(count), kept)
+                    tensors[name] = (
+                        torch.nn.Parameter(cut) if tensors is module._parameters else cut
+                    )
+    router.num_experts, router.top_k = len(kept), top_k
+    router.register_forward_hook(lambda _, args, out: (*out[:2], kept[out[2]]))
 
 
 def rescales(base: Path) -> bool:
@@ -53,11 +74,11 @@ def rescales(base: Path) -> bool:
     return any(norm.shape[0] in ("query", "key_value") for norm in family.layer_norms)
 
 
-def adapted(source: Path, out: Path, instructions: Path) -> None:
+def adapted(source: Path, out: Path, instructions: Path, targets: tuple[str, ...] = ()) -> None:
     spec = train.TrainSpec(
         source=source, out=out, data=str(instructions), steps=2, batch=2, micro_batch=2,
         learning_rate=2e-2, warmup_steps=0, max_length=48, eval_examples=2, eval_steps=2,
-        device="cpu",
+        device="cpu", targets=targets,
     )  # fmt: skip
     train.run(spec, SILENT)
 
@@ -69,7 +90,9 @@ def recovered_and_merged(run: Path, base: Path) -> None:
     merge.run(merge.MergeSpec(**places), SILENT)
 
 
-def check_training_and_recovery(run: Path, base: Path, instructions: Path) -> None:
+def check_training_and_recovery(
+    run: Path, base: Path, instructions: Path, targets: tuple[str, ...] = ()
+) -> None:
     """From ``run/pruned`` on: train, recover, merge, and compare with stock libraries."""
     keep = keep_of(run / "pruned")
     narrow = load_causal_lm(run / "pruned", device="cpu")
@@ -77,7 +100,7 @@ def check_training_and_recovery(run: Path, base: Path, instructions: Path) -> No
     if exact:
         close(logits(narrow), logits(base_with_groups_zeroed(base, keep)))
 
-    adapted(run / "pruned", run / "adapter", instructions)
+    adapted(run / "pruned", run / "adapter", instructions, targets)
     check_recovery(run, base)
     if not exact:
         return

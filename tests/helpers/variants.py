@@ -35,6 +35,20 @@ _FALCON = {"ffn_hidden_size": 24, "num_kv_heads": 2, "new_decoder_architecture":
 _NO_FALCON_KEYS = ("intermediate_size", "num_key_value_heads")
 
 
+def _spread_routers(model: Any) -> None:
+    """Let routers choose clearly: near ties would fall differently in another order of sums."""
+    import torch
+
+    names = {name.rpartition(".")[0] for name, _ in model.named_modules() if ".experts" in name}
+    for name, weights in model.named_parameters():
+        block = name.rsplit(".", 2)[0]
+        if block in names and weights.dim() == 2 and name.split(".")[-2] in ("gate", "router"):
+            weights.data = torch.randn_like(weights)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn_like(buffer) * 0.3)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One tiny model.
@@ -69,6 +83,7 @@ class Variant:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data += torch.randn_like(parameter) * 0.3
+        _spread_routers(model)
         return model
 
     def save(self, directory: Path) -> Path:
@@ -90,6 +105,8 @@ class Variant:
 
 
 TIED = {"tie_word_embeddings": True}
+# Six experts, of which a token has two: each family reads the names of the counts that it knows.
+MOE = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2}
 VARIANTS = (
     Variant("llama2", "llama", {"num_key_value_heads": 4}),
     Variant("llama3-tied", "llama", {**TIED, "rope_parameters": _LLAMA3_ROPE}),
@@ -116,6 +133,11 @@ VARIANTS = (
     Variant("cohere2", "cohere2", {**TIED, "sliding_window": 8}),
     Variant("cwm", "cwm", {"head_dim": 12, "sliding_window": 8}),
     Variant("ernie4_5", "ernie4_5", {"head_dim": 12, "use_bias": True}),
+    Variant("ernie4_5_moe", "ernie4_5_moe", {
+        **TIED, "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 16}),
+    Variant("ernie4_5_moe-untied", "ernie4_5_moe", {
+        "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 16, "head_dim": 12,
+        "moe_layer_end_index": 2}),
     Variant("exaone4", "exaone4", {"head_dim": 12, "sliding_window": 8}),
     Variant("falcon", "falcon", _FALCON, drops=_NO_FALCON_KEYS),
     Variant("falcon-7b", "falcon", {**_FALCON, "new_decoder_architecture": False},
@@ -131,6 +153,13 @@ VARIANTS = (
     Variant("gemma", "gemma", {**TIED, "head_dim": 12}),
     Variant("glm", "glm", {"head_dim": 12, "pad_token_id": 1}),
     Variant("glm4", "glm4", {"head_dim": 12, "attention_bias": False}),
+    Variant("glm4_moe", "glm4_moe", {
+        **MOE, "n_routed_experts": 6, "moe_intermediate_size": 16, "head_dim": 12,
+        "use_qk_norm": True, "attention_bias": True}),
+    Variant("glm4_moe-groups", "glm4_moe", {
+        **MOE, "n_routed_experts": 8, "moe_intermediate_size": 16, "head_dim": 12, "n_group": 2,
+        "topk_group": 1, "n_shared_experts": 2}),
+    Variant("gpt_oss", "gpt_oss", {**MOE, "head_dim": 12, "sliding_window": 8}),
     Variant("gpt_neox", "gpt_neox"),
     Variant("gpt_neox-sequential", "gpt_neox",
             {"use_parallel_residual": False, "attention_bias": False}),
@@ -149,8 +178,11 @@ VARIANTS = (
     Variant("internlm3", "internlm3", {"head_dim": 12}),
     Variant("iquestcoder", "iquestcoder", {"head_dim": 12}),
     Variant("jais2", "jais2", {"head_dim": 12}),
+    Variant("minimax_m2", "minimax_m2", {**MOE, "head_dim": 12}),
     Variant("ministral", "ministral", {"head_dim": 12, "sliding_window": 8}),
     Variant("ministral3", "ministral3", {"head_dim": 12}),
+    Variant("mixtral", "mixtral", MOE),
+    Variant("mixtral-window", "mixtral", {**MOE, "sliding_window": 8, "head_dim": 12}),
     Variant("nanochat", "nanochat"),
     Variant("nemotron", "nemotron", {"head_dim": 12}),
     Variant("nemotron_h", "nemotron_h", {
@@ -159,8 +191,19 @@ VARIANTS = (
         "chunk_size": 8}),
     Variant("olmo", "olmo"),
     Variant("olmo2", "olmo2"),
+    Variant("olmoe", "olmoe", MOE),
     Variant("olmo3", "olmo3", {"sliding_window": 8}),
     Variant("phi", "phi"),
+    Variant("qwen2_moe", "qwen2_moe", {
+        **MOE, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 20,
+        "norm_topk_prob": True}),
+    Variant("qwen2_moe-dense-layers", "qwen2_moe", {
+        **MOE, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 20,
+        "mlp_only_layers": [1]}),
+    Variant("qwen3_moe", "qwen3_moe", {
+        **MOE, "moe_intermediate_size": 16, "head_dim": 12, "norm_topk_prob": True}),
+    Variant("qwen3_moe-dense-layers", "qwen3_moe", {
+        **MOE, "moe_intermediate_size": 16, "head_dim": 12, "decoder_sparse_step": 2}),
     Variant("qwen3_5", "qwen3_5_text", {
         "head_dim": 12, "layer_types": ["linear_attention", "linear_attention", "full_attention",
                                         "full_attention"],

@@ -12,15 +12,23 @@ from loram_cli.modeling.propose import propose_family, render_family
 
 # What a module tree cannot tell, or what a file says beyond it, by family.
 BEYOND = {
+    "ernie4_5_moe": "neither linear nor norm",
     "falcon": "attributes",
     "falcon_h1": "products of config keys",
+    "glm4_moe": "neither linear nor norm",
     "gpt_neox": "alternate",
+    "gpt_oss": "neither linear nor norm",
     "granitemoehybrid": "no small causal LM",
     "helium": "as wide as the residual stream",
     "internlm3": "attention_bias cannot be on",
+    "minimax_m2": "neither linear nor norm",
+    "mixtral": "neither linear nor norm",
     "nemotron_h": "products of config keys",
+    "olmoe": "neither linear nor norm",
     "phi": "narrows as heads are added",
+    "qwen2_moe": "neither linear nor norm",
     "qwen3_5": "products of config keys",
+    "qwen3_moe": "neither linear nor norm",
     "stablelm": "attributes",
 }
 PLAIN = [family for family in families() if family.family not in BEYOND]

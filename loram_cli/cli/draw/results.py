@@ -67,6 +67,11 @@ def _trained(result: TrainResult) -> list[str]:
 
 @result_lines.register
 def _recovered(result: RecoverResult) -> list[str]:
+    if result.unchanged:
+        return [
+            f"{result.modules} modules verified: they have the base's shapes as they were trained, "
+            "so recovery changed nothing; any server that runs the base loads the adapter"
+        ]
     return [
         f"{result.modules} modules verified: kept rows and columns equal, zero elsewhere; "
         f"{format_params(result.small_params)} -> {format_params(result.full_params)} parameters"

@@ -16,23 +16,36 @@ _WIDE = 1024
 def widths_table(result: PruneResult) -> Table:
     """What stays of each layer; layers in a row that keep alike share a line."""
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("layers", "attention heads", "key/value heads", "MLP channels", "kept"):
+    experts = ("experts",) if result.experts else ()
+    for name in ("layers", "attention heads", "key/value heads", "MLP channels", *experts, "kept"):
         table.add_column(name, justify="left" if name == "layers" else "right")
     widths = [
-        (result.widths[str(i)], result.base_widths[str(i)]) for i in range(len(result.base_widths))
+        (result.widths[i], result.base_widths[i], result.experts.get(i))
+        for i in map(str, range(len(result.base_widths)))
     ]
     first = 0
-    for (kept, whole), group in groupby(widths):
+    for (kept, whole, routed), group in groupby(widths):
         last = first + len(list(group)) - 1
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
             *(f"{k} of {w}" if k != w else str(k) for k, w in zip(kept, whole, strict=True)),
-            "whole"
-            if kept == whole
-            else f"{kept[1] / whole[1]:.0%} heads, {kept[2] / whole[2]:.0%} MLP",
+            *(("-" if routed is None else f"{routed[0]} of {routed[1]}",) if experts else ()),
+            _share_kept(kept, whole, routed),
         )
         first = last + 1
     return table
+
+
+def _share_kept(
+    kept: tuple[int, ...], whole: tuple[int, ...], routed: tuple[int, ...] | None
+) -> str:
+    """What stays of a layer, in a few words."""
+    if kept == whole and routed is None:
+        return "whole"
+    shares = [f"{routed[0] / routed[1]:.0%} experts"] if routed else []
+    if kept != whole:
+        shares = [f"{kept[1] / whole[1]:.0%} heads", f"{kept[2] / whole[2]:.0%} MLP", *shares]
+    return ", ".join(shares)
 
 
 def width_advice(result: PruneResult) -> list[str]:
@@ -61,6 +74,8 @@ def widths_remarks(result: PruneResult) -> list[str]:
             f"--scope global: {format_params(result.remove_params or 0)} parameters will go; how "
             "the layers share them is known after ranking, shown is the even share"
         )
+    if result.experts_ratio is not None:
+        remarks.append(f"ratio {result.experts_ratio:g} of the experts of each layer that has them")
     if result.card_bytes is not None:
         remarks.append(
             f"LoRA training wants a card of {format_bytes(result.card_bytes)}, with its usual "

@@ -7,6 +7,7 @@ files. All of them have the published number of parameters.
 """
 
 import json
+import re
 from importlib import resources
 from typing import Any
 
@@ -24,8 +25,9 @@ def preset_names() -> tuple[str, ...]:
     ]
 
     def order(name: str) -> tuple[str, float]:
-        generation, _, billions = name.removesuffix("b").rpartition("-")
-        return generation, float(billions)
+        found = re.fullmatch(r"(.+?)-(\d+(?:\.\d+)?)(x\d+)?b(?:-a\d+b)?", name)
+        assert found is not None
+        return found[1], float(found[2])
 
     return tuple(sorted(names, key=order))
 

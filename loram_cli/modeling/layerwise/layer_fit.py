@@ -42,12 +42,14 @@ class Reconstruction:
         targets: What the full layer is run on: the full model's own hidden states, or the pruned
             model's.
         steps: Gradient steps on all parameters of each layer, after the closed form; or None.
+        expert_steps: The same on layers that lost experts, where ``steps`` is None.
     """
 
     stored: torch.dtype
     ridge: float
     targets: Literal["full", "local"] = "full"
     steps: BlockSteps | None = None
+    expert_steps: BlockSteps | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class _Run:
     def __init__(self, full: LayerStream, how: Reconstruction, progress: Progress) -> None:
         self._candidates = [module.name for module in full.family.modules if module.columns]
         self._modules: list[str] = []
+        self._experts = full.family.experts
         self._how = how
         self._progress = progress
 
@@ -159,8 +162,11 @@ class _Run:
             self.advance(whole, narrow, pair, passes=1)
             return known
         steps = self._how.steps
+        fewer_experts = self._lost_experts(whole, narrow)
+        if steps is None and fewer_experts:
+            steps = self._how.expert_steps
         # Over the text: one for each module, one for the gradient steps, one to go on.
-        passes = len(self._modules) + (steps is not None) + 1
+        passes = len(self._modules) + (steps is not None) * (1 + fewer_experts) + 1
         errors = [
             self._refit(whole, narrow, pair, position, passes)
             for position in range(len(self._modules))
@@ -176,7 +182,13 @@ class _Run:
                 with torch.no_grad():
                     return mine, whole(theirs)
 
+            before = [p.detach().clone() for p in narrow.module.parameters()]
             take_block_steps(narrow, draw, len(starts), steps, seed=index)
+            if fewer_experts and self._error(whole, narrow, pair, passes) > errors[0]:
+                # A few tokens an expert can mislead it: then the layer stays as it was.
+                for parameter, old in zip(narrow.module.parameters(), before, strict=True):
+                    parameter.data.copy_(old)
+            del before
         names = [f"{name}.weight" for name in self._modules]
         if steps is not None:
             names = [name for name, _ in narrow.module.named_parameters()]
@@ -187,6 +199,24 @@ class _Run:
             stored[narrow.prefix + name] = parameter.data.to("cpu", self._how.stored, copy=True)
             parameter.data.copy_(stored[narrow.prefix + name])
         return LayerFit(stored, errors[0], self.advance(whole, narrow, pair, passes))
+
+    def _lost_experts(self, whole: DecoderLayer, narrow: DecoderLayer) -> bool:
+        """Whether the pruned layer has fewer experts than the full one."""
+        if self._experts is None:
+            return False
+        shapes = [dict(layer.module.named_parameters()) for layer in (whole, narrow)]
+        return any(
+            name in shapes[0] and shapes[0][name].shape != shapes[1][name].shape
+            for name in self._experts.parameters
+        )
+
+    @torch.no_grad()
+    def _error(self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, passes: int) -> float:
+        """The layer's relative squared error as it is; the hidden states stay."""
+        error = _Error()
+        for start, mine in pair.small.batches(self._progress, 1 / passes):
+            error.add(narrow(mine), whole(self._theirs(pair, start, mine)))
+        return error.value
 
     @torch.no_grad()
     def advance(self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, passes: int) -> float:

@@ -131,6 +131,7 @@ class LayerStream:
             name: self._read(prefix + name, parameter.shape)
             for name, parameter in module.named_parameters()
         }
+        self._fill_buffers(module, prefix)
         with _parameters_set(module, weights):
             yield DecoderLayer(module, prefix, self._calls[index])
 
@@ -181,6 +182,17 @@ class LayerStream:
             if not name.startswith(tuple(f"{part}." for part in parts))
         }
         _set_parameters(self._model, small)
+
+    def _fill_buffers(self, module: Any, prefix: str) -> None:
+        """Buffers that a checkpoint holds, such as a router's biases: small, and kept as stored."""
+        parameters = dict(module.named_parameters())
+        for name, buffer in module.state_dict().items():
+            full = prefix + name
+            if name not in parameters and full in self._source.index.tensors:
+                self._source.index.entry_of(full, buffer.shape)
+                owner, _, kind = name.rpartition(".")
+                stored = self._reader.read(full).to(self.device)
+                module.get_submodule(owner)._buffers[kind] = stored
 
     def _read(self, name: str, shape: torch.Size) -> torch.Tensor:
         self._source.index.entry_of(name, shape)

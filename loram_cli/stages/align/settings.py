@@ -52,6 +52,13 @@ class AlignSettings(FitSpec):
     block_steps: int = setting(
         0, help="reconstruct: gradient steps on each layer after its closed form.", at_least=0
     )
+    expert_steps: int = setting(
+        64,
+        help="reconstruct: gradient steps on router and experts of each layer that lost experts, "
+        "where --block-steps is 0.",
+        at_least=0,
+        in_key="changed",
+    )
     block_learning_rate: float = setting(
         1e-3, help="reconstruct: their rate, falling linearly.", above=0
     )

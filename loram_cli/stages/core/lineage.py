@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from loram_cli.arch.experts import plain_target
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config, read_shapes
@@ -176,7 +177,7 @@ def adapter_values(adapter: Path) -> dict[str, int | bool]:
 
 def adapter_targets(adapter: Path) -> tuple[str, ...]:
     """Names of the modules that have factors in an adapter."""
-    return tuple(sorted({name.rpartition(".")[2] for name in read_shapes(adapter)}))
+    return tuple(sorted({plain_target(name) for name in read_shapes(adapter)}))
 
 
 def check_start(

@@ -37,6 +37,8 @@ class PruneResult:
         pruned_layers: Indices of the layers that lost something.
         widths: Per layer attention heads, key/value heads and MLP channels.
         base_widths: The same of the base.
+        experts_ratio: Share of experts that went; None where all stay.
+        experts: Per layer that lost some, how many experts stay, and how many there were.
         zeros: Zeros counted in the decoder linears of a sparse model.
         measured_sparsity: Their share of ``decoder_linear_params``.
     """
@@ -55,6 +57,8 @@ class PruneResult:
     pruned_layers: tuple[int, ...] = ()
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     base_widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    experts_ratio: float | None = None
+    experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     zeros: int | None = None
     decoder_linear_params: int | None = None
     measured_sparsity: float | None = None
@@ -167,11 +171,16 @@ class TrainResult(FitFigures):
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverResult:
-    """A recovered adapter: its modules, and parameters before and after."""
+    """A recovered adapter: its modules, and parameters before and after.
+
+    Attributes:
+        unchanged: The factors had the base's shapes before: only experts without factors went.
+    """
 
     modules: int
     small_params: int
     full_params: int
+    unchanged: bool = False
     training: TrainingCost | None = None
 
 

@@ -19,7 +19,10 @@ from loram_cli.training.data.documents import load_text
 from loram_cli.training.data.sources import data_files
 
 # Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults.
-_DEFAULT_WINDOWS = {"taylor": (10, 128), "sparsegpt": (128, 2048)}
+# A router spreads tokens over all experts: each must have seen some hundred.
+_DEFAULT_WINDOWS = {
+    "taylor": (10, 128), "sparsegpt": (128, 2048), "reap": (128, 512), "frequency": (128, 512),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,27 @@ class CalibrationNeeds:
         )
 
 
-def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
+def calibration_needs(spec: PruneSpec, model: Model, method: str | None) -> CalibrationNeeds | None:
     """Windows and activation storage, before any text or weight is read.
+
+    Args:
+        spec: The pruning.
+        model: The base.
+        method: How what goes is ranked.
+
+    Returns:
+        None where the method reads no text.
 
     Raises:
         LoramError: The text is a local path with nothing usable there.
         UsageError: A window is longer than the model's context.
     """
-    assert spec.calibration is not None and spec.method is not None
+    if method not in _DEFAULT_WINDOWS:
+        return None
+    assert spec.calibration is not None
     data_files(spec.calibration)
     config = model.config
-    samples, length = _DEFAULT_WINDOWS[spec.method]
+    samples, length = _DEFAULT_WINDOWS[method]
     positions = config.get("max_position_embeddings") or length
     samples = spec.calibration_samples or samples
     if spec.calibration_length is not None and spec.calibration_length > positions:
@@ -81,7 +94,7 @@ def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
         )
     length = spec.calibration_length or min(length, positions)
     boundaries = 1
-    if spec.method == "taylor":
+    if method == "taylor":
         boundaries = boundaries_kept(model.num_layers, spec.keep_first)
     item_bytes = computed_dtype(model.dtype.to_torch()).itemsize
     each = samples * length * model.geometry.hidden_size * item_bytes
@@ -93,7 +106,7 @@ def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
         each,
         in_memory * each,
         (boundaries - in_memory) * each,
-        hessian_bytes(model.family, config) if spec.method == "sparsegpt" else 0,
+        hessian_bytes(model.family, config) if method == "sparsegpt" else 0,
     )
 
 

@@ -37,6 +37,7 @@ class PruneWork:
         base_params: Parameters of the base.
         pruned_params: Parameters of the output.
         calibration: What calibration reads and holds; None without it.
+        expert_calibration: The same of the ranking of experts.
         sparsity: Share of zeros in the decoder linears; ``pruned_params`` are then what is not
             zero, and the tensors stay as large as they were.
         chosen: How the widths came about; None where they stay.
@@ -50,6 +51,7 @@ class PruneWork:
     base_params: int
     pruned_params: int
     calibration: CalibrationNeeds | None = None
+    expert_calibration: CalibrationNeeds | None = None
     sparsity: float = 0.0
     chosen: ChosenWidths | None = None
 
@@ -78,6 +80,11 @@ class PruneWork:
         )
 
     @property
+    def calibrations(self) -> list[CalibrationNeeds]:
+        """What is calibrated, one after the other."""
+        return [needs for needs in (self.calibration, self.expert_calibration) if needs]
+
+    @property
     def pruned_layers(self) -> tuple[int, ...]:
         """Indices of the layers that lose something."""
         return _changed(self.before.layers, self.after)
@@ -90,7 +97,7 @@ class PruneWork:
             self.after,
             self.chosen,
             sparsity=self.sparsity,
-            calibration=self.calibration.figures() if self.calibration else None,
+            calibration=self.calibrations[0].figures() if self.calibrations else None,
         )
 
 
@@ -107,7 +114,7 @@ def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     _refuse_pruned(model)
     model.check_whole()
     work = _sparse_work(spec, model) if spec.zeroes_weights else _narrow_work(spec, model)
-    scratch_bytes = work.calibration.disk_bytes if work.calibration else 0
+    scratch_bytes = max((needs.disk_bytes for needs in work.calibrations), default=0)
     base = model_record(model)
     return make_plan(
         "prune",
@@ -117,7 +124,7 @@ def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         disk_bytes=work.out_bytes + scratch_bytes,
         reads=[read for read in (spec.model, spec.calibration, spec.plan) if read],
         base=base,
-        memory_bytes=work.calibration.held_bytes if work.calibration else 0,
+        memory_bytes=max((needs.held_bytes for needs in work.calibrations), default=0),
         figures={"result": work.result()},
     )
 
@@ -169,6 +176,7 @@ def _figures(
         pruned_layers=_changed(before, after),
         widths=_widths(after),
         base_widths=_widths(before),
+        experts=_experts(before, after),
     )
     return replace(result, **chosen.known(after)) if chosen else result
 
@@ -190,9 +198,10 @@ def _narrow_work(spec: PruneSpec, model: Model) -> PruneWork:
         for name, entry in model.index.tensors.items()
         if name in shapes
     }
-    calibration = calibration_needs(spec, model) if spec.needs_calibration else None
     whole = PruneWork(
-        model, model.config, before, before.layers, tensors, base_params, base_params, calibration,
+        model, model.config, before, before.layers, tensors, base_params, base_params,
+        calibration_needs(spec, model, spec.method),
+        calibration_needs(spec, model, spec.experts_method),
         chosen=chosen,
     )  # fmt: skip
     return whole.with_widths(chosen.after)
@@ -222,13 +231,22 @@ def _sparse_work(spec: PruneSpec, model: Model) -> PruneWork:
         tensors,
         params,
         params - zeros,
-        calibration_needs(spec, model) if spec.needs_calibration else None,
+        calibration_needs(spec, model, spec.method),
         sparsity=spec.ratio,
     )
 
 
 def _changed(before: Widths, after: Widths) -> tuple[int, ...]:
     return tuple(i for i, layer in enumerate(before) if layer != after[i])
+
+
+def _experts(before: Widths, after: Widths) -> dict[str, tuple[int, ...]]:
+    """Per layer that loses experts: how many stay, and how many there were."""
+    return {
+        str(i): (after[i].num_experts, layer.num_experts)
+        for i, layer in enumerate(before)
+        if layer.has_experts and after[i].num_experts != layer.num_experts
+    }
 
 
 def _widths(layers: Widths) -> dict[str, tuple[int, ...]]:

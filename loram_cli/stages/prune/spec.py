@@ -22,11 +22,15 @@ from loram_cli.units import GIB
 
 # The ways to say how much goes; one of them is given, or the strategy's own ratio is taken.
 AMOUNTS = ("ratio", "plan", "target_params", "fit_memory")
+# How experts may be ranked, and which of the ways read text.
+EXPERT_IMPORTANCES = ("reap", "frequency", "rand")
+_CALIBRATED = ("taylor", "sparsegpt", "reap", "frequency")
 # What a budget of memory depends on.
 _TRAINING = ("quantize", "rank", "micro_batch", "max_length", "gradient_checkpointing")
 # What only makes sense where shapes shrink, with the value that asks for nothing.
 _SHRINKING = {
     "plan": None, "target_params": None, "fit_memory": None, "scope": "layer", "multiple_of": 1,
+    "experts_ratio": None, "experts_importance": None,
 }  # fmt: skip
 
 
@@ -60,6 +64,19 @@ class PruneSpec(Spec):
         None,
         help="Instead of --ratio: memory of the card to train on, such as 24GiB.",
         at_least=1,
+    )
+    experts_ratio: float | None = setting(
+        None,
+        help="Share of experts to drop in every layer that has them; alone, nothing else goes.",
+        above=0,
+        below=1,
+        in_key="changed",
+    )
+    experts_importance: Literal["reap", "frequency", "rand"] | None = setting(
+        None,
+        help="reap: router weight times output norm; frequency: tokens; rand: drawn.",
+        default_text="reap; rand with --strategy rand",
+        in_key="changed",
     )
     quantize: Quantization | None = setting(
         None, help="With --fit-memory: nf4 where training will hold the weights in 4 bits."
@@ -114,7 +131,7 @@ class PruneSpec(Spec):
 
     def settled(self) -> Self:
         """With the strategy's ratio where nothing says how much goes."""
-        if any(getattr(self, name) is not None for name in AMOUNTS):
+        if any(getattr(self, name) is not None for name in (*AMOUNTS, "experts_ratio")):
             return self
         return replace(self, ratio=self.chosen_strategy.ratio)
 
@@ -129,14 +146,30 @@ class PruneSpec(Spec):
         return self.chosen_strategy.zeroes_weights
 
     @property
+    def experts_only(self) -> bool:
+        """Whether heads and channels all stay."""
+        return self.experts_ratio is not None and all(
+            getattr(self, name) is None for name in AMOUNTS
+        )
+
+    @property
+    def experts_method(self) -> str | None:
+        """How experts are ranked; None where all stay."""
+        if self.experts_ratio is None:
+            return None
+        return self.experts_importance or ("rand" if self.strategy == "rand" else "reap")
+
+    @property
     def method(self) -> str | None:
-        """How what goes is chosen; None where it is not ranked."""
+        """How heads, channels or weights that go are chosen; None where none is ranked."""
+        if self.experts_only:
+            return None
         return self.importance or next(iter(self.chosen_strategy.importances), None)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether text is needed."""
-        return self.method in ("taylor", "sparsegpt")
+        return self.method in _CALIBRATED or self.experts_method in _CALIBRATED
 
     def check(self) -> None:
         """Refuse settings that do not go together.
@@ -147,11 +180,45 @@ class PruneSpec(Spec):
         """
         self._check_amount()
         self._check_strategy()
+        self._check_experts()
         if self.needs_calibration and self.calibration is None:
-            why = "ranks by gradients on text" if self.method == "taylor" else "updates on text"
+            self._refuse_no_text()
+
+    def _refuse_no_text(self) -> None:
+        if self.method not in _CALIBRATED:
             raise UsageError(
-                f"--strategy {self.strategy} {why}, and no --calibration is given",
-                "pass --calibration FILE, or --importance l2, which needs no text",
+                "--experts-ratio ranks experts on text, and no --calibration is given",
+                "pass --calibration FILE, or --experts-importance rand, which needs no text",
+            )
+        why = "ranks by gradients on text" if self.method == "taylor" else "updates on text"
+        raise UsageError(
+            f"--strategy {self.strategy} {why}, and no --calibration is given",
+            "pass --calibration FILE, or --importance l2, which needs no text",
+        )
+
+    def _check_experts(self) -> None:
+        if self.experts_ratio is None:
+            if self.experts_importance is not None:
+                raise UsageError(
+                    "--experts-importance ranks experts, and none go", "add --experts-ratio"
+                )
+            return
+        for name in ("target_params", "fit_memory"):
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"{flag(self, name)} finds a ratio of heads and channels, and goes without "
+                    "--experts-ratio",
+                    "pass --experts-ratio alone, or with --ratio",
+                )
+        if self.scope == "global" and self.experts_method == "rand":
+            raise UsageError(
+                "--scope global ranks experts, and --experts-importance rand draws them",
+                "pass --experts-importance reap, or leave --scope out",
+            )
+        if self.experts_only and self.importance is not None:
+            raise UsageError(
+                "--importance ranks heads and channels, and only experts go",
+                "pass --experts-importance, or add --ratio",
             )
 
     def _check_amount(self) -> None:

@@ -1,6 +1,7 @@
 """Drop whole groups: score them, choose what stays, and write it, some rows at a time."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from loram_cli.pruning.slicing import read_kept
 from loram_cli.pruning.strategy import LayerToPrune
 from loram_cli.reporting import Reporter
 from loram_cli.stages.prune.calibration import load_windows, open_pool
+from loram_cli.stages.prune.experts import choose_experts
 from loram_cli.stages.prune.plan import PruneWork
 from loram_cli.stages.prune.spec import PruneSpec
 
@@ -45,12 +47,33 @@ def choose_groups(
         LoramError: The calibration text is unusable, the loss on it is not finite, or a budget
             cannot be met.
     """
+    keep = {} if spec.experts_only else _choose_heads_and_channels(spec, work, directory, reporter)
+    if spec.experts_ratio is None:
+        return keep
+    return _with_experts(keep, work, choose_experts(spec, work, directory, reporter))
+
+
+def _with_experts(
+    keep: dict[int, LayerKeep], work: PruneWork, experts: Mapping[int, tuple[int, ...]]
+) -> dict[int, LayerKeep]:
+    """What stays of each layer, with the experts that do."""
+    before = work.before.layers
+    chosen = {
+        i: replace(keep.get(i) or LayerKeep.whole(before[i]), experts=kept)
+        for i, kept in experts.items()
+    }
+    return dict(sorted({**keep, **chosen}.items()))
+
+
+def _choose_heads_and_channels(
+    spec: PruneSpec, work: PruneWork, directory: Path, reporter: Reporter
+) -> dict[int, LayerKeep]:
     strategy = spec.chosen_strategy
     assert strategy.keep is not None
     layers = _layers(spec, work)
     scores: dict[int, LayerScores] = {}
     if strategy.importances:
-        score = _taylor_scores if spec.needs_calibration else _l2_scores
+        score = _taylor_scores if spec.method == "taylor" else _l2_scores
         scores = score(spec, work, layers, directory, reporter)
     if spec.scope == "global":
         return _rank_globally(work, scores, spec.multiple_of)

@@ -9,6 +9,7 @@ from loram_cli import reading
 from loram_cli.arch.spec import Family, LayerGeometry
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_params
+from loram_cli.pruning.experts import without_experts
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.pruning.ratios import RatioPlan
 from loram_cli.schema import digest_of
@@ -44,7 +45,8 @@ class ChosenWidths:
     Attributes:
         after: Widths of every layer after pruning. With a global scope they are the even share of
             what goes; the ranking moves them.
-        ratio: The ratio that gave them; None with a plan file.
+        ratio: The ratio that gave them; None with a plan file, and where only experts go.
+        experts_ratio: Share of experts that goes; None where all stay.
         remove_params: At least how many parameters go.
         scope: ``layer`` or ``global``.
         fit_bytes: Memory of the card to train on; None without such a budget.
@@ -54,6 +56,7 @@ class ChosenWidths:
 
     after: Widths
     ratio: float | None
+    experts_ratio: float | None
     remove_params: int
     scope: str
     fit_bytes: int | None
@@ -66,6 +69,7 @@ class ChosenWidths:
             card_bytes = self.fit_bytes + self.over_budget(after)
         return {
             "ratio": self.ratio,
+            "experts_ratio": self.experts_ratio,
             "scope": self.scope,
             "remove_params": self.remove_params,
             "card_bytes": card_bytes,
@@ -88,6 +92,8 @@ def choose_widths(spec: PruneSpec, family: Family, config: Mapping[str, Any]) ->
         after = plan.widths(geometry, *keeps, spec.multiple_of)
         if after == geometry.layers:
             raise UsageError(f"plan {spec.plan.name}: drops nothing from this model")
+    elif spec.experts_only:
+        after = geometry.layers
     else:
         if over_budget is not None:
             ratio = ratio_of_budget(spec, geometry, over_budget)
@@ -98,6 +104,14 @@ def choose_widths(spec: PruneSpec, family: Family, config: Mapping[str, Any]) ->
                 f"--multiple-of {spec.multiple_of} keeps everything at this ratio",
                 "pass a smaller one, or a higher --ratio",
             )
+    if spec.experts_ratio is not None:
+        if spec.scope == "global" and any(layer.expert_groups > 1 for layer in after):
+            raise UsageError(
+                "--scope global: this model's router picks among groups of experts, which must "
+                "stay equally many in each",
+                "leave --scope out",
+            )
+        after = without_experts(after, spec.experts_ratio, family.family)
     base, pruned = (
         count_params(family, c).total for c in (config, pruned_config(config, geometry, after))
     )
@@ -105,7 +119,13 @@ def choose_widths(spec: PruneSpec, family: Family, config: Mapping[str, Any]) ->
     if spec.target_params is not None:
         remove_params = base - spec.target_params
     return ChosenWidths(
-        after, ratio, remove_params, spec.scope, spec.fit_memory, over_budget or (lambda _: 0)
+        after,
+        ratio,
+        spec.experts_ratio,
+        remove_params,
+        spec.scope,
+        spec.fit_memory,
+        over_budget or (lambda _: 0),
     )
 
 

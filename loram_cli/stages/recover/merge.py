@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loram_cli.arch.experts import AdaptedWeight
 from loram_cli.checkpoint.background import read_ahead
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.sources import copy_companions, copy_template
 from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
 from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter, read_shapes
-from loram_cli.lora.scatter import add_update
+from loram_cli.lora.scatter import add_expert_updates, add_update
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.lineage import trained_layout
@@ -109,6 +110,7 @@ def merge_weights(
     """
     family, index = model.family, model.index
     config = dict(model.config)
+    modules = _adapted_weights(adapter, model)
     sources = {name: name for name in index.tensors if not family.is_ignored(name)}
     head = f"{family.lm_head}.weight"
     if family.lm_head in adapter.pairs and model.tied_embeddings:
@@ -127,12 +129,26 @@ def merge_weights(
         ) as chunks,
     ):
         for name, start, rows in chunks:
-            module = name.removesuffix(".weight")
-            if module in adapter.pairs:
-                add_update(rows, start, adapter.pairs[module], adapter.scaling(module))
+            if name in modules:
+                module, adapted = modules[name]
+                pair, scaling = adapter.pairs[module], adapter.scaling(module)
+                if adapted.experts:
+                    add_expert_updates(
+                        rows, start, pair, scaling, adapted.experts, transposed=adapted.transposed
+                    )
+                else:
+                    add_update(rows, start, pair, scaling)
             writer.write(name, rows)
             progress.advance(rows.nbytes / 2**20)
     return config, writer.digests
+
+
+def _adapted_weights(adapter: LoraAdapter, model: Model) -> dict[str, tuple[str, AdaptedWeight]]:
+    """By the name of each tensor that the adapter changes: its module, and how it is changed."""
+    head = f"{model.family.lm_head}.weight"
+    shapes = {head: model.shapes[f"{model.family.embedding}.weight"], **model.shapes}
+    found = {m: model.family.adapted_weight(m, shapes) for m in adapter.pairs}
+    return {adapted.tensor: (m, adapted) for m, adapted in found.items() if adapted is not None}
 
 
 def _merged_bytes(adapter: Path, model: Model) -> int:

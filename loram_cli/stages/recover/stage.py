@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from loram_cli.arch.experts import AdaptedWeight
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import copy_companions, copy_template, hub_id
 from loram_cli.errors import LoramError
 from loram_cli.lora.adapter import LoraAdapter, LoraPair, read_shapes
-from loram_cli.lora.scatter import gather, scatter_columns, scatter_rows
+from loram_cli.lora.scatter import gather, scatter_columns, scatter_experts, scatter_rows
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
@@ -73,8 +74,11 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
     base = FullShapes.of(work.model, work.manifest.keep)
     small_params = full_params = 0
     for module, (rows, columns, rank) in read_shapes(work.factors).items():
-        full_rows, full_columns = base.full_shape(module)
+        adapted = base.adapted(module)
+        full_rows, full_columns = adapted.rows, adapted.columns
         kept_rows, kept_columns = base.kept(module)
+        if adapted.experts:
+            rank = _rank_each(module, rank, base)
         kept = (
             full_rows if kept_rows is None else len(kept_rows),
             full_columns if kept_columns is None else len(kept_columns),
@@ -84,8 +88,9 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
                 f"adapter module {module} is {rows} x {columns}, "
                 f"what was kept of the base's weight {kept[0]} x {kept[1]}"
             )
-        small_params += rank * (rows + columns)
-        full_params += rank * (full_rows + full_columns)
+        copies = len(base.kept_experts(module)), adapted.experts
+        small_params += rank * (rows + columns) * max(1, copies[0])
+        full_params += rank * (full_rows + full_columns) * max(1, copies[1])
     return make_plan(
         "recover",
         spec,
@@ -126,6 +131,7 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
                 modules=len(full.pairs),
                 small_params=_params(small),
                 full_params=_params(full),
+                unchanged=_is_unchanged(small, full),
                 training=training_cost(work.manifest),
             )
         )
@@ -154,15 +160,26 @@ class FullShapes:
         kept = {int(i): LayerKeep.from_mapping(layer) for i, layer in keep.items()}
         return cls(model, shapes, kept)
 
-    def full_shape(self, module: str) -> tuple[int, ...]:
-        """Of a module's weight in the base.
+    def adapted(self, module: str) -> AdaptedWeight:
+        """The base's weight that a module's factors change.
 
         Raises:
             LoramError: The base has no such module.
         """
-        if f"{module}.weight" not in self.shapes:
+        found = self.model.family.adapted_weight(module, self.shapes)
+        if found is None:
             raise LoramError(f"adapter module {module} does not exist in the base")
-        return self.shapes[f"{module}.weight"]
+        return found
+
+    def kept_experts(self, module: str) -> tuple[int, ...]:
+        """Of a module that holds factors of experts, those that stayed; else empty."""
+        adapted = self.adapted(module)
+        found = self.model.family.tensor_named(adapted.tensor)
+        if not adapted.experts or found is None:
+            return ()
+        keep = self.keep.get(found[0])
+        everything = tuple(range(adapted.experts))
+        return everything if keep is None or keep.experts is None else keep.experts
 
     def kept(self, module: str) -> tuple[list[int] | None, list[int] | None]:
         """Rows and columns that were kept of a module's weight; None for all."""
@@ -189,7 +206,10 @@ def recover_adapter(small: LoraAdapter, base: FullShapes, reporter: Reporter) ->
 
 
 def _recover_pair(module: str, pair: LoraPair, base: FullShapes) -> LoraPair:
-    full_rows, full_columns = base.full_shape(module)
+    adapted = base.adapted(module)
+    if adapted.experts:
+        return _recover_experts(module, pair, base)
+    full_rows, full_columns = adapted.rows, adapted.columns
     rows, columns = base.kept(module)
     lora_a, lora_b = pair.lora_a, pair.lora_b
     try:
@@ -219,6 +239,48 @@ def _recover_pair(module: str, pair: LoraPair, base: FullShapes) -> LoraPair:
             f"adapter module {module}: the recovered factors do not match the small ones"
         )
     return LoraPair(lora_a, lora_b)
+
+
+def _recover_experts(module: str, pair: LoraPair, base: FullShapes) -> LoraPair:
+    """Factors of the experts that stayed, at their places among all; zeros for the others."""
+    experts = base.adapted(module).experts
+    try:
+        full = scatter_experts(pair, base.kept_experts(module), experts)
+    except ValueError as error:
+        raise LoramError(
+            f"adapter module {module} does not fit the keep indices: {error}"
+        ) from error
+    for was, now in ((pair.lora_a, full.lora_a), (pair.lora_b, full.lora_b)):
+        if int(was.count_nonzero()) != int(now.count_nonzero()):
+            raise LoramError(
+                f"adapter module {module}: the recovered factors do not match the small ones"
+            )
+    return full
+
+
+def _rank_each(module: str, rows: int, base: FullShapes) -> int:
+    """The rank of each expert's factors, from the rows that they have together.
+
+    Raises:
+        LoramError: They are not of the experts that stayed.
+    """
+    count = len(base.kept_experts(module))
+    if rows % count:
+        raise LoramError(f"adapter module {module} has no factors of {count} experts")
+    return rows // count
+
+
+def _is_unchanged(small: LoraAdapter, full: LoraAdapter) -> bool:
+    """Whether the factors already had the base's shapes, so that recovery changed nothing."""
+    return all(
+        torch.equal(a, b)
+        for module, pair in small.pairs.items()
+        for a, b in (
+            (pair.lora_a, full.pairs[module].lora_a),
+            (pair.lora_b, full.pairs[module].lora_b),
+        )
+        if a.shape == b.shape
+    ) and _params(small) == _params(full)
 
 
 def _params(adapter: LoraAdapter) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from loram_cli.arch.experts import EXPERTS_TARGET
 from loram_cli.errors import UsageError
 from loram_cli.schema import flag, redefined
 from loram_cli.stages.train.objectives.objective import OWN_SETTINGS, Objective
@@ -27,6 +28,8 @@ class TrainSpec(TrainSettings):
         """With the objective's own settings where they are not given."""
         # An objective that names no rate learns at that of supervised tuning.
         known = {"learning_rate": SFT_RATE, **self.chosen_objective.settings(self)}
+        if EXPERTS_TARGET in self.targets:
+            known = {**known, "dropout": 0.0}
         open_ones = {name: v for name, v in known.items() if getattr(self, name) is None}
         if self.steps is None and self.epochs is None:
             open_ones["epochs"] = EPOCHS
@@ -62,6 +65,20 @@ class TrainSpec(TrainSettings):
         self._check_rewards()
         self._check_fsdp()
         self._check_stream()
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if EXPERTS_TARGET not in self.targets:
+            return
+        if self.dropout:
+            raise UsageError(
+                "--targets experts goes without --dropout: factors of experts are added to the "
+                "weights",
+                "pass --dropout 0",
+            )
+        for name in ("fsdp", "stream", "quantize"):
+            if getattr(self, name):
+                raise UsageError(f"--targets experts does not go with {flag(self, name)}")
 
     def _check_length(self) -> None:
         if self.steps is not None and self.epochs is not None:

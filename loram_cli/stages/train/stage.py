@@ -9,6 +9,7 @@ from typing import Any
 import peft  # noqa: F401 - imported here so that its memory is not charged to training
 import transformers
 
+from loram_cli.arch.experts import Experts
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
@@ -21,7 +22,7 @@ from loram_cli.memory.training import TrainingMemory, training_memory
 from loram_cli.modeling.load import load_causal_lm
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.sharding import SharedModel, whole_trained_weights
-from loram_cli.modeling.skeleton import SkeletonModel
+from loram_cli.modeling.skeleton import SkeletonModel, fill_quantized
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
@@ -309,7 +310,7 @@ def _fit(
             attention=spec.attention,
             nf4=spec.quantize == "nf4",
         )
-        model = _with_factors(skeleton.model, spec, work.targets)
+        model = _with_factors(skeleton.model, spec, work.targets, work.model.family.experts)
         setup = _setup(spec, work.targets, work.model.config, device)
         memory = _streamed_memory(spec, work.model.family, work.model.config, setup)
         offload = spec.offload_activations
@@ -355,8 +356,17 @@ def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> 
             attention=spec.attention,
             nf4=spec.quantize == "nf4",
         )
-        model = _with_factors(shared.model, spec, work.targets)
+        model = _with_factors(shared.model, spec, work.targets, work.model.family.experts)
         shared.load(model, reporter)
+        return model
+    experts = work.model.family.experts
+    if spec.quantize and experts is not None:
+        skeleton = SkeletonModel(
+            work.model, dtype=dtype, device=device, attention=spec.attention, nf4=True
+        )
+        # Factors first: PEFT tells 4-bit linears by the stand-ins.
+        model = _with_factors(skeleton.model, spec, work.targets, experts)
+        fill_quantized(skeleton, experts)
         return model
     skipped = (work.model.family.lm_head,)
     quantization = nf4_config(dtype, skip_modules=skipped) if spec.quantize else None
@@ -369,14 +379,21 @@ def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> 
     )
     if spec.quantize:
         prepare_for_training(model)
-    return _with_factors(model, spec, work.targets)
+    return _with_factors(model, spec, work.targets, work.model.family.experts)
 
 
-def _with_factors(model: Any, spec: TrainSpec, targets: tuple[str, ...]) -> Any:
+def _with_factors(
+    model: Any, spec: TrainSpec, targets: tuple[str, ...], experts: Experts | None
+) -> Any:
     dropout = float(spec.dropout or 0)
     if spec.from_adapter is not None:
         return continue_lora(model, spec.from_adapter, dropout=dropout)
     lora = lora_config(
-        targets, rank=spec.rank, alpha=spec.alpha, dropout=dropout, rslora=spec.rslora
+        targets,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        dropout=dropout,
+        rslora=spec.rslora,
+        experts=experts,
     )
     return attach_lora(model, lora, seed=spec.seed)

@@ -42,7 +42,10 @@ def reconstruct(work: Alignment, reporter: Reporter) -> MethodResult:
     check_free_disk(work.out, 2 * source.num_bytes)
     stored = next(iter(source.index.tensors.values())).dtype.to_torch()
     steps = BlockSteps(spec.block_steps, spec.block_learning_rate) if spec.block_steps else None
-    how = Reconstruction(stored, spec.ridge, spec.targets, steps)
+    expert_steps = (
+        BlockSteps(spec.expert_steps, spec.block_learning_rate) if spec.expert_steps else None
+    )
+    how = Reconstruction(stored, spec.ridge, spec.targets, steps, expert_steps)
     windows = _windows(work, reporter)
     errors: dict[str, tuple[float, ...]] = {}
     half = spec.calibration_memory // 2
@@ -80,7 +83,11 @@ def _needs(spec: AlignSettings, model: Model, base: Model | None) -> Needs:
     """Fitted tensors until they are written; one layer of each model, and the sums."""
     assert base is not None
     layers = _largest_layer(base) + _largest_layer(model)
-    return Needs(model.num_bytes, 2 * layers + _equation_bytes(model))
+    fit_bytes = _equation_bytes(model)
+    if model.family.experts is not None and (spec.block_steps or spec.expert_steps):
+        # Masters, gradients and AdamW's two moments of the layer, in fp32.
+        fit_bytes += 4 * 4 * (_largest_layer(model) // model.dtype.itemsize)
+    return Needs(model.num_bytes, 2 * layers + fit_bytes)
 
 
 def _largest_layer(model: Model) -> int:
@@ -195,7 +202,7 @@ def _write_checkpoint(work: Alignment, folder: Path, reporter: Reporter) -> None
         for name, entry in index.tensors.items():
             if name in fitted:
                 with safe_open(fitted[name], framework="pt") as stored:
-                    writer.write(name, stored.get_tensor(name))
+                    writer.write(name, stored.get_tensor(name).to(planned[name].dtype))
             else:
                 writer.write(name, reader.read(name))
             progress.advance(entry.num_bytes / 2**20)
