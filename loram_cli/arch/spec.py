@@ -189,6 +189,11 @@ class Geometry:
         layers: Widths of every layer.
         keys: Keys of ``per_layer_config`` that differ from the widths' names; None where a width
             is never written.
+        own_keys: The config's own keys of widths that it names otherwise.
+        heads_stay: Whether no config of this model can state another head count: its layers would
+            derive another head width from it.
+        heads_divide_hidden: Whether stock configs refuse head counts that do not divide the
+            hidden width.
     """
 
     hidden_size: int
@@ -196,6 +201,20 @@ class Geometry:
     tied_embeddings: bool
     layers: tuple[LayerGeometry, ...]
     keys: Mapping[str, str | None] = field(default_factory=dict)
+    own_keys: Mapping[str, str] = field(default_factory=dict)
+    heads_stay: bool = False
+    heads_divide_hidden: bool = False
+
+    def states_heads(self, layer: LayerGeometry) -> bool:
+        """Whether a plain config, without ``per_layer_config``, can state a layer's head count.
+
+        Args:
+            layer: Its widths; with another head count than the model's, of a pruned one.
+        """
+        if self.heads_stay:
+            whole = next((known for known in self.layers if known.has_attention), layer)
+            return layer.num_key_value_heads == whole.num_key_value_heads
+        return not self.heads_divide_hidden or self.hidden_size % layer.num_attention_heads == 0
 
     @classmethod
     def from_config(
@@ -299,6 +318,8 @@ class Family:
         layer_tensors: What else a layer holds: attention sinks, convolutions, learned scalars.
         ignored: Derived buffers that old checkpoints hold.
         lm_head_bias: Whether the head has a bias.
+        heads_divide_hidden: Whether the config class refuses head counts that do not divide the
+            hidden width.
         config_defaults: What a key means that ``config.json`` leaves out, where that is neither
             false nor derived from another key: files written by older tools lack such keys. A text
             is a product of numbers and other keys.
@@ -331,6 +352,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     layer_tensors: tuple[LayerTensor, ...] = ()
     lm_head_bias: bool = False
+    heads_divide_hidden: bool = False
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
     config_aliases: Mapping[str, str] = field(default_factory=dict)
     config_keys: Mapping[str, str] = field(default_factory=dict)
@@ -443,7 +465,13 @@ class Family:
             )
             for layer, kind in zip(geometry.layers, kinds, strict=True)
         )
-        return replace(geometry, layers=layers)
+        return replace(
+            geometry,
+            layers=layers,
+            own_keys=self.config_keys,
+            heads_stay=self.attributes is not None,
+            heads_divide_hidden=self.heads_divide_hidden,
+        )
 
     def full_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config with what it leaves out: aliases, defaults and rules applied.

@@ -82,7 +82,7 @@ def check_checkpoint(
         family = family_for(config, str(directory))
         expected = family.tensor_shapes(config)
         yield from _shape_problems(directory, config, index, family, expected)
-        yield from _keep_problems(directory, config, keep)
+        yield from _keep_problems(directory, config, family, keep)
     except LoramError as error:
         yield error.message
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -166,20 +166,20 @@ def _shape_problems(
 
 
 def _keep_problems(
-    directory: Path, config: Mapping[str, Any], keep: Mapping[str, Any]
+    directory: Path, config: Mapping[str, Any], family: Family, keep: Mapping[str, Any]
 ) -> Iterator[str]:
-    layers = config.get("per_layer_config") or {}
+    layers = family.geometry(config).layers
     for layer, kept in keep.items():
-        widths = layers.get(layer)
-        if widths is None:
+        if int(layer) >= len(layers):
             continue
         for key, width in (
             ("key_value_heads", "num_key_value_heads"),
             ("intermediate", "intermediate_size"),
         ):
-            if key in kept and width in widths and len(kept[key]) != widths[width]:
+            stated = getattr(layers[int(layer)], width)
+            if key in kept and len(kept[key]) != stated:
                 yield (
-                    f"{directory / 'config.json'}: layer {layer} has {width} {widths[width]}, "
+                    f"{directory / 'config.json'}: layer {layer} has {width} {stated}, "
                     f"{MANIFEST_NAME} keeps {len(kept[key])}"
                 )
 

@@ -30,7 +30,7 @@ def command(values: Values, options: BaseStageOptions) -> None:
 
     reporter = reporter_for(options.json_output)
     before_push(options.push)
-    place = settle(options, reporter, at_hand=values.get("adapter"))
+    place = settle(options, reporter, at_hand=values.get("pruned") or values.get("adapter"))
     spec = recover_spec(place, layered(NAME, values))
     merging = merge_spec(place, spec)
     if options.dry_run:

@@ -23,7 +23,8 @@ from loram_cli.stages.core.plan import (
 )
 from loram_cli.stages.core.results import MergeResult
 from loram_cli.stages.recover.spec import MergeSpec
-from loram_cli.stages.recover.stage import RecoverWork, open_inputs
+from loram_cli.stages.recover.stage import open_inputs
+from loram_cli.stages.recover.work import RecoverWork
 
 __all__ = ["MergeSpec", "plan", "plan_ahead", "run"]
 

@@ -20,6 +20,13 @@ class RecoverSpec(Spec):
         in_key=False,
         private=True,
     )
+    pruned: Path | None = setting(
+        None,
+        help="For an adapter by another trainer: the pruned or aligned model that it was made on.",
+        place=True,
+        in_key=False,
+        private=True,
+    )
     model: Path = setting(
         help="The original base.", flag="", place=True, in_key=False, private=True
     )

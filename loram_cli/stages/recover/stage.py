@@ -1,7 +1,6 @@
 """Recover: LoRA factors of the pruned model, scattered to the full model's shapes."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -17,24 +16,11 @@ from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.lineage import adapter_record, check_base, warn_of_other_template
 from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
 from loram_cli.stages.core.results import RecoverResult, training_cost
+from loram_cli.stages.recover.foreign import is_foreign, no_record, open_foreign
 from loram_cli.stages.recover.spec import MergeSpec, RecoverSpec
+from loram_cli.stages.recover.work import RecoverWork
 
 __all__ = ["RecoverSpec", "plan", "run"]
-
-
-@dataclass(frozen=True)
-class RecoverWork:
-    """A recovery's inputs, once they are known to fit.
-
-    Attributes:
-        model: The original base.
-        manifest: The adapter's record.
-        inputs: Path and digests of both.
-    """
-
-    model: Model
-    manifest: Manifest
-    inputs: dict[str, Any]
 
 
 def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> RecoverWork:
@@ -44,13 +30,15 @@ def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> Re
         LoramError: They do not fit.
     """
     check_out_of_tree(spec.out, spec.model, spec.adapter)
+    if is_foreign(spec.adapter):
+        raise no_record(spec.adapter)
     manifest = Manifest.read(spec.adapter)
     if manifest.stage != stage:
         raise LoramError(f"{spec.adapter}: was made by '{manifest.stage}', {otherwise}")
     model = Model.open(spec.model)
     base = check_base(manifest, model, spec.adapter)
     inputs = {"base": base, "adapter": adapter_record(spec.adapter, manifest)}
-    return RecoverWork(model, manifest, inputs)
+    return RecoverWork(model, manifest, inputs, manifest.inputs.get("source", {}))
 
 
 def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[RecoverWork]:
@@ -59,7 +47,10 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
     Raises:
         LoramError: Another base, an adapter that does not fit it, or no disk.
     """
-    work = open_inputs(spec, "train", "expected an output of 'train'")
+    if spec.pruned is not None:
+        work = open_foreign(spec)
+    else:
+        work = open_inputs(spec, "train", "expected an output of 'train'")
     base = _Base.of(work)
     small_params = full_params = 0
     for module, (rows, columns, rank) in read_shapes(spec.adapter).items():
@@ -82,7 +73,7 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
         work.inputs,
         work,
         disk_bytes=4 * full_params,
-        reads=(spec.adapter, spec.model),
+        reads=tuple(filter(None, (spec.adapter, spec.pruned, spec.model))),
         base=work.inputs["base"],
         keep=work.manifest.keep,
         sparsity=work.manifest.sparsity,
@@ -103,11 +94,13 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        warn_of_other_template(work.manifest.inputs["source"], planned.base, reporter)
+        warn_of_other_template(work.trained, planned.base, reporter)
         small = LoraAdapter.read(spec.adapter)
         full = _recover_adapter(small, _Base.of(work), reporter)
         name = hub_id(spec.model) or str(spec.model)
         named = {**full.config, "base_model_name_or_path": name, "inference_mode": True}
+        if spec.pruned is not None:
+            named |= {"revision": None, "target_modules": _target_names(full)}
         replace(full, config=named).write(stage.path)
         copy_companions(spec.model, stage.path)
         return stage.commit(
@@ -118,6 +111,14 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
                 training=training_cost(work.manifest),
             )
         )
+
+
+def _target_names(adapter: LoraAdapter) -> list[str] | str:
+    """Targets as another trainer chose them, in an order that is the same each time."""
+    targets = adapter.config["target_modules"]
+    if targets == "all-linear":
+        return sorted({name.rpartition(".")[2] for name in adapter.pairs})
+    return targets if isinstance(targets, str) else sorted(targets)
 
 
 @dataclass(frozen=True)

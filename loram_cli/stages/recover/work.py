@@ -1,0 +1,26 @@
+"""A recovery's inputs, opened and known to fit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loram_cli.checkpoint.model import Model
+from loram_cli.runs.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class RecoverWork:
+    """A recovery's inputs, once they are known to fit.
+
+    Attributes:
+        model: The original base.
+        manifest: Tells what was kept of the base: the adapter's record or, where another trainer
+            made it, that of the pruned directory.
+        inputs: Path and digests of all.
+        trained: The record of what was trained, with its chat template.
+    """
+
+    model: Model
+    manifest: Manifest
+    inputs: dict[str, Any]
+    trained: Mapping[str, Any]
