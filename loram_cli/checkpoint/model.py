@@ -9,10 +9,11 @@ from typing import Any
 
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family, Geometry
+from loram_cli.arch.wrappers import Wrapper, wrapper_of
 from loram_cli.checkpoint.config_values import check_float_weights
 from loram_cli.checkpoint.header import DType
 from loram_cli.checkpoint.identity import ModelIdentity, identify
-from loram_cli.checkpoint.index import CheckpointIndex, read_config
+from loram_cli.checkpoint.index import CheckpointIndex, read_config, read_json
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.checkpoint.tokenizer_files import check_tokenizer
 
@@ -28,11 +29,13 @@ class Model:
         directory: With ``config.json``.
         config: The parsed ``config.json``.
         family: The model's family.
+        wrapper: Where this is the text model of a multimodal one: the names there.
     """
 
     directory: Path
     config: Mapping[str, Any]
     family: Family
+    wrapper: Wrapper | None = None
 
     @classmethod
     def open(cls, directory: Path) -> "Model":
@@ -44,7 +47,8 @@ class Model:
         """
         config = read_config(directory)
         check_float_weights(config, str(directory / "config.json"))
-        return cls(directory, config, family_for(config, str(directory)))
+        wrapper = wrapper_of(read_json(directory / "config.json"))
+        return cls(directory, config, family_for(config, str(directory)), wrapper)
 
     @classmethod
     def of(cls, model: "Path | Model") -> "Model":

@@ -20,6 +20,13 @@ _COMPANION_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# What images and other inputs of a multimodal model are prepared by.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -86,8 +93,14 @@ def require_tokenizer(directory: Path) -> None:
         )
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer and generation files that belong to the weights."""
-    for name in _COMPANION_FILES:
+def copy_companions(source: Path, target: Path, *, processors: bool = False) -> None:
+    """Copy tokenizer and generation files that belong to the weights.
+
+    Args:
+        source: The model's directory.
+        target: Where they go.
+        processors: Whether those of a multimodal model's other inputs go along.
+    """
+    for name in (*_COMPANION_FILES, *(_PROCESSOR_FILES if processors else ())):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -7,13 +7,15 @@ from typing import Any
 
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
+from loram_cli.arch.wrappers import wrapper_of
 from loram_cli.checkpoint.header import TensorEntry
-from loram_cli.checkpoint.index import CheckpointIndex, read_config
+from loram_cli.checkpoint.index import CheckpointIndex, read_config, read_json
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.checkpoint.tokenizer_files import check_tokenizer
 from loram_cli.errors import LoramError
-from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter
+from loram_cli.lora.adapter import WEIGHTS_NAME, model_copies
+from loram_cli.lora.wrapped import read_adapter
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest
@@ -109,7 +111,10 @@ def check_adapter(
             at hand.
     """
     try:
-        adapter = LoraAdapter.read(directory)
+        # PEFT copies parts of the model beside the factors of a head; ours leaves them out.
+        copies = frozenset(model_copies(directory)) if stage is None else frozenset()
+        wrapper = wrapper_of(read_json(model / "config.json")) if model else None
+        adapter = read_adapter(directory, wrapper, copies)
     except LoramError as error:
         yield error.message
         return

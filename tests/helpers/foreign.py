@@ -24,7 +24,7 @@ def load(model: str) -> None:
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         logits = found.eval()(torch.arange(2, 50).reshape(2, 24)).logits
-    print(json.dumps([float(x) for x in logits[0, :, :4].flatten()]))
+    sys.stdout.write(json.dumps([float(x) for x in logits[0, :, :4].flatten()]) + "\n")
 
 
 def sft(model: str, data: str, out: str) -> None:

@@ -2,11 +2,21 @@
 
 from pathlib import Path
 
+import torch
+from safetensors import safe_open as safetensors_file
+
 from loram_cli.checkpoint.identity import chat_template_digest
 from loram_cli.checkpoint.json_files import read_json
 from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config, read_shapes
+from loram_cli.lora.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    model_copies,
+    read_adapter_config,
+    read_shapes,
+)
 from loram_cli.quiet import quiet_libraries
 from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
@@ -58,7 +68,8 @@ def open_foreign(spec: RecoverSpec) -> RecoverWork:
         )
     model, small = Model.open(spec.model), Model.open(spec.pruned)
     base = check_base(manifest, model, spec.pruned)
-    check_factors(spec.adapter, small)
+    copies = check_copies(spec.adapter, small)
+    check_factors(spec.adapter, small, copies)
     inputs = {
         "base": base,
         "pruned": {**model_record(small), "key": manifest.key},
@@ -72,10 +83,34 @@ def open_foreign(spec: RecoverSpec) -> RecoverWork:
     trained = inputs["pruned"] if template == "none" else {
         "path": str(spec.adapter), "chat_template": template
     }  # fmt: skip
-    return RecoverWork(model, manifest, inputs, trained)
+    return RecoverWork(model, manifest, inputs, trained, copies)
 
 
-def check_factors(adapter: Path, small: Model) -> None:
+def check_copies(adapter: Path, small: Model) -> frozenset[str]:
+    """Tensors that PEFT copied from the model, beside the factors of its output head.
+
+    Raises:
+        LoramError: One is not the model's own: it was trained, or the vocabulary resized.
+    """
+    file, copies = adapter / WEIGHTS_NAME, model_copies(adapter)
+    index = small.index
+    tied = {f"{small.family.lm_head}.weight": f"{small.family.embedding}.weight"}
+    with safetensors_file(file, "pt") as saved, TensorReader(index) as reader:
+        for name, own in copies.items():
+            place = own if own in index.tensors else tied.get(own, own)
+            same = place in index.tensors and torch.equal(
+                saved.get_tensor(name), reader.read(place).to(saved.get_tensor(name).dtype)
+            )
+            if not same:
+                raise LoramError(
+                    f"{file}: tensor {name} is neither a LoRA factor nor a weight of "
+                    f"{small.directory}",
+                    "train LoRA factors only: no other weight, and no new tokens",
+                )
+    return frozenset(copies)
+
+
+def check_factors(adapter: Path, small: Model, copies: frozenset[str]) -> None:
     """See that the factors and the targeted modules of a model are the same, one to one.
 
     Raises:
@@ -94,7 +129,7 @@ def check_factors(adapter: Path, small: Model) -> None:
     linears = {name.removesuffix(".weight") for name in small.linear_names}
     if not small.tied_embeddings:
         linears.add(family.lm_head)
-    having = set(read_shapes(adapter))
+    having = set(read_shapes(adapter, copies))
     missing = sorted(_targeted(adapter, linears, family.lm_head) - having)
     unknown = sorted(having - linears - {family.lm_head})
     for names, fault in (

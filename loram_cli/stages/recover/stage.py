@@ -7,8 +7,9 @@ import torch
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import copy_companions, hub_id
 from loram_cli.errors import LoramError
-from loram_cli.lora.adapter import LoraAdapter, LoraPair, read_shapes
+from loram_cli.lora.adapter import LoraAdapter, LoraPair
 from loram_cli.lora.scatter import gather, scatter_columns, scatter_rows
+from loram_cli.lora.wrapped import for_wrapper, read_adapter, read_adapter_shapes
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
@@ -53,7 +54,8 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
         work = open_inputs(spec, "train", "expected an output of 'train'")
     base = _Base.of(work)
     small_params = full_params = 0
-    for module, (rows, columns, rank) in read_shapes(spec.adapter).items():
+    shapes = read_adapter_shapes(spec.adapter, work.model.wrapper, work.copies)
+    for module, (rows, columns, rank) in shapes.items():
         full_rows, full_columns = base.full_shape(module)
         kept_rows, kept_columns = base.kept(module)
         kept = (
@@ -95,13 +97,17 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
             return stage.finished
         stage.restart_meter()
         warn_of_other_template(work.trained, planned.base, reporter)
-        small = LoraAdapter.read(spec.adapter)
+        small = read_adapter(spec.adapter, work.model.wrapper, work.copies)
         full = _recover_adapter(small, _Base.of(work), reporter)
         name = hub_id(spec.model) or str(spec.model)
         named = {**full.config, "base_model_name_or_path": name, "inference_mode": True}
         if spec.pruned is not None:
             named |= {"revision": None, "target_modules": _target_names(full)}
-        replace(full, config=named).write(stage.path)
+        full = replace(full, config=named)
+        if work.model.wrapper is not None:
+            linears = [name.removesuffix(".weight") for name in work.model.linear_names]
+            full = for_wrapper(full, work.model.wrapper, linears)
+        full.write(stage.path)
         copy_companions(spec.model, stage.path)
         return stage.commit(
             RecoverResult(

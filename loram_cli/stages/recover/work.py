@@ -18,9 +18,11 @@ class RecoverWork:
             made it, that of the pruned directory.
         inputs: Path and digests of all.
         trained: The record of what was trained, with its chat template.
+        copies: Tensors of the adapter's file that are the small model's own.
     """
 
     model: Model
     manifest: Manifest
     inputs: dict[str, Any]
     trained: Mapping[str, Any]
+    copies: frozenset[str] = frozenset()

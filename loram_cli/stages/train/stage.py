@@ -13,6 +13,7 @@ from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
+from loram_cli.lora.wrapped import for_wrapper, read_adapter
 from loram_cli.memory.account import count_lora_params, count_params
 from loram_cli.memory.setup import TrainingSetup, usual_attention
 from loram_cli.memory.streaming import streamed_training_memory
@@ -220,6 +221,9 @@ def _train(
     factors = whole_trained_weights(model) if spec.fsdp else None
     if is_main_process():
         save_adapter(model, path, weights=factors)
+        if work.model.wrapper is not None:
+            linears = [name.removesuffix(".weight") for name in work.model.linear_names]
+            for_wrapper(read_adapter(path, None), work.model.wrapper, linears).write(path)
     return TrainResult(
         objective=spec.objective,
         layout=layout,

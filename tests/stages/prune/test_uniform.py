@@ -44,7 +44,9 @@ def test_stock_transformers_loads_what_is_pruned_uniformly(variant: Variant, tmp
     close(logits(stock), logits(load_causal_lm(tmp_path / "pruned", device="cpu")))
 
 
-@pytest.mark.parametrize("family", families(), ids=lambda f: f.family)
+@pytest.mark.parametrize(
+    "family", [f for f in families() if f.attributes is None], ids=lambda f: f.family
+)
 def test_head_counts_that_a_config_class_refuses_are_known(family):
     import transformers
 
@@ -54,18 +56,15 @@ def test_head_counts_that_a_config_class_refuses_are_known(family):
     try:
         transformers.AutoConfig.for_model(family.model_types[0], **config)
     except Exception as error:
-        refused = "multiple of" in str(error) or "divisible" in str(error)
-        assert refused, error
-    assert refused == family.heads_divide_hidden or family.attributes is not None
+        refused = "attention heads" in str(error).replace("\n", " ")
+    assert refused == family.heads_divide_hidden
 
 
 @pytest.mark.parametrize("preset", ["llama2-13b", "llama3.1-70b", "gemma2-27b", "qwen3-14b"])
 def test_the_same_budget_is_spread_over_all_layers(preset: str):
     base = load_preset(preset)
     family = family_for(base, preset)
-    inner = pruned_config(
-        base, family.geometry(base), layer_widths(family.geometry(base), 0.65)
-    )
+    inner = pruned_config(base, family.geometry(base), layer_widths(family.geometry(base), 0.65))
     config = small_config(preset, ratio=0.65, uniform=True)
     assert "per_layer_config" in inner
     assert "per_layer_config" not in config
@@ -83,11 +82,9 @@ def test_a_budget_of_parameters_is_met_by_all_layers():
 
 
 def test_a_family_that_derives_the_heads_width_keeps_its_heads():
-    base = load_preset("llama2-7b")
     neox = {"model_type": "gpt_neox", "vocab_size": 50432, "hidden_size": 2560,
             "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240,
             "tie_word_embeddings": False}  # fmt: skip
-    assert base
     spec = PruneSpec(model=Path(), out=Path(), strategy="rand", ratio=0.3, uniform=True)
     config, result = plan.foresee(spec, neox)
     assert config["num_attention_heads"] == 32

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,10 @@ def by_peft(model: Path, out: Path, **settings: object) -> Path:
     torch.manual_seed(1)
     how = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
     stock = AutoModelForCausalLM.from_pretrained(model)
-    get_peft_model(stock, LoraConfig(task_type="CAUSAL_LM", **how)).save_pretrained(out)
+    model = get_peft_model(stock, LoraConfig(task_type="CAUSAL_LM", **how))
+    with warnings.catch_warnings(action="ignore"):
+        # That it copies the head and the embedding.
+        model.save_pretrained(out)
     return out
 
 
@@ -121,13 +125,22 @@ def test_factors_that_fit_nothing_and_modules_without_factors_are_refused(
     refused(short, r"q_proj is 16 x 4, what was kept of the base's weight 16 x 32")
 
 
+def test_a_head_that_was_changed_is_refused(pruned: Path, base: Path, tmp_path: Path):
+    adapter = by_peft(pruned, tmp_path / "foreign", target_modules=["lm_head"])
+    tensors = load_file(adapter / WEIGHTS_NAME)
+    tensors["base_model.model.lm_head.base_layer.weight"][3] += 1
+    save_file(tensors, adapter / WEIGHTS_NAME)
+    with pytest.raises(LoramError, match=r"is neither a LoRA factor nor a weight of .*pruned"):
+        recovered(adapter, pruned, base, tmp_path / "recovered")
+
+
 def test_an_adapter_of_the_base_or_of_another_model_is_refused(
     pruned: Path, base: Path, tmp_path: Path
 ):
     adapter = by_peft(base, tmp_path / "foreign")
-    with pytest.raises(LoramError, match="what was kept of the base's weight"):
+    with pytest.raises(LoramError, match=r"what was kept of the base's weight"):
         recovered(adapter, pruned, base, tmp_path / "recovered")
-    with pytest.raises(LoramError, match="loram.json is absent"):
+    with pytest.raises(LoramError, match=r"loram\.json is absent"):
         recovered(adapter, base, pruned, tmp_path / "recovered")
 
 
