@@ -8,6 +8,7 @@ from loram_cli.hub import unreachable
 
 # Weights in safetensors alone: a pickle is never fetched, so it can never be loaded.
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+_REMARKS = ("*.md", "*.png", "*.csv")
 # What travels with the weights from a base to whatever is made of it.
 _COMPANION_FILES = (
     "tokenizer.json",
@@ -30,12 +31,20 @@ _PROCESSOR_FILES = (
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def resolve_model(model: str, *, config_only: bool = False) -> Path:
+def is_hub_id(name: str) -> bool:
+    """Whether a name is OWNER/NAME on the hub, and no local directory."""
+    path = Path(name).expanduser()
+    local = path.exists() or path.is_absolute() or name.startswith((".", "~"))
+    return not local and name.count("/") == 1
+
+
+def resolve_model(model: str, *, config_only: bool = False, remarks: bool = False) -> Path:
     """The local directory of a model given by path or hub id.
 
     Args:
         model: The path or id.
         config_only: Fetch ``config.json`` alone from the hub, and no weights.
+        remarks: Fetch the model card, pictures and curves too, which no model reads.
 
     Raises:
         LoramError: No such directory, and the hub does not have it or cannot be reached.
@@ -43,17 +52,18 @@ def resolve_model(model: str, *, config_only: bool = False) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+    if not is_hub_id(model):
         raise LoramError(
             f"{model}: no such directory", "--model takes a local directory or a hub id"
         )
     from huggingface_hub import snapshot_download
 
+    patterns = [*_PATTERNS, *(_REMARKS if remarks else ())]
     silence = unreachable()
     try:
         found = snapshot_download(
             model,
-            allow_patterns=["config.json"] if config_only else _PATTERNS,
+            allow_patterns=["config.json"] if config_only else patterns,
             local_files_only=silence is not None,
         )
     except Exception as error:

@@ -137,7 +137,7 @@ def test_commands_see_the_text_model(instructions: Path, tmp_path: Path, capsys)
         ["train", *run[:2], *fit],
         ["recover", *run[:2], "--merge"],
         ["eval", *run[:2], *task],
-        ["memory-report", "--model", str(base)],
+        ["memory-report", "--model", str(base), "--keep-first", "1", "--keep-last", "1"],
         ["inspect", str(base)],
         ["verify", str(tmp_path / "run")],
     ):  # fmt: skip
