@@ -320,6 +320,8 @@ class Family:
         lm_head_bias: Whether the head has a bias.
         heads_divide_hidden: Whether the config class refuses head counts that do not divide the
             hidden width.
+        heads_stay_rope: Types of rotary embedding with which the config class takes no other head
+            count, since it works out the head's width from it.
         config_defaults: What a key means that ``config.json`` leaves out, where that is neither
             false nor derived from another key: files written by older tools lack such keys. A text
             is a product of numbers and other keys.
@@ -353,6 +355,7 @@ class Family:
     layer_tensors: tuple[LayerTensor, ...] = ()
     lm_head_bias: bool = False
     heads_divide_hidden: bool = False
+    heads_stay_rope: tuple[str, ...] = ()
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
     config_aliases: Mapping[str, str] = field(default_factory=dict)
     config_keys: Mapping[str, str] = field(default_factory=dict)
@@ -384,7 +387,7 @@ class Family:
         )
         lists = {
             key: tuple(data.get(key, ()))
-            for key in ("model_types", "norms", "ignored", "config_rules")
+            for key in ("model_types", "norms", "ignored", "config_rules", "heads_stay_rope")
         }
         tensors = {
             key: tuple(LayerTensor.from_data(*item) for item in data.get(key, {}).items())
@@ -469,7 +472,7 @@ class Family:
             geometry,
             layers=layers,
             own_keys=self.config_keys,
-            heads_stay=self.attributes is not None,
+            heads_stay=self.attributes is not None or _rope_type(full) in self.heads_stay_rope,
             heads_divide_hidden=self.heads_divide_hidden,
         )
 
@@ -618,6 +621,12 @@ class Family:
         prefix = f"{self.layers}."
         index, _, rest = name.removeprefix(prefix).partition(".")
         return (int(index), rest) if name.startswith(prefix) and index.isdigit() else (None, "")
+
+
+def _rope_type(config: Mapping[str, Any]) -> str | None:
+    """The type of the rotary embedding that a config states, old or new; None where it does not."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope.get("rope_type") or rope.get("type")
 
 
 def _holds(condition: Condition, config: Mapping[str, Any]) -> bool:

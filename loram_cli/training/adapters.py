@@ -129,9 +129,7 @@ def _loaded(
                 model = PeftModelForCausalLM(model, config, adapter_name=name)
         with loading(adapter_dir / WEIGHTS_NAME, library, _OTHER_MODEL):
             if renamed is None:
-                found = model.load_adapter(
-                    str(adapter_dir), name, is_trainable=dropout is not None
-                )
+                found = model.load_adapter(str(adapter_dir), name, is_trainable=dropout is not None)
             else:
                 if name not in model.peft_config:
                     model.add_adapter(name, config)
