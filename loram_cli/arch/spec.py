@@ -68,7 +68,7 @@ class LayerTensor:
 
     Attributes:
         name: Full name inside the layer, such as ``self_attn.q_norm.weight``.
-        shape: Width of every axis; only the first is ever cut.
+        shape: Width of every axis; only the first is ever cut. A scalar has none.
         when: What the config must say for it to exist; empty: it always does.
         kinds: The kinds of layer that have it; empty when all have.
     """

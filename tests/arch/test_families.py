@@ -62,6 +62,9 @@ def test_absent_keys_mean_what_transformers_takes_them_for(family: Family, absen
         assert "NoneType" in str(error)
         pytest.skip("transformers builds no model without the key")
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    stored = model.state_dict().keys()
+    buffers = {n: tuple(b.shape) for n, b in model.named_buffers() if n in stored}
+    shapes |= {name: shape for name, shape in buffers.items() if not family.is_ignored(name)}
     assert shapes == family.tensor_shapes(config)
 
 
