@@ -39,7 +39,7 @@ class Wrapper:
         for beginning, own in names.items():
             if stored.startswith(beginning):
                 return own + stored.removeprefix(beginning)
-        return None if "." in stored.removeprefix("lm_head.") else stored
+        return stored if stored.startswith("lm_head.") else None
 
     def module(self, own: str) -> str:
         """The whole model's name of one of the text model's modules."""

@@ -16,6 +16,7 @@ from loram_cli.checkpoint.identity import ModelIdentity, identify
 from loram_cli.checkpoint.index import CheckpointIndex, read_config, read_json
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.checkpoint.tokenizer_files import check_tokenizer
+from loram_cli.errors import LoramError
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,15 @@ class Model:
         config = read_config(directory)
         check_float_weights(config, str(directory / "config.json"))
         wrapper = wrapper_of(read_json(directory / "config.json"))
-        return cls(directory, config, family_for(config, str(directory)), wrapper)
+        family = family_for(config, str(directory))
+        scale = family.logits_multiplier or family.logits_divisor
+        if wrapper is not None and scale is not None:
+            raise LoramError(
+                f"{directory}: as a part of a {wrapper.model_type} model, transformers leaves out "
+                f"{scale} of the {family.family} text model: it would be another model by itself",
+                "save the text model alone and pass that",
+            )
+        return cls(directory, config, family, wrapper)
 
     @classmethod
     def of(cls, model: "Path | Model") -> "Model":

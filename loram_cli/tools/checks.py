@@ -177,12 +177,13 @@ def _keep_problems(
     for layer, kept in keep.items():
         if int(layer) >= len(layers):
             continue
-        for key, width in (
-            ("key_value_heads", "num_key_value_heads"),
-            ("intermediate", "intermediate_size"),
+        widths = layers[int(layer)]
+        for key, width, there in (
+            ("key_value_heads", "num_key_value_heads", widths.has_attention),
+            ("intermediate", "intermediate_size", widths.has_mlp),
         ):
-            stated = getattr(layers[int(layer)], width)
-            if key in kept and len(kept[key]) != stated:
+            stated = getattr(widths, width)
+            if there and key in kept and len(kept[key]) != stated:
                 yield (
                     f"{directory / 'config.json'}: layer {layer} has {width} {stated}, "
                     f"{MANIFEST_NAME} keeps {len(kept[key])}"
