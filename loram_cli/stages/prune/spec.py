@@ -83,7 +83,6 @@ class PruneSpec(Spec):
     uniform: bool = setting(
         False,
         help="Spread the same budget over all layers alike: stock libraries load the output.",
-        switch=True,
         in_key="changed",
     )
     importance: Literal["taylor", "l2", "sparsegpt"] | None = setting(
