@@ -68,7 +68,7 @@ class LayerTensor:
 
     Attributes:
         name: Full name inside the layer, such as ``self_attn.q_norm.weight``.
-        shape: Width of every axis; only the first is ever cut.
+        shape: Width of every axis; only the first is ever cut. A scalar has none.
         when: What the config must say for it to exist; empty: it always does.
         kinds: The kinds of layer that have it; empty when all have.
     """
@@ -189,6 +189,11 @@ class Geometry:
         layers: Widths of every layer.
         keys: Keys of ``per_layer_config`` that differ from the widths' names; None where a width
             is never written.
+        own_keys: The config's own keys of widths that it names otherwise.
+        heads_stay: Whether no config of this model can state another head count: its layers would
+            derive another head width from it.
+        heads_divide_hidden: Whether stock configs refuse head counts that do not divide the
+            hidden width.
     """
 
     hidden_size: int
@@ -196,6 +201,20 @@ class Geometry:
     tied_embeddings: bool
     layers: tuple[LayerGeometry, ...]
     keys: Mapping[str, str | None] = field(default_factory=dict)
+    own_keys: Mapping[str, str] = field(default_factory=dict)
+    heads_stay: bool = False
+    heads_divide_hidden: bool = False
+
+    def states_heads(self, layer: LayerGeometry) -> bool:
+        """Whether a plain config, without ``per_layer_config``, can state a layer's head count.
+
+        Args:
+            layer: Its widths; with another head count than the model's, of a pruned one.
+        """
+        if self.heads_stay:
+            whole = next((known for known in self.layers if known.has_attention), layer)
+            return layer.num_key_value_heads == whole.num_key_value_heads
+        return not self.heads_divide_hidden or self.hidden_size % layer.num_attention_heads == 0
 
     @classmethod
     def from_config(
@@ -299,6 +318,10 @@ class Family:
         layer_tensors: What else a layer holds: attention sinks, convolutions, learned scalars.
         ignored: Derived buffers that old checkpoints hold.
         lm_head_bias: Whether the head has a bias.
+        heads_divide_hidden: Whether the config class refuses head counts that do not divide the
+            hidden width.
+        heads_stay_rope: Types of rotary embedding with which the config class takes no other head
+            count, since it works out the head's width from it.
         config_defaults: What a key means that ``config.json`` leaves out, where that is neither
             false nor derived from another key: files written by older tools lack such keys. A text
             is a product of numbers and other keys.
@@ -333,6 +356,8 @@ class Family:
     ignored: tuple[str, ...] = ()
     layer_tensors: tuple[LayerTensor, ...] = ()
     lm_head_bias: bool = False
+    heads_divide_hidden: bool = False
+    heads_stay_rope: tuple[str, ...] = ()
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
     config_aliases: Mapping[str, str] = field(default_factory=dict)
     config_keys: Mapping[str, str] = field(default_factory=dict)
@@ -365,7 +390,7 @@ class Family:
         )
         lists = {
             key: tuple(data.get(key, ()))
-            for key in ("model_types", "norms", "ignored", "config_rules")
+            for key in ("model_types", "norms", "ignored", "config_rules", "heads_stay_rope")
         }
         tensors = {
             key: tuple(LayerTensor.from_data(*item) for item in data.get(key, {}).items())
@@ -446,7 +471,13 @@ class Family:
             )
             for layer, kind in zip(geometry.layers, kinds, strict=True)
         )
-        return replace(geometry, layers=layers)
+        return replace(
+            geometry,
+            layers=layers,
+            own_keys=self.config_keys,
+            heads_stay=self.attributes is not None or _rope_type(full) in self.heads_stay_rope,
+            heads_divide_hidden=self.heads_divide_hidden,
+        )
 
     def full_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config with what it leaves out: aliases, defaults and rules applied.
@@ -593,6 +624,12 @@ class Family:
         prefix = f"{self.layers}."
         index, _, rest = name.removeprefix(prefix).partition(".")
         return (int(index), rest) if name.startswith(prefix) and index.isdigit() else (None, "")
+
+
+def _rope_type(config: Mapping[str, Any]) -> str | None:
+    """The type of the rotary embedding that a config states, old or new; None where it does not."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope.get("rope_type") or rope.get("type")
 
 
 def _holds(condition: Condition, config: Mapping[str, Any]) -> bool:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loram_cli.arch.registry import families
+from loram_cli.arch.wrappers import text_view, wrapper_of
 from loram_cli.checkpoint.config_values import check_values
 from loram_cli.checkpoint.header import TensorEntry, read_header
 from loram_cli.checkpoint.json_files import read_json as read_json
@@ -19,10 +20,22 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """All tensors of a directory, in the order of their shards and offsets."""
+    """All tensors of a directory, in the order of their shards and offsets.
+
+    Attributes:
+        directory: Of the checkpoint.
+        tensors: By name; of a multimodal model those of its text model, under their names there.
+        others: Of a multimodal model, the tensors of its other parts.
+    """
 
     directory: Path
     tensors: Mapping[str, TensorEntry]
+    others: Mapping[str, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> "CheckpointIndex":
+        """The index over the tensors of all parts."""
+        return replace(self, tensors={**self.tensors, **self.others}, others={})
 
     @classmethod
     def open(cls, directory: Path) -> "CheckpointIndex":
@@ -44,7 +57,14 @@ class CheckpointIndex:
                 raise LoramError(
                     f"{directory / shard_name}: tensor {name} is missing from the shard"
                 )
-        return cls(directory, _with_module_names(directory, tensors))
+        config = directory / "config.json"
+        stated = read_json(config) if config.is_file() else {}
+        wrapper = wrapper_of(stated)
+        if wrapper is None:
+            return cls(directory, _with_module_names(stated, tensors))
+        names = {name: wrapper.text_tensor(name) for name in tensors}
+        mine = {own: tensors[name] for name, own in names.items() if own is not None}
+        return cls(directory, mine, {n: e for n, e in tensors.items() if names[n] is None})
 
     @property
     def num_bytes(self) -> int:
@@ -105,10 +125,11 @@ class CheckpointIndex:
                 )
 
 
-def _with_module_names(directory: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _with_module_names(
+    config: Mapping[str, Any], tensors: dict[str, TensorEntry]
+) -> dict[str, TensorEntry]:
     """Tensors under their modules' names, where published files of a family have others."""
-    config = directory / "config.json"
-    model_type = read_json(config).get("model_type") if config.is_file() else None
+    model_type = config.get("model_type")
     names = {
         stored: module
         for family in families()
@@ -126,7 +147,7 @@ def _with_module_names(directory: Path, tensors: dict[str, TensorEntry]) -> dict
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The parsed ``config.json``.
+    """The parsed ``config.json``; of a multimodal model that we know, its text model's config.
 
     Raises:
         LoramError: It is absent, not JSON, or has widths or other values that cannot be.
@@ -136,11 +157,12 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A config, once its widths and other values are known to be sound.
+    """A config, or its text model's, once its widths and other values are known to be sound.
 
     Raises:
         LoramError: See :func:`read_config`.
     """
+    config = text_view(config)
     check_widths(config, where)
     check_required(config, where)
     check_values(config, where)

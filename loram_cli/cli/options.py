@@ -92,6 +92,20 @@ def layered(stage: str, values: Values) -> Values:
     return {**settings().section(stage), **values}
 
 
+def fetched(values: Values, reporter: Reporter) -> Values:
+    """The values, with what ``--in`` and ``--pruned`` name on the hub as local directories.
+
+    Raises:
+        LoramError: See :func:`.local_output`.
+    """
+    named = {n: values[n] for n in ("source", "adapter", "pruned") if values.get(n) is not None}
+    if not named:
+        return values
+    from loram_cli.stages.core.published import local_output
+
+    return {**values, **{name: local_output(path, reporter) for name, path in named.items()}}
+
+
 def settle(options: RunOptions, reporter: Reporter, *, at_hand: Path | None = None) -> "Place":
     """The run directory and the base model that a command is about; says so when it is the demo.
 
@@ -153,7 +167,9 @@ def run_stage(
 
     reporter = reporter_for(options.json_output)
     before_push(options.push)
-    values = layered(name, values)
+    values = fetched(layered(name, values), reporter)
+    if at_hand is not None:
+        at_hand = values.get("source")
     place = settle(options, reporter, at_hand=at_hand)
     tell_defaults(place, name, values, reporter)
     spec = (fill or FILL[name])(place, values)

@@ -100,6 +100,7 @@ class SkeletonModel:
         config = load_config(directory)
         with loading(directory / "config.json"), quiet_libraries():
             self.model = meta_causal_lm(self._family, config, device, **settings)
+        self.model.wrapper = source.wrapper
         generation = load_generation_config(directory)
         if generation is not None:
             self.model.generation_config = generation

@@ -86,7 +86,7 @@ class LayerKeep:
 
     def tensor_rows(self, tensor: LayerTensor, layer: LayerGeometry) -> list[int] | None:
         """Kept indices along the first axis of a norm or the like, or None when all stay."""
-        axis = tensor.shape[0]
+        axis = tensor.shape[0] if tensor.shape else None
         return self._segments((axis,), layer) if isinstance(axis, str) else None
 
     def _of_heads(self, width: int) -> list[int]:

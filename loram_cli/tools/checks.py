@@ -7,13 +7,15 @@ from typing import Any
 
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
+from loram_cli.arch.wrappers import wrapper_of
 from loram_cli.checkpoint.header import TensorEntry
-from loram_cli.checkpoint.index import CheckpointIndex, read_config
+from loram_cli.checkpoint.index import CheckpointIndex, read_config, read_json
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.checkpoint.tokenizer_files import check_tokenizer
 from loram_cli.errors import LoramError
-from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter
+from loram_cli.lora.adapter import WEIGHTS_NAME, model_copies
+from loram_cli.lora.wrapped import read_adapter
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest
@@ -83,7 +85,7 @@ def check_checkpoint(
         family = family_for(config, str(directory))
         expected = family.tensor_shapes(config)
         yield from _shape_problems(directory, config, index, family, expected)
-        yield from _keep_problems(directory, config, keep)
+        yield from _keep_problems(directory, config, family, keep)
     except LoramError as error:
         yield error.message
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -110,7 +112,10 @@ def check_adapter(
             at hand.
     """
     try:
-        adapter = LoraAdapter.read(directory)
+        # PEFT copies parts of the model beside the factors of a head; ours leaves them out.
+        copies = frozenset(model_copies(directory)) if stage is None else frozenset()
+        wrapper = wrapper_of(read_json(model / "config.json")) if model else None
+        adapter = read_adapter(directory, wrapper, copies)
     except LoramError as error:
         yield error.message
         return
@@ -167,20 +172,21 @@ def _shape_problems(
 
 
 def _keep_problems(
-    directory: Path, config: Mapping[str, Any], keep: Mapping[str, Any]
+    directory: Path, config: Mapping[str, Any], family: Family, keep: Mapping[str, Any]
 ) -> Iterator[str]:
-    layers = config.get("per_layer_config") or {}
+    layers = family.geometry(config).layers
     for layer, kept in keep.items():
-        widths = layers.get(layer)
-        if widths is None:
+        if int(layer) >= len(layers):
             continue
-        for key, width in (
-            ("key_value_heads", "num_key_value_heads"),
-            ("intermediate", "intermediate_size"),
+        widths = layers[int(layer)]
+        for key, width, there in (
+            ("key_value_heads", "num_key_value_heads", widths.has_attention),
+            ("intermediate", "intermediate_size", widths.has_mlp),
         ):
-            if key in kept and width in widths and len(kept[key]) != widths[width]:
+            stated = getattr(widths, width)
+            if there and key in kept and len(kept[key]) != stated:
                 yield (
-                    f"{directory / 'config.json'}: layer {layer} has {width} {widths[width]}, "
+                    f"{directory / 'config.json'}: layer {layer} has {width} {stated}, "
                     f"{MANIFEST_NAME} keeps {len(kept[key])}"
                 )
 

@@ -16,6 +16,7 @@ import peft  # noqa: F401 - imported here so that its memory is not charged to t
 import transformers
 
 from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.sources import is_hub_id, resolve_model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.modeling.load import load_tokenizer
 from loram_cli.reporting import Reporter
@@ -167,6 +168,8 @@ def _counted(spec: AlignSpec, reporter: Reporter) -> dict[str, int | None]:
 
 def _open_base(spec: AlignSpec, manifest: Manifest) -> Model:
     base = spec.model or Path(manifest.base["path"])
+    if is_hub_id(str(base)):
+        base = resolve_model(str(base))
     if not base.is_dir():
         raise LoramError(
             f"{base}: the base that {spec.source} was pruned from is not there",

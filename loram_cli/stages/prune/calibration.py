@@ -82,7 +82,7 @@ def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
     length = spec.calibration_length or min(length, positions)
     boundaries = 1
     if spec.method == "taylor":
-        boundaries = boundaries_kept(model.num_layers, spec.keep_first)
+        boundaries = boundaries_kept(model.num_layers, spec.kept_whole[0])
     item_bytes = computed_dtype(model.dtype.to_torch()).itemsize
     each = samples * length * model.geometry.hidden_size * item_bytes
     in_memory = min(boundaries, spec.calibration_memory // each)

@@ -27,6 +27,7 @@ _TRAINING = ("quantize", "rank", "micro_batch", "max_length", "gradient_checkpoi
 # What only makes sense where shapes shrink, with the value that asks for nothing.
 _SHRINKING = {
     "plan": None, "target_params": None, "fit_memory": None, "scope": "layer", "multiple_of": 1,
+    "uniform": False,
 }  # fmt: skip
 
 
@@ -79,6 +80,11 @@ class PruneSpec(Spec):
     )
     keep_first: int = setting(4, help="First layers kept whole (rand, stru).", at_least=0)
     keep_last: int = setting(2, help="Last layers kept whole (rand, stru).", at_least=0)
+    uniform: bool = setting(
+        False,
+        help="Spread the same budget over all layers alike: stock libraries load the output.",
+        in_key="changed",
+    )
     importance: Literal["taylor", "l2", "sparsegpt"] | None = setting(
         None,
         help="taylor (stru), sparsegpt (unst, semi), or l2 (no data).",
@@ -117,6 +123,11 @@ class PruneSpec(Spec):
         if any(getattr(self, name) is not None for name in AMOUNTS):
             return self
         return replace(self, ratio=self.chosen_strategy.ratio)
+
+    @property
+    def kept_whole(self) -> tuple[int, int]:
+        """First and last layers that lose nothing; none where all are pruned alike."""
+        return (0, 0) if self.uniform else (self.keep_first, self.keep_last)
 
     @property
     def chosen_strategy(self) -> Strategy:
@@ -171,6 +182,12 @@ class PruneSpec(Spec):
             raise UsageError(
                 "--scope global shares one budget among the layers, and --plan says what each "
                 "loses",
+                "pass one of them",
+            )
+        if self.uniform and (self.plan is not None or self.scope == "global"):
+            other = "--plan" if self.plan is not None else "--scope global"
+            raise UsageError(
+                f"--uniform prunes all layers alike, and {other} tells them apart",
                 "pass one of them",
             )
 

@@ -93,7 +93,7 @@ def _layers(spec: PruneSpec, work: PruneWork) -> range:
     """From the first to the last layer that may lose something."""
     if spec.plan is not None:
         return range(work.pruned_layers[0], work.pruned_layers[-1] + 1)
-    return pruned_layers(len(work.before.layers), spec.keep_first, spec.keep_last)
+    return pruned_layers(len(work.before.layers), *spec.kept_whole)
 
 
 def _l2_scores(

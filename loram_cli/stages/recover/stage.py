@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +9,9 @@ import torch
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import copy_companions, copy_template, hub_id
 from loram_cli.errors import LoramError
-from loram_cli.lora.adapter import LoraAdapter, LoraPair, read_shapes
+from loram_cli.lora.adapter import LoraAdapter, LoraPair
 from loram_cli.lora.scatter import gather, scatter_columns, scatter_rows
+from loram_cli.lora.wrapped import for_wrapper, read_adapter, read_adapter_shapes
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
@@ -20,26 +20,11 @@ from loram_cli.stages.core.lineage import adapter_record, check_base, warn_of_ot
 from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
 from loram_cli.stages.core.results import RecoverResult, TrainResult, result_of, training_cost
 from loram_cli.stages.core.steps import checkpoint_directory
+from loram_cli.stages.recover.foreign import is_foreign, no_record, open_foreign
 from loram_cli.stages.recover.spec import MergeSpec, RecoverSpec
+from loram_cli.stages.recover.work import RecoverWork
 
 __all__ = ["RecoverSpec", "plan", "run"]
-
-
-@dataclass(frozen=True)
-class RecoverWork:
-    """A recovery's inputs, once they are known to fit.
-
-    Attributes:
-        model: The original base.
-        manifest: The adapter's record.
-        inputs: Path and digests of both.
-        factors: The directory of the factors: the adapter's own, or of one of its checkpoints.
-    """
-
-    model: Model
-    manifest: Manifest
-    inputs: dict[str, Any]
-    factors: Path
 
 
 def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> RecoverWork:
@@ -49,6 +34,8 @@ def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> Re
         LoramError: They do not fit.
     """
     check_out_of_tree(spec.out, spec.model, spec.adapter)
+    if is_foreign(spec.adapter):
+        raise no_record(spec.adapter)
     manifest = Manifest.read(spec.adapter)
     if manifest.stage != stage:
         raise LoramError(f"{spec.adapter}: was made by '{manifest.stage}', {otherwise}")
@@ -60,7 +47,8 @@ def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> Re
         assert isinstance(result, TrainResult)
         factors = checkpoint_directory(spec.adapter, asked, result.best_step)
     record = {**adapter_record(factors, manifest), "path": str(spec.adapter)}
-    return RecoverWork(model, manifest, {"base": base, "adapter": record}, factors)
+    inputs = {"base": base, "adapter": record}
+    return RecoverWork(model, manifest, inputs, factors, manifest.inputs.get("source", {}))
 
 
 def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[RecoverWork]:
@@ -69,10 +57,14 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
     Raises:
         LoramError: Another base, an adapter that does not fit it, or no disk.
     """
-    work = open_inputs(spec, "train", "expected an output of 'train'")
+    if spec.pruned is not None:
+        work = open_foreign(spec)
+    else:
+        work = open_inputs(spec, "train", "expected an output of 'train'")
     base = FullShapes.of(work.model, work.manifest.keep)
     small_params = full_params = 0
-    for module, (rows, columns, rank) in read_shapes(work.factors).items():
+    shapes = read_adapter_shapes(work.factors, work.model.wrapper, work.copies)
+    for module, (rows, columns, rank) in shapes.items():
         full_rows, full_columns = base.full_shape(module)
         kept_rows, kept_columns = base.kept(module)
         kept = (
@@ -92,7 +84,7 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
         work.inputs,
         work,
         disk_bytes=4 * full_params,
-        reads=(spec.adapter, spec.model),
+        reads=tuple(filter(None, (spec.adapter, spec.pruned, spec.model))),
         base=work.inputs["base"],
         keep=work.manifest.keep,
         sparsity=work.manifest.sparsity,
@@ -113,12 +105,18 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        warn_of_other_template(work.manifest.inputs["source"], planned.base, reporter)
-        small = LoraAdapter.read(work.factors)
+        warn_of_other_template(work.trained, planned.base, reporter)
+        small = read_adapter(work.factors, work.model.wrapper, work.copies)
         full = recover_adapter(small, FullShapes.of(work.model, work.manifest.keep), reporter)
         name = hub_id(spec.model) or str(spec.model)
         named = {**full.config, "base_model_name_or_path": name, "inference_mode": True}
-        replace(full, config=named).write(stage.path)
+        if spec.pruned is not None:
+            named |= {"revision": None, "target_modules": _target_names(full)}
+        full = replace(full, config=named)
+        if work.model.wrapper is not None:
+            linears = [name.removesuffix(".weight") for name in work.model.linear_names]
+            full = for_wrapper(full, work.model.wrapper, linears)
+        full.write(stage.path)
         copy_companions(spec.model, stage.path)
         copy_template(spec.adapter, stage.path)
         return stage.commit(
@@ -129,6 +127,14 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
                 training=training_cost(work.manifest),
             )
         )
+
+
+def _target_names(adapter: LoraAdapter) -> list[str] | str:
+    """Targets as another trainer chose them, in an order that is the same each time."""
+    targets = adapter.config["target_modules"]
+    if targets == "all-linear":
+        return sorted({name.rpartition(".")[2] for name in adapter.pairs})
+    return targets if isinstance(targets, str) else sorted(targets)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
+from loram_cli.lora.wrapped import for_wrapper, read_adapter
 from loram_cli.memory.account import count_lora_params, count_params
 from loram_cli.memory.setup import Packing, TrainingSetup, usual_attention
 from loram_cli.memory.streaming import StreamedMemory, streamed_training_memory
@@ -184,6 +185,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         result = _train(spec, planned, prepared, device, stage.path, stage.restart_meter, reporter)
         if is_main_process():
             save_template(tokenizer, stage.path)
+            _name_for_wrapper(work.model, stage.path)
         return stage.commit(result)
 
 
@@ -324,6 +326,13 @@ def _fit(
     if is_main_process():
         save_adapter(model, path, weights=factors)
     return fitted
+
+
+def _name_for_wrapper(model: Model, path: Path) -> None:
+    """Give the factors of a text model inside a multimodal one the names that PEFT expects."""
+    if model.wrapper is not None:
+        linears = [name.removesuffix(".weight") for name in model.linear_names]
+        for_wrapper(read_adapter(path, None), model.wrapper, linears).write(path)
 
 
 def _recovered_loss(fitted: FitResult, step: int) -> float | None:
