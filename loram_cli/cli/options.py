@@ -154,10 +154,18 @@ def run_stage(
     values: Values,
     options: StageOptions,
     *,
-    at_hand: Path | None = None,
+    at_hand: str | None = None,
     fill: "Callable[[Place, Values], Any] | None" = None,
 ) -> "StageResult | None":
     """What every command of one stage does: fill the spec, plan or run, push, show.
+
+    Args:
+        name: The stage's.
+        stage: Its module, with ``plan`` and ``run``.
+        values: The flags that were given.
+        options: Those that every stage has.
+        at_hand: The name of the value that points to a directory; see :func:`settle`.
+        fill: Makes the spec; as the stage's defaults say unless given.
 
     Returns:
         What was done; None for a dry run.
@@ -168,9 +176,8 @@ def run_stage(
     reporter = reporter_for(options.json_output)
     before_push(options.push)
     values = fetched(layered(name, values), reporter)
-    if at_hand is not None:
-        at_hand = values.get("source")
-    place = settle(options, reporter, at_hand=at_hand)
+    pointed_to = None if at_hand is None else values.get(at_hand)
+    place = settle(options, reporter, at_hand=pointed_to)
     tell_defaults(place, name, values, reporter)
     spec = (fill or FILL[name])(place, values)
     if options.dry_run:
