@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loram_cli.arch.registry import families
+from loram_cli.arch.registry import families, family_for
 from loram_cli.arch.wrappers import text_view, wrapper_of
 from loram_cli.checkpoint.config_values import check_values
 from loram_cli.checkpoint.header import TensorEntry, read_header
 from loram_cli.checkpoint.json_files import read_json as read_json
+from loram_cli.checkpoint.low_bit import CONFIG_KEY, LowBit, as_weight
 from loram_cli.checkpoint.widths import check_required, check_widths
 from loram_cli.errors import LoramError
 
@@ -61,7 +62,7 @@ class CheckpointIndex:
         stated = read_json(config) if config.is_file() else {}
         wrapper = wrapper_of(stated)
         if wrapper is None:
-            return cls(directory, _with_module_names(stated, tensors))
+            return cls(directory, _with_weights(directory, _with_module_names(stated, tensors)))
         names = {name: wrapper.text_tensor(name) for name in tensors}
         mine = {own: tensors[name] for name, own in names.items() if own is not None}
         return cls(directory, mine, {n: e for n, e in tensors.items() if names[n] is None})
@@ -144,6 +145,24 @@ def _with_module_names(
         return name
 
     return {renamed(name): entry for name, entry in tensors.items()} if names else tensors
+
+
+def _with_weights(directory: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Decoder linears of few bits under shape and type of the weights that they stand for."""
+    file = directory / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if CONFIG_KEY not in config:
+        return tensors
+    config = checked_config(config, str(file))
+    low_bit, family = LowBit.of_config(config, str(file)), family_for(config, str(file))
+    floating = [entry.dtype for entry in tensors.values() if entry.dtype.is_floating_point]
+    if low_bit is None or not floating:
+        return tensors
+    shapes, packed = family.tensor_shapes(config), set(family.linear_names(config))
+    return {
+        name: as_weight(entry, shapes[name], low_bit, floating[0]) if name in packed else entry
+        for name, entry in tensors.items()
+    }
 
 
 def read_config(directory: Path) -> dict[str, Any]:

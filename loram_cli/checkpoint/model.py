@@ -14,6 +14,7 @@ from loram_cli.checkpoint.config_values import check_float_weights
 from loram_cli.checkpoint.header import DType
 from loram_cli.checkpoint.identity import ModelIdentity, identify
 from loram_cli.checkpoint.index import CheckpointIndex, read_config, read_json
+from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.checkpoint.tokenizer_files import check_tokenizer
 from loram_cli.errors import LoramError
@@ -100,6 +101,11 @@ class Model:
             LoramError: The directory is not a sound safetensors checkpoint.
         """
         return identify(self.index, self.config)
+
+    @cached_property
+    def low_bit(self) -> LowBit | None:
+        """How the decoder linears are rounded; None where they are whole."""
+        return LowBit.of_config(self.config, str(self.directory / "config.json"))
 
     @property
     def tied_embeddings(self) -> bool:

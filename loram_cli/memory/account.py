@@ -12,6 +12,7 @@ from typing import Any
 
 from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
+from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.errors import UsageError
 
 BF16_BYTES = 2
@@ -118,6 +119,25 @@ def nf4_weight_bytes(
         params = math.prod(shape)
         total_bytes += nf4_tensor_bytes(params) if name in linears else params * other_bytes
     return total_bytes
+
+
+def low_bit_weight_bytes(
+    family: Family, config: Mapping[str, Any], low_bit: LowBit, other_bytes: int = BF16_BYTES
+) -> int:
+    """Bytes of a model's weights whose decoder linears are rows of few bits."""
+    linears = _linear_names(family, config)
+    return sum(
+        shape[0] * low_bit.row_bytes(shape[1])
+        if name in linears
+        else math.prod(shape) * other_bytes
+        for name, shape in family.tensor_shapes(config).items()
+    )
+
+
+def largest_linear_params(family: Family, config: Mapping[str, Any]) -> int:
+    """Weights of the largest decoder linear."""
+    shapes = family.tensor_shapes(config)
+    return max(math.prod(shapes[name]) for name in _linear_names(family, config))
 
 
 def count_lora_params(

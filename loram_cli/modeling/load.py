@@ -19,6 +19,7 @@ from loram_cli.arch.spec import Family, LayerGeometry
 from loram_cli.arch.wrappers import text_view, wrapper_of
 from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError, UsageError, is_out_of_memory
 from loram_cli.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
@@ -129,7 +130,7 @@ def load_causal_lm(
 
     Args:
         model: A model, or its directory with ``config.json`` and safetensors; widths may differ
-            per layer.
+            per layer. Weights of few bits become floating ones; ``low_bit_load`` keeps them.
         dtype: Parameter type; ``auto`` takes the checkpoint's own.
         device: ``cpu``, ``cuda``, ...; None takes a GPU when there is one.
         attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
@@ -154,9 +155,14 @@ def load_causal_lm(
     if attention not in (None, "auto"):
         kwargs["attn_implementation"] = attention_kernel(attention)
     place = usable_device(device)
+    stored: Path | None = directory
+    if source.low_bit is not None:
+        stored = None
+        with TensorReader(source.index, once=True) as reader:
+            kwargs["state_dict"] = {name: reader.read(name) for name in source.index.tensors}
     with loading(directory), quiet_libraries(), no_progress_bars():
         loaded, report = narrow_class(family).from_pretrained(
-            directory,
+            stored,
             config=config,
             dtype=dtype,
             device_map={"": place},

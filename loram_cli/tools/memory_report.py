@@ -16,6 +16,7 @@ from loram_cli.checkpoint.index import (
     read_config,
     read_json,
 )
+from loram_cli.checkpoint.low_bit import BITS, CONFIG_KEY, GROUP_SIZE, LowBit
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.memory.notes import report_notes
@@ -208,8 +209,9 @@ def _longest(spec: MemoryReportSpec, reporter: Reporter) -> tuple[int, ...]:
 def _fits(
     spec: MemoryReportSpec, family: Family, config: dict[str, Any], setup: TrainingSetup
 ) -> tuple[FitAnswer, ...]:
-    # Zeros of semi and unst take their place in memory, and a pruned model is not pruned again.
-    if spec.fit_bytes is None or spec.chosen_strategy.zeroes_weights:
+    # Shapes stay with lowbit, zeros of semi and unst take their place in memory, and a pruned model
+    # is not pruned again.
+    if spec.fit_bytes is None or spec.chosen_strategy.keep is None:
         return ()
     if config.get("per_layer_config"):
         return ()
@@ -294,6 +296,10 @@ def _narrowed_or_sparse(
     spec: MemoryReportSpec, family: Family, config: dict[str, Any], ratios: tuple[float, ...]
 ) -> Iterator[ModelRow]:
     geometry, head_params = family.geometry(config), _head_params(spec.model)
+    if spec.chosen_strategy.rounds and spec.pruned is None:
+        for bits in reversed(BITS):
+            rounded = {**config, CONFIG_KEY: LowBit(bits, GROUP_SIZE).to_mapping()}
+            yield ModelRow("lowbit", rounded, head_params=head_params)
     for ratio in ratios:
         name = f"{spec.strategy} {ratio:g}"
         if spec.chosen_strategy.zeroes_weights:

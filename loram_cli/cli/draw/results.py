@@ -67,8 +67,11 @@ def _trained(result: TrainResult) -> list[str]:
 
 @result_lines.register
 def _recovered(result: RecoverResult) -> list[str]:
+    what = "kept rows and columns equal, zero elsewhere"
+    if result.small_params == result.full_params:
+        what = "of the base's shapes, recovery is the identity"
     return [
-        f"{result.modules} modules verified: kept rows and columns equal, zero elsewhere; "
+        f"{result.modules} modules verified: {what}; "
         f"{format_params(result.small_params)} -> {format_params(result.full_params)} parameters"
     ]
 

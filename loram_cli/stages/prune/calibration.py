@@ -18,8 +18,9 @@ from loram_cli.stages.prune.spec import PruneSpec
 from loram_cli.training.data.documents import load_text
 from loram_cli.training.data.sources import data_files
 
-# Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults.
-_DEFAULT_WINDOWS = {"taylor": (10, 128), "sparsegpt": (128, 2048)}
+# Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults; fewer than GPTQ's 128 of
+# 2048: twice as many tokens as the widest linear of a 13B model has inputs.
+_DEFAULT_WINDOWS = {"taylor": (10, 128), "sparsegpt": (128, 2048), "gptq": (64, 384)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
         each,
         in_memory * each,
         (boundaries - in_memory) * each,
-        hessian_bytes(model.family, config) if spec.method == "sparsegpt" else 0,
+        0 if spec.method == "taylor" else hessian_bytes(model.family, config),
     )
 
 
@@ -105,7 +106,7 @@ def load_windows(spec: PruneSpec, needs: CalibrationNeeds) -> torch.Tensor:
     """
     assert spec.calibration is not None
     texts = load_text(spec.calibration)
-    tokenizer = load_tokenizer(spec.model)
+    tokenizer = load_tokenizer(spec.read)
     return calibration_windows(texts, tokenizer, needs.samples, needs.length, spec.seed)
 
 

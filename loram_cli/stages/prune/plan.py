@@ -7,16 +7,23 @@ from typing import Any
 
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Geometry
+from loram_cli.checkpoint.header import DTYPES
+from loram_cli.checkpoint.low_bit import CONFIG_KEY, LowBit
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.writer import TensorPlan
 from loram_cli.errors import UsageError
-from loram_cli.memory.account import BF16_BYTES, count_nonzero_params, count_params
+from loram_cli.memory.account import (
+    BF16_BYTES,
+    count_nonzero_params,
+    count_params,
+    low_bit_weight_bytes,
+)
 from loram_cli.pruning.groups import LayerKeep
 from loram_cli.pruning.plan import pruned_config
 from loram_cli.pruning.sparsity import zeros_wanted
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-from loram_cli.stages.core.lineage import model_record
+from loram_cli.stages.core.lineage import Source, describe_source, model_record
 from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
 from loram_cli.stages.core.results import CalibrationFigures, PruneResult
 from loram_cli.stages.prune.calibration import CalibrationNeeds, calibration_needs
@@ -40,6 +47,7 @@ class PruneWork:
         sparsity: Share of zeros in the decoder linears; ``pruned_params`` are then what is not
             zero, and the tensors stay as large as they were.
         chosen: How the widths came about; None where they stay.
+        low_bit: How the decoder linears are rounded; None where they are not.
     """
 
     model: Model
@@ -52,6 +60,7 @@ class PruneWork:
     calibration: CalibrationNeeds | None = None
     sparsity: float = 0.0
     chosen: ChosenWidths | None = None
+    low_bit: LowBit | None = None
 
     @property
     def out_bytes(self) -> int:
@@ -91,6 +100,7 @@ class PruneWork:
             self.chosen,
             sparsity=self.sparsity,
             calibration=self.calibration.figures() if self.calibration else None,
+            low_bit=self.low_bit,
         )
 
 
@@ -102,21 +112,22 @@ def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         UsageError: The ratio or the keep flags do not fit the model.
     """
     spec = spec.settled()
-    check_out_of_tree(spec.out, spec.model)
-    model = Model.open(spec.model)
-    _refuse_pruned(model)
+    check_out_of_tree(spec.out, spec.read)
+    model = Model.open(spec.read)
+    source = _source(spec, model)
     model.check_whole()
-    work = _sparse_work(spec, model) if spec.zeroes_weights else _narrow_work(spec, model)
+    make = _sparse_work if spec.zeroes_weights else _narrow_work
+    work = (_rounded_work if spec.rounds_weights else make)(spec, model)
     scratch_bytes = work.calibration.disk_bytes if work.calibration else 0
-    base = model_record(model)
     return make_plan(
         "prune",
         spec,
-        {"base": base, **plan_record(spec)},
+        {"base": source.record, **plan_record(spec)},
         work,
         disk_bytes=work.out_bytes + scratch_bytes,
-        reads=[read for read in (spec.model, spec.calibration, spec.plan) if read],
-        base=base,
+        reads=[read for read in (spec.read, spec.calibration, spec.plan) if read],
+        base=source.base,
+        keep=source.keep,
         memory_bytes=work.calibration.held_bytes if work.calibration else 0,
         figures={"result": work.result()},
     )
@@ -140,6 +151,11 @@ def foresee(spec: PruneSpec, config: Mapping[str, Any]) -> tuple[Mapping[str, An
         params = count_nonzero_params(family, config, spec.ratio).total
         sizes = (base_params, params, base_params * BF16_BYTES)
         return config, _figures(sizes, before.layers, before.layers, None, sparsity=spec.ratio)
+    if spec.low_bit is not None:
+        rounded = {**config, CONFIG_KEY: spec.low_bit.to_mapping()}
+        sizes = (base_params, base_params, low_bit_weight_bytes(family, rounded, spec.low_bit))
+        widths = before.layers
+        return rounded, _figures(sizes, widths, widths, None, low_bit=spec.low_bit)
     chosen = choose_widths(spec, family, config)
     small = pruned_config(config, before, chosen.after)
     params = count_params(family, small).total
@@ -155,6 +171,7 @@ def _figures(
     *,
     sparsity: float = 0.0,
     calibration: CalibrationFigures | None = None,
+    low_bit: LowBit | None = None,
 ) -> PruneResult:
     """The result of a pruning from parameters before and after, and bytes of the output."""
     base_params, params, weight_bytes = sizes
@@ -166,11 +183,31 @@ def _figures(
         weight_bytes=weight_bytes,
         sparsity=sparsity,
         calibration=calibration,
+        bits=low_bit.bits if low_bit else None,
+        group_size=low_bit.group_size if low_bit else None,
         pruned_layers=_changed(before, after),
         widths=_widths(after),
         base_widths=_widths(before),
     )
     return replace(result, **chosen.known(after)) if chosen else result
+
+
+def _source(spec: PruneSpec, model: Model) -> Source:
+    """The model to prune, which is a base; one to be rounded may be narrow already.
+
+    Raises:
+        UsageError: It is pruned, and what it lacks would not be known of the output.
+    """
+    narrow = (model.directory / MANIFEST_NAME).is_file() and spec.rounds_weights
+    if not narrow:
+        _refuse_pruned(model)
+        record = model_record(model)
+        return Source(record, record)
+    source = describe_source(model)
+    if model.low_bit or source.sparsity:
+        made = "of few bits" if model.low_bit else "a model with zeros, which rounding would fill"
+        raise UsageError(f"{model.directory}: is {made} already", "pass a base, or what stru made")
+    return source
 
 
 def _refuse_pruned(model: Model) -> None:
@@ -224,6 +261,31 @@ def _sparse_work(spec: PruneSpec, model: Model) -> PruneWork:
         params - zeros,
         calibration_needs(spec, model) if spec.needs_calibration else None,
         sparsity=spec.ratio,
+    )
+
+
+def _rounded_work(spec: PruneSpec, model: Model) -> PruneWork:
+    """The model's own shapes, in the order of the layers; bytes stand for the decoder linears."""
+    low_bit, shapes, linears = spec.low_bit, model.shapes, set(model.linear_names)
+    assert low_bit is not None
+    entries = model.index.tensors
+    tensors = {
+        name: TensorPlan(DTYPES["U8"].to_torch(), (shape[0], low_bit.row_bytes(shape[1])))
+        if name in linears
+        else TensorPlan.like(entries[name])
+        for name, shape in shapes.items()
+    }
+    params = sum(math.prod(shape) for shape in shapes.values())
+    return PruneWork(
+        model,
+        {**model.config, CONFIG_KEY: low_bit.to_mapping()},
+        model.geometry,
+        model.geometry.layers,
+        tensors,
+        params,
+        params,
+        calibration_needs(spec, model) if spec.needs_calibration else None,
+        low_bit=low_bit,
     )
 
 

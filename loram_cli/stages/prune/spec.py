@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Self
 
+from loram_cli.checkpoint.low_bit import BITS, GROUP_MULTIPLE, GROUP_SIZE, LARGEST_GROUP, LowBit
 from loram_cli.errors import UsageError
 from loram_cli.pruning.strategies import STRATEGIES, strategy_named, summaries
 from loram_cli.pruning.strategy import Strategy
@@ -38,12 +39,20 @@ class PruneSpec(Spec):
     model: Path = setting(
         help="The base's directory.", flag="", place=True, in_key=False, private=True
     )
+    source: Path | None = setting(
+        None,
+        help="lowbit: an output of prune or align to round, not the base itself.",
+        flag="--in",
+        place=True,
+        in_key=False,
+        private=True,
+    )
     out: Path = setting(help=OUT_HELP, place=True, in_key=False, private=True)
     strategy: str = setting("stru", help=f"{summaries()}.", choices=lambda: STRATEGIES)
     ratio: float | None = setting(
         None,
         help="Share of groups to drop in each pruned layer, or of weights to zero.",
-        default_text="0.65; 0.5 for semi",
+        default_text="0.65; 0.5 for semi; none for lowbit",
         above=0,
         below=1,
     )
@@ -85,19 +94,33 @@ class PruneSpec(Spec):
         help="Spread the same budget over all layers alike: stock libraries load the output.",
         in_key="changed",
     )
-    importance: Literal["taylor", "l2", "sparsegpt"] | None = setting(
+    bits: int = setting(
+        3, help="lowbit: bits of a weight, 2 to 4.", at_least=BITS[0], at_most=BITS[-1],
+        in_key="changed",
+    )  # fmt: skip
+    group_size: int = setting(
+        GROUP_SIZE,
+        help="lowbit: neighbours that share a step and a zero of a byte; a multiple of 8.",
+        at_least=GROUP_MULTIPLE,
+        at_most=LARGEST_GROUP,
+        in_key="changed",
+    )
+    importance: Literal["taylor", "l2", "sparsegpt", "gptq", "nearest"] | None = setting(
         None,
-        help="taylor (stru), sparsegpt (unst, semi), or l2 (no data).",
+        help="taylor (stru), sparsegpt (unst, semi), gptq (lowbit), or l2, nearest (no data).",
         default_text="the strategy's first",
     )
     calibration: str | None = setting(
-        None, help="Text for taylor and sparsegpt: file, folder, data set id."
+        None, help="Text for taylor, sparsegpt and gptq: file, folder, data set id."
     )
     calibration_samples: int | None = setting(
-        None, help="Windows of text.", default_text="taylor 10, sparsegpt 128", at_least=1
+        None, help="Windows of text.", default_text="taylor 10, sparsegpt 128, gptq 64", at_least=1
     )
     calibration_length: int | None = setting(
-        None, help="Tokens per window.", default_text="taylor 128, sparsegpt 2048", at_least=2
+        None,
+        help="Tokens per window.",
+        default_text="taylor 128, sparsegpt 2048, gptq 384",
+        at_least=2,
     )
     calibration_memory: Bytes = setting(
         Bytes(4 * GIB),
@@ -106,7 +129,7 @@ class PruneSpec(Spec):
         in_key=False,
     )
     dampening: float = setting(
-        0.01, help="sparsegpt: share of the Hessian's mean diagonal.", at_least=0
+        0.01, help="sparsegpt, gptq: share of the Hessian's mean diagonal.", at_least=0
     )
     block_columns: int = setting(128, help="sparsegpt: columns per update.", at_least=1)
     max_shard_bytes: Bytes = setting(
@@ -130,9 +153,24 @@ class PruneSpec(Spec):
         return (0, 0) if self.uniform else (self.keep_first, self.keep_last)
 
     @property
+    def read(self) -> Path:
+        """The directory to prune: the base's, or what was made of it."""
+        return self.source or self.model
+
+    @property
     def chosen_strategy(self) -> Strategy:
         """The strategy's own file."""
         return strategy_named(self.strategy)
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether weights are rounded to few bits, and shapes stay."""
+        return self.chosen_strategy.rounds
+
+    @property
+    def low_bit(self) -> LowBit | None:
+        """How weights are rounded; None for a strategy that rounds none."""
+        return LowBit(self.bits, self.group_size) if self.rounds_weights else None
 
     @property
     def zeroes_weights(self) -> bool:
@@ -147,7 +185,7 @@ class PruneSpec(Spec):
     @property
     def needs_calibration(self) -> bool:
         """Whether text is needed."""
-        return self.method in ("taylor", "sparsegpt")
+        return self.method in ("taylor", "sparsegpt", "gptq")
 
     def check(self) -> None:
         """Refuse settings that do not go together.
@@ -159,10 +197,12 @@ class PruneSpec(Spec):
         self._check_amount()
         self._check_strategy()
         if self.needs_calibration and self.calibration is None:
+            strategy = self.chosen_strategy
             why = "ranks by gradients on text" if self.method == "taylor" else "updates on text"
             raise UsageError(
                 f"--strategy {self.strategy} {why}, and no --calibration is given",
-                "pass --calibration FILE, or --importance l2, which needs no text",
+                f"pass --calibration FILE, or --importance {strategy.importances[-1]}, which needs "
+                "no text",
             )
 
     def _check_amount(self) -> None:
@@ -210,17 +250,42 @@ class PruneSpec(Spec):
                 f"--block-columns {self.block_columns} is no multiple of 4, as "
                 f"--strategy {self.strategy} needs"
             )
-        if strategy.zeroes_weights:
+        self._check_bits(strategy)
+        if strategy.keep is None:
             for name, nothing in _SHRINKING.items():
                 if getattr(self, name) != nothing:
                     asked = "--scope global" if name == "scope" else flag(self, name)
                     raise UsageError(
-                        f"{asked} does not go with --strategy {self.strategy}: shapes and memory "
-                        "stay",
-                        "pass --ratio, or --strategy stru",
+                        f"{asked} does not go with --strategy {self.strategy}: shapes "
+                        f"{'' if strategy.rounds else 'and memory '}stay",
+                        f"pass {'--bits' if strategy.rounds else '--ratio'}, or --strategy stru",
                     )
         if self.scope == "global" and not strategy.importances:
             raise UsageError(
                 f"--scope global ranks groups, and --strategy {self.strategy} draws them",
                 "pass --strategy stru, or --plan FILE for ratios of your own",
+            )
+
+    def _check_bits(self, strategy: Strategy) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("bits", "group_size"):
+            if not strategy.rounds and getattr(self, name) != defaults[name]:
+                raise UsageError(
+                    f"{flag(self, name)} does not go with --strategy {self.strategy}",
+                    "pass --strategy lowbit; with --in DIR it rounds an output of prune or align",
+                )
+        if self.source is not None and not strategy.rounds:
+            raise UsageError(
+                f"--in {self.source} does not go with --strategy {self.strategy}, which prunes a "
+                "base",
+                "pass --model DIR, or --strategy lowbit",
+            )
+        if self.group_size % GROUP_MULTIPLE:
+            raise UsageError(
+                f"--group-size {self.group_size} is no multiple of {GROUP_MULTIPLE}",
+            )
+        if strategy.rounds and self.ratio is not None:
+            raise UsageError(
+                f"--ratio does not go with --strategy {self.strategy}: it drops and zeroes nothing",
+                "pass --bits",
             )

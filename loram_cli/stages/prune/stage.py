@@ -7,6 +7,7 @@ from loram_cli.pruning.picture import draw_kept
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.prune.plan import plan
+from loram_cli.stages.prune.rounded import write_rounded
 from loram_cli.stages.prune.sparse import sparsity_record, write_sparse
 from loram_cli.stages.prune.spec import PruneSpec
 from loram_cli.stages.prune.structured import choose_groups, write_kept
@@ -23,11 +24,14 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
     spec = spec.settled()
     planned = plan(spec, reporter)
     work = planned.work
-    with stage_run(planned, spec, spec.model) as stage:
+    with stage_run(planned, spec, spec.read) as stage:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        if spec.zeroes_weights:
+        if spec.rounds_weights:
+            result, digests = write_rounded(spec, work, stage.path, reporter)
+            kept, sparsity = dict(planned.keep), {}
+        elif spec.zeroes_weights:
             result, digests = write_sparse(spec, work, stage.path, reporter)
             kept, sparsity = {}, sparsity_record(spec, result)
         else:
@@ -38,5 +42,5 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
             result, sparsity = work.result(), {}
             kept = {str(i): layer.to_mapping() for i, layer in keep.items()}
         (stage.path / "config.json").write_text(json.dumps(work.config, indent=2) + "\n")
-        copy_companions(spec.model, stage.path)
+        copy_companions(spec.read, stage.path)
         return stage.commit(result, keep=kept, sparsity=sparsity, digests=digests)

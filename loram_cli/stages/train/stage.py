@@ -20,6 +20,7 @@ from loram_cli.memory.setup import Packing, TrainingSetup, usual_attention
 from loram_cli.memory.streaming import StreamedMemory, streamed_training_memory
 from loram_cli.memory.training import TrainingMemory, training_memory
 from loram_cli.modeling.load import load_causal_lm
+from loram_cli.modeling.low_bit_load import load_low_bit
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.sharding import SharedModel, whole_trained_weights
 from loram_cli.modeling.skeleton import SkeletonModel
@@ -102,6 +103,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         named_template(spec.chat_template)
     model = Model.open(spec.source)
     model.check_whole()
+    _check_low_bit(spec, model)
     source = describe_source(model)
     warn_of_other_template(source.record, source.base, reporter)
     wanted = spec.targets
@@ -143,6 +145,18 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         processes=process_count(),
         figures=figures,
     )
+
+
+def _check_low_bit(spec: TrainSpec, model: Model) -> None:
+    if model.low_bit is None:
+        return
+    for asked, value in (("--quantize nf4", spec.quantize), ("--fsdp", spec.fsdp)):
+        if value:
+            raise UsageError(
+                f"{asked} does not go with {model.directory}: its weights are held in "
+                f"{model.low_bit.bits} bits as they are",
+                f"leave out {asked}",
+            )
 
 
 def foresee(spec: TrainSpec, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,6 +381,11 @@ def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> 
         model = _with_factors(shared.model, spec, work.targets)
         shared.load(model, reporter)
         return model
+    if work.model.low_bit is not None:
+        model = load_low_bit(
+            work.model, dtype=dtype, device=device, attention=spec.attention, reporter=reporter
+        )
+        return _with_factors(model, spec, work.targets)
     skipped = (work.model.family.lm_head,)
     quantization = nf4_config(dtype, skip_modules=skipped) if spec.quantize else None
     model = load_causal_lm(
