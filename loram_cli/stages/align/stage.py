@@ -48,7 +48,8 @@ from loram_cli.stages.fit.run import (
     warn_of_memory,
 )
 from loram_cli.training.data.documents import load_text
-from loram_cli.training.data.tokens import pack_tokens
+from loram_cli.training.data.sources import load_sources
+from loram_cli.training.data.tokens import TokenRow, pack_tokens
 
 __all__ = ["AlignSpec", "plan", "run"]
 
@@ -149,21 +150,24 @@ def _check_methods(spec: AlignSpec, manifest: Manifest) -> None:
         )
 
 
-def _texts(spec: AlignSpec, reporter: Reporter, limit: int | None = None) -> list[str]:
-    return load_text(
-        spec.data, limit=limit, reporter=reporter, seed=spec.seed, exhausted=spec.exhausted
-    )
+def _rows(spec: AlignSpec, reporter: Reporter) -> list[TokenRow]:
+    """Packed text. Weights of several sources are shares of the tokens, not of the documents."""
+    tokenizer = load_tokenizer(spec.source)
+
+    def load(name: str) -> list[TokenRow]:
+        return pack_tokens(load_text(name, reporter=reporter), tokenizer, spec.block_length)
+
+    return load_sources(spec.data, load, seed=spec.seed, exhausted=spec.exhausted)
 
 
 def _counted(spec: AlignSpec, reporter: Reporter) -> dict[str, int | None]:
-    """Documents in the text and rows to learn; text that takes long to read is only tried."""
+    """Rows to learn and to hold out; text that takes long to read is only tried."""
     if not reads_quickly(spec.data):
-        _texts(spec, reporter, TRIED_RECORDS)
-        return {"documents": None}
-    texts = _texts(spec, reporter)
-    rows = len(pack_tokens(texts, load_tokenizer(spec.source), spec.block_length))
+        load_text(spec.data, limit=TRIED_RECORDS, reporter=reporter)
+        return {"rows": None}
+    rows = len(_rows(spec, reporter))
     evaluated = held_out(spec.eval_rows, rows, "--eval-rows", reporter)
-    return {"documents": len(texts), "rows": rows - evaluated, "eval_rows": evaluated}
+    return {"rows": rows - evaluated, "eval_rows": evaluated}
 
 
 def _open_base(spec: AlignSpec, manifest: Manifest) -> Model:
@@ -188,8 +192,7 @@ def _align(
     reporter: Reporter,
 ) -> AlignResult:
     source = planned.work.source
-    tokenizer = load_tokenizer(spec.source)
-    rows = pack_tokens(_texts(spec, reporter), tokenizer, spec.block_length)
+    rows = _rows(spec, reporter)
     evaluated = held_out(spec.eval_rows, len(rows), "--eval-rows", reporter)
     transformers.set_seed(spec.seed)
     start_meter()

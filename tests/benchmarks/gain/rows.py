@@ -33,9 +33,18 @@ class Row:
 
 
 # ``{text}``, ``{train}`` and ``{mixed}`` become the bench's data: general text, the training data,
-# and half of each.
+# and half of the tokens from each.
 _WIKI_8K = ("--data", "{text}", "--method", "reconstruct", "--calibration-samples", "16")
 _MIXED_32K = ("--data", "{mixed}", "--method", "reconstruct", "--calibration-samples", "64")
+_STEPS = (
+    "--steps", "40", "--batch", "4", "--micro-batch", "4", "--warmup-steps", "4",
+    "--learning-rate", "6e-4", "--precision", "bf16", "--eval-rows", "4",
+)  # fmt: skip
+_DISTILLED = ("--data", "{mixed}", "--method", "distill", *_STEPS)
+_BOTH = (
+    "--data", "{mixed}", "--method", "reconstruct,distill", "--calibration-samples", "64", *_STEPS,
+)  # fmt: skip
+_NF4 = ("--quantize", "nf4")
 
 
 def _stru(ratio: float) -> Flags:
@@ -46,13 +55,9 @@ def _rand(ratio: float) -> Flags:
     return ("--strategy", "rand", "--ratio", str(ratio))
 
 
-def _short(flags: Flags) -> str:
-    return flags[flags.index("--strategy") + 1]
-
-
-ROWS: tuple[Row, ...] = (
-    Row(name=FULL, label="base; full LoRA", polish=(5, 10), quick=True, decides=True),
-    Row(name="nf4", label="NF4 (QLoRA)", train=("--quantize", "nf4"), quick=True, decides=True),
+_MADE = (
+    Row(name=FULL, label="base; full LoRA", polish=(10,), quick=True, decides=True),
+    Row(name="nf4", label="NF4 (QLoRA)", train=_NF4, quick=True, decides=True),
     Row(
         name="stru-0.65-wiki-8k",
         label="stru 0.65, reconstruct, 8k tokens of general text",
@@ -64,9 +69,37 @@ ROWS: tuple[Row, ...] = (
         label="stru 0.65, reconstruct, 32k tokens, half of them training data",
         prune=_stru(0.65),
         align=_MIXED_32K,
+    ),
+    Row(
+        name="stru-0.65-distill",
+        label="stru 0.65, reconstruct, then distill, 115k tokens",
+        prune=_stru(0.65),
+        align=_BOTH,
+        polish=(10,),
         quick=True,
+        decides=True,
     ),
 )
+
+# Every ratio of stru and rand: as pruned, fitted, and in NF4 as well.
+_RATIOS = tuple(
+    Row(
+        name=f"{name}-{ratio:g}{suffix}",
+        label=f"{name} {ratio:g}, {said}",
+        prune=flags(ratio),
+        align=align,
+        train=train,
+    )
+    for name, flags in (("stru", _stru), ("rand", _rand))
+    for ratio in (0.2, 0.35, 0.5, 0.65)
+    for suffix, said, align, train in (
+        ("", "not aligned", None, ()),
+        ("-fit", "reconstruct, distill", _BOTH, ()),
+        ("-fit-nf4", "reconstruct, distill; NF4", _BOTH, _NF4),
+    )
+)
+
+ROWS: tuple[Row, ...] = (*_MADE, *_RATIOS)
 
 
 def named(names: tuple[str, ...]) -> tuple[Row, ...]:

@@ -17,7 +17,7 @@ Figures = dict[str, Any]
 
 # Exact steps on the full model: fewer, and at a lower rate than the training before them.
 _POLISH_RATE = "2e-4"
-_TEXT_WINDOWS = 40
+_TEXT_WINDOWS = 16
 _SCORED_AT_ONCE = 16
 
 
@@ -137,6 +137,7 @@ def _polish(bench: Bench, seed: int, steps: int, start: Path | None = None) -> F
     return (
         "--in", str(bench.model), *_training(bench, seed + 1000), *begun,
         "--steps", str(steps), "--learning-rate", _POLISH_RATE, "--warmup-steps", "0",
+        "--eval-examples", "1",
     )  # fmt: skip
 
 
