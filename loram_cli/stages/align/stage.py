@@ -19,6 +19,7 @@ from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import is_hub_id, resolve_model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.modeling.load import load_tokenizer
+from loram_cli.pruning.groups import kept_layers, layer_keeps
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.processes import process_count
@@ -141,6 +142,13 @@ def _check_methods(spec: AlignSpec, manifest: Manifest) -> None:
                 "whose zeros the closed form would fill",
                 "use distill or pretrain, which keep them",
             )
+        if method.fits_layers and not (layer_keeps(manifest.keep) or manifest.sparsity):
+            whole_layers = kept_layers(manifest.keep) is None
+            raise UsageError(
+                f"--method {name} fits layers that lost heads or channels, and {spec.source} "
+                f"{'holds its linears as factors' if whole_layers else 'lacks whole layers'}",
+                "pass --method distill or pretrain",
+            )
     if process_count() > 1 and not (
         len(spec.method) == 1 and METHODS[spec.method[0]].several_processes
     ):
@@ -206,7 +214,7 @@ def _align(
             out=path if last else path / "methods" / f"{number}-{method}",
             base=planned.work.base,
             device=device,
-            pruned_layers=tuple(sorted(int(i) for i in planned.keep)),
+            pruned_layers=tuple(sorted(layer_keeps(planned.keep))),
             sparse=bool(planned.sparsity),
             train_rows=rows[evaluated:],
             eval_rows=rows[:evaluated],

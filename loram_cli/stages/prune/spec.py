@@ -22,6 +22,17 @@ from loram_cli.units import GIB
 
 # The ways to say how much goes; one of them is given, or the strategy's own ratio is taken.
 AMOUNTS = ("ratio", "plan", "target_params", "fit_memory")
+Importance = Literal["taylor", "l2", "wanda", "obs", "sparsegpt", "cosine", "svd"]
+
+# What needs text, and what for.
+CALIBRATED = {
+    "taylor": "ranks by gradients on text",
+    "wanda": "ranks by activations on text",
+    "obs": "ranks by activations on text",
+    "cosine": "ranks by hidden states on text",
+    "sparsegpt": "updates on text",
+    "svd": "weighs errors by activations on text",
+}
 # What a budget of memory depends on.
 _TRAINING = ("quantize", "rank", "micro_batch", "max_length", "gradient_checkpointing")
 # What only makes sense where shapes shrink, with the value that asks for nothing.
@@ -42,8 +53,9 @@ class PruneSpec(Spec):
     strategy: str = setting("stru", help=f"{summaries()}.", choices=lambda: STRATEGIES)
     ratio: float | None = setting(
         None,
-        help="Share of groups to drop in each pruned layer, or of weights to zero.",
-        default_text="0.65; 0.5 for semi",
+        help="Share of groups to drop in each pruned layer, of layers to drop, or of weights to "
+        "zero.",
+        default_text="0.65; 0.5 for semi and depth",
         above=0,
         below=1,
     )
@@ -78,26 +90,35 @@ class PruneSpec(Spec):
     multiple_of: int = setting(
         1, help="Round kept MLP channels up to a multiple: 64 suits GPUs.", at_least=1
     )
-    keep_first: int = setting(4, help="First layers kept whole (rand, stru).", at_least=0)
-    keep_last: int = setting(2, help="Last layers kept whole (rand, stru).", at_least=0)
+    keep_first: int = setting(4, help="First layers kept whole (not unst, semi).", at_least=0)
+    keep_last: int = setting(2, help="Last layers kept whole (not unst, semi).", at_least=0)
     uniform: bool = setting(
         False,
         help="Spread the same budget over all layers alike: stock libraries load the output.",
         in_key="changed",
     )
-    importance: Literal["taylor", "l2", "sparsegpt"] | None = setting(
+    importance: Importance | None = setting(
         None,
-        help="taylor (stru), sparsegpt (unst, semi), or l2 (no data).",
+        help="taylor, wanda or obs (stru), sparsegpt (unst, semi), cosine (depth), svd (lowrank), "
+        "or l2 (no data).",
         default_text="the strategy's first",
     )
     calibration: str | None = setting(
-        None, help="Text for taylor and sparsegpt: file, folder, data set id."
+        None,
+        help="Text to rank or update on: files, folders or data set ids, with weights if several; "
+        "the training data ranks best.",
     )
     calibration_samples: int | None = setting(
-        None, help="Windows of text.", default_text="taylor 10, sparsegpt 128", at_least=1
+        None,
+        help="Windows of text.",
+        default_text="taylor 10, sparsegpt 128, others 32",
+        at_least=1,
     )
     calibration_length: int | None = setting(
-        None, help="Tokens per window.", default_text="taylor 128, sparsegpt 2048", at_least=2
+        None,
+        help="Tokens per window.",
+        default_text="taylor 128, sparsegpt 2048, others 512",
+        at_least=2,
     )
     calibration_memory: Bytes = setting(
         Bytes(4 * GIB),
@@ -106,7 +127,7 @@ class PruneSpec(Spec):
         in_key=False,
     )
     dampening: float = setting(
-        0.01, help="sparsegpt: share of the Hessian's mean diagonal.", at_least=0
+        0.01, help="sparsegpt, obs, svd: share of the Hessian's mean diagonal.", at_least=0
     )
     block_columns: int = setting(128, help="sparsegpt: columns per update.", at_least=1)
     max_shard_bytes: Bytes = setting(
@@ -147,7 +168,7 @@ class PruneSpec(Spec):
     @property
     def needs_calibration(self) -> bool:
         """Whether text is needed."""
-        return self.method in ("taylor", "sparsegpt")
+        return self.method in CALIBRATED
 
     def check(self) -> None:
         """Refuse settings that do not go together.
@@ -159,10 +180,12 @@ class PruneSpec(Spec):
         self._check_amount()
         self._check_strategy()
         if self.needs_calibration and self.calibration is None:
-            why = "ranks by gradients on text" if self.method == "taylor" else "updates on text"
+            assert self.method is not None
+            l2 = ", or --importance l2, which needs no text"
             raise UsageError(
-                f"--strategy {self.strategy} {why}, and no --calibration is given",
-                "pass --calibration FILE, or --importance l2, which needs no text",
+                f"--strategy {self.strategy} {CALIBRATED[self.method]}, and no --calibration is "
+                "given",
+                f"pass --calibration FILE{l2 if 'l2' in self.chosen_strategy.importances else ''}",
             )
 
     def _check_amount(self) -> None:
@@ -210,13 +233,15 @@ class PruneSpec(Spec):
                 f"--block-columns {self.block_columns} is no multiple of 4, as "
                 f"--strategy {self.strategy} needs"
             )
-        if strategy.zeroes_weights:
+        if strategy.keep is None:
+            why = "shapes and memory stay" if strategy.zeroes_weights else "it drops whole layers"
+            if strategy.factors_linears:
+                why = "it leaves the widths as they are"
             for name, nothing in _SHRINKING.items():
                 if getattr(self, name) != nothing:
                     asked = "--scope global" if name == "scope" else flag(self, name)
                     raise UsageError(
-                        f"{asked} does not go with --strategy {self.strategy}: shapes and memory "
-                        "stay",
+                        f"{asked} does not go with --strategy {self.strategy}: {why}",
                         "pass --ratio, or --strategy stru",
                     )
         if self.scope == "global" and not strategy.importances:

@@ -51,6 +51,10 @@ def _stru(ratio: float) -> Flags:
     return ("--strategy", "stru", "--ratio", str(ratio), "--calibration", "{train}")
 
 
+def _depth(ratio: float) -> Flags:
+    return ("--strategy", "depth", "--ratio", str(ratio), "--calibration", "{train}")
+
+
 def _rand(ratio: float) -> Flags:
     return ("--strategy", "rand", "--ratio", str(ratio))
 
@@ -81,6 +85,39 @@ _MADE = (
     ),
 )
 
+_OTHERS = (
+    Row(
+        name="stru-0.65-obs",
+        label="stru 0.65 by obs, reconstruct, 32k tokens",
+        prune=(*_stru(0.65), "--importance", "obs"),
+        align=_MIXED_32K,
+    ),
+    Row(
+        name="stru-0.65-wanda",
+        label="stru 0.65 by wanda, reconstruct, 32k tokens",
+        prune=(*_stru(0.65), "--importance", "wanda"),
+        align=_MIXED_32K,
+    ),
+    Row(
+        name="stru-0.65-train-32k",
+        label="stru 0.65, reconstruct, 32k tokens of training data",
+        prune=_stru(0.65),
+        align=("--data", "{train}", *_MIXED_32K[2:]),
+    ),
+    Row(
+        name="depth-0.625",
+        label="depth 0.625 (15 of 24 layers), not aligned",
+        prune=_depth(0.625),
+    ),
+    Row(
+        name="depth-0.625-distill",
+        label="depth 0.625, distill, 82k tokens",
+        prune=_depth(0.625),
+        align=_DISTILLED,
+        polish=(10,),
+    ),
+)
+
 # Every ratio of stru and rand: as pruned, fitted, and in NF4 as well.
 _RATIOS = tuple(
     Row(
@@ -99,7 +136,7 @@ _RATIOS = tuple(
     )
 )
 
-ROWS: tuple[Row, ...] = (*_MADE, *_RATIOS)
+ROWS: tuple[Row, ...] = (*_MADE, *_OTHERS, *_RATIOS)
 
 
 def named(names: tuple[str, ...]) -> tuple[Row, ...]:
