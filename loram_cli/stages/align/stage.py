@@ -165,7 +165,7 @@ def _rows(spec: AlignSpec, reporter: Reporter) -> list[TokenRow]:
     def load(name: str) -> list[TokenRow]:
         return pack_tokens(load_text(name, reporter=reporter), tokenizer, spec.block_length)
 
-    return load_sources(spec.data, load, seed=spec.seed, exhausted=spec.exhausted)
+    return list(load_sources(spec.data, load, seed=spec.seed, exhausted=spec.exhausted))
 
 
 def _counted(spec: AlignSpec, reporter: Reporter) -> dict[str, int | None]:

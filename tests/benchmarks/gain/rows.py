@@ -88,9 +88,12 @@ _MADE = (
 _OTHERS = (
     Row(
         name="stru-0.65-obs",
-        label="stru 0.65 by obs, reconstruct, 32k tokens",
+        label="stru 0.65 by obs, reconstruct, 32k tokens, half of them training data",
         prune=(*_stru(0.65), "--importance", "obs"),
         align=_MIXED_32K,
+        polish=(10,),
+        quick=True,
+        decides=True,
     ),
     Row(
         name="stru-0.65-wanda",
@@ -131,8 +134,8 @@ _RATIOS = tuple(
     for ratio in (0.2, 0.35, 0.5, 0.65)
     for suffix, said, align, train in (
         ("", "not aligned", None, ()),
-        ("-fit", "reconstruct, distill", _BOTH, ()),
-        ("-fit-nf4", "reconstruct, distill; NF4", _BOTH, _NF4),
+        ("-fit", "reconstruct", _MIXED_32K, ()),
+        ("-fit-nf4", "reconstruct; NF4", _MIXED_32K, _NF4),
     )
 )
 
