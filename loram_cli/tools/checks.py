@@ -175,6 +175,14 @@ def _keep_problems(
     directory: Path, config: Mapping[str, Any], family: Family, keep: Mapping[str, Any]
 ) -> Iterator[str]:
     layers = family.geometry(config).layers
+    left = kept_layers(keep)
+    if left is not None:
+        if len(left) != len(layers):
+            yield (
+                f"{directory / 'config.json'}: has {len(layers)} layers, "
+                f"{MANIFEST_NAME} keeps {len(left)}"
+            )
+        return
     for layer, kept in keep.items():
         if int(layer) >= len(layers):
             continue
