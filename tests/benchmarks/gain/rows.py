@@ -45,6 +45,7 @@ _BOTH = (
     "--data", "{mixed}", "--method", "reconstruct,distill", "--calibration-samples", "64", *_STEPS,
 )  # fmt: skip
 _NF4 = ("--quantize", "nf4")
+_LOW_RANK = ("--strategy", "lowrank", "--ratio", "0.65", "--calibration", "{train}")
 
 
 def _stru(ratio: float) -> Flags:
@@ -106,6 +107,23 @@ _OTHERS = (
         label="stru 0.65, reconstruct, 32k tokens of training data",
         prune=_stru(0.65),
         align=("--data", "{train}", *_MIXED_32K[2:]),
+    ),
+    Row(
+        name="lowrank-0.65",
+        label="lowrank 0.65, not aligned",
+        prune=_LOW_RANK,
+    ),
+    Row(
+        name="lowrank-0.65-distill",
+        label="lowrank 0.65, distill, 82k tokens",
+        prune=_LOW_RANK,
+        align=_DISTILLED,
+    ),
+    Row(
+        name="lowrank-0.65-nf4",
+        label="lowrank 0.65, not aligned; NF4",
+        prune=_LOW_RANK,
+        train=_NF4,
     ),
     Row(
         name="depth-0.625",
