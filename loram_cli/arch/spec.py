@@ -132,6 +132,7 @@ class LayerGeometry:
         has_attention: Whether the layer has heads that can be pruned.
         has_mlp: Whether the layer has channels that can be pruned.
         fixed: Products of config keys that its tensors run over, with their value.
+        ranks: Ranks of the linear modules that are held as two factors, by name.
     """
 
     num_attention_heads: int
@@ -142,6 +143,7 @@ class LayerGeometry:
     has_attention: bool = True
     has_mlp: bool = True
     fixed: tuple[tuple[str, int], ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
 
     @property
     def queries_per_key_value(self) -> int:
@@ -164,6 +166,12 @@ class LayerGeometry:
         }
         return units[axis] if axis in units else dict(self.fixed)[axis]
 
+
+LOW_RANK = "low_rank"
+"""The config's key of ranks by layer index and module name, where linears are two factors."""
+
+FACTORS = ("first", "second")
+"""Names of the two: of shape (rank, columns) and (rows, rank)."""
 
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 """The widths of a layer that ``per_layer_config`` may state."""
@@ -461,6 +469,7 @@ class Family:
                 )
         # A product is the same in every layer, and dearer to work out than to look up.
         fixed = tuple((axis, _product(axis, full)) for axis in self._products)
+        ranks = full.get(LOW_RANK) or {}
         layers = tuple(
             replace(
                 layer,
@@ -468,8 +477,9 @@ class Family:
                 has_attention=bool(self._axes_of(kind) & ATTENTION_AXES),
                 has_mlp="intermediate" in self._axes_of(kind),
                 fixed=fixed,
+                ranks=tuple(ranks.get(str(i), {}).items()),
             )
-            for layer, kind in zip(geometry.layers, kinds, strict=True)
+            for i, (layer, kind) in enumerate(zip(geometry.layers, kinds, strict=True))
         )
         return replace(
             geometry,
@@ -566,8 +576,11 @@ class Family:
             config: The parsed ``config.json``.
         """
         for i, layer in enumerate(self.geometry(config).layers):
+            ranks = dict(layer.ranks)
             for module in self.layer_modules(layer):
-                yield f"{self.layer_prefix(i)}{module.name}.weight"
+                name = f"{self.layer_prefix(i)}{module.name}"
+                parts = FACTORS if module.name in ranks else ("",)
+                yield from (f"{name}.{part}.weight" if part else f"{name}.weight" for part in parts)
 
     def layer_shapes(
         self, index: int, layer: LayerGeometry, config: Mapping[str, Any]
@@ -583,12 +596,18 @@ class Family:
         hidden = full["hidden_size"]
         prefix = self.layer_prefix(index)
         shapes: dict[str, tuple[int, ...]] = {}
+        ranks = dict(layer.ranks)
         for module in self.layer_modules(layer):
             rows = sum(layer.axis_units(axis) for axis in module.rows) or hidden
             columns = sum(layer.axis_units(axis) for axis in module.columns) or hidden
-            shapes[f"{prefix}{module.name}.weight"] = (rows, columns)
+            name, rank = f"{prefix}{module.name}", ranks.get(module.name)
+            if rank is None:
+                shapes[f"{name}.weight"] = (rows, columns)
+            else:
+                first, name = f"{name}.{FACTORS[0]}", f"{name}.{FACTORS[1]}"
+                shapes |= {f"{first}.weight": (rank, columns), f"{name}.weight": (rows, rank)}
             if full.get(module.bias, False) if isinstance(module.bias, str) else module.bias:
-                shapes[f"{prefix}{module.name}.bias"] = (rows,)
+                shapes[f"{name}.bias"] = (rows,)
         for tensor in (*self.layer_norms, *self.layer_tensors):
             if _holds(tensor.when, full) and (not tensor.kinds or layer.kind in tensor.kinds):
                 shapes[f"{prefix}{tensor.name}"] = tuple(

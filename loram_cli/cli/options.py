@@ -88,8 +88,14 @@ def settings() -> "Settings":
 
 
 def layered(stage: str, values: Values) -> Values:
-    """The flags that were given, over what environment and settings file set for the stage."""
-    return {**settings().section(stage), **values}
+    """The flags that were given, over what environment and settings file set for the stage.
+
+    A stage that needs text and is told of none takes the training data that they name.
+    """
+    from loram_cli.config.recipe import on_training_data
+
+    known = settings()
+    return on_training_data(stage, {**known.section(stage), **values}, known.section("train"))
 
 
 def fetched(values: Values, reporter: Reporter) -> Values:

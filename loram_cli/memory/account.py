@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from loram_cli.arch.spec import Family
+from loram_cli.arch.spec import LOW_RANK, Family
 from loram_cli.arch.targets import lora_targets
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.errors import UsageError
@@ -169,6 +169,8 @@ def lora_factor_params(
     if rank < 1:
         raise UsageError(f"a LoRA rank of {rank} is not positive")
     wanted = set(trained_modules(family, config, targets))
+    # Where a linear is held as two factors, LoRA's stand beside their product.
+    config = {key: value for key, value in config.items() if key != LOW_RANK}
     shapes = family.tensor_shapes(config)
     trained = [shapes[name] for name in _linear_names(family, config) if _last(name) in wanted]
     if family.lm_head_target in wanted:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from loram_cli.arch.spec import Family, LayerGeometry
+from loram_cli.arch.spec import LOW_RANK, Family, LayerGeometry
 from loram_cli.arch.wrappers import text_view, wrapper_of
 from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError, UsageError, is_out_of_memory
+from loram_cli.modeling.low_rank import set_low_rank
 from loram_cli.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
 
@@ -86,6 +87,9 @@ def narrow_class(family: Family) -> type[Any]:
                     # Layers of different kinds may be of different classes.
                     layers[i] = type(layers[i])(config.per_layer_config[i], i)
                 _cut_to_size(layers[i], family, widths, plain)
+            self.post_init()
+        if getattr(config, LOW_RANK, None):
+            set_low_rank(self, family, config.to_dict())
             self.post_init()
 
     # In its parent's module: transformers renames a published file's tensors for its own alone.

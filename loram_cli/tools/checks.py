@@ -16,7 +16,7 @@ from loram_cli.checkpoint.tokenizer_files import check_tokenizer
 from loram_cli.errors import LoramError
 from loram_cli.lora.adapter import WEIGHTS_NAME, model_copies
 from loram_cli.lora.wrapped import read_adapter
-from loram_cli.pruning.groups import LayerKeep
+from loram_cli.pruning.groups import kept_layers, layer_keeps
 from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
@@ -175,6 +175,14 @@ def _keep_problems(
     directory: Path, config: Mapping[str, Any], family: Family, keep: Mapping[str, Any]
 ) -> Iterator[str]:
     layers = family.geometry(config).layers
+    left = kept_layers(keep)
+    if left is not None:
+        if len(left) != len(layers):
+            yield (
+                f"{directory / 'config.json'}: has {len(layers)} layers, "
+                f"{MANIFEST_NAME} keeps {len(left)}"
+            )
+        return
     for layer, kept in keep.items():
         if int(layer) >= len(layers):
             continue
@@ -218,12 +226,17 @@ def _scatter_problems(
     import torch
 
     geometry = family.geometry(config)
+    keeps, layers = layer_keeps(keep), kept_layers(keep)
     for module, pair in adapter.pairs.items():
         found = family.module_named(module)
-        if found is None or str(found[0]) not in keep:
+        if found is not None and layers is not None and found[0] not in layers:
+            if torch.count_nonzero(pair.lora_b):
+                yield f"{file}: {module} is of a layer that was dropped, and its lora_B not zero"
+            continue
+        if found is None or found[0] not in keeps:
             continue
         layer, linear = found
-        kept = LayerKeep.from_mapping(keep[str(layer)])
+        kept = keeps[layer]
         rows = kept.rows(linear, geometry.layers[layer])
         columns = kept.columns(linear, geometry.layers[layer])
         for name, factor, axis, indices in (

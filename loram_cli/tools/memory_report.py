@@ -24,6 +24,8 @@ from loram_cli.memory.picture import Bar
 from loram_cli.memory.presets import load_preset
 from loram_cli.memory.setup import TrainingSetup, usual_attention
 from loram_cli.memory.training import CARDS_GIB, LARGEST_MICRO_BATCH
+from loram_cli.pruning.depth import shorter_config, without_last
+from loram_cli.pruning.lowrank import low_rank_config
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
@@ -304,6 +306,14 @@ def _narrowed_or_sparse(
         name = f"{spec.strategy} {ratio:g}"
         if spec.chosen_strategy.zeroes_weights:
             yield ModelRow(name, config, ratio, sparsity=ratio, head_params=head_params)
+        elif spec.chosen_strategy.factors_linears:
+            small = low_rank_config(family, config, ratio, spec.keep_first, spec.keep_last)
+            yield ModelRow(name, small, ratio, head_params=head_params)
+        elif spec.chosen_strategy.drops_layers:
+            # Layers of a kind are alike, and memory does not ask which of them go.
+            kept = without_last(len(geometry.layers), ratio, spec.keep_first, spec.keep_last)
+            small = shorter_config(family, config, kept)
+            yield ModelRow(name, small, ratio, head_params=head_params)
         else:
             widths = layer_widths(
                 geometry, ratio, spec.keep_first, spec.keep_last, spec.multiple_of

@@ -15,6 +15,7 @@ from loram_cli.errors import LoramError, UsageError
 from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 from loram_cli.lora.wrapped import RENAMED, read_adapter
 from loram_cli.modeling.load import loading
+from loram_cli.modeling.low_rank import register_low_rank
 from loram_cli.quiet import quiet_libraries
 from loram_cli.reporting import Reporter
 
@@ -66,7 +67,7 @@ def lora_config(
     with quiet_libraries():
         from peft import LoraConfig
 
-        return LoraConfig(
+        config = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
             lora_alpha=alpha,  # PEFT takes fractions as well
@@ -75,6 +76,7 @@ def lora_config(
             target_modules=list(targets),
             bias="none",
         )
+        return register_low_rank(config)
 
 
 def attach_lora(model: Any, config: Any, *, seed: int) -> Any:
@@ -91,7 +93,9 @@ def attach_lora(model: Any, config: Any, *, seed: int) -> Any:
     with quiet_libraries():
         from peft import get_peft_model
 
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # What PEFT says of a layer that it is told of by register_low_rank.
+            warnings.filterwarnings("ignore", "Unsupported layer type .*LowRankLinear")
             torch.manual_seed(seed)
             model = get_peft_model(model, config)
     return _without_input_copies(model)
@@ -127,7 +131,7 @@ def _loaded(
         from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 
         with loading(file, library):
-            config = LoraConfig.from_pretrained(str(adapter_dir))
+            config = register_low_rank(LoraConfig.from_pretrained(str(adapter_dir)))
             config.inference_mode = dropout is None
             renamed = None
             if getattr(model, "wrapper", None) is not None:

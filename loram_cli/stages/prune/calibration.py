@@ -21,6 +21,8 @@ from loram_cli.training.data.sources import data_files
 # Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults; fewer than GPTQ's 128 of
 # 2048: twice as many tokens as the widest linear of a 13B model has inputs.
 _DEFAULT_WINDOWS = {"taylor": (10, 128), "sparsegpt": (128, 2048), "gptq": (64, 384)}
+_BY_HESSIAN = ("sparsegpt", "wanda", "obs", "svd", "gptq")
+_OTHER_WINDOWS = (32, 512)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
     assert spec.calibration is not None and spec.method is not None
     data_files(spec.calibration)
     config = model.config
-    samples, length = _DEFAULT_WINDOWS[spec.method]
+    samples, length = _DEFAULT_WINDOWS.get(spec.method, _OTHER_WINDOWS)
     positions = config.get("max_position_embeddings") or length
     samples = spec.calibration_samples or samples
     if spec.calibration_length is not None and spec.calibration_length > positions:
@@ -94,7 +96,7 @@ def calibration_needs(spec: PruneSpec, model: Model) -> CalibrationNeeds:
         each,
         in_memory * each,
         (boundaries - in_memory) * each,
-        0 if spec.method == "taylor" else hessian_bytes(model.family, config),
+        hessian_bytes(model.family, config) if spec.method in _BY_HESSIAN else 0,
     )
 
 

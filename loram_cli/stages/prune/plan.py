@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loram_cli.arch.registry import family_for
-from loram_cli.arch.spec import Geometry
+from loram_cli.arch.spec import LOW_RANK, Family, Geometry
 from loram_cli.checkpoint.header import DTYPES
 from loram_cli.checkpoint.low_bit import CONFIG_KEY, LowBit
 from loram_cli.checkpoint.model import Model
@@ -18,7 +18,9 @@ from loram_cli.memory.account import (
     count_params,
     low_bit_weight_bytes,
 )
+from loram_cli.pruning.depth import shorter_config, shorter_names, without_last
 from loram_cli.pruning.groups import LayerKeep
+from loram_cli.pruning.lowrank import factored_name, low_rank_config
 from loram_cli.pruning.plan import pruned_config
 from loram_cli.pruning.sparsity import zeros_wanted
 from loram_cli.reporting import Reporter
@@ -48,6 +50,7 @@ class PruneWork:
             zero, and the tensors stay as large as they were.
         chosen: How the widths came about; None where they stay.
         low_bit: How the decoder linears are rounded; None where they are not.
+        kept_layers: The base's layers that are left, where whole layers go.
     """
 
     model: Model
@@ -61,6 +64,7 @@ class PruneWork:
     sparsity: float = 0.0
     chosen: ChosenWidths | None = None
     low_bit: LowBit | None = None
+    kept_layers: tuple[int, ...] | None = None
 
     @property
     def out_bytes(self) -> int:
@@ -84,6 +88,23 @@ class PruneWork:
         layers = enumerate(self.before.layers)
         return self.with_widths(
             tuple(keep[i].widths(layer) if i in keep else layer for i, layer in layers)
+        )
+
+    def with_layers(self, kept: tuple[int, ...]) -> "PruneWork":
+        """The same work on the whole base, with some of its layers left."""
+        names = list(self.model.index.tensors)
+        sources = shorter_names(self.model.family, names, kept)
+        entries, shapes = self.model.index.tensors, self.model.shapes
+        tensors = {
+            new: TensorPlan.like(entries[old]) for new, old in sources.items() if old in shapes
+        }
+        return replace(
+            self,
+            config=shorter_config(self.model.family, self.model.config, kept),
+            after=_without_layers(self.before.layers, kept),
+            tensors=tensors,
+            pruned_params=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+            kept_layers=kept,
         )
 
     @property
@@ -116,8 +137,7 @@ def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     model = Model.open(spec.read)
     source = _source(spec, model)
     model.check_whole()
-    make = _sparse_work if spec.zeroes_weights else _narrow_work
-    work = (_rounded_work if spec.rounds_weights else make)(spec, model)
+    work = _work(spec, model)
     scratch_bytes = work.calibration.disk_bytes if work.calibration else 0
     return make_plan(
         "prune",
@@ -156,6 +176,19 @@ def foresee(spec: PruneSpec, config: Mapping[str, Any]) -> tuple[Mapping[str, An
         sizes = (base_params, base_params, low_bit_weight_bytes(family, rounded, spec.low_bit))
         widths = before.layers
         return rounded, _figures(sizes, widths, widths, None, low_bit=spec.low_bit)
+    if spec.chosen_strategy.factors_linears:
+        assert spec.ratio is not None
+        small = low_rank_config(family, config, spec.ratio, spec.keep_first, spec.keep_last)
+        params = count_params(family, small).total
+        sizes = (base_params, params, params * BF16_BYTES)
+        return small, _figures(sizes, before.layers, before.layers, None)
+    if spec.chosen_strategy.drops_layers:
+        kept = _last_dropped(spec, family, config)
+        shorter = shorter_config(family, config, kept)
+        params = count_params(family, shorter).total
+        sizes = (base_params, params, params * BF16_BYTES)
+        after = _without_layers(before.layers, kept)
+        return shorter, _figures(sizes, before.layers, after, None)
     chosen = choose_widths(spec, family, config)
     small = pruned_config(config, before, chosen.after)
     params = count_params(family, small).total
@@ -210,11 +243,81 @@ def _source(spec: PruneSpec, model: Model) -> Source:
     return source
 
 
+def _work(spec: PruneSpec, model: Model) -> PruneWork:
+    if spec.zeroes_weights:
+        return _sparse_work(spec, model)
+    if spec.rounds_weights:
+        return _rounded_work(spec, model)
+    if spec.chosen_strategy.drops_layers:
+        return _shorter_work(spec, model)
+    if spec.chosen_strategy.factors_linears:
+        return _factored_work(spec, model)
+    return _narrow_work(spec, model)
+
+
+def _last_dropped(spec: PruneSpec, family: Family, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """As many layers as will stay; which they are is known after ranking."""
+    assert spec.ratio is not None
+    count = len(family.geometry(config).layers)
+    return without_last(count, spec.ratio, spec.keep_first, spec.keep_last)
+
+
+def _without_layers(before: Widths, kept: tuple[int, ...]) -> Widths:
+    """Widths of the base's layers, with nothing in those that go."""
+    return tuple(
+        layer
+        if i in kept
+        else replace(layer, num_attention_heads=0, num_key_value_heads=0, intermediate_size=0)
+        for i, layer in enumerate(before)
+    )
+
+
+def _factored_work(spec: PruneSpec, model: Model) -> PruneWork:
+    """The base's tensors in the order of the layers, with two in the place of each factored one."""
+    assert spec.ratio is not None
+    family, entries = model.family, model.index.tensors
+    keeps = (spec.keep_first, spec.keep_last)
+    config = low_rank_config(family, model.config, spec.ratio, *keeps)
+    shapes = family.tensor_shapes(config)
+    head = f"{family.lm_head}.weight"
+    if model.stored_head_params:
+        shapes[head] = model.shapes[head]
+    tensors = {
+        name: TensorPlan(entries[factored_name(name, entries)].dtype.to_torch(), shape)
+        for name, shape in shapes.items()
+    }
+    before = sum(math.prod(shape) for shape in model.shapes.values())
+    after = sum(math.prod(shape) for shape in shapes.values())
+    needs = calibration_needs(spec, model)
+    layers = model.geometry.layers
+    return PruneWork(model, config, model.geometry, layers, tensors, before, after, needs)
+
+
+def _shorter_work(spec: PruneSpec, model: Model) -> PruneWork:
+    params = sum(math.prod(shape) for shape in model.shapes.values())
+    entries = model.index.tensors
+    whole = PruneWork(
+        model,
+        model.config,
+        model.geometry,
+        model.geometry.layers,
+        {name: TensorPlan.like(entries[name]) for name in entries if name in model.shapes},
+        params,
+        params,
+        calibration_needs(spec, model),
+    )
+    return whole.with_layers(_last_dropped(spec, model.family, model.config))
+
+
 def _refuse_pruned(model: Model) -> None:
     directory = model.directory
     # Zeros do not show in a config.
     made = (directory / MANIFEST_NAME).is_file() and Manifest.read(directory).stage
-    if model.config.get("per_layer_config") or made in ("prune", "align"):
+    if (
+        model.config.get("per_layer_config")
+        or model.config.get(LOW_RANK)
+        or made in ("prune", "align")
+    ):
         raise UsageError(f"{directory}: is pruned already", "prune the original base model")
 
 

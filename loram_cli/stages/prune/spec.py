@@ -23,6 +23,20 @@ from loram_cli.units import GIB
 
 # The ways to say how much goes; one of them is given, or the strategy's own ratio is taken.
 AMOUNTS = ("ratio", "plan", "target_params", "fit_memory")
+Importance = Literal[
+    "taylor", "l2", "wanda", "obs", "sparsegpt", "cosine", "svd", "gptq", "nearest"
+]
+
+# What needs text, and what for.
+CALIBRATED = {
+    "taylor": "ranks by gradients on text",
+    "wanda": "ranks by activations on text",
+    "obs": "ranks by activations on text",
+    "cosine": "ranks by hidden states on text",
+    "sparsegpt": "updates on text",
+    "gptq": "updates on text",
+    "svd": "weighs errors by activations on text",
+}
 # What a budget of memory depends on.
 _TRAINING = ("quantize", "rank", "micro_batch", "max_length", "gradient_checkpointing")
 # What only makes sense where shapes shrink, with the value that asks for nothing.
@@ -51,8 +65,9 @@ class PruneSpec(Spec):
     strategy: str = setting("stru", help=f"{summaries()}.", choices=lambda: STRATEGIES)
     ratio: float | None = setting(
         None,
-        help="Share of groups to drop in each pruned layer, or of weights to zero.",
-        default_text="0.65; 0.5 for semi; none for lowbit",
+        help="Share of groups to drop in each pruned layer, of layers to drop, or of weights to "
+        "zero.",
+        default_text="0.65; 0.5 for semi and depth; none for lowbit",
         above=0,
         below=1,
     )
@@ -87,8 +102,8 @@ class PruneSpec(Spec):
     multiple_of: int = setting(
         1, help="Round kept MLP channels up to a multiple: 64 suits GPUs.", at_least=1
     )
-    keep_first: int = setting(4, help="First layers kept whole (rand, stru).", at_least=0)
-    keep_last: int = setting(2, help="Last layers kept whole (rand, stru).", at_least=0)
+    keep_first: int = setting(4, help="First layers kept whole (not unst, semi).", at_least=0)
+    keep_last: int = setting(2, help="Last layers kept whole (not unst, semi).", at_least=0)
     uniform: bool = setting(
         False,
         help="Spread the same budget over all layers alike: stock libraries load the output.",
@@ -105,21 +120,27 @@ class PruneSpec(Spec):
         at_most=LARGEST_GROUP,
         in_key="changed",
     )
-    importance: Literal["taylor", "l2", "sparsegpt", "gptq", "nearest"] | None = setting(
+    importance: Importance | None = setting(
         None,
-        help="taylor (stru), sparsegpt (unst, semi), gptq (lowbit), or l2, nearest (no data).",
+        help="taylor, wanda or obs (stru), sparsegpt (unst, semi), cosine (depth), svd (lowrank), "
+        "gptq (lowbit), or l2, nearest (no data).",
         default_text="the strategy's first",
     )
     calibration: str | None = setting(
-        None, help="Text for taylor, sparsegpt and gptq: file, folder, data set id."
+        None,
+        help="Text to rank or update on: files, folders or data set ids, with weights if several; "
+        "the training data ranks best.",
     )
     calibration_samples: int | None = setting(
-        None, help="Windows of text.", default_text="taylor 10, sparsegpt 128, gptq 64", at_least=1
+        None,
+        help="Windows of text.",
+        default_text="taylor 10, sparsegpt 128, gptq 64, others 32",
+        at_least=1,
     )
     calibration_length: int | None = setting(
         None,
         help="Tokens per window.",
-        default_text="taylor 128, sparsegpt 2048, gptq 384",
+        default_text="taylor 128, sparsegpt 2048, gptq 384, others 512",
         at_least=2,
     )
     calibration_memory: Bytes = setting(
@@ -129,7 +150,7 @@ class PruneSpec(Spec):
         in_key=False,
     )
     dampening: float = setting(
-        0.01, help="sparsegpt, gptq: share of the Hessian's mean diagonal.", at_least=0
+        0.01, help="sparsegpt, gptq, obs, svd: share of the Hessian's mean diagonal.", at_least=0
     )
     block_columns: int = setting(128, help="sparsegpt: columns per update.", at_least=1)
     max_shard_bytes: Bytes = setting(
@@ -185,7 +206,7 @@ class PruneSpec(Spec):
     @property
     def needs_calibration(self) -> bool:
         """Whether text is needed."""
-        return self.method in ("taylor", "sparsegpt", "gptq")
+        return self.method in CALIBRATED
 
     def check(self) -> None:
         """Refuse settings that do not go together.
@@ -197,12 +218,15 @@ class PruneSpec(Spec):
         self._check_amount()
         self._check_strategy()
         if self.needs_calibration and self.calibration is None:
-            strategy = self.chosen_strategy
-            why = "ranks by gradients on text" if self.method == "taylor" else "updates on text"
+            assert self.method is not None
+            without = [
+                name for name in ("l2", "nearest") if name in self.chosen_strategy.importances
+            ]
+            other = f", or --importance {without[0]}, which needs no text" if without else ""
             raise UsageError(
-                f"--strategy {self.strategy} {why}, and no --calibration is given",
-                f"pass --calibration FILE, or --importance {strategy.importances[-1]}, which needs "
-                "no text",
+                f"--strategy {self.strategy} {CALIBRATED[self.method]}, and no --calibration is "
+                "given",
+                f"pass --calibration FILE{other}",
             )
 
     def _check_amount(self) -> None:
@@ -252,12 +276,12 @@ class PruneSpec(Spec):
             )
         self._check_bits(strategy)
         if strategy.keep is None:
+            why = _shapes_stay(strategy)
             for name, nothing in _SHRINKING.items():
                 if getattr(self, name) != nothing:
                     asked = "--scope global" if name == "scope" else flag(self, name)
                     raise UsageError(
-                        f"{asked} does not go with --strategy {self.strategy}: shapes "
-                        f"{'' if strategy.rounds else 'and memory '}stay",
+                        f"{asked} does not go with --strategy {self.strategy}: {why}",
                         f"pass {'--bits' if strategy.rounds else '--ratio'}, or --strategy stru",
                     )
         if self.scope == "global" and not strategy.importances:
@@ -289,3 +313,12 @@ class PruneSpec(Spec):
                 f"--ratio does not go with --strategy {self.strategy}: it drops and zeroes nothing",
                 "pass --bits",
             )
+
+
+def _shapes_stay(strategy: Strategy) -> str:
+    """Why nothing shrinks by widths, in words."""
+    if strategy.rounds:
+        return "shapes stay"
+    if strategy.factors_linears:
+        return "it leaves the widths as they are"
+    return "it drops whole layers" if strategy.drops_layers else "shapes and memory stay"

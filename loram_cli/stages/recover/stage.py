@@ -12,7 +12,7 @@ from loram_cli.errors import LoramError
 from loram_cli.lora.adapter import LoraAdapter, LoraPair
 from loram_cli.lora.scatter import gather, scatter_columns, scatter_rows
 from loram_cli.lora.wrapped import for_wrapper, read_adapter, read_adapter_shapes
-from loram_cli.pruning.groups import LayerKeep
+from loram_cli.pruning.groups import LayerKeep, kept_layers, layer_keeps
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
@@ -64,7 +64,8 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
     base = FullShapes.of(work.model, work.manifest.keep)
     small_params = full_params = 0
     shapes = read_adapter_shapes(work.factors, work.model.wrapper, work.copies)
-    for module, (rows, columns, rank) in shapes.items():
+    for small_name, (rows, columns, rank) in shapes.items():
+        module = base.name_of(small_name)
         full_rows, full_columns = base.full_shape(module)
         kept_rows, kept_columns = base.kept(module)
         kept = (
@@ -150,6 +151,7 @@ class FullShapes:
     model: Model
     shapes: dict[str, tuple[int, ...]]
     keep: dict[int, LayerKeep]
+    layers: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, model: Model, keep: Mapping[str, Any]) -> "FullShapes":
@@ -157,8 +159,24 @@ class FullShapes:
         family = model.family
         shapes = family.tensor_shapes(model.config)
         shapes.setdefault(f"{family.lm_head}.weight", shapes[f"{family.embedding}.weight"])
-        kept = {int(i): LayerKeep.from_mapping(layer) for i, layer in keep.items()}
-        return cls(model, shapes, kept)
+        return cls(model, shapes, layer_keeps(keep), kept_layers(keep))
+
+    def name_of(self, module: str) -> str:
+        """The base's name of a module of the small model, whose layers may count otherwise.
+
+        Raises:
+            LoramError: It is of a layer that the small model does not have.
+        """
+        found = self.model.family.module_named(module)
+        if found is None or self.layers is None:
+            return module
+        layer, linear = found
+        if layer >= len(self.layers):
+            raise LoramError(
+                f"adapter module {module}: the model that it was trained on has "
+                f"{len(self.layers)} layers"
+            )
+        return f"{self.model.family.layer_prefix(self.layers[layer])}{linear.name}"
 
     def full_shape(self, module: str) -> tuple[int, ...]:
         """Of a module's weight in the base.
@@ -189,9 +207,39 @@ def recover_adapter(small: LoraAdapter, base: FullShapes, reporter: Reporter) ->
     pairs = {}
     with reporter.progress("scatter", len(small.pairs), "module") as progress:
         for module, pair in small.pairs.items():
-            pairs[module] = _recover_pair(module, pair, base)
+            name = base.name_of(module)
+            pairs[name] = _recover_pair(name, pair, base)
             progress.advance()
-    return replace(small, pairs=pairs)
+    return replace(small, pairs={**pairs, **_fresh_pairs(pairs, base)})
+
+
+def _fresh_pairs(pairs: dict[str, LoraPair], base: FullShapes) -> dict[str, LoraPair]:
+    """Factors of the layers that the small model lacked: new ones, which change nothing.
+
+    As PEFT starts them, so that exact steps on the full model can go on from there.
+    """
+    if base.layers is None:
+        return {}
+    family = base.model.family
+    ranks: dict[str, LoraPair] = {}
+    for name, pair in pairs.items():
+        found = family.module_named(name)
+        if found is not None:
+            ranks[found[1].name] = pair
+    fresh: dict[str, LoraPair] = {}
+    for i, layer in enumerate(base.model.geometry.layers):
+        for module in family.layer_modules(layer):
+            name = f"{family.layer_prefix(i)}{module.name}"
+            if i in base.layers or module.name not in ranks:
+                continue
+            like = ranks[module.name].lora_a
+            rows, columns = base.full_shape(name)
+            generator = torch.Generator().manual_seed(len(fresh))
+            bound = columns**-0.5
+            lora_a = (torch.rand(len(like), columns, generator=generator) * 2 - 1) * bound
+            lora_b = torch.zeros(rows, len(like), dtype=like.dtype)
+            fresh[name] = LoraPair(lora_a.to(like.dtype), lora_b)
+    return fresh
 
 
 def _recover_pair(module: str, pair: LoraPair, base: FullShapes) -> LoraPair:

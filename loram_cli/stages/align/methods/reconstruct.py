@@ -227,4 +227,11 @@ def _write_checkpoint(work: Alignment, folder: Path, reporter: Reporter) -> None
     copy_companions(source, work.out)
 
 
-METHOD = Method(act=reconstruct, needs=_needs, uses_base=True, fills_zeros=True, takes_steps=False)
+METHOD = Method(
+    act=reconstruct,
+    needs=_needs,
+    uses_base=True,
+    fills_zeros=True,
+    fits_layers=True,
+    takes_steps=False,
+)
