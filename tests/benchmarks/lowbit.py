@@ -3,6 +3,7 @@
 Run it from the repository's root: ``python tests/benchmarks/lowbit.py [WORK_DIR]``.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -59,8 +60,11 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path, nargs="?", help="keep the models here")
+    asked = parser.parse_args()
+    if asked.work is not None:
+        main(asked.work)
     else:
         with tempfile.TemporaryDirectory() as folder:
             main(Path(folder))

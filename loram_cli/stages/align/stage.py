@@ -78,8 +78,8 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         raise LoramError(
             f"{spec.source}: was made by '{manifest.stage}', expected an output of 'prune'"
         )
-    _check_methods(spec, manifest)
     model = Model.open(spec.source)
+    _check_methods(spec, manifest, model)
     model.check_whole()
     source = describe_source(model)
     inputs: dict[str, Any] = {"source": source.record}
@@ -133,7 +133,7 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
         )
 
 
-def _check_methods(spec: AlignSpec, manifest: Manifest) -> None:
+def _check_methods(spec: AlignSpec, manifest: Manifest, model: Model) -> None:
     for name in spec.method:
         method = METHODS[name]
         if method.fills_zeros and manifest.sparsity:
@@ -142,7 +142,8 @@ def _check_methods(spec: AlignSpec, manifest: Manifest) -> None:
                 "whose zeros the closed form would fill",
                 "use distill or pretrain, which keep them",
             )
-        if method.fits_layers and not (layer_keeps(manifest.keep) or manifest.sparsity):
+        changed = layer_keeps(manifest.keep) or manifest.sparsity or model.low_bit
+        if method.fits_layers and not changed:
             whole_layers = kept_layers(manifest.keep) is None
             raise UsageError(
                 f"--method {name} fits layers that lost heads or channels, and {spec.source} "
