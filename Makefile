@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 BENCHMARKS := tests/benchmarks
 
 .PHONY: help demo test test-fast test-slow lint docs clean
-.PHONY: bench bench-huge bench-quality bench-objectives bench-gpu
+.PHONY: bench bench-huge bench-quality bench-gain bench-objectives bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; \
@@ -55,6 +55,9 @@ bench-huge: $(VENV)/installed ## streaming a checkpoint larger than its memory l
 
 bench-quality: $(VENV)/installed ## how much of full LoRA's gain is kept (hours; ARGS=--quick: minutes)
 	$(BIN)/python $(BENCHMARKS)/quality.py $(ARGS)
+
+bench-gain: $(VENV)/installed ## gain kept by each small model of a real base, for each byte (ARGS=--help)
+	$(BIN)/python $(BENCHMARKS)/gain $(ARGS)
 
 bench-objectives: $(VENV)/installed ## DPO and GRPO after SFT on the demo base, beside full LoRA
 	$(BIN)/python $(BENCHMARKS)/objectives.py loram-objectives $(ARGS)

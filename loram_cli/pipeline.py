@@ -87,7 +87,7 @@ def _kind(recipe: Recipe, stage: str) -> str:
 
 def _spec(recipe: Recipe, stage: str, place: Place, before: Path | None, **more: Any) -> Any:
     """A stage's spec; a further training starts from the adapter before it."""
-    values = {**recipe.section(stage), **more}
+    values = {**recipe.filled(stage), **more}
     if stage in recipe.further:
         values.setdefault("from_adapter", before)
     return FILL[_kind(recipe, stage)](place, values)
@@ -98,7 +98,7 @@ def _plans(recipe: Recipe, place: Place, reporter: Reporter) -> Iterator[StagePl
     small: Mapping[str, Any] = base
     before: Path | None = None
     for stage in recipe.stages:
-        values = recipe.section(stage)
+        values = recipe.filled(stage)
         kind = _kind(recipe, stage)
         if recipe.preset is None and _has_inputs(stage, recipe, place):
             planned = STAGES[kind].plan(_spec(recipe, stage, place, before), reporter)

@@ -71,7 +71,7 @@ class LayerTensor:
     Attributes:
         name: Full name inside the layer, such as ``self_attn.q_norm.weight``.
         shape: Width of every axis; only the first is ever cut, and the second where it runs over
-            experts.
+            experts. A scalar has none.
         when: What the config must say for it to exist; empty: it always does.
         kinds: The kinds of layer that have it; empty when all have.
     """
@@ -158,6 +158,7 @@ class LayerGeometry:
         expert_groups: Groups of equal size that the router picks among first.
         groups_chosen: How many of the groups a token may use.
         fixed: Products of config keys that its tensors run over, with their value.
+        ranks: Ranks of the linear modules that are held as two factors, by name.
     """
 
     num_attention_heads: int
@@ -173,6 +174,7 @@ class LayerGeometry:
     expert_groups: int = 1
     groups_chosen: int = 1
     fixed: tuple[tuple[str, int], ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
 
     @property
     def queries_per_key_value(self) -> int:
@@ -196,6 +198,12 @@ class LayerGeometry:
         }
         return units[axis] if axis in units else dict(self.fixed)[axis]
 
+
+LOW_RANK = "low_rank"
+"""The config's key of ranks by layer index and module name, where linears are two factors."""
+
+FACTORS = ("first", "second")
+"""Names of the two: of shape (rank, columns) and (rows, rank)."""
 
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 """The widths of a layer that ``per_layer_config`` may state."""
@@ -225,6 +233,11 @@ class Geometry:
         keys: Keys of ``per_layer_config`` that differ from the widths' names; None where a width
             is never written.
         count_keys: Config keys that hold how many experts there are.
+        own_keys: The config's own keys of widths that it names otherwise.
+        heads_stay: Whether no config of this model can state another head count: its layers would
+            derive another head width from it.
+        heads_divide_hidden: Whether stock configs refuse head counts that do not divide the
+            hidden width.
     """
 
     hidden_size: int
@@ -233,6 +246,20 @@ class Geometry:
     layers: tuple[LayerGeometry, ...]
     keys: Mapping[str, str | None] = field(default_factory=dict)
     count_keys: tuple[str, ...] = ()
+    own_keys: Mapping[str, str] = field(default_factory=dict)
+    heads_stay: bool = False
+    heads_divide_hidden: bool = False
+
+    def states_heads(self, layer: LayerGeometry) -> bool:
+        """Whether a plain config, without ``per_layer_config``, can state a layer's head count.
+
+        Args:
+            layer: Its widths; with another head count than the model's, of a pruned one.
+        """
+        if self.heads_stay:
+            whole = next((known for known in self.layers if known.has_attention), layer)
+            return layer.num_key_value_heads == whole.num_key_value_heads
+        return not self.heads_divide_hidden or self.hidden_size % layer.num_attention_heads == 0
 
     @classmethod
     def from_config(
@@ -353,6 +380,10 @@ class Family:
         layer_tensors: What else a layer holds: attention sinks, convolutions, learned scalars.
         ignored: Derived buffers that old checkpoints hold.
         lm_head_bias: Whether the head has a bias.
+        heads_divide_hidden: Whether the config class refuses head counts that do not divide the
+            hidden width.
+        heads_stay_rope: Types of rotary embedding with which the config class takes no other head
+            count, since it works out the head's width from it.
         config_defaults: What a key means that ``config.json`` leaves out, where that is neither
             false nor derived from another key: files written by older tools lack such keys. A text
             is a product of numbers and other keys.
@@ -390,6 +421,8 @@ class Family:
     ignored: tuple[str, ...] = ()
     layer_tensors: tuple[LayerTensor, ...] = ()
     lm_head_bias: bool = False
+    heads_divide_hidden: bool = False
+    heads_stay_rope: tuple[str, ...] = ()
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
     config_aliases: Mapping[str, str] = field(default_factory=dict)
     config_keys: Mapping[str, str] = field(default_factory=dict)
@@ -424,7 +457,7 @@ class Family:
         )
         lists = {
             key: tuple(data.get(key, ()))
-            for key in ("model_types", "norms", "ignored", "config_rules")
+            for key in ("model_types", "norms", "ignored", "config_rules", "heads_stay_rope")
         }
         tensors = {
             key: tuple(LayerTensor.from_data(*item) for item in data.get(key, {}).items())
@@ -498,6 +531,7 @@ class Family:
                 )
         # A product is the same in every layer, and dearer to work out than to look up.
         fixed = tuple((axis, _product(axis, full)) for axis in self._products)
+        ranks = full.get(LOW_RANK) or {}
         layers = tuple(
             replace(
                 layer,
@@ -506,10 +540,17 @@ class Family:
                 has_mlp="intermediate" in self._axes_of(kind),
                 has_experts=self.experts is not None and self._has_experts(kind),
                 fixed=fixed,
+                ranks=tuple(ranks.get(str(i), {}).items()),
             )
-            for layer, kind in zip(geometry.layers, kinds, strict=True)
+            for i, (layer, kind) in enumerate(zip(geometry.layers, kinds, strict=True))
         )
-        return replace(geometry, layers=layers)
+        return replace(
+            geometry,
+            layers=layers,
+            own_keys=self.config_keys,
+            heads_stay=self.attributes is not None or _rope_type(full) in self.heads_stay_rope,
+            heads_divide_hidden=self.heads_divide_hidden,
+        )
 
     def full_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config with what it leaves out: aliases, defaults and rules applied.
@@ -623,8 +664,11 @@ class Family:
             config: The parsed ``config.json``.
         """
         for i, layer in enumerate(self.geometry(config).layers):
+            ranks = dict(layer.ranks)
             for module in self.layer_modules(layer):
-                yield f"{self.layer_prefix(i)}{module.name}.weight"
+                name = f"{self.layer_prefix(i)}{module.name}"
+                parts = FACTORS if module.name in ranks else ("",)
+                yield from (f"{name}.{part}.weight" if part else f"{name}.weight" for part in parts)
 
     def expert_names(self, config: Mapping[str, Any]) -> Iterator[str]:
         """Full names of the experts' weights, each of all experts of a layer.
@@ -651,12 +695,18 @@ class Family:
         hidden = full["hidden_size"]
         prefix = self.layer_prefix(index)
         shapes: dict[str, tuple[int, ...]] = {}
+        ranks = dict(layer.ranks)
         for module in self.layer_modules(layer):
             rows = sum(layer.axis_units(axis) for axis in module.rows) or hidden
             columns = sum(layer.axis_units(axis) for axis in module.columns) or hidden
-            shapes[f"{prefix}{module.name}.weight"] = (rows, columns)
+            name, rank = f"{prefix}{module.name}", ranks.get(module.name)
+            if rank is None:
+                shapes[f"{name}.weight"] = (rows, columns)
+            else:
+                first, name = f"{name}.{FACTORS[0]}", f"{name}.{FACTORS[1]}"
+                shapes |= {f"{first}.weight": (rank, columns), f"{name}.weight": (rows, rank)}
             if full.get(module.bias, False) if isinstance(module.bias, str) else module.bias:
-                shapes[f"{prefix}{module.name}.bias"] = (rows,)
+                shapes[f"{name}.bias"] = (rows,)
         for tensor in (*self.layer_norms, *self.layer_tensors):
             if _holds(tensor.when, full) and (not tensor.kinds or layer.kind in tensor.kinds):
                 shapes[f"{prefix}{tensor.name}"] = tuple(
@@ -707,6 +757,12 @@ class Family:
         prefix = f"{self.layers}."
         index, _, rest = name.removeprefix(prefix).partition(".")
         return (int(index), rest) if name.startswith(prefix) and index.isdigit() else (None, "")
+
+
+def _rope_type(config: Mapping[str, Any]) -> str | None:
+    """The type of the rotary embedding that a config states, old or new; None where it does not."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope.get("rope_type") or rope.get("type")
 
 
 def _holds(condition: Condition, config: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loram_cli.checkpoint.header import TensorEntry
 from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.checkpoint.json_files import read_json, read_text
 from loram_cli.errors import LoramError
@@ -60,7 +61,7 @@ def identify(index: CheckpointIndex, config: Mapping[str, Any]) -> ModelIdentity
     # Types under their names in torch: manifests hold digests made of them.
     listing = sorted(
         [name, f"torch.{entry.dtype.torch_name}", list(entry.shape)]
-        for name, entry in index.tensors.items()
+        for name, entry in _all_tensors(index)
     )
     return ModelIdentity(
         digest_of(lasting),
@@ -86,9 +87,14 @@ def chat_template_digest(directory: Path) -> str:
     return "none" if not template else digest_of(template)
 
 
+def _all_tensors(index: CheckpointIndex) -> list[tuple[str, TensorEntry]]:
+    """Names and places of all tensors, those of other parts than the text model included."""
+    return [*index.tensors.items(), *index.others.items()]
+
+
 def _sample_weights(index: CheckpointIndex) -> str:
     digest = hashlib.sha256()
-    entries = [entry for _, entry in sorted(index.tensors.items())]
+    entries = [entry for _, entry in sorted(_all_tensors(index))]
     # A tensor in parts lies in as many places.
     flat = [
         part

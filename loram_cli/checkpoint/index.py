@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loram_cli.arch.experts import Experts
-from loram_cli.arch.registry import families
+from loram_cli.arch.registry import families, family_for
 from loram_cli.arch.spec import Family
+from loram_cli.arch.wrappers import text_view, wrapper_of
 from loram_cli.checkpoint.config_values import check_values
 from loram_cli.checkpoint.header import Piece, TensorEntry, read_header
 from loram_cli.checkpoint.json_files import read_json as read_json
+from loram_cli.checkpoint.low_bit import CONFIG_KEY, LowBit, as_weight
 from loram_cli.checkpoint.widths import check_required, check_widths
 from loram_cli.errors import LoramError
 
@@ -21,10 +23,22 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """All tensors of a directory, in the order of their shards and offsets."""
+    """All tensors of a directory, in the order of their shards and offsets.
+
+    Attributes:
+        directory: Of the checkpoint.
+        tensors: By name; of a multimodal model those of its text model, under their names there.
+        others: Of a multimodal model, the tensors of its other parts.
+    """
 
     directory: Path
     tensors: Mapping[str, TensorEntry]
+    others: Mapping[str, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> "CheckpointIndex":
+        """The index over the tensors of all parts."""
+        return replace(self, tensors={**self.tensors, **self.others}, others={})
 
     @classmethod
     def open(cls, directory: Path) -> "CheckpointIndex":
@@ -46,7 +60,15 @@ class CheckpointIndex:
                 raise LoramError(
                     f"{directory / shard_name}: tensor {name} is missing from the shard"
                 )
-        return cls(directory, _with_module_names(directory, tensors))
+        config = directory / "config.json"
+        stated = read_json(config) if config.is_file() else {}
+        wrapper = wrapper_of(stated)
+        if wrapper is None:
+            tensors = _with_module_names(directory, stated, tensors)
+            return cls(directory, _with_weights(directory, tensors))
+        names = {name: wrapper.text_tensor(name) for name in tensors}
+        mine = {own: tensors[name] for name, own in names.items() if own is not None}
+        return cls(directory, mine, {n: e for n, e in tensors.items() if names[n] is None})
 
     @property
     def num_bytes(self) -> int:
@@ -107,18 +129,18 @@ class CheckpointIndex:
                 )
 
 
-def _with_module_names(directory: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _with_module_names(
+    directory: Path, config: Mapping[str, Any], tensors: dict[str, TensorEntry]
+) -> dict[str, TensorEntry]:
     """Tensors under their modules' names, where published files of a family have others."""
-    config = directory / "config.json"
-    stated = read_json(config) if config.is_file() else {}
-    model_type = stated.get("model_type")
+    model_type = config.get("model_type")
     for family in families():
         if model_type in family.model_types:
             if family.stored_names:
                 tensors = {_renamed(name, family): entry for name, entry in tensors.items()}
-            if family.further_layers and isinstance(stated.get("num_hidden_layers"), int):
-                last = stated["num_hidden_layers"] + (stated.get(family.further_layers) or 1)
-                further = tuple(map(family.layer_prefix, range(stated["num_hidden_layers"], last)))
+            if family.further_layers and isinstance(config.get("num_hidden_layers"), int):
+                last = config["num_hidden_layers"] + (config.get(family.further_layers) or 1)
+                further = tuple(map(family.layer_prefix, range(config["num_hidden_layers"], last)))
                 tensors = {n: e for n, e in tensors.items() if not n.startswith(further)}
             if family.experts is not None:
                 tensors = _with_stacked_experts(directory, tensors, family, family.experts)
@@ -195,8 +217,26 @@ def _stacked(
     )
 
 
+def _with_weights(directory: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Decoder linears of few bits under shape and type of the weights that they stand for."""
+    file = directory / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if CONFIG_KEY not in config:
+        return tensors
+    config = checked_config(config, str(file))
+    low_bit, family = LowBit.of_config(config, str(file)), family_for(config, str(file))
+    floating = [entry.dtype for entry in tensors.values() if entry.dtype.is_floating_point]
+    if low_bit is None or not floating:
+        return tensors
+    shapes, packed = family.tensor_shapes(config), set(family.linear_names(config))
+    return {
+        name: as_weight(entry, shapes[name], low_bit, floating[0]) if name in packed else entry
+        for name, entry in tensors.items()
+    }
+
+
 def read_config(directory: Path) -> dict[str, Any]:
-    """The parsed ``config.json``.
+    """The parsed ``config.json``; of a multimodal model that we know, its text model's config.
 
     Raises:
         LoramError: It is absent, not JSON, or has widths or other values that cannot be.
@@ -206,11 +246,12 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A config, once its widths and other values are known to be sound.
+    """A config, or its text model's, once its widths and other values are known to be sound.
 
     Raises:
         LoramError: See :func:`read_config`.
     """
+    config = text_view(config)
     check_widths(config, where)
     check_required(config, where)
     check_values(config, where)

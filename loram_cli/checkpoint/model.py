@@ -9,12 +9,15 @@ from typing import Any
 
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family, Geometry
+from loram_cli.arch.wrappers import Wrapper, wrapper_of
 from loram_cli.checkpoint.config_values import check_float_weights
 from loram_cli.checkpoint.header import DType
 from loram_cli.checkpoint.identity import ModelIdentity, identify
-from loram_cli.checkpoint.index import CheckpointIndex, read_config
+from loram_cli.checkpoint.index import CheckpointIndex, read_config, read_json
+from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.checkpoint.tokenizer_files import check_tokenizer
+from loram_cli.errors import LoramError
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +31,13 @@ class Model:
         directory: With ``config.json``.
         config: The parsed ``config.json``.
         family: The model's family.
+        wrapper: Where this is the text model of a multimodal one: the names there.
     """
 
     directory: Path
     config: Mapping[str, Any]
     family: Family
+    wrapper: Wrapper | None = None
 
     @classmethod
     def open(cls, directory: Path) -> "Model":
@@ -44,7 +49,16 @@ class Model:
         """
         config = read_config(directory)
         check_float_weights(config, str(directory / "config.json"))
-        return cls(directory, config, family_for(config, str(directory)))
+        wrapper = wrapper_of(read_json(directory / "config.json"))
+        family = family_for(config, str(directory))
+        scale = family.logits_multiplier or family.logits_divisor
+        if wrapper is not None and scale is not None:
+            raise LoramError(
+                f"{directory}: as a part of a {wrapper.model_type} model, transformers leaves out "
+                f"{scale} of the {family.family} text model: it would be another model by itself",
+                "save the text model alone and pass that",
+            )
+        return cls(directory, config, family, wrapper)
 
     @classmethod
     def of(cls, model: "Path | Model") -> "Model":
@@ -87,6 +101,11 @@ class Model:
             LoramError: The directory is not a sound safetensors checkpoint.
         """
         return identify(self.index, self.config)
+
+    @cached_property
+    def low_bit(self) -> LowBit | None:
+        """How the decoder linears are rounded; None where they are whole."""
+        return LowBit.of_config(self.config, str(self.directory / "config.json"))
 
     @property
     def tied_embeddings(self) -> bool:

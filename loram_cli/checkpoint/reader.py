@@ -25,6 +25,8 @@ from loram_cli.checkpoint.direct_io import (
 )
 from loram_cli.checkpoint.header import TensorEntry
 from loram_cli.checkpoint.index import CheckpointIndex
+from loram_cli.checkpoint.low_bit import PackedEntry
+from loram_cli.checkpoint.low_bit_codes import weight_of
 from loram_cli.errors import LoramError
 from loram_cli.units import KIB, MIB
 
@@ -68,7 +70,7 @@ class TensorReader:
         self._files.clear()
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, as stored.
+        """The whole tensor, as stored; a weight of few bits as floating numbers.
 
         Raises:
             LoramError: The shard ends early.
@@ -77,6 +79,16 @@ class TensorReader:
         if entry.parts:
             return self._load_stack(entry, range(entry.shape[0]))
         return self._load(entry, 0, entry.shape)
+
+    def read_packed(self, name: str) -> torch.Tensor:
+        """The bytes of a weight of few bits, uint8, shape (rows, row_bytes).
+
+        Raises:
+            LoramError: The shard ends early.
+        """
+        entry = self.index.tensors[name]
+        assert isinstance(entry, PackedEntry)
+        return self._load(entry.stored, 0, entry.stored.shape)
 
     def read_chunks(
         self, name: str, rows: Sequence[int] | None = None
@@ -169,6 +181,9 @@ class TensorReader:
         buffers: BufferPool | None = None,
     ) -> torch.Tensor:
         """A tensor of the entry's type from the bytes after ``start``."""
+        if isinstance(entry, PackedEntry):
+            stored = self._load(entry.stored, start, (shape[0], entry.stored.shape[1]), buffers)
+            return weight_of(stored, entry.low_bit, shape[1], entry.dtype.to_torch())
         dtype = entry.dtype.to_torch()
         count_bytes = math.prod(shape) * dtype.itemsize
         if count_bytes == 0:

@@ -10,6 +10,7 @@ from loram_cli.hub import unreachable
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 # Of a model or an adapter; transformers, PEFT and vLLM read it there as well.
 TEMPLATE_FILE = "chat_template.jinja"
+_REMARKS = ("*.md", "*.png", "*.csv")
 # What travels with the weights from a base to whatever is made of it.
 _COMPANION_FILES = (
     "tokenizer.json",
@@ -22,16 +23,37 @@ _COMPANION_FILES = (
     TEMPLATE_FILE,
     "generation_config.json",
 )
+# What images and other inputs of a multimodal model are prepared by.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def resolve_model(model: str, *, config_only: bool = False, tokenizer_only: bool = False) -> Path:
+def is_hub_id(name: str) -> bool:
+    """Whether a name is OWNER/NAME on the hub, and no local directory."""
+    path = Path(name).expanduser()
+    local = path.exists() or path.is_absolute() or name.startswith((".", "~"))
+    return not local and name.count("/") == 1
+
+
+def resolve_model(
+    model: str,
+    *,
+    config_only: bool = False,
+    tokenizer_only: bool = False,
+    remarks: bool = False,
+) -> Path:
     """The local directory of a model given by path or hub id.
 
     Args:
         model: The path or id.
         config_only: Fetch ``config.json`` alone from the hub, and no weights.
         tokenizer_only: Fetch that and the tokenizer's files alone.
+        remarks: Fetch the model card, pictures and curves too, which no model reads.
 
     Raises:
         LoramError: No such directory, and the hub does not have it or cannot be reached.
@@ -39,13 +61,13 @@ def resolve_model(model: str, *, config_only: bool = False, tokenizer_only: bool
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+    if not is_hub_id(model):
         raise LoramError(
             f"{model}: no such directory", "--model takes a local directory or a hub id"
         )
     from huggingface_hub import snapshot_download
 
-    patterns = _PATTERNS
+    patterns = [*_PATTERNS, *(_REMARKS if remarks else ())]
     if config_only or tokenizer_only:
         patterns = ["config.json", *(_COMPANION_FILES if tokenizer_only else ())]
     silence = unreachable()
@@ -92,9 +114,15 @@ def require_tokenizer(directory: Path) -> None:
         )
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer and generation files that belong to the weights."""
-    for name in _COMPANION_FILES:
+def copy_companions(source: Path, target: Path, *, processors: bool = False) -> None:
+    """Copy tokenizer and generation files that belong to the weights.
+
+    Args:
+        source: The model's directory.
+        target: Where they go.
+        processors: Whether those of a multimodal model's other inputs go along.
+    """
+    for name in (*_COMPANION_FILES, *(_PROCESSOR_FILES if processors else ())):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

@@ -88,8 +88,28 @@ def settings() -> "Settings":
 
 
 def layered(stage: str, values: Values) -> Values:
-    """The flags that were given, over what environment and settings file set for the stage."""
-    return {**settings().section(stage), **values}
+    """The flags that were given, over what environment and settings file set for the stage.
+
+    A stage that needs text and is told of none takes the training data that they name.
+    """
+    from loram_cli.config.recipe import on_training_data
+
+    known = settings()
+    return on_training_data(stage, {**known.section(stage), **values}, known.section("train"))
+
+
+def fetched(values: Values, reporter: Reporter) -> Values:
+    """The values, with what ``--in`` and ``--pruned`` name on the hub as local directories.
+
+    Raises:
+        LoramError: See :func:`.local_output`.
+    """
+    named = {n: values[n] for n in ("source", "adapter", "pruned") if values.get(n) is not None}
+    if not named:
+        return values
+    from loram_cli.stages.core.published import local_output
+
+    return {**values, **{name: local_output(path, reporter) for name, path in named.items()}}
 
 
 def settle(options: RunOptions, reporter: Reporter, *, at_hand: Path | None = None) -> "Place":
@@ -140,10 +160,18 @@ def run_stage(
     values: Values,
     options: StageOptions,
     *,
-    at_hand: Path | None = None,
+    at_hand: str | None = None,
     fill: "Callable[[Place, Values], Any] | None" = None,
 ) -> "StageResult | None":
     """What every command of one stage does: fill the spec, plan or run, push, show.
+
+    Args:
+        name: The stage's.
+        stage: Its module, with ``plan`` and ``run``.
+        values: The flags that were given.
+        options: Those that every stage has.
+        at_hand: The name of the value that points to a directory; see :func:`settle`.
+        fill: Makes the spec; as the stage's defaults say unless given.
 
     Returns:
         What was done; None for a dry run.
@@ -153,8 +181,9 @@ def run_stage(
 
     reporter = reporter_for(options.json_output)
     before_push(options.push)
-    values = layered(name, values)
-    place = settle(options, reporter, at_hand=at_hand)
+    values = fetched(layered(name, values), reporter)
+    pointed_to = None if at_hand is None else values.get(at_hand)
+    place = settle(options, reporter, at_hand=pointed_to)
     tell_defaults(place, name, values, reporter)
     spec = (fill or FILL[name])(place, values)
     if options.dry_run:

@@ -10,6 +10,7 @@ from loram_cli.config.recipe import demo_recipe
 from loram_cli.config.rows import FULL_LORA, run_rows
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.export.specs import ExportSpec
+from loram_cli.pruning.strategies import STRATEGIES
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.processes import process_count
 from loram_cli.runs.rundir import DEMO_MODEL, RunDirectory, demo_base
@@ -79,8 +80,11 @@ def stage_defaults(place: Place, stage: str, values: Values) -> dict[str, Any]:
     if process_count() > 1 and "batch" in defaults and "batch" not in values:
         # A batch is shared out among the processes.
         defaults["micro_batch"] = max(1, int(defaults["batch"]) // process_count())
-    if stage == "prune" and any(name in values for name in AMOUNTS):
-        defaults.pop("ratio", None)
+    if stage == "prune":
+        strategy = STRATEGIES.get(str(values.get("strategy")))
+        drops_nothing = strategy is not None and strategy.ratio is None
+        if drops_nothing or any(name in values for name in AMOUNTS):
+            defaults.pop("ratio", None)
     if stage == "train" and "epochs" in values:
         defaults.pop("steps", None)
     return defaults
@@ -102,13 +106,16 @@ def prune_spec(place: Place, values: Values) -> PruneSpec:
         UsageError: Layers are to be kept whole by a strategy that prunes all of them.
     """
     out = place.run.output("prune")
+    if values.get("source") is not None:
+        out = place.run.path / "lowbit"
     filled = {**stage_defaults(place, "prune", values), "out": out, **values}
     spec = spec_from_mapping(PruneSpec, {"model": model_dir(place.model), **filled}, "prune")
     for name in ("keep_first", "keep_last"):
-        if spec.zeroes_weights and name in values:
+        if spec.chosen_strategy.keep is None and name in values:
             raise UsageError(
                 f"--{name.replace('_', '-')} does not go with --strategy {spec.strategy}",
-                "it zeroes weights in every layer; rand and stru keep layers whole",
+                f"it {'rounds' if spec.rounds_weights else 'zeroes'} weights in every layer; rand "
+                "and stru keep layers whole",
             )
     return spec
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from loram_cli import reading
 from loram_cli.errors import UsageError
+from loram_cli.pruning.strategies import STRATEGIES
 from loram_cli.schema import (
     Spec,
     hints_of,
@@ -19,6 +20,7 @@ from loram_cli.schema import (
 )
 from loram_cli.serving.spec import ChatSpec, ServeSpec
 from loram_cli.stages.evaluate.spec import GenerateSpec
+from loram_cli.stages.prune.spec import CALIBRATED, PruneSpec
 from loram_cli.stages.specs import SPECS as STAGE_SPECS
 from loram_cli.stages.train.objectives.table import beyond_sft
 
@@ -98,6 +100,10 @@ class Recipe:
             return {k: v for k, v in (self.train or {}).items() if k in SHARED} | own
         return dict(getattr(self, "train" if stage == FULL_LORA else stage) or {})
 
+    def filled(self, stage: str) -> dict[str, Any]:
+        """The values of one stage, on the training data where it names no text of its own."""
+        return on_training_data(stage, self.section(stage), self.section("train"))
+
     def defaults(self, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """The values of one stage as defaults of a bare command."""
         values = self.section(stage)
@@ -151,6 +157,37 @@ class Recipe:
         return tuple(order)
 
 
+def on_training_data(
+    stage: str, values: Mapping[str, Any], training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values of a stage, with the training data as its text where it needs one and has none.
+
+    Text of the kind that will be trained on brings the small model far closer to the base, there
+    where it counts, than general text does (``docs/gain.md``).
+
+    Args:
+        stage: The stage.
+        values: Of that stage.
+        training: Values of ``train``.
+    """
+    data = training.get("data")
+    # Preferences and questions without their answers are no text.
+    if data is None or training.get("objective", "sft") != "sft":
+        return dict(values)
+    if stage == "align":
+        return {"data": data, **values}
+    if stage == "prune" and ranks_on_text(values):
+        return {"calibration": data, **values}
+    return dict(values)
+
+
+def ranks_on_text(values: Mapping[str, Any]) -> bool:
+    """Whether values of ``prune`` are those of a pruning that needs text."""
+    strategy = STRATEGIES.get(values.get("strategy", PruneSpec.strategy))
+    ways = strategy.importances if strategy is not None else ()
+    return values.get("importance", next(iter(ways), None)) in CALIBRATED
+
+
 def read_yaml(file: Path, what: str) -> dict[str, Any]:
     """A YAML file's mapping; an empty file is an empty one.
 
@@ -184,7 +221,7 @@ def load_recipe(file: Path) -> Recipe:
     recipe = spec_from_mapping(Recipe, data, f"recipe {file.name}")
     for stage in SPECS:
         if getattr(recipe, stage) is not None:
-            _check_section(recipe.section(stage), stage, f"recipe {file.name}, stage {stage}")
+            _check_section(recipe.filled(stage), stage, f"recipe {file.name}, stage {stage}")
     recipe.check(f"recipe {file.name}")
     for stage in recipe.further:
         _check_section(recipe.section(stage), "train", f"recipe {file.name}, stage {stage}")

@@ -9,7 +9,7 @@ import torch
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
-from loram_cli.lora.adapter import LoraAdapter
+from loram_cli.lora.wrapped import read_adapter
 from loram_cli.memory.account import BF16_BYTES, nf4_weight_bytes
 from loram_cli.modeling.free_memory import free_memory_bytes
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer, usable_device
@@ -128,7 +128,7 @@ def _check_adapter(model: Model, directory: Path) -> None:
     # A tied head has no weight of its own, and may have factors all the same.
     tied = {f"{family.lm_head}.weight": model.shapes[f"{family.embedding}.weight"]}
     shapes = {**tied, **model.shapes}
-    for module, pair in LoraAdapter.read(directory).pairs.items():
+    for module, pair in read_adapter(directory, model.wrapper).pairs.items():
         adapted = family.adapted_weight(module, shapes)
         if adapted is None:
             raise LoramError(f"{directory}: {model.directory} has no module {module}", hint)

@@ -14,6 +14,7 @@ from loram_cli.export.gguf_file import refuse_existing, whole_file
 from loram_cli.export.gguf_names import GgufNames, LayerHeads, gguf_facts
 from loram_cli.export.gguf_types import FLOATS, encode, type_named
 from loram_cli.lora.adapter import LoraAdapter, LoraPair
+from loram_cli.lora.wrapped import read_adapter
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def export_adapter(
     refuse_existing(out, force=force)
     base = Model.open(model)
     architecture = gguf_facts(base.family).architecture
-    factors = LoraAdapter.read(adapter)
+    factors = read_adapter(adapter, base.wrapper)
     check_shapes(factors, base.family.tensor_shapes(base.config), str(model))
     layers = base.geometry.layers
     heads = (LayerHeads(g.num_attention_heads, g.num_key_value_heads) for g in layers)

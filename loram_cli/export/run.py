@@ -4,10 +4,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from loram_cli.arch.wrappers import wrapper_of
+from loram_cli.checkpoint.json_files import read_json
 from loram_cli.export.gguf_adapter import export_adapter
 from loram_cli.export.gguf_merge import merge, modelfile_path, plan_merge
 from loram_cli.export.specs import ExportSpec
-from loram_cli.lora.adapter import LoraAdapter
+from loram_cli.lora.wrapped import read_adapter
 from loram_cli.reporting import Reporter
 
 
@@ -53,7 +55,9 @@ def run(spec: ExportSpec, reporter: Reporter, *, dry_run: bool = False) -> Expor
             spec.adapter, spec.model, spec.out, kind=kind, force=spec.force, dry_run=dry_run
         )
         return Exported(spec.out, None, written.modules, written.num_bytes)
-    adapter = LoraAdapter.read(spec.adapter)
+    config = spec.model / "config.json"
+    wrapper = wrapper_of(read_json(config)) if config.is_file() else None
+    adapter = read_adapter(spec.adapter, wrapper)
     planned = plan_merge(adapter, spec.merge_into, spec.out, kind=spec.type, force=spec.force)
     modelfile = modelfile_path(spec.out)
     if dry_run:

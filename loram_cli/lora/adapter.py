@@ -45,12 +45,20 @@ class LoraAdapter:
     def scaling(self, module: str) -> float:
         """The factor on ``B @ A``: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         rank = _of_module(self.config, "rank_pattern", module, "r")
-        alpha = _of_module(self.config, "alpha_pattern", module, "lora_alpha")
+        alpha = self.alpha(module)
         return float(alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
 
+    def alpha(self, module: str) -> float:
+        """A module's own alpha, else that of all modules."""
+        return float(_of_module(self.config, "alpha_pattern", module, "lora_alpha"))
+
     @classmethod
-    def read(cls, directory: Path) -> "LoraAdapter":
+    def read(cls, directory: Path, copies: frozenset[str] = frozenset()) -> "LoraAdapter":
         """Read a PEFT LoRA directory.
+
+        Args:
+            directory: With ``adapter_config.json``.
+            copies: Tensors to leave out: copies of the model's own, see :func:`model_copies`.
 
         Raises:
             LoramError: Not a LoRA adapter, or one with parts that recovery cannot carry over.
@@ -68,6 +76,8 @@ class LoraAdapter:
             ) from error
         factors: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
+            if name in copies:
+                continue
             module, kind = _factor_name(directory, name)
             if tensor.dim() != 2 or not tensor.is_floating_point():
                 raise LoramError(
@@ -92,6 +102,14 @@ class LoraAdapter:
             raise LoramError(f"{directory / WEIGHTS_NAME}: no LoRA factors")
         return cls(config, {m: LoraPair(p["lora_A"], p["lora_B"]) for m, p in factors.items()})
 
+    def tensors(self) -> "dict[str, torch.Tensor]":
+        """All factors under their names in PEFT's file."""
+        tensors = {}
+        for module, pair in self.pairs.items():
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair.lora_a.contiguous()
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.lora_b.contiguous()
+        return tensors
+
     def write(self, directory: Path) -> None:
         """Write as PEFT does.
 
@@ -101,12 +119,8 @@ class LoraAdapter:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        tensors = {}
-        for module, pair in self.pairs.items():
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = pair.lora_a.contiguous()
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = pair.lora_b.contiguous()
         try:
-            save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+            save_file(self.tensors(), directory / WEIGHTS_NAME, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
             raise LoramError(f"{directory / WEIGHTS_NAME}: cannot write ({error})") from error
         # The first pattern that matches a module counts, so their order is kept.
@@ -185,14 +199,37 @@ def _of_module(config: dict[str, Any], pattern: str, module: str, default: str) 
     return config[default]
 
 
-def read_shapes(directory: Path) -> dict[str, tuple[int, int, int]]:
+def model_copies(directory: Path) -> dict[str, str]:
+    """Weights of the model that PEFT saves beside the factors of an output head.
+
+    Returns:
+        By tensor name, the model's own name of the same tensor.
+    """
+    names = [entry.name for entry in read_header(directory / WEIGHTS_NAME)]
+    kinds = (".lora_A.weight", ".lora_B.weight")
+    return {
+        name: name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        for name in names
+        if name.startswith(_PREFIX) and name.endswith(".weight") and not name.endswith(kinds)
+    }
+
+
+def read_shapes(
+    directory: Path, copies: frozenset[str] = frozenset()
+) -> dict[str, tuple[int, int, int]]:
     """Per module its output features, input features and rank, from the header alone.
+
+    Args:
+        directory: With ``adapter_config.json``.
+        copies: Tensors to leave out, see :func:`model_copies`.
 
     Raises:
         LoramError: Not a sound file of LoRA factors.
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for entry in read_header(directory / WEIGHTS_NAME):
+        if entry.name in copies:
+            continue
         module, kind = _factor_name(directory, entry.name)
         shapes.setdefault(module, {})[kind] = entry.shape
     for module, pair in shapes.items():

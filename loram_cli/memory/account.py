@@ -11,8 +11,9 @@ from fractions import Fraction
 from typing import Any
 
 from loram_cli.arch.experts import EXPERTS_TARGET
-from loram_cli.arch.spec import Family
+from loram_cli.arch.spec import LOW_RANK, Family
 from loram_cli.arch.targets import lora_targets
+from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.errors import UsageError
 
 BF16_BYTES = 2
@@ -124,6 +125,25 @@ def nf4_weight_bytes(
     return total_bytes
 
 
+def low_bit_weight_bytes(
+    family: Family, config: Mapping[str, Any], low_bit: LowBit, other_bytes: int = BF16_BYTES
+) -> int:
+    """Bytes of a model's weights whose decoder linears are rows of few bits."""
+    linears = _linear_names(family, config)
+    return sum(
+        shape[0] * low_bit.row_bytes(shape[1])
+        if name in linears
+        else math.prod(shape) * other_bytes
+        for name, shape in family.tensor_shapes(config).items()
+    )
+
+
+def largest_linear_params(family: Family, config: Mapping[str, Any]) -> int:
+    """Weights of the largest decoder linear."""
+    shapes = family.tensor_shapes(config)
+    return max(math.prod(shapes[name]) for name in _linear_names(family, config))
+
+
 def count_lora_params(
     family: Family, config: Mapping[str, Any], rank: int, targets: Sequence[str] = ()
 ) -> int:
@@ -153,6 +173,8 @@ def lora_factor_params(
     if rank < 1:
         raise UsageError(f"a LoRA rank of {rank} is not positive")
     wanted = set(trained_modules(family, config, targets))
+    # Where a linear is held as two factors, LoRA's stand beside their product.
+    config = {key: value for key, value in config.items() if key != LOW_RANK}
     shapes = family.tensor_shapes(config)
     trained = [shapes[name] for name in _linear_names(family, config) if _last(name) in wanted]
     if EXPERTS_TARGET in wanted and family.experts is not None:

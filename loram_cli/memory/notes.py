@@ -53,6 +53,11 @@ def report_notes(
         yield (
             "this model is pruned already: pass the original base as --model to see the reduction"
         )
+    if strategy == "lowbit":
+        yield (
+            "lowbit holds the decoder linears as codes with a byte for each group and two for each "
+            "row; shapes stay, and weights count the largest linear while it is a floating one"
+        )
     if ratios and strategy in ("rand", "stru"):
         yield (
             "the ratio is the share of groups dropped in each pruned layer, "

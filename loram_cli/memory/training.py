@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loram_cli.arch.spec import Family
+from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.memory import account
 from loram_cli.memory.activations import Activations, activations
 from loram_cli.memory.setup import TrainingSetup
@@ -105,6 +106,12 @@ def training_memory(
 
 def frozen_weight_bytes(family: Family, config: Mapping[str, Any], setup: TrainingSetup) -> int:
     """Bytes of the frozen model in the precision that it is trained in, on one process."""
+    low_bit = LowBit.of_config(config, "config.json")
+    if low_bit is not None:
+        held = account.low_bit_weight_bytes(family, config, low_bit, setup.compute_bytes)
+        # The one that works: its codes, a byte each, and its floating weight with a copy.
+        working = account.largest_linear_params(family, config)
+        return held + working * (1 + 2 * setup.compute_bytes)
     if setup.processes > 1:
         return shared_weight_bytes(family, config, setup)
     if setup.quantize == "nf4":

@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
-from loram_cli.arch.spec import Family, LayerGeometry
+from loram_cli.arch.spec import LOW_RANK, Family, LayerGeometry
+from loram_cli.arch.wrappers import text_view, wrapper_of
 from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError, UsageError, is_out_of_memory
+from loram_cli.modeling.low_rank import set_low_rank
 from loram_cli.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
 
@@ -85,6 +88,9 @@ def narrow_class(family: Family) -> type[Any]:
                     layers[i] = type(layers[i])(config.per_layer_config[i], i)
                 _cut_to_size(layers[i], family, widths, plain)
             self.post_init()
+        if getattr(config, LOW_RANK, None):
+            set_low_rank(self, family, config.to_dict())
+            self.post_init()
 
     # In its parent's module: transformers renames a published file's tensors for its own alone.
     members = {"__init__": __init__, "__module__": parent.__module__, "family": family}
@@ -134,7 +140,7 @@ def load_causal_lm(
 
     Args:
         model: A model, or its directory with ``config.json`` and safetensors; widths may differ
-            per layer.
+            per layer. Weights of few bits become floating ones; ``low_bit_load`` keeps them.
         dtype: Parameter type; ``auto`` takes the checkpoint's own.
         device: ``cpu``, ``cuda``, ...; None takes a GPU when there is one.
         attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
@@ -151,13 +157,22 @@ def load_causal_lm(
     directory, family = source.directory, source.family
     config = load_config(directory)
     load_generation_config(directory)
-    kwargs = {} if quantization_config is None else {"quantization_config": quantization_config}
+    kwargs: dict[str, Any] = {}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if source.wrapper is not None:
+        kwargs["key_mapping"] = source.wrapper.renames
     if attention not in (None, "auto"):
         kwargs["attn_implementation"] = attention_kernel(attention)
     place = usable_device(device)
+    stored: Path | None = directory
+    if source.low_bit is not None:
+        stored = None
+        with TensorReader(source.index, once=True) as reader:
+            kwargs["state_dict"] = {name: reader.read(name) for name in source.index.tensors}
     with loading(directory), quiet_libraries(), no_progress_bars():
         loaded, report = narrow_class(family).from_pretrained(
-            directory,
+            stored,
             config=config,
             dtype=dtype,
             device_map={"": place},
@@ -168,17 +183,23 @@ def load_causal_lm(
         )
     problems = [name for key in ("missing_keys", "mismatched_keys") for name in report[key]]
     unexpected = [name for name in report["unexpected_keys"] if not family.is_ignored(name)]
+    if source.wrapper is not None:
+        # The vision tower and the like, whose names are checked by the index.
+        unexpected = []
     if problems or unexpected:
         first = (problems + unexpected)[0]
         raise LoramError(
             f"{directory}: tensor {first} does not fit config.json "
             f"({len(problems)} missing or misshapen, {len(unexpected)} unexpected)"
         )
+    loaded.wrapper = source.wrapper
     return loaded.eval()
 
 
 def load_config(directory: Path) -> Any:
     """The directory's transformers config; global widths stay readable where layers differ.
+
+    Of a multimodal model it is the text model's.
 
     Raises:
         LoramError: It cannot be used; names the file.
@@ -187,6 +208,11 @@ def load_config(directory: Path) -> Any:
 
     with loading(directory / "config.json"), quiet_libraries():
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        stated = read_json(directory / "config.json")
+        if wrapper_of(stated) is not None:
+            config, view = config.get_text_config(), text_view(stated)
+            for key in ("tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id"):
+                setattr(config, key, view.get(key, getattr(config, key)))
         # The base class's __init__ needs the global widths before layers are replaced.
         config.allow_global_per_layer_attribute_access = True
     return config

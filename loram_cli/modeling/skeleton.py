@@ -5,7 +5,7 @@ be attached to it, and parts can then be filled one by one, or for a while only,
 ever holds a model that exceeds the memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from loram_cli.arch.experts import Experts
+from loram_cli.checkpoint.low_bit import PackedEntry
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.memory.account import nf4_tensor_bytes
 from loram_cli.modeling.load import attention_kernel, load_config, load_generation_config, loading
+from loram_cli.modeling.low_bit_linear import LowBitLinear
 from loram_cli.modeling.meta_model import meta_causal_lm
 from loram_cli.modeling.quantize import (
     keep_standard_layout,
@@ -37,6 +39,7 @@ class Slot:
         places: Modules and the parameter's name in each.
         shape: Of the tensor.
         quantized: Whether it is held in NF4.
+        packed: Whether it is held as rows of few bits, as it is stored.
         stand_in: What is there while the weight is not.
         num_bytes: What the weight takes.
     """
@@ -47,6 +50,7 @@ class Slot:
     quantized: bool
     stand_in: torch.nn.Parameter
     num_bytes: int
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class SkeletonModel:
         dtype: Of all weights that are not quantized, and of products with those that are.
         device: Where the weights will be.
         attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
-        nf4: Quantize the decoder linears, with double quantization.
+        nf4: Quantize the decoder linears, with double quantization. Those of few bits stay as they
+            are stored.
 
     Attributes:
         model: The causal LM, frozen.
@@ -102,12 +107,18 @@ class SkeletonModel:
         config = load_config(directory)
         with loading(directory / "config.json"), quiet_libraries():
             self.model = meta_causal_lm(self._family, config, device, **settings)
+        self.model.wrapper = source.wrapper
         generation = load_generation_config(directory)
         if generation is not None:
             self.model.generation_config = generation
         self._untie_other_head()
         self._fill_buffers()
-        self.slots = self._take_places(set(source.linear_names) if nf4 else set())
+        self._low_bit = source.low_bit
+        nf4 = nf4 and self._low_bit is None
+        self.slots = self._take_places(
+            set(source.linear_names) if nf4 else set(),
+            set(source.linear_names) if self._low_bit else set(),
+        )
         if nf4:
             keep_standard_layout(self.model)
             # PEFT looks here before it chooses its 4-bit LoRA linear.
@@ -132,6 +143,8 @@ class SkeletonModel:
             LoramError: The tensor is absent or of another shape.
         """
         self.index.entry_of(slot.tensor, slot.shape)
+        if slot.packed:
+            return Weight(reader.read_packed(slot.tensor).to(self.device))
         tensor = torch.empty(slot.shape, dtype=self.dtype, device=self.device)
         # Piece by piece: what is stored is never whole beside what is held.
         for done, rows in reader.read_chunks(slot.tensor):
@@ -170,10 +183,12 @@ class SkeletonModel:
                 held = reader.read(name).to(self.device)
                 self.model.get_submodule(owner)._buffers[kind] = held
 
-    def _take_places(self, quantized: set[str]) -> dict[str, Slot]:
+    def _take_places(self, quantized: set[str], packed: set[str]) -> dict[str, Slot]:
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
         for name in quantized:
-            self._make_quantized(name.removesuffix(".weight"))
+            self._replace(name, self._nf4_linear)
+        for name in packed:
+            self._replace(name, self._low_bit_linear)
         names = {id(p): name for name, p in self.model.named_parameters()}
         places: dict[str, list[tuple[Any, str]]] = {}
         for module in self.model.modules():
@@ -184,21 +199,36 @@ class SkeletonModel:
             if name in quantized:
                 stand_in = self._nf4_stand_in()
                 num_bytes = nf4_tensor_bytes(shape.numel())
+            elif name in packed:
+                none = torch.zeros((), dtype=torch.uint8, device=self.device)
+                entry = self.index.entry_of(name, shape)
+                assert isinstance(entry, PackedEntry)
+                stand_in = torch.nn.Parameter(none.expand(entry.stored.shape), requires_grad=False)
+                num_bytes = entry.num_bytes
             else:
                 nothing = torch.zeros((), dtype=self.dtype, device=self.device)
                 stand_in = torch.nn.Parameter(nothing.expand(shape), requires_grad=False)
                 num_bytes = shape.numel() * self.dtype.itemsize
-            slot = Slot(name, tuple(places[name]), shape, name in quantized, stand_in, num_bytes)
+            slot = Slot(
+                name, tuple(places[name]), shape, name in quantized, stand_in, num_bytes,
+                name in packed,
+            )  # fmt: skip
             for module, kind in slot.places:
                 module._parameters[kind] = stand_in
             slots[name] = slot
         return slots
 
-    def _make_quantized(self, module_name: str) -> None:
-        owner, _, attribute = module_name.rpartition(".")
+    def _replace(self, weight_name: str, made_of: Callable[[Any], Any]) -> None:
+        owner, _, attribute = weight_name.removesuffix(".weight").rpartition(".")
         parent = self.model.get_submodule(owner)
-        linear = nf4_linear(getattr(parent, attribute), self.dtype, self.nf4_storage)
-        setattr(parent, attribute, linear.requires_grad_(False))
+        setattr(parent, attribute, made_of(getattr(parent, attribute)).requires_grad_(False))
+
+    def _nf4_linear(self, plain: Any) -> Any:
+        return nf4_linear(plain, self.dtype, self.nf4_storage)
+
+    def _low_bit_linear(self, plain: Any) -> Any:
+        assert self._low_bit is not None
+        return LowBitLinear(plain, self._low_bit, self.dtype)
 
     def _nf4_stand_in(self) -> Any:
         import bitsandbytes

@@ -19,6 +19,7 @@ def smallest_ratio(
     keep_last: int,
     fits: Callable[[tuple[LayerGeometry, ...]], bool],
     multiple_of: int = 1,
+    plain: bool = False,
 ) -> float | None:
     """The smallest ratio whose widths fit, or None where not even the largest does.
 
@@ -28,10 +29,12 @@ def smallest_ratio(
         keep_last: Layers at the output side that stay whole.
         fits: Whether a model of these widths fits; where it does, narrower ones must too.
         multiple_of: See :func:`~loram_cli.pruning.plan.narrowed`.
+        plain: See :func:`~loram_cli.pruning.plan.layer_widths`.
     """
 
     def tried(step: int) -> bool:
-        return fits(layer_widths(geometry, step / _STEPS, keep_first, keep_last, multiple_of))
+        ratio = step / _STEPS
+        return fits(layer_widths(geometry, ratio, keep_first, keep_last, multiple_of, plain))
 
     high = round(largest_ratio(geometry) * _STEPS)
     if not tried(high):

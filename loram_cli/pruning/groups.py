@@ -15,6 +15,28 @@ from loram_cli.arch.spec import (
 )
 from loram_cli.errors import LoramError
 
+# In a manifest's keep indices, beside those of single layers: the base's layers that are left.
+_LAYERS, _KEPT = "layers", "kept"
+
+
+def layer_keeps(keep: Mapping[str, Any]) -> "dict[int, LayerKeep]":
+    """What stays of each narrowed layer, by the base's layer index, from a manifest.
+
+    Raises:
+        LoramError: One of the lists is absent.
+    """
+    return {int(i): LayerKeep.from_mapping(k) for i, k in keep.items() if i != _LAYERS}
+
+
+def kept_layers(keep: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The base's index of each layer of a model that lost whole layers; None where none went."""
+    return tuple(keep[_LAYERS][_KEPT]) if _LAYERS in keep else None
+
+
+def layers_record(kept: tuple[int, ...]) -> dict[str, dict[str, list[int]]]:
+    """The keep indices of a model that lost whole layers, for a manifest."""
+    return {_LAYERS: {_KEPT: list(kept)}}
+
 
 @dataclass(frozen=True)
 class LayerKeep:
@@ -99,7 +121,7 @@ class LayerKeep:
 
     def tensor_rows(self, tensor: LayerTensor, layer: LayerGeometry) -> list[int] | None:
         """Kept indices along the first axis of a norm or the like, or None when all stay."""
-        axis = tensor.shape[0]
+        axis = tensor.shape[0] if tensor.shape else None
         return self._segments((axis,), layer) if isinstance(axis, str) else None
 
     def tensor_columns(self, tensor: LayerTensor, layer: LayerGeometry) -> list[int] | None:

@@ -78,6 +78,7 @@ def layer_widths(
     keep_first: int = 4,
     keep_last: int = 2,
     multiple_of: int = 1,
+    plain: bool = False,
 ) -> tuple[LayerGeometry, ...]:
     """Widths of every layer after structured pruning.
 
@@ -87,21 +88,42 @@ def layer_widths(
         keep_first: Layers at the input side that stay whole.
         keep_last: Layers at the output side that stay whole.
         multiple_of: See :func:`narrowed`.
+        plain: Keep as many more heads as it takes for a plain config to state them.
 
     Raises:
         UsageError: No layer is left to prune, or nothing is left of one.
     """
     pruned = pruned_layers(len(geometry.layers), keep_first, keep_last)
-    return tuple(
-        narrowed(layer, ratio, multiple_of=multiple_of) if i in pruned else layer
-        for i, layer in enumerate(geometry.layers)
+    after = []
+    for i, layer in enumerate(geometry.layers):
+        small = narrowed(layer, ratio, multiple_of=multiple_of) if i in pruned else layer
+        after.append(_with_plain_heads(geometry, layer, small) if plain else small)
+    return tuple(after)
+
+
+def _with_plain_heads(
+    geometry: Geometry, layer: LayerGeometry, small: LayerGeometry
+) -> LayerGeometry:
+    """The pruned layer with the next head count that a plain config can state."""
+    for heads in range(small.num_key_value_heads, layer.num_key_value_heads):
+        queries = heads * layer.queries_per_key_value
+        tried = replace(small, num_key_value_heads=heads, num_attention_heads=queries)
+        if geometry.states_heads(tried):
+            return tried
+    return replace(
+        small,
+        num_key_value_heads=layer.num_key_value_heads,
+        num_attention_heads=layer.num_attention_heads,
     )
 
 
 def pruned_config(
     config: Mapping[str, Any], geometry: Geometry, widths: tuple[LayerGeometry, ...]
 ) -> dict[str, Any]:
-    """The ``config.json`` of a pruned model: the base's, and what differs per layer.
+    """The ``config.json`` of a pruned model: the base's, and what differs.
+
+    Where all layers are alike, their widths stand for the whole model, and the checkpoint is an
+    ordinary one that any library loads; else ``per_layer_config`` lists them.
 
     Args:
         config: The base's ``config.json``.
@@ -112,8 +134,10 @@ def pruned_config(
         counts, geometry, widths = _common_experts(config, geometry, widths)
         config = {**config, **counts}
         if geometry.layers == widths:
-            # Of one width throughout: any loader takes it.
             return dict(config)
+    plain = _plain_widths(geometry, widths)
+    if plain is not None:
+        return {**config, **plain}
     # A width may only differ per layer if it also stands for the whole model, and configs of
     # families that derive the head's width leave it out.
     stated = {"head_dim": geometry.layers[0].head_dim}
@@ -149,6 +173,33 @@ def _common_experts(
         for model in (geometry.layers, widths)
     )
     return counts, replace(geometry, layers=layers), after
+
+
+def _plain_widths(geometry: Geometry, widths: tuple[LayerGeometry, ...]) -> dict[str, int] | None:
+    """What a plain config states of widths that all layers share; None where it cannot.
+
+    Layers of a kind that has no heads, or no channels, say nothing of them.
+    """
+    pairs = list(zip(geometry.layers, widths, strict=True))
+    if any(replace(before, num_experts=after.num_experts, top_k=after.top_k) != before
+           for before, after in pairs):  # fmt: skip
+        return None
+    stated: dict[str, int] = {}
+    heads = {after.num_key_value_heads: (before, after) for before, after in pairs
+             if before.has_attention}  # fmt: skip
+    channels = {after.intermediate_size for before, after in pairs if before.has_mlp}
+    if len(heads) > 1 or len(channels) > 1:
+        return None
+    for before, after in heads.values():
+        if not geometry.states_heads(after):
+            return None
+        if after.num_key_value_heads != before.num_key_value_heads:
+            names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+            # With the head's width, which would else follow from the new count.
+            stated |= {name: getattr(after, name) for name in names}
+    if channels:
+        stated["intermediate_size"] = channels.pop()
+    return {geometry.own_keys.get(name, name): value for name, value in stated.items()}
 
 
 def per_layer_config(

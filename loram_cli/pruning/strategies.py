@@ -1,6 +1,6 @@
 """The table of pruning strategies: each one is a file and a line here."""
 
-from loram_cli.pruning import rand, semi, stru, unst
+from loram_cli.pruning import depth, lowbit, lowrank, rand, semi, stru, unst
 from loram_cli.pruning.strategy import Strategy
 
 STRATEGIES: dict[str, Strategy] = {
@@ -8,6 +8,9 @@ STRATEGIES: dict[str, Strategy] = {
     "stru": stru.STRATEGY,
     "semi": semi.STRATEGY,
     "unst": unst.STRATEGY,
+    "lowbit": lowbit.STRATEGY,
+    "depth": depth.STRATEGY,
+    "lowrank": lowrank.STRATEGY,
 }
 
 

@@ -32,29 +32,36 @@ class LayerToPrune:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How a small model is made: whole groups dropped, or single weights zeroed.
+    """How a small model is made: groups or layers dropped, weights zeroed, factored or rounded.
 
     Attributes:
         summary: A few words for the help text.
-        ratio: Share of groups or weights that goes, unless told.
+        ratio: Share of groups or weights that goes, unless told; None where none does.
         paper_ratios: Those that a memory report works out unless told.
-        importances: How groups or weights may be ranked, the default first; empty where they are
-            not ranked.
-        keep: Chooses the groups of a layer that stay; None for a strategy that zeroes weights.
+        importances: How groups or weights may be ranked or rounded, the default first; empty where
+            they are not ranked.
+        keep: Chooses the groups of a layer that stay; None for a strategy that drops no groups.
+        drops_layers: Whole decoder layers go, and the others stay as they are.
+        factors_linears: Linears become two factors, and the shapes outside stay whole.
         zeros_in_four: Zeroes so many in every four weights of a row (2:4); 0 for anywhere.
+        rounds: Rounds the weights of the decoder linears to few bits; shapes stay.
     """
 
     summary: str
-    ratio: float
+    ratio: float | None
     paper_ratios: tuple[float, ...]
     importances: tuple[str, ...] = ()
     keep: Callable[[LayerToPrune], LayerKeep] | None = None
+    drops_layers: bool = False
+    factors_linears: bool = False
     zeros_in_four: int = 0
+    rounds: bool = False
 
     @property
     def zeroes_weights(self) -> bool:
         """Whether single weights become zero, and shapes and memory stay."""
-        return self.keep is None
+        others = self.drops_layers or self.factors_linears or self.rounds
+        return self.keep is None and not others
 
     @property
     def only_ratio(self) -> float | None:

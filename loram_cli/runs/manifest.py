@@ -55,7 +55,8 @@ class Manifest:
         spec: The stage's spec.
         inputs: Per input its path and digests.
         base: Identity of the original base model, carried from stage to stage.
-        keep: Per pruned layer the kept indices (``key_value_heads``, ``intermediate``), carried
+        keep: Per pruned layer the kept indices (``key_value_heads``, ``intermediate``), and under
+            ``layers`` the layers that are left (``kept``) where whole layers went; carried
             along so that an adapter directory is enough to recover from.
         outputs: ``bytes`` and ``sha256`` of every file beside this record, for ``loram verify``.
         sparsity: Of a model whose single weights were zeroed (``semi``, ``unst``): strategy, share
@@ -152,7 +153,8 @@ def _check_types(data: dict[str, Any]) -> None:
         if type(record.get("bytes")) is not int or not isinstance(record.get("sha256"), str):
             raise TypeError(f"outputs {name} has no bytes and sha256")
     for layer, kept in data.get("keep", {}).items():
-        if not layer.isdecimal():
+        # Under "layers" stand those that are left, where whole layers went.
+        if not layer.isdecimal() and layer != "layers":
             raise ValueError(f"keep has no layer {layer}")
         for name, indices in kept.items():
             whole = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)

@@ -8,14 +8,16 @@ from typing import Any
 from loram_cli.arch.experts import EXPERTS_TARGET, plain_target
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
+from loram_cli.arch.wrappers import wrapper_of
 from loram_cli.checkpoint.header import TensorEntry
-from loram_cli.checkpoint.index import CheckpointIndex, read_config
+from loram_cli.checkpoint.index import CheckpointIndex, read_config, read_json
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.checkpoint.tokenizer_files import check_tokenizer
 from loram_cli.errors import LoramError
-from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter
-from loram_cli.pruning.groups import LayerKeep
+from loram_cli.lora.adapter import WEIGHTS_NAME, model_copies
+from loram_cli.lora.wrapped import read_adapter
+from loram_cli.pruning.groups import kept_layers, layer_keeps
 from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
@@ -84,7 +86,7 @@ def check_checkpoint(
         family = family_for(config, str(directory))
         expected = family.tensor_shapes(config)
         yield from _shape_problems(directory, config, index, family, expected)
-        yield from _keep_problems(directory, config, keep)
+        yield from _keep_problems(directory, config, family, keep)
     except LoramError as error:
         yield error.message
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -111,7 +113,10 @@ def check_adapter(
             at hand.
     """
     try:
-        adapter = LoraAdapter.read(directory)
+        # PEFT copies parts of the model beside the factors of a head; ours leaves them out.
+        copies = frozenset(model_copies(directory)) if stage is None else frozenset()
+        wrapper = wrapper_of(read_json(model / "config.json")) if model else None
+        adapter = read_adapter(directory, wrapper, copies)
     except LoramError as error:
         yield error.message
         return
@@ -173,20 +178,29 @@ def _shape_problems(
 
 
 def _keep_problems(
-    directory: Path, config: Mapping[str, Any], keep: Mapping[str, Any]
+    directory: Path, config: Mapping[str, Any], family: Family, keep: Mapping[str, Any]
 ) -> Iterator[str]:
-    layers = config.get("per_layer_config") or {}
+    layers = family.geometry(config).layers
+    left = kept_layers(keep)
+    if left is not None:
+        if len(left) != len(layers):
+            yield (
+                f"{directory / 'config.json'}: has {len(layers)} layers, "
+                f"{MANIFEST_NAME} keeps {len(left)}"
+            )
+        return
     for layer, kept in keep.items():
-        widths = layers.get(layer)
-        if widths is None:
+        if int(layer) >= len(layers):
             continue
-        for key, width in (
-            ("key_value_heads", "num_key_value_heads"),
-            ("intermediate", "intermediate_size"),
+        widths = layers[int(layer)]
+        for key, width, there in (
+            ("key_value_heads", "num_key_value_heads", widths.has_attention),
+            ("intermediate", "intermediate_size", widths.has_mlp),
         ):
-            if key in kept and width in widths and len(kept[key]) != widths[width]:
+            stated = getattr(widths, width)
+            if there and key in kept and len(kept[key]) != stated:
                 yield (
-                    f"{directory / 'config.json'}: layer {layer} has {width} {widths[width]}, "
+                    f"{directory / 'config.json'}: layer {layer} has {width} {stated}, "
                     f"{MANIFEST_NAME} keeps {len(kept[key])}"
                 )
 
@@ -218,12 +232,17 @@ def _scatter_problems(
     import torch
 
     geometry = family.geometry(config)
+    keeps, layers = layer_keeps(keep), kept_layers(keep)
     for module, pair in adapter.pairs.items():
         found = family.module_named(module)
-        if found is None or str(found[0]) not in keep:
+        if found is not None and layers is not None and found[0] not in layers:
+            if torch.count_nonzero(pair.lora_b):
+                yield f"{file}: {module} is of a layer that was dropped, and its lora_B not zero"
+            continue
+        if found is None or found[0] not in keeps:
             continue
         layer, linear = found
-        kept = LayerKeep.from_mapping(keep[str(layer)])
+        kept = keeps[layer]
         rows = kept.rows(linear, geometry.layers[layer])
         columns = kept.columns(linear, geometry.layers[layer])
         for name, factor, axis, indices in (

@@ -16,6 +16,7 @@ from loram_cli.checkpoint.index import (
     read_config,
     read_json,
 )
+from loram_cli.checkpoint.low_bit import BITS, CONFIG_KEY, GROUP_SIZE, LowBit
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.memory.notes import report_notes
@@ -23,7 +24,9 @@ from loram_cli.memory.picture import Bar
 from loram_cli.memory.presets import load_preset
 from loram_cli.memory.setup import TrainingSetup, usual_attention
 from loram_cli.memory.training import CARDS_GIB, LARGEST_MICRO_BATCH
+from loram_cli.pruning.depth import shorter_config, without_last
 from loram_cli.pruning.experts import without_experts
+from loram_cli.pruning.lowrank import low_rank_config
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
@@ -209,8 +212,9 @@ def _longest(spec: MemoryReportSpec, reporter: Reporter) -> tuple[int, ...]:
 def _fits(
     spec: MemoryReportSpec, family: Family, config: dict[str, Any], setup: TrainingSetup
 ) -> tuple[FitAnswer, ...]:
-    # Zeros of semi and unst take their place in memory, and a pruned model is not pruned again.
-    if spec.fit_bytes is None or spec.chosen_strategy.zeroes_weights:
+    # Shapes stay with lowbit, zeros of semi and unst take their place in memory, and a pruned model
+    # is not pruned again.
+    if spec.fit_bytes is None or spec.chosen_strategy.keep is None:
         return ()
     if config.get("per_layer_config"):
         return ()
@@ -299,10 +303,22 @@ def _narrowed_or_sparse(
         after = without_experts(geometry.layers, ratio, family.family)
         small = pruned_config(config, geometry, after)
         yield ModelRow(f"experts {ratio:g}", small, ratio, head_params=head_params)
+    if spec.chosen_strategy.rounds and spec.pruned is None:
+        for bits in reversed(BITS):
+            rounded = {**config, CONFIG_KEY: LowBit(bits, GROUP_SIZE).to_mapping()}
+            yield ModelRow("lowbit", rounded, head_params=head_params)
     for ratio in ratios:
         name = f"{spec.strategy} {ratio:g}"
         if spec.chosen_strategy.zeroes_weights:
             yield ModelRow(name, config, ratio, sparsity=ratio, head_params=head_params)
+        elif spec.chosen_strategy.factors_linears:
+            small = low_rank_config(family, config, ratio, spec.keep_first, spec.keep_last)
+            yield ModelRow(name, small, ratio, head_params=head_params)
+        elif spec.chosen_strategy.drops_layers:
+            # Layers of a kind are alike, and memory does not ask which of them go.
+            kept = without_last(len(geometry.layers), ratio, spec.keep_first, spec.keep_last)
+            small = shorter_config(family, config, kept)
+            yield ModelRow(name, small, ratio, head_params=head_params)
         else:
             widths = layer_widths(
                 geometry, ratio, spec.keep_first, spec.keep_last, spec.multiple_of

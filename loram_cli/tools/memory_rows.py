@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from loram_cli.arch.spec import Family
+from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.errors import UsageError
 from loram_cli.memory import account, training
 from loram_cli.memory.picture import Bar
@@ -13,7 +14,9 @@ from loram_cli.memory.setup import TrainingSetup
 from loram_cli.pruning.plan import layer_widths, pruned_config
 
 BASE_NAME = "base"
+Precision = Literal["bf16", "nf4", "2 bits", "3 bits", "4 bits"]
 _PRECISIONS: tuple[Literal["bf16", "nf4"], ...] = ("bf16", "nf4")
+_LOW_BITS: dict[int, Precision] = {2: "2 bits", 3: "3 bits", 4: "4 bits"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class MemoryRow:
     """
 
     name: str
-    precision: Literal["bf16", "nf4"]
+    precision: Precision
     ratio: float | None
     params: int
     stored_params: int
@@ -73,7 +76,9 @@ class MemoryRow:
 
     @property
     def method(self) -> str:
-        """What training on this model is called: LoRA or QLoRA on a base, else LoRAM, QLoRAM."""
+        """What training on this model is called: LoRA or QLoRA on a base, else LoRAM or QLoRAM."""
+        if self.precision not in _PRECISIONS:
+            return f"{self.precision}, LoRAM"
         return ("Q" if self.precision == "nf4" else "") + ("LoRA" if self.is_base else "LoRAM")
 
     def bar(self) -> Bar:
@@ -141,13 +146,15 @@ def model_rows(
     setup: TrainingSetup,
     fit_bytes: int | None,
 ) -> Iterator[MemoryRow]:
-    """A model's rows: in bf16, then in NF4."""
+    """A model's rows: in bf16, then in NF4; one of few bits has a row, as it is."""
+    low_bit = LowBit.of_config(model.config, model.name)
+    precisions: tuple[Precision, ...] = (_LOW_BITS[low_bit.bits],) if low_bit else _PRECISIONS
     base_params = account.count_params(family, base.config).total + base.head_params
     stored_params = account.count_params(family, model.config).total + model.head_params
     params = account.count_nonzero_params(family, model.config, model.sparsity).total
     params += model.head_params - model.zeros
-    for precision in _PRECISIONS:
-        paper_params = params if precision == "bf16" else account.paper_nf4_params(params)
+    for precision in precisions:
+        paper_params = account.paper_nf4_params(params) if precision == "nf4" else params
         mine = replace(setup, quantize="nf4" if precision == "nf4" else None)
         memory = training.training_memory(family, model.config, mine)
         head_bytes = model.head_params * mine.compute_bytes

@@ -9,7 +9,9 @@ from loram_cli.checkpoint.sources import hub_id
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.hub import unreachable
 from loram_cli.reporting import Reporter
+from loram_cli.runs.digests import file_records
 from loram_cli.runs.manifest import MANIFEST_NAME, sealed
+from loram_cli.stages.core.card import CARD_NAME
 
 
 def check_push(repository: str) -> None:
@@ -42,7 +44,8 @@ def check_push(repository: str) -> None:
 def push(directory: Path, repository: str, reporter: Reporter) -> str:
     """Upload a finished output, as a private repository unless it exists already.
 
-    Local paths are left out of the manifest's copy on the hub.
+    Local paths are left out of the manifest's copy on the hub, and the model card names the
+    repository in place of the directory.
 
     Returns:
         The address.
@@ -55,24 +58,43 @@ def push(directory: Path, repository: str, reporter: Reporter) -> str:
         url = str(api.create_repo(repository, private=True, exist_ok=True))
         with reporter.progress(f"push to {repository}", None, "file"):
             api.upload_folder(
-                repo_id=repository, folder_path=str(directory), ignore_patterns=[MANIFEST_NAME]
+                repo_id=repository,
+                folder_path=str(directory),
+                ignore_patterns=[MANIFEST_NAME, CARD_NAME],
             )
             with tempfile.TemporaryDirectory() as folder:
-                record = Path(folder) / MANIFEST_NAME
-                record.write_text(public_manifest(directory), "utf-8")
-                api.upload_file(
-                    repo_id=repository, path_or_fileobj=str(record), path_in_repo=MANIFEST_NAME
-                )
+                for file in _public_files(directory, repository, Path(folder)):
+                    api.upload_file(
+                        repo_id=repository, path_or_fileobj=str(file), path_in_repo=file.name
+                    )
     except Exception as error:
         raise _refused(repository, error, directory) from error
     reporter.note(f"pushed to {url}")
     return url
 
 
-def public_manifest(directory: Path) -> str:
-    """The manifest with every local path cut to its last part, or to the hub id."""
-    data = json.loads((directory / MANIFEST_NAME).read_text("utf-8"))
-    return sealed(_without_paths(data))
+def public_manifest(directory: Path, card: Path | None = None) -> str:
+    """The manifest with every local path cut to its last part, or to the hub id.
+
+    Args:
+        directory: The output.
+        card: The model card that goes with it, if it is another one than the output's.
+    """
+    data = _without_paths(json.loads((directory / MANIFEST_NAME).read_text("utf-8")))
+    if card is not None:
+        data["outputs"] |= file_records(card.parent, leave_out=(MANIFEST_NAME,))
+    return sealed(data)
+
+
+def _public_files(directory: Path, repository: str, folder: Path) -> list[Path]:
+    """Card and manifest as they are published; the manifest last, since it marks a whole output."""
+    card, record = folder / CARD_NAME, folder / MANIFEST_NAME
+    has_card = (directory / CARD_NAME).is_file()
+    if has_card:
+        text = (directory / CARD_NAME).read_text("utf-8")
+        card.write_text(text.replace(f"./{directory.name}", repository), "utf-8")
+    record.write_text(public_manifest(directory, card if has_card else None), "utf-8")
+    return [card, record] if has_card else [record]
 
 
 def _without_paths(value: Any) -> Any:

@@ -150,7 +150,12 @@ class MemoryReportSpec(StepSpec):
                     "four weights",
                     f"pass --ratio {only:g}, or none",
                 )
-        if self.multiple_of > 1 and self.chosen_strategy.zeroes_weights:
+        if self.ratios and self.chosen_strategy.rounds:
+            raise UsageError(
+                f"--ratio does not go with --strategy {self.strategy}: it drops and zeroes nothing",
+                "leave it out: the report has a row for 4, 3 and 2 bits",
+            )
+        if self.multiple_of > 1 and self.chosen_strategy.keep is None:
             raise UsageError(f"--multiple-of does not go with --strategy {self.strategy}")
         if self.processes > 1 and self.optimizer != "adamw":
             raise UsageError(

@@ -155,7 +155,7 @@ class _Walk:
                 continue
             about = f"{directory}: {label} {path}"
             self.problems += _input_problems(about, path, record, is_first=i == 0)
-            if label in ("source", "adapter") and (path / MANIFEST_NAME).is_file():
+            if label in ("source", "adapter", "pruned") and (path / MANIFEST_NAME).is_file():
                 with contextlib.suppress(LoramError):  # visiting it tells
                     self.problems += checks.check_neighbour(manifest, about, Manifest.read(path))
             if label == "base" and self._spec.full:

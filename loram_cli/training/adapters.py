@@ -14,7 +14,9 @@ from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets as chosen_targets
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
+from loram_cli.lora.wrapped import RENAMED, read_adapter
 from loram_cli.modeling.load import loading
+from loram_cli.modeling.low_rank import register_low_rank
 from loram_cli.quiet import quiet_libraries
 from loram_cli.reporting import Reporter
 
@@ -69,7 +71,7 @@ def lora_config(
     with quiet_libraries():
         from peft import LoraConfig
 
-        return LoraConfig(
+        config = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
             lora_alpha=alpha,  # PEFT takes fractions as well
@@ -79,6 +81,7 @@ def lora_config(
             target_parameters=list(parameters) or None,
             bias="none",
         )
+        return register_low_rank(config)
 
 
 def attach_lora(model: Any, config: Any, *, seed: int) -> Any:
@@ -95,7 +98,9 @@ def attach_lora(model: Any, config: Any, *, seed: int) -> Any:
     with quiet_libraries():
         from peft import get_peft_model
 
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # What PEFT says of a layer that it is told of by register_low_rank.
+            warnings.filterwarnings("ignore", "Unsupported layer type .*LowRankLinear")
             torch.manual_seed(seed)
             model = get_peft_model(model, config)
     return _without_input_copies(model)
@@ -128,21 +133,34 @@ def _loaded(
     """
     file, library = adapter_dir / CONFIG_NAME, "PEFT"
     with quiet_libraries(), warnings.catch_warnings(action="ignore"):
-        from peft import LoraConfig, PeftModelForCausalLM
+        from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 
         with loading(file, library):
-            config = LoraConfig.from_pretrained(str(adapter_dir))
+            config = register_low_rank(LoraConfig.from_pretrained(str(adapter_dir)))
             config.inference_mode = dropout is None
+            renamed = None
+            if getattr(model, "wrapper", None) is not None:
+                # It has the multimodal model's names, and this is the text model alone.
+                renamed = read_adapter(adapter_dir, model.wrapper)
+                for key in RENAMED:
+                    setattr(config, key, renamed.config[key])
             if dropout is not None:
                 config.lora_dropout = dropout
             # A named one goes beside those that the model has; any other on top of them.
             if name == "default" or not isinstance(model, PeftModelForCausalLM):
                 model = PeftModelForCausalLM(model, config, adapter_name=name)
         with loading(adapter_dir / WEIGHTS_NAME, library, _OTHER_MODEL):
-            found = model.load_adapter(str(adapter_dir), name, is_trainable=dropout is not None)
+            if renamed is None:
+                found = model.load_adapter(str(adapter_dir), name, is_trainable=dropout is not None)
+            else:
+                if name not in model.peft_config:
+                    model.add_adapter(name, config)
+                found = set_peft_model_state_dict(model, renamed.tensors(), adapter_name=name)
+    # Weights of the model itself are missing from every adapter, and so are other adapters.
+    missing = [key for key in found.missing_keys if ".lora_" in key and f".{name}." in key]
     for keys, fault in (
         (found.unexpected_keys, "the model has no module for its factor"),
-        (found.missing_keys, f"it has no factors for a module that {CONFIG_NAME} targets:"),
+        (missing, f"it has no factors for a module that {CONFIG_NAME} targets:"),
     ):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""

@@ -23,9 +23,39 @@ PUBLISHED_PARAMS = {
     "qwen3-32b": 32762123264,
 }
 
+# In billions, as the models' pages on the hub state them; a tied head that is stored is not counted.
+STATED_BILLIONS = {
+    "command_r-35b": "35.0",
+    "ernie4.5-0.3b": "0.361",
+    "exaone4-32b": "32.0",
+    "falcon-7b": "6.92",
+    "falcon-40b": "41.3",
+    "gemma-7b": "8.54",
+    "gemma3-1b": "1.00",
+    "glm4-9b": "9.40",
+    "granite3.3-8b": "8.17",
+    "internlm3-8b": "8.80",
+    "mistral_small-24b": "23.6",
+    "olmo2-13b": "13.7",
+    "pythia-12b": "11.8",
+    "seed_oss-36b": "36.2",
+    "smollm3-3b": "3.08",
+    "starcoder2-15b": "16.0",
+    "vaultgemma-1b": "1.04",
+}
+
 
 def test_names_are_ordered_by_generation_and_then_by_size():
-    assert preset_names() == tuple(PUBLISHED_PARAMS)
+    assert set(preset_names()) == {*PUBLISHED_PARAMS, *STATED_BILLIONS}
+    known = tuple(name for name in preset_names() if name in PUBLISHED_PARAMS)
+    assert known == tuple(PUBLISHED_PARAMS)
+
+
+@pytest.mark.parametrize(("name", "stated"), STATED_BILLIONS.items())
+def test_preset_has_the_stated_billions(name, stated):
+    config = load_preset(name)
+    billions = count_params(family_for(config, name), config).total / 1e9
+    assert f"{billions:.{len(stated.partition('.')[2])}f}" == stated
 
 
 @pytest.mark.parametrize(("name", "published"), PUBLISHED_PARAMS.items())
@@ -34,7 +64,10 @@ def test_preset_has_the_published_parameter_count(name, published):
     assert count_params(family_for(config, name), config).total == published
 
 
-@pytest.mark.parametrize("name", PUBLISHED_PARAMS)
+@pytest.mark.parametrize(
+    "name",
+    [*PUBLISHED_PARAMS, *(pytest.param(name, marks=pytest.mark.slow) for name in STATED_BILLIONS)],
+)
 def test_transformers_builds_the_same_model(name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -43,7 +76,11 @@ def test_transformers_builds_the_same_model(name):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
     expected = family_for(config, name).tensor_shapes(config)
-    assert {key: tuple(weight.shape) for key, weight in model.named_parameters()} == expected
+    shapes = {key: tuple(weight.shape) for key, weight in model.named_parameters()}
+    # Routers keep the biases that balance their experts as buffers.
+    stored = model.state_dict()
+    shapes |= {key: tuple(b.shape) for key, b in model.named_buffers() if key in stored}
+    assert shapes == expected
     assert theirs.rope_parameters == config["rope_parameters"]
     assert str(theirs.dtype).removeprefix("torch.") == config["dtype"]
 

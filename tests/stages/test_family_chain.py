@@ -18,6 +18,7 @@ from helpers.recovery_chain import (
 )
 from helpers.variants import DISTINCT, VARIANTS, Variant
 
+from loram_cli.errors import UsageError
 from loram_cli.modeling.chunked_loss import chunked_loss
 from loram_cli.modeling.load import load_causal_lm
 from loram_cli.stages.align import stage as align
@@ -152,3 +153,56 @@ def test_nf4_trains_and_recovers(
     )  # fmt: skip
     train.run(replace(spec, quantize="nf4"), SILENT)
     recovered_and_merged(tmp_path, base)
+
+
+def pruned_otherwise(base: Path, out: Path, strategy: str, text: Path, **how: str) -> None:
+    spec = prune.PruneSpec(
+        model=base, out=out, strategy=strategy, ratio=0.5, keep_first=1, keep_last=1,
+        calibration=str(text), calibration_samples=8, calibration_length=24, **how,
+    )  # fmt: skip
+    prune.run(spec, SILENT)
+
+
+@pytest.mark.slow
+@EVERY
+def test_fewer_layers_load_in_stock_libraries_and_recover(
+    variant: Variant, text_file: Path, instructions: Path, tmp_path: Path
+):
+    from transformers import AutoModelForCausalLM
+
+    base = variant.save(tmp_path / "base")
+    try:
+        pruned_otherwise(base, tmp_path / "pruned", "depth", text_file)
+    except UsageError as error:
+        assert "repeat in a period" in error.message
+        return
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert stock.config.num_hidden_layers == 3
+    close(logits(load_causal_lm(tmp_path / "pruned", device="cpu")), logits(stock))
+    adapted(tmp_path / "pruned", tmp_path / "adapter", instructions)
+    check_recovery(tmp_path, base)
+
+
+@pytest.mark.slow
+@EVERY
+def test_linears_as_factors_train_and_recover(
+    variant: Variant, text_file: Path, instructions: Path, tmp_path: Path
+):
+    base = variant.save(tmp_path / "base")
+    pruned_otherwise(base, tmp_path / "pruned", "lowrank", text_file)
+    small = logits(load_causal_lm(tmp_path / "pruned", device="cpu"))
+    assert small.isfinite().all()
+    assert not torch.equal(small, logits(load_causal_lm(base, device="cpu")))
+    adapted(tmp_path / "pruned", tmp_path / "adapter", instructions)
+    check_recovery(tmp_path, base)
+
+
+@pytest.mark.slow
+@EVERY
+@pytest.mark.parametrize("importance", ["obs", "wanda"])
+def test_groups_ranked_by_activations_recover(
+    variant: Variant, importance: str, text_file: Path, instructions: Path, tmp_path: Path
+):
+    base = variant.save(tmp_path / "base")
+    pruned_otherwise(base, tmp_path / "pruned", "stru", text_file, importance=importance)
+    check_training_and_recovery(tmp_path, base, instructions)

@@ -3,35 +3,10 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from helpers.fake_hub import FakeHub
 
 from loram_cli.cli.app import run_command
 from loram_cli.tools import push as push_module
-
-
-class FakeHub:
-    """Keeps what it is sent."""
-
-    def __init__(self) -> None:
-        self.repositories, self.files, self.fails = {}, {}, None
-
-    def whoami(self) -> dict:
-        if self.fails == "token":
-            raise OSError("Token is required\nand a second line")
-        return {"name": "me"}
-
-    def create_repo(self, repository, *, private, exist_ok):
-        self.repositories[repository] = private
-        return f"https://hub/{repository}"
-
-    def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
-        if self.fails == "upload":
-            raise RuntimeError("500 Server Error")
-        for file in Path(folder_path).iterdir():
-            if file.name not in ignore_patterns:
-                self.files[f"{repo_id}/{file.name}"] = file.read_bytes()
-
-    def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo):
-        self.files[f"{repo_id}/{path_in_repo}"] = Path(path_or_fileobj).read_bytes()
 
 
 @pytest.fixture

@@ -12,4 +12,4 @@ def command(values: Values, options: StageOptions) -> None:
     """Bring the pruned model back towards the full one, so that its updates fit it."""
     from loram_cli.stages.align import stage
 
-    run_stage(NAME, stage, values, options, at_hand=values.get("source"))
+    run_stage(NAME, stage, values, options, at_hand="source")

@@ -15,4 +15,4 @@ def command(values: Values, options: BaseStageOptions) -> None:
     """
     from loram_cli.stages.train import stage
 
-    run_stage(NAME, stage, values, options, at_hand=values.get("from_adapter"))
+    run_stage(NAME, stage, values, options, at_hand="from_adapter")

@@ -7,6 +7,7 @@ from loram_cli.cli.options import (
     Values,
     after_push,
     before_push,
+    fetched,
     layered,
     reporter_for,
     settle,
@@ -30,7 +31,8 @@ def command(values: Values, options: BaseStageOptions) -> None:
 
     reporter = reporter_for(options.json_output)
     before_push(options.push)
-    place = settle(options, reporter, at_hand=values.get("adapter"))
+    values = fetched(values, reporter)
+    place = settle(options, reporter, at_hand=values.get("pruned") or values.get("adapter"))
     spec = recover_spec(place, layered(NAME, values))
     merging = merge_spec(place, spec)
     if options.dry_run:

@@ -36,4 +36,4 @@ def command(values: Values, options: TrainOptions) -> None:
             "pass one of the two",
         )
     fill = FILL["full_lora"] if options.on == "full" else None
-    run_stage(NAME, stage, values, options, at_hand=source, fill=fill)
+    run_stage(NAME, stage, values, options, at_hand="source", fill=fill)

@@ -62,7 +62,7 @@ def weights_table(result: MemoryReport) -> Table:
 
 def state_table(result: MemoryReport) -> Table:
     """LoRA factors, gradients and moments: a row per model, of whatever precision."""
-    rows = [row for row in result.rows if row.precision == "bf16"]
+    rows = [row for row in result.rows if row.precision != "nf4"]
     unit, unit_bytes = common_unit(max(row.training_bytes for row in rows))
     table = _table(
         f"training state in {unit}: LoRA of rank {result.rank}, {result.setup.optimizer}",
@@ -73,7 +73,7 @@ def state_table(result: MemoryReport) -> Table:
             row.adapter_bytes, row.gradient_bytes, row.optimizer_bytes, row.training_state_bytes,
         )  # fmt: skip
         table.add_row(
-            row.name,
+            row.name if row.precision == "bf16" else f"{row.name} {row.precision}",
             format_params(row.lora_params),
             *(f"{part / unit_bytes:.2f}" for part in parts),
         )

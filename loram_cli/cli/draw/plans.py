@@ -49,7 +49,7 @@ def plan_lines(plan: StagePlan[Any]) -> Iterator[str | Table]:
 def _pruned_lines(result: PruneResult) -> Iterator[str | Table]:
     if result.calibration:
         yield f"  {_calibration(result.calibration)}"
-    if not result.sparsity:
+    if not result.sparsity and result.bits is None:
         yield widths_table(result)
         yield from widths_remarks(result)
 

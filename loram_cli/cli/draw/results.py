@@ -70,10 +70,11 @@ def _recovered(result: RecoverResult) -> list[str]:
     if result.unchanged:
         return [
             f"{result.modules} modules verified: they have the base's shapes as they were trained, "
-            "so recovery changed nothing; any server that runs the base loads the adapter"
+            "so recovery is the identity; any server that runs the base loads the adapter"
         ]
+    what = "kept rows and columns equal, zero elsewhere"
     return [
-        f"{result.modules} modules verified: kept rows and columns equal, zero elsewhere; "
+        f"{result.modules} modules verified: {what}; "
         f"{format_params(result.small_params)} -> {format_params(result.full_params)} parameters"
     ]
 

@@ -88,6 +88,12 @@ def prune_line(result: PruneResult) -> str:
     """What is left after pruning, by plan or by count."""
     left, share = format_params(result.pruned_params), result.removed_share
     on_disk = format_bytes(result.weight_bytes)
+    if result.bits is not None:
+        return (
+            f"{left} parameters, those of the decoder linears in {result.bits} bits (groups of "
+            f"{result.group_size}): {on_disk} on disk; shapes stay, so that an adapter is "
+            "recovered as it is"
+        )
     if result.sparsity:
         return (
             f"{left} parameters that are not zero ({share:.1%} of all zeroed); "

@@ -3,7 +3,9 @@
 Each file holds the fields of the model's published ``config.json``, with ``dtype`` and
 ``rope_parameters`` as transformers 5 spells them. Those of families other than Llama hold what
 decides shapes and what is computed, as litgpt's tables (``litgpt/config.py``) quote the published
-files. All of them have the published number of parameters.
+files. Later ones hold the shapes that the config class of transformers defaults to for its first
+published model, or that the model's page states. All of them have the published number of
+parameters.
 """
 
 import json

@@ -18,10 +18,13 @@ class BlockSteps:
     Attributes:
         count: AdamW steps per layer.
         learning_rate: Of the first step; it falls linearly to zero.
+        each_token: Measure each token's error against its own size. A model's first token can be
+            a thousand times as large as all others, and would be all that is fitted.
     """
 
     count: int
     learning_rate: float
+    each_token: bool = False
 
 
 def take_block_steps(
@@ -42,7 +45,7 @@ def take_block_steps(
     generator = torch.Generator().manual_seed(seed)
     parameters = list(layer.module.parameters())
     before = [parameter.data for parameter in parameters]
-    dtype, device = before[0].dtype, before[0].device.type
+    device = before[0].device.type
     for parameter in parameters:
         # Masters in fp32: small steps vanish in bfloat16's eight bits.
         parameter.data = parameter.data.float()
@@ -56,9 +59,11 @@ def take_block_steps(
                 order = torch.randperm(batches, generator=generator).tolist()
             hidden, wanted = draw(order[step % batches])
             wanted = wanted.float()
-            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16, enabled=hidden.dtype == torch.bfloat16):
                 out = layer(hidden)
-            loss = (out.float() - wanted).square().mean() / wanted.square().mean()
+            over = -1 if steps.each_token else (0, 1, 2)
+            missed = (out.float() - wanted).square().mean(over)
+            loss = (missed / wanted.square().mean(over)).mean()
             if not loss.isfinite():
                 raise LoramError(
                     f"the error of {layer.prefix.rstrip('.')} is not finite at step {step + 1}",

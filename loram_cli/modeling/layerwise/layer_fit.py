@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from loram_cli.modeling.layerwise.block_steps import BlockSteps, take_block_steps
-from loram_cli.modeling.layerwise.states import BoundaryPool
+from loram_cli.modeling.layerwise.states import Boundary, BoundaryPool
 from loram_cli.modeling.layerwise.stream import DecoderLayer, LayerStream
 from loram_cli.modeling.layerwise.walk import HiddenStates, embedded
 from loram_cli.pruning.least_squares import NormalEquations
@@ -116,14 +116,14 @@ def reconstruct_layers(
     """
     last = max(pruned)
     with reporter.progress("reconstruct", last + 1, "layer") as progress:
-        run = _Run(full, how, progress)
+        run = _Run(full, how, pools[0], progress)
         pair = _Pair(
             embedded(full, windows, pools[0].new()), embedded(small, windows, pools[1].new())
         )
         for i in range(last + 1):
             with full.layer(i) as whole, small.layer(i) as narrow:
                 if i not in pruned:
-                    run.advance(whole, narrow, pair, passes=1)
+                    run.advance(whole, narrow, pair)
                 else:
                     fit = run.fit(whole, narrow, pair, known(i), i)
                     progress.detail(f"error {fit.error_before:.3f} -> {fit.error_after:.3f}")
@@ -140,14 +140,95 @@ class _Pair:
     small: HiddenStates
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """What the full layer gives on one batch.
+
+    Attributes:
+        before: What went into it.
+        outputs: Of its modules, in order.
+        out: Its own output.
+        adds_up: Whether it only adds its modules' outputs to the stream.
+    """
+
+    before: torch.Tensor
+    outputs: tuple[torch.Tensor, ...]
+    out: torch.Tensor
+    adds_up: bool
+
+    def wanted(self, position: int, stream: torch.Tensor) -> torch.Tensor:
+        """The output that a module of the pruned layer should have, in fp32.
+
+        Args:
+            position: Of the module.
+            stream: To which the pruned layer adds it.
+        """
+        wanted = self.outputs[position].float()
+        if self.adds_up:
+            mine = self.before.float() + sum(out.float() for out in self.outputs[:position])
+            wanted = wanted + mine - stream
+        return wanted
+
+
+class _Goals:
+    """What the full layer gives on the whole text: it is run once, and read as often as needed.
+
+    Args:
+        trace: Runs the layer on a batch.
+        theirs: What goes into the full layer, by the batch's first window.
+        pool: Keeps what it gives, where the modules' outputs have the hidden states' shape.
+    """
+
+    def __init__(
+        self,
+        trace: Callable[[torch.Tensor], _Trace],
+        theirs: Callable[[int], torch.Tensor],
+        pool: BoundaryPool,
+    ) -> None:
+        self._trace, self._theirs, self._pool = trace, theirs, pool
+        self._kept: list[Boundary] = []
+        self._adds_up: dict[int, bool] = {}
+
+    def make(self, start: int) -> _Goal:
+        """Run the layer on a batch for the first time, and keep what it gives."""
+        before = self._theirs(start)
+        traced = self._trace(before)
+        self._adds_up[start] = traced.adds_up(before)
+        tensors = (*traced.outputs, traced.out)
+        if all(tensor.shape == traced.out.shape for tensor in tensors):
+            if not self._kept:
+                self._kept = [self._pool.new() for _ in tensors]
+            for boundary, tensor in zip(self._kept, tensors, strict=True):
+                boundary.write(start, tensor)
+        return _Goal(before, traced.outputs, traced.out, self._adds_up[start])
+
+    def read(self, start: int) -> _Goal:
+        """What the layer gave on a batch."""
+        before = self._theirs(start)
+        if not self._kept:
+            traced = self._trace(before)
+            return _Goal(before, traced.outputs, traced.out, self._adds_up[start])
+        stop = start + len(before)
+        *outputs, out = (kept.read(start, stop).to(before.device) for kept in self._kept)
+        return _Goal(before, tuple(outputs), out, self._adds_up[start])
+
+    def close(self) -> None:
+        """Drop what is kept."""
+        for boundary in self._kept:
+            self._pool.release(boundary)
+
+
 class _Run:
     """What stays the same from layer to layer."""
 
-    def __init__(self, full: LayerStream, how: Reconstruction, progress: Progress) -> None:
+    def __init__(
+        self, full: LayerStream, how: Reconstruction, pool: BoundaryPool, progress: Progress
+    ) -> None:
         self._candidates = [module.name for module in full.family.modules if module.columns]
         self._modules: list[str] = []
         self._experts = full.family.experts
         self._how = how
+        self._pool = pool
         self._progress = progress
 
     def fit(
@@ -159,32 +240,42 @@ class _Run:
         if known is not None:
             for name, weight in known.weights.items():
                 narrow.module.get_parameter(name.removeprefix(narrow.prefix)).data.copy_(weight)
-            self.advance(whole, narrow, pair, passes=1)
+            self.advance(whole, narrow, pair)
             return known
+
+        def theirs(start: int) -> torch.Tensor:
+            states = pair.small if self._how.targets == "local" else pair.full
+            return states.read(start)
+
+        goals = _Goals(lambda hidden: self._trace(whole, hidden), theirs, self._pool)
+        try:
+            fewer_experts = self._lost_experts(whole, narrow)
+            return self._fit(narrow, pair, goals, index, fewer_experts=fewer_experts)
+        finally:
+            goals.close()
+
+    def _fit(
+        self, narrow: DecoderLayer, pair: _Pair, goals: _Goals, index: int, *, fewer_experts: bool
+    ) -> LayerFit:
         steps = self._how.steps
-        fewer_experts = self._lost_experts(whole, narrow)
         if steps is None and fewer_experts:
             steps = self._how.expert_steps
         # Over the text: one for each module, one for the gradient steps, one to go on.
         passes = len(self._modules) + (steps is not None) * (1 + fewer_experts) + 1
         errors = [
-            self._refit(whole, narrow, pair, position, passes)
+            self._refit(narrow, pair, goals, position, passes)
             for position in range(len(self._modules))
         ]
         if steps is not None:
             starts = pair.small.starts
 
             def draw(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-                start = starts[batch]
-                mine = pair.small.read(start)
-                theirs = self._theirs(pair, start, mine)
                 self._progress.advance(1 / passes / steps.count)
-                with torch.no_grad():
-                    return mine, whole(theirs)
+                return pair.small.read(starts[batch]), goals.read(starts[batch]).out
 
             before = [p.detach().clone() for p in narrow.module.parameters()]
             take_block_steps(narrow, draw, len(starts), steps, seed=index)
-            if fewer_experts and self._error(whole, narrow, pair, passes) > errors[0]:
+            if fewer_experts and self._error(narrow, pair, goals, passes) > errors[0]:
                 # A few tokens an expert can mislead it: then the layer stays as it was.
                 for parameter, old in zip(narrow.module.parameters(), before, strict=True):
                     parameter.data.copy_(old)
@@ -198,7 +289,7 @@ class _Run:
             # Rounded as the checkpoint will be, so that later layers make up for the rounding.
             stored[narrow.prefix + name] = parameter.data.to("cpu", self._how.stored, copy=True)
             parameter.data.copy_(stored[narrow.prefix + name])
-        return LayerFit(stored, errors[0], self.advance(whole, narrow, pair, passes))
+        return LayerFit(stored, errors[0], self._go_on(narrow, pair, goals, passes))
 
     def _lost_experts(self, whole: DecoderLayer, narrow: DecoderLayer) -> bool:
         """Whether the pruned layer has fewer experts than the full one."""
@@ -211,48 +302,51 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _error(self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, passes: int) -> float:
+    def _error(self, narrow: DecoderLayer, pair: _Pair, goals: _Goals, passes: int) -> float:
         """The layer's relative squared error as it is; the hidden states stay."""
         error = _Error()
         for start, mine in pair.small.batches(self._progress, 1 / passes):
-            error.add(narrow(mine), whole(self._theirs(pair, start, mine)))
+            error.add(narrow(mine), goals.read(start).out)
         return error.value
 
     @torch.no_grad()
-    def advance(self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, passes: int) -> float:
-        """Replace hidden states by those after the layer; the relative squared error of them."""
+    def advance(self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair) -> None:
+        """Replace hidden states by those after a layer that is not fitted."""
+        for start, mine in pair.small.batches(self._progress):
+            if self._how.targets == "full":
+                pair.full.boundary.write(start, whole(pair.full.read(start)))
+            pair.small.boundary.write(start, narrow(mine))
+
+    @torch.no_grad()
+    def _go_on(self, narrow: DecoderLayer, pair: _Pair, goals: _Goals, passes: int) -> float:
+        """Replace hidden states by those after a fitted layer; their relative squared error."""
         error = _Error()
         for start, mine in pair.small.batches(self._progress, 1 / passes):
-            out, goal = narrow(mine), whole(pair.full.read(start))
-            error.add(out, whole(mine) if self._how.targets == "local" else goal)
-            pair.full.boundary.write(start, goal)
+            out, goal = narrow(mine), goals.read(start).out
+            error.add(out, goal)
+            if self._how.targets == "full":
+                pair.full.boundary.write(start, goal)
             pair.small.boundary.write(start, out)
         return error.value
 
     @torch.no_grad()
     def _refit(
-        self, whole: DecoderLayer, narrow: DecoderLayer, pair: _Pair, position: int, passes: int
+        self, narrow: DecoderLayer, pair: _Pair, goals: _Goals, position: int, passes: int
     ) -> float:
         """Closed form for one module of the layer; the layer's error before it."""
         module = narrow.module.get_submodule(self._modules[position])
         equations = NormalEquations(module.weight)
         error = _Error()
         for start, mine in pair.small.batches(self._progress, 1 / passes):
-            theirs = self._theirs(pair, start, mine)
-            traced, goal = self._trace(narrow, mine), self._trace(whole, theirs)
+            goal = goals.make(start) if position == 0 else goals.read(start)
+            traced = self._trace(narrow, mine)
             error.add(traced.out, goal.out)
-            wanted = goal.outputs[position].float()
-            if goal.adds_up(theirs):
-                wanted = wanted + goal.stream(theirs, position) - traced.stream(mine, position)
+            wanted = goal.wanted(position, traced.stream(mine, position))
             if module.bias is not None:
                 wanted = wanted - module.bias.float()
             equations.add(traced.inputs[position], wanted)
         module.weight.data.copy_(equations.solve(self._how.ridge))
         return error.value
-
-    def _theirs(self, pair: _Pair, start: int, mine: torch.Tensor) -> torch.Tensor:
-        """What goes into the full layer, where ``mine`` goes into the pruned one."""
-        return mine if self._how.targets == "local" else pair.full.read(start)
 
     def _trace(self, layer: DecoderLayer, hidden: torch.Tensor) -> _Trace:
         with _recorded(layer.module, self._modules) as seen:

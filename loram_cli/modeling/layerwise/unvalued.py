@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from loram_cli.modeling.low_bit_linear import LowBitLinear
 from loram_cli.modeling.quantize import expanded_nf4
 
 # Of autograd's nodes, those whose gradient depends on no value: sums, and the same numbers in
@@ -87,7 +88,7 @@ def left_out(linears: Sequence[Any]) -> Iterator[None]:
     """Within the block, these linears give zeros, and the gradient that they always give.
 
     Args:
-        linears: Frozen ones, of plain or 4-bit weights.
+        linears: Frozen ones, of plain weights, in NF4 or of few bits.
     """
     for linear in linears:
         linear.forward = partial(_without_value, linear)
@@ -109,6 +110,11 @@ def _without_value(linear: Any, inputs: torch.Tensor) -> torch.Tensor:
 
         out = _Unvalued.apply(inputs, expanded, linear.out_features)
         return out.to(given)
+    if isinstance(linear, LowBitLinear):
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        inputs = inputs.to(dtype or linear.compute_dtype)
+        kept = inputs.dtype
+        return _Unvalued.apply(inputs, lambda: linear.floating(kept), linear.out_features)
     weight = linear.weight
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

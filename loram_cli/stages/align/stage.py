@@ -16,8 +16,10 @@ import peft  # noqa: F401 - imported here so that its memory is not charged to t
 import transformers
 
 from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.sources import is_hub_id, resolve_model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.modeling.load import load_tokenizer
+from loram_cli.pruning.groups import kept_layers, layer_keeps
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.processes import process_count
@@ -47,7 +49,8 @@ from loram_cli.stages.fit.run import (
     warn_of_memory,
 )
 from loram_cli.training.data.documents import load_text
-from loram_cli.training.data.tokens import pack_tokens
+from loram_cli.training.data.sources import load_sources
+from loram_cli.training.data.tokens import TokenRow, pack_tokens
 
 __all__ = ["AlignSpec", "plan", "run"]
 
@@ -75,8 +78,8 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         raise LoramError(
             f"{spec.source}: was made by '{manifest.stage}', expected an output of 'prune'"
         )
-    _check_methods(spec, manifest)
     model = Model.open(spec.source)
+    _check_methods(spec, manifest, model)
     model.check_whole()
     source = describe_source(model)
     inputs: dict[str, Any] = {"source": source.record}
@@ -130,7 +133,7 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
         )
 
 
-def _check_methods(spec: AlignSpec, manifest: Manifest) -> None:
+def _check_methods(spec: AlignSpec, manifest: Manifest, model: Model) -> None:
     for name in spec.method:
         method = METHODS[name]
         if method.fills_zeros and manifest.sparsity:
@@ -138,6 +141,14 @@ def _check_methods(spec: AlignSpec, manifest: Manifest) -> None:
                 f"--method {name}: {spec.source} was pruned by {manifest.spec['strategy']}, "
                 "whose zeros the closed form would fill",
                 "use distill or pretrain, which keep them",
+            )
+        changed = layer_keeps(manifest.keep) or manifest.sparsity or model.low_bit
+        if method.fits_layers and not changed:
+            whole_layers = kept_layers(manifest.keep) is None
+            raise UsageError(
+                f"--method {name} fits layers that lost heads or channels, and {spec.source} "
+                f"{'holds its linears as factors' if whole_layers else 'lacks whole layers'}",
+                "pass --method distill or pretrain",
             )
     if process_count() > 1 and not (
         len(spec.method) == 1 and METHODS[spec.method[0]].several_processes
@@ -148,25 +159,30 @@ def _check_methods(spec: AlignSpec, manifest: Manifest) -> None:
         )
 
 
-def _texts(spec: AlignSpec, reporter: Reporter, limit: int | None = None) -> list[str]:
-    return load_text(
-        spec.data, limit=limit, reporter=reporter, seed=spec.seed, exhausted=spec.exhausted
-    )
+def _rows(spec: AlignSpec, reporter: Reporter) -> list[TokenRow]:
+    """Packed text. Weights of several sources are shares of the tokens, not of the documents."""
+    tokenizer = load_tokenizer(spec.source)
+
+    def load(name: str) -> list[TokenRow]:
+        return pack_tokens(load_text(name, reporter=reporter), tokenizer, spec.block_length)
+
+    return list(load_sources(spec.data, load, seed=spec.seed, exhausted=spec.exhausted))
 
 
 def _counted(spec: AlignSpec, reporter: Reporter) -> dict[str, int | None]:
-    """Documents in the text and rows to learn; text that takes long to read is only tried."""
+    """Rows to learn and to hold out; text that takes long to read is only tried."""
     if not reads_quickly(spec.data):
-        _texts(spec, reporter, TRIED_RECORDS)
-        return {"documents": None}
-    texts = _texts(spec, reporter)
-    rows = len(pack_tokens(texts, load_tokenizer(spec.source), spec.block_length))
+        load_text(spec.data, limit=TRIED_RECORDS, reporter=reporter)
+        return {"rows": None}
+    rows = len(_rows(spec, reporter))
     evaluated = held_out(spec.eval_rows, rows, "--eval-rows", reporter)
-    return {"documents": len(texts), "rows": rows - evaluated, "eval_rows": evaluated}
+    return {"rows": rows - evaluated, "eval_rows": evaluated}
 
 
 def _open_base(spec: AlignSpec, manifest: Manifest) -> Model:
     base = spec.model or Path(manifest.base["path"])
+    if is_hub_id(str(base)):
+        base = resolve_model(str(base))
     if not base.is_dir():
         raise LoramError(
             f"{base}: the base that {spec.source} was pruned from is not there",
@@ -185,8 +201,7 @@ def _align(
     reporter: Reporter,
 ) -> AlignResult:
     source = planned.work.source
-    tokenizer = load_tokenizer(spec.source)
-    rows = pack_tokens(_texts(spec, reporter), tokenizer, spec.block_length)
+    rows = _rows(spec, reporter)
     evaluated = held_out(spec.eval_rows, len(rows), "--eval-rows", reporter)
     transformers.set_seed(spec.seed)
     start_meter()
@@ -200,7 +215,7 @@ def _align(
             out=path if last else path / "methods" / f"{number}-{method}",
             base=planned.work.base,
             device=device,
-            pruned_layers=tuple(sorted(int(i) for i in planned.keep)),
+            pruned_layers=tuple(sorted(layer_keeps(planned.keep))),
             sparse=bool(planned.sparsity),
             train_rows=rows[evaluated:],
             eval_rows=rows[:evaluated],

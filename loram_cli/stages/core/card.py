@@ -33,6 +33,32 @@ from loram_cli.modeling.load import load_causal_lm
 model = load_causal_lm(Path("{this}"))
 ```
 """
+_LOAD_PLAIN = """\
+All its layers are alike, so that it loads everywhere:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{this}")
+```
+"""
+_TRAIN_ON_IT = """
+## Train on it, use the full model
+
+```
+loram train --in {this} --data instructions.jsonl
+loram recover --model {base}
+```
+
+writes an ordinary PEFT adapter for {base}.{others}
+"""
+_BY_ANY_TRAINER = """ \
+Any other trainer does as well, by plain LoRA with PEFT; its adapter is recovered with
+
+```
+loram recover --in ADAPTER --pruned {this} --model {base}
+```
+"""
 _LOAD_SMALL_ADAPTER = """\
 It fits the pruned model that it was trained on, not the base: `loram recover` brings it to the
 base's shapes.
@@ -46,8 +72,8 @@ model = AutoModelForCausalLM.from_pretrained("{this}")
 """
 # Per stage: what it is, the library that loads it, the hub's relation to the base, how to load.
 _KINDS: dict[str, tuple[str, str, str, str]] = {
-    "prune": ("pruned model", "transformers", "finetune", _LOAD_NARROW),
-    "align": ("pruned and aligned model", "transformers", "finetune", _LOAD_NARROW),
+    "prune": ("pruned model", "transformers", "finetune", _LOAD_PLAIN),
+    "align": ("pruned and aligned model", "transformers", "finetune", _LOAD_PLAIN),
     "train": ("LoRA adapter of the pruned model", "peft", "adapter", _LOAD_SMALL_ADAPTER),
     "recover": ("LoRA adapter", "peft", "adapter", _LOAD_ADAPTER),
     "merge": ("merged model", "transformers", "finetune", _LOAD_MERGED),
@@ -55,15 +81,31 @@ _KINDS: dict[str, tuple[str, str, str, str]] = {
 
 
 def model_card(
-    stage: str, spec: Any, base: Mapping[str, Any], results: Mapping[str, Any]
+    stage: str,
+    spec: Any,
+    base: Mapping[str, Any],
+    results: Mapping[str, Any],
+    *,
+    narrow: bool = False,
 ) -> str | None:
-    """The card of a stage's output, without times or local paths; None for evaluations."""
+    """The card of a stage's output, without times or local paths; None for evaluations.
+
+    Args:
+        stage: Which wrote it.
+        spec: The stage's spec.
+        base: The manifest's record of the base.
+        results: What the stage measured.
+        narrow: Whether its layers differ in width.
+    """
     if stage not in _KINDS:
         return None
     path = Path(str(base.get("path", "")))
     # Trained on the base itself, an adapter is what recover makes of others.
     as_recovered = stage == "train" and spec.source.resolve() == path.resolve()
     kind, library, relation, usage = _KINDS["recover" if as_recovered else stage]
+    if stage in ("prune", "align"):
+        others = "" if narrow else _BY_ANY_TRAINER
+        usage = (_LOAD_NARROW if narrow else usage) + _TRAIN_ON_IT.replace("{others}", others)
     published = hub_id(path)
     name = published or path.name or "the base"
     this = f"./{spec.out.name}"

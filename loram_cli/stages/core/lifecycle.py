@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loram_cli.checkpoint.json_files import read_json
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.runs.meter import Meter
 from loram_cli.runs.processes import is_main_process, process_count
@@ -95,7 +96,9 @@ class StageRun:
             digests: SHA-256 in hex of files that were hashed while they were written.
         """
         planned, results = self._planned, plain(result)
-        card = model_card(planned.stage, self._spec, planned.base, results)
+        card = model_card(
+            planned.stage, self._spec, planned.base, results, narrow=_is_narrow(self.path)
+        )
         if card is not None:
             (self.path / CARD_NAME).write_text(card, "utf-8")
         measured = self._meter.stop()
@@ -125,6 +128,12 @@ class StageRun:
     def _result(self, manifest: Manifest, *, fresh: bool) -> StageResult:
         stage, final = self._planned.stage, self._staged.final
         return StageResult(stage, self._read, final, manifest, result_of(manifest), fresh)
+
+
+def _is_narrow(directory: Path) -> bool:
+    """Whether a directory is a checkpoint whose layers differ in width."""
+    file = directory / "config.json"
+    return file.is_file() and "per_layer_config" in read_json(file)
 
 
 class FollowingRun:

@@ -15,7 +15,7 @@ from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.training.data.layouts import Layout
 
 # Files beside a model that it does not read: a user may write his own.
-_REMARKS = ("README.md", "loss.png", "loss.csv", "kept.png")
+REMARKS = ("README.md", "loss.png", "loss.csv", "kept.png")
 # The parts of a model's identity that make it another model, in words.
 PARTS = {
     "tensors": "tensor names or shapes",
@@ -50,7 +50,7 @@ def read_checked(directory: Path) -> Manifest:
     hashed_bytes = 0
     for name, record in sorted(manifest.outputs.items(), key=lambda item: item[1]["bytes"]):
         file = directory / name
-        if Path(name).name in _REMARKS:
+        if Path(name).name in REMARKS:
             continue
         hashed_bytes += record["bytes"]
         try:

@@ -41,6 +41,11 @@ class PruneResult:
         experts: Per layer that lost some, how many experts stay, and how many there were.
         zeros: Zeros counted in the decoder linears of a sparse model.
         measured_sparsity: Their share of ``decoder_linear_params``.
+        bits: Of a weight of the decoder linears, where they are rounded; else None.
+        group_size: Weights that share a step and a zero.
+        linear_bytes: What the rounded decoder linears take.
+        linear_share: That as a share of what they take in bf16.
+        rounding_error: ``|rounded - weight|^2 / |weight|^2`` over all of them.
     """
 
     base_params: int
@@ -62,6 +67,11 @@ class PruneResult:
     zeros: int | None = None
     decoder_linear_params: int | None = None
     measured_sparsity: float | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    linear_bytes: int | None = None
+    linear_share: float | None = None
+    rounding_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

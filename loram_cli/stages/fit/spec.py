@@ -30,7 +30,7 @@ class FitSpec(Spec):
     """How a model is fitted: the settings of align and train alike."""
 
     source: Path = setting(
-        help="Model directory, not the run's own.",
+        help="Model directory or hub id, not the run's own.",
         flag="--in",
         place=True,
         in_key=False,

@@ -73,14 +73,16 @@ def ratio_of_budget(
             f"{asked}: the whole base takes {said(budget + over)} and fits already",
             "train on it as it is, or pass --ratio",
         )
-    keeps = (spec.keep_first, spec.keep_last)
+    how = (*spec.kept_whole, spec.multiple_of, spec.uniform)
     ratio = smallest_ratio(
-        geometry, *keeps, lambda widths: over_budget(widths) <= 0, spec.multiple_of
+        geometry,
+        *spec.kept_whole,
+        lambda widths: over_budget(widths) <= 0,
+        spec.multiple_of,
+        spec.uniform,
     )
     if ratio is None:
-        least = budget + over_budget(
-            layer_widths(geometry, largest_ratio(geometry), *keeps, spec.multiple_of)
-        )
+        least = budget + over_budget(layer_widths(geometry, largest_ratio(geometry), *how))
         smaller = ""
         if spec.fit_memory:
             left = smaller_trainings(spec)

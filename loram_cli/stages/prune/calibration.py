@@ -14,15 +14,19 @@ from loram_cli.modeling.load import load_tokenizer
 from loram_cli.pruning.calibrate import calibration_windows
 from loram_cli.pruning.sparsegpt import hessian_bytes
 from loram_cli.stages.core.results import CalibrationFigures
-from loram_cli.stages.prune.spec import PruneSpec
+from loram_cli.stages.prune.spec import CALIBRATED, EXPERTS_CALIBRATED, PruneSpec
 from loram_cli.training.data.documents import load_text
 from loram_cli.training.data.sources import data_files
 
-# Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults.
-# A router spreads tokens over all experts: each must have seen some hundred.
+# Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults; fewer than GPTQ's 128 of
+# 2048: twice as many tokens as the widest linear of a 13B model has inputs. A router spreads tokens
+# over all experts: each must have seen some hundred.
 _DEFAULT_WINDOWS = {
-    "taylor": (10, 128), "sparsegpt": (128, 2048), "reap": (128, 512), "frequency": (128, 512),
+    "taylor": (10, 128), "sparsegpt": (128, 2048), "gptq": (64, 384), "reap": (128, 512),
+    "frequency": (128, 512),
 }  # fmt: skip
+_BY_HESSIAN = ("sparsegpt", "wanda", "obs", "svd", "gptq")
+_OTHER_WINDOWS = (32, 512)
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,12 @@ def calibration_needs(spec: PruneSpec, model: Model, method: str | None) -> Cali
         LoramError: The text is a local path with nothing usable there.
         UsageError: A window is longer than the model's context.
     """
-    if method not in _DEFAULT_WINDOWS:
+    if method is None or method not in (*CALIBRATED, *EXPERTS_CALIBRATED):
         return None
     assert spec.calibration is not None
     data_files(spec.calibration)
     config = model.config
-    samples, length = _DEFAULT_WINDOWS[method]
+    samples, length = _DEFAULT_WINDOWS.get(method, _OTHER_WINDOWS)
     positions = config.get("max_position_embeddings") or length
     samples = spec.calibration_samples or samples
     if spec.calibration_length is not None and spec.calibration_length > positions:
@@ -95,7 +99,7 @@ def calibration_needs(spec: PruneSpec, model: Model, method: str | None) -> Cali
     length = spec.calibration_length or min(length, positions)
     boundaries = 1
     if method == "taylor":
-        boundaries = boundaries_kept(model.num_layers, spec.keep_first)
+        boundaries = boundaries_kept(model.num_layers, spec.kept_whole[0])
     item_bytes = computed_dtype(model.dtype.to_torch()).itemsize
     each = samples * length * model.geometry.hidden_size * item_bytes
     in_memory = min(boundaries, spec.calibration_memory // each)
@@ -106,7 +110,7 @@ def calibration_needs(spec: PruneSpec, model: Model, method: str | None) -> Cali
         each,
         in_memory * each,
         (boundaries - in_memory) * each,
-        hessian_bytes(model.family, config) if method == "sparsegpt" else 0,
+        hessian_bytes(model.family, config) if method in _BY_HESSIAN else 0,
     )
 
 
@@ -118,7 +122,7 @@ def load_windows(spec: PruneSpec, needs: CalibrationNeeds) -> torch.Tensor:
     """
     assert spec.calibration is not None
     texts = load_text(spec.calibration)
-    tokenizer = load_tokenizer(spec.model)
+    tokenizer = load_tokenizer(spec.read)
     return calibration_windows(texts, tokenizer, needs.samples, needs.length, spec.seed)
 
 

@@ -6,17 +6,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loram_cli.arch.registry import family_for
-from loram_cli.arch.spec import Geometry
+from loram_cli.arch.spec import LOW_RANK, Family, Geometry
+from loram_cli.checkpoint.header import DTYPES
+from loram_cli.checkpoint.low_bit import CONFIG_KEY, LowBit
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.writer import TensorPlan
 from loram_cli.errors import UsageError
-from loram_cli.memory.account import BF16_BYTES, count_nonzero_params, count_params
+from loram_cli.memory.account import (
+    BF16_BYTES,
+    count_nonzero_params,
+    count_params,
+    low_bit_weight_bytes,
+)
+from loram_cli.pruning.depth import shorter_config, shorter_names, without_last
 from loram_cli.pruning.groups import LayerKeep
+from loram_cli.pruning.lowrank import factored_name, low_rank_config
 from loram_cli.pruning.plan import pruned_config
 from loram_cli.pruning.sparsity import zeros_wanted
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-from loram_cli.stages.core.lineage import model_record
+from loram_cli.stages.core.lineage import Source, describe_source, model_record
 from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
 from loram_cli.stages.core.results import CalibrationFigures, PruneResult
 from loram_cli.stages.prune.calibration import CalibrationNeeds, calibration_needs
@@ -41,6 +50,8 @@ class PruneWork:
         sparsity: Share of zeros in the decoder linears; ``pruned_params`` are then what is not
             zero, and the tensors stay as large as they were.
         chosen: How the widths came about; None where they stay.
+        low_bit: How the decoder linears are rounded; None where they are not.
+        kept_layers: The base's layers that are left, where whole layers go.
     """
 
     model: Model
@@ -54,6 +65,8 @@ class PruneWork:
     expert_calibration: CalibrationNeeds | None = None
     sparsity: float = 0.0
     chosen: ChosenWidths | None = None
+    low_bit: LowBit | None = None
+    kept_layers: tuple[int, ...] | None = None
 
     @property
     def out_bytes(self) -> int:
@@ -62,7 +75,7 @@ class PruneWork:
 
     def with_widths(self, after: Widths) -> "PruneWork":
         """The same work with other widths per layer."""
-        config = pruned_config(self.config, self.before, after)
+        config = pruned_config(self.model.config, self.before, after)
         shapes = self.model.family.tensor_shapes(config)
         # A head stored beside a tied embedding is no tensor of the family, and stays as it is.
         tensors = {
@@ -77,6 +90,25 @@ class PruneWork:
         layers = enumerate(self.before.layers)
         return self.with_widths(
             tuple(keep[i].widths(layer) if i in keep else layer for i, layer in layers)
+        )
+
+    def with_layers(self, kept: tuple[int, ...]) -> "PruneWork":
+        """The same work on the whole base, with some of its layers left."""
+        names = list(self.model.index.tensors)
+        sources = shorter_names(self.model.family, names, kept)
+        entries, shapes = self.model.index.tensors, self.model.shapes
+        tensors = {
+            new: _renamed(TensorPlan.like(entries[old]), old, new)
+            for new, old in sources.items()
+            if old in shapes
+        }
+        return replace(
+            self,
+            config=shorter_config(self.model.family, self.model.config, kept),
+            after=_without_layers(self.before.layers, kept),
+            tensors=tensors,
+            pruned_params=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+            kept_layers=kept,
         )
 
     @property
@@ -98,6 +130,7 @@ class PruneWork:
             self.chosen,
             sparsity=self.sparsity,
             calibration=self.calibrations[0].figures() if self.calibrations else None,
+            low_bit=self.low_bit,
         )
 
 
@@ -109,21 +142,21 @@ def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         UsageError: The ratio or the keep flags do not fit the model.
     """
     spec = spec.settled()
-    check_out_of_tree(spec.out, spec.model)
-    model = Model.open(spec.model)
-    _refuse_pruned(model)
+    check_out_of_tree(spec.out, spec.read)
+    model = Model.open(spec.read)
+    source = _source(spec, model)
     model.check_whole()
-    work = _sparse_work(spec, model) if spec.zeroes_weights else _narrow_work(spec, model)
+    work = _work(spec, model)
     scratch_bytes = max((needs.disk_bytes for needs in work.calibrations), default=0)
-    base = model_record(model)
     return make_plan(
         "prune",
         spec,
-        {"base": base, **plan_record(spec)},
+        {"base": source.record, **plan_record(spec)},
         work,
         disk_bytes=work.out_bytes + scratch_bytes,
-        reads=[read for read in (spec.model, spec.calibration, spec.plan) if read],
-        base=base,
+        reads=[read for read in (spec.read, spec.calibration, spec.plan) if read],
+        base=source.base,
+        keep=source.keep,
         memory_bytes=max((needs.held_bytes for needs in work.calibrations), default=0),
         figures={"result": work.result()},
     )
@@ -147,6 +180,24 @@ def foresee(spec: PruneSpec, config: Mapping[str, Any]) -> tuple[Mapping[str, An
         params = count_nonzero_params(family, config, spec.ratio).total
         sizes = (base_params, params, base_params * BF16_BYTES)
         return config, _figures(sizes, before.layers, before.layers, None, sparsity=spec.ratio)
+    if spec.low_bit is not None:
+        rounded = {**config, CONFIG_KEY: spec.low_bit.to_mapping()}
+        sizes = (base_params, base_params, low_bit_weight_bytes(family, rounded, spec.low_bit))
+        widths = before.layers
+        return rounded, _figures(sizes, widths, widths, None, low_bit=spec.low_bit)
+    if spec.chosen_strategy.factors_linears:
+        assert spec.ratio is not None
+        small = low_rank_config(family, config, spec.ratio, spec.keep_first, spec.keep_last)
+        params = count_params(family, small).total
+        sizes = (base_params, params, params * BF16_BYTES)
+        return small, _figures(sizes, before.layers, before.layers, None)
+    if spec.chosen_strategy.drops_layers:
+        kept = _last_dropped(spec, family, config)
+        shorter = shorter_config(family, config, kept)
+        params = count_params(family, shorter).total
+        sizes = (base_params, params, params * BF16_BYTES)
+        after = _without_layers(before.layers, kept)
+        return shorter, _figures(sizes, before.layers, after, None)
     chosen = choose_widths(spec, family, config)
     small = pruned_config(config, before, chosen.after)
     params = count_params(family, small).total
@@ -162,6 +213,7 @@ def _figures(
     *,
     sparsity: float = 0.0,
     calibration: CalibrationFigures | None = None,
+    low_bit: LowBit | None = None,
 ) -> PruneResult:
     """The result of a pruning from parameters before and after, and bytes of the output."""
     base_params, params, weight_bytes = sizes
@@ -173,6 +225,8 @@ def _figures(
         weight_bytes=weight_bytes,
         sparsity=sparsity,
         calibration=calibration,
+        bits=low_bit.bits if low_bit else None,
+        group_size=low_bit.group_size if low_bit else None,
         pruned_layers=_changed(before, after),
         widths=_widths(after),
         base_widths=_widths(before),
@@ -181,11 +235,117 @@ def _figures(
     return replace(result, **chosen.known(after)) if chosen else result
 
 
+def _source(spec: PruneSpec, model: Model) -> Source:
+    """The model to prune, which is a base; one to be rounded may be narrow already.
+
+    Raises:
+        UsageError: It is pruned, and what it lacks would not be known of the output.
+    """
+    narrow = (model.directory / MANIFEST_NAME).is_file() and spec.rounds_weights
+    if not narrow:
+        _refuse_pruned(model)
+        record = model_record(model)
+        return Source(record, record)
+    source = describe_source(model)
+    if model.low_bit or source.sparsity:
+        made = "of few bits" if model.low_bit else "a model with zeros, which rounding would fill"
+        raise UsageError(f"{model.directory}: is {made} already", "pass a base, or what stru made")
+    return source
+
+
+def _work(spec: PruneSpec, model: Model) -> PruneWork:
+    if spec.zeroes_weights:
+        return _sparse_work(spec, model)
+    if spec.rounds_weights:
+        return _rounded_work(spec, model)
+    if spec.chosen_strategy.drops_layers:
+        return _shorter_work(spec, model)
+    if spec.chosen_strategy.factors_linears:
+        return _factored_work(spec, model)
+    return _narrow_work(spec, model)
+
+
+def _last_dropped(spec: PruneSpec, family: Family, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """As many layers as will stay; which they are is known after ranking."""
+    assert spec.ratio is not None
+    count = len(family.geometry(config).layers)
+    return without_last(count, spec.ratio, spec.keep_first, spec.keep_last)
+
+
+def _renamed(plan: TensorPlan, old: str, new: str) -> TensorPlan:
+    """The plan of a layer's tensor that is written under another layer's name."""
+    if not plan.pieces or old == new:
+        return plan
+    # The names differ in the layer's index alone.
+    parts = zip(old.split("."), new.split("."), strict=True)
+    place, index = next((i, now) for i, (was, now) in enumerate(parts) if was != now)
+
+    def moved(name: str) -> str:
+        words = name.split(".")
+        return ".".join((*words[:place], index, *words[place + 1 :]))
+
+    pieces = tuple(replace(piece, name=moved(piece.name)) for piece in plan.pieces)
+    return replace(plan, pieces=pieces)
+
+
+def _without_layers(before: Widths, kept: tuple[int, ...]) -> Widths:
+    """Widths of the base's layers, with nothing in those that go."""
+    return tuple(
+        layer
+        if i in kept
+        else replace(layer, num_attention_heads=0, num_key_value_heads=0, intermediate_size=0)
+        for i, layer in enumerate(before)
+    )
+
+
+def _factored_work(spec: PruneSpec, model: Model) -> PruneWork:
+    """The base's tensors in the order of the layers, with two in the place of each factored one."""
+    assert spec.ratio is not None
+    family, entries = model.family, model.index.tensors
+    keeps = (spec.keep_first, spec.keep_last)
+    config = low_rank_config(family, model.config, spec.ratio, *keeps)
+    shapes = family.tensor_shapes(config)
+    head = f"{family.lm_head}.weight"
+    if model.stored_head_params:
+        shapes[head] = model.shapes[head]
+    tensors = {
+        name: replace(TensorPlan.like(entries[name]), shape=shape)
+        if name in entries
+        else TensorPlan(entries[factored_name(name, entries)].dtype.to_torch(), shape)
+        for name, shape in shapes.items()
+    }
+    before = sum(math.prod(shape) for shape in model.shapes.values())
+    after = sum(math.prod(shape) for shape in shapes.values())
+    needs = calibration_needs(spec, model, spec.method)
+    layers = model.geometry.layers
+    return PruneWork(model, config, model.geometry, layers, tensors, before, after, needs)
+
+
+def _shorter_work(spec: PruneSpec, model: Model) -> PruneWork:
+    params = sum(math.prod(shape) for shape in model.shapes.values())
+    entries = model.index.tensors
+    whole = PruneWork(
+        model,
+        model.config,
+        model.geometry,
+        model.geometry.layers,
+        {name: TensorPlan.like(entries[name]) for name in entries if name in model.shapes},
+        params,
+        params,
+        calibration_needs(spec, model, spec.method),
+    )
+    return whole.with_layers(_last_dropped(spec, model.family, model.config))
+
+
 def _refuse_pruned(model: Model) -> None:
     directory = model.directory
     # Zeros do not show in a config.
     made = (directory / MANIFEST_NAME).is_file() and Manifest.read(directory).stage
-    if model.config.get("per_layer_config") or made in ("prune", "align"):
+    if (
+        model.config.get("per_layer_config")
+        or model.config.get(LOW_RANK)
+        or made in ("prune", "align")
+    ):
         raise UsageError(f"{directory}: is pruned already", "prune the original base model")
 
 
@@ -233,6 +393,31 @@ def _sparse_work(spec: PruneSpec, model: Model) -> PruneWork:
         params - zeros,
         calibration_needs(spec, model, spec.method),
         sparsity=spec.ratio,
+    )
+
+
+def _rounded_work(spec: PruneSpec, model: Model) -> PruneWork:
+    """The model's own shapes, in the order of the layers; bytes stand for the decoder linears."""
+    low_bit, shapes, linears = spec.low_bit, model.shapes, set(model.linear_names)
+    assert low_bit is not None
+    entries = model.index.tensors
+    tensors = {
+        name: TensorPlan(DTYPES["U8"].to_torch(), (shape[0], low_bit.row_bytes(shape[1])))
+        if name in linears
+        else TensorPlan.like(entries[name])
+        for name, shape in shapes.items()
+    }
+    params = sum(math.prod(shape) for shape in shapes.values())
+    return PruneWork(
+        model,
+        {**model.config, CONFIG_KEY: low_bit.to_mapping()},
+        model.geometry,
+        model.geometry.layers,
+        tensors,
+        params,
+        params,
+        calibration_needs(spec, model, spec.method),
+        low_bit=low_bit,
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Self
 
+from loram_cli.checkpoint.low_bit import BITS, GROUP_MULTIPLE, GROUP_SIZE, LARGEST_GROUP, LowBit
 from loram_cli.errors import UsageError
 from loram_cli.pruning.strategies import STRATEGIES, strategy_named, summaries
 from loram_cli.pruning.strategy import Strategy
@@ -22,15 +23,29 @@ from loram_cli.units import GIB
 
 # The ways to say how much goes; one of them is given, or the strategy's own ratio is taken.
 AMOUNTS = ("ratio", "plan", "target_params", "fit_memory")
-# How experts may be ranked, and which of the ways read text.
-EXPERT_IMPORTANCES = ("reap", "frequency", "rand")
-_CALIBRATED = ("taylor", "sparsegpt", "reap", "frequency")
+Importance = Literal[
+    "taylor", "l2", "wanda", "obs", "sparsegpt", "cosine", "svd", "gptq", "nearest"
+]
+
+# What needs text, and what for.
+CALIBRATED = {
+    "taylor": "ranks by gradients on text",
+    "wanda": "ranks by activations on text",
+    "obs": "ranks by activations on text",
+    "cosine": "ranks by hidden states on text",
+    "sparsegpt": "updates on text",
+    "gptq": "updates on text",
+    "svd": "weighs errors by activations on text",
+}
+# How experts may be ranked on text.
+EXPERTS_CALIBRATED = ("reap", "frequency")
 # What a budget of memory depends on.
 _TRAINING = ("quantize", "rank", "micro_batch", "max_length", "gradient_checkpointing")
 # What only makes sense where shapes shrink, with the value that asks for nothing.
 _SHRINKING = {
     "plan": None, "target_params": None, "fit_memory": None, "scope": "layer", "multiple_of": 1,
     "experts_ratio": None, "experts_importance": None,
+    "uniform": False,
 }  # fmt: skip
 
 
@@ -41,12 +56,21 @@ class PruneSpec(Spec):
     model: Path = setting(
         help="The base's directory.", flag="", place=True, in_key=False, private=True
     )
+    source: Path | None = setting(
+        None,
+        help="lowbit: an output of prune or align to round, not the base itself.",
+        flag="--in",
+        place=True,
+        in_key=False,
+        private=True,
+    )
     out: Path = setting(help=OUT_HELP, place=True, in_key=False, private=True)
     strategy: str = setting("stru", help=f"{summaries()}.", choices=lambda: STRATEGIES)
     ratio: float | None = setting(
         None,
-        help="Share of groups to drop in each pruned layer, or of weights to zero.",
-        default_text="0.65; 0.5 for semi",
+        help="Share of groups to drop in each pruned layer, of layers to drop, or of weights to "
+        "zero.",
+        default_text="0.65; 0.5 for semi and depth; none for lowbit",
         above=0,
         below=1,
     )
@@ -94,21 +118,46 @@ class PruneSpec(Spec):
     multiple_of: int = setting(
         1, help="Round kept MLP channels up to a multiple: 64 suits GPUs.", at_least=1
     )
-    keep_first: int = setting(4, help="First layers kept whole (rand, stru).", at_least=0)
-    keep_last: int = setting(2, help="Last layers kept whole (rand, stru).", at_least=0)
-    importance: Literal["taylor", "l2", "sparsegpt"] | None = setting(
+    keep_first: int = setting(4, help="First layers kept whole (not unst, semi).", at_least=0)
+    keep_last: int = setting(2, help="Last layers kept whole (not unst, semi).", at_least=0)
+    uniform: bool = setting(
+        False,
+        help="Spread the same budget over all layers alike: stock libraries load the output.",
+        in_key="changed",
+    )
+    bits: int = setting(
+        3, help="lowbit: bits of a weight, 2 to 4.", at_least=BITS[0], at_most=BITS[-1],
+        in_key="changed",
+    )  # fmt: skip
+    group_size: int = setting(
+        GROUP_SIZE,
+        help="lowbit: neighbours that share a step and a zero of a byte; a multiple of 8.",
+        at_least=GROUP_MULTIPLE,
+        at_most=LARGEST_GROUP,
+        in_key="changed",
+    )
+    importance: Importance | None = setting(
         None,
-        help="taylor (stru), sparsegpt (unst, semi), or l2 (no data).",
+        help="taylor, wanda or obs (stru), sparsegpt (unst, semi), cosine (depth), svd (lowrank), "
+        "gptq (lowbit), or l2, nearest (no data).",
         default_text="the strategy's first",
     )
     calibration: str | None = setting(
-        None, help="Text for taylor and sparsegpt: file, folder, data set id."
+        None,
+        help="Text to rank or update on: files, folders or data set ids, with weights if several; "
+        "the training data ranks best.",
     )
     calibration_samples: int | None = setting(
-        None, help="Windows of text.", default_text="taylor 10, sparsegpt 128", at_least=1
+        None,
+        help="Windows of text.",
+        default_text="taylor 10, sparsegpt 128, gptq 64, others 32",
+        at_least=1,
     )
     calibration_length: int | None = setting(
-        None, help="Tokens per window.", default_text="taylor 128, sparsegpt 2048", at_least=2
+        None,
+        help="Tokens per window.",
+        default_text="taylor 128, sparsegpt 2048, gptq 384, others 512",
+        at_least=2,
     )
     calibration_memory: Bytes = setting(
         Bytes(4 * GIB),
@@ -117,7 +166,7 @@ class PruneSpec(Spec):
         in_key=False,
     )
     dampening: float = setting(
-        0.01, help="sparsegpt: share of the Hessian's mean diagonal.", at_least=0
+        0.01, help="sparsegpt, gptq, obs, svd: share of the Hessian's mean diagonal.", at_least=0
     )
     block_columns: int = setting(128, help="sparsegpt: columns per update.", at_least=1)
     max_shard_bytes: Bytes = setting(
@@ -136,9 +185,29 @@ class PruneSpec(Spec):
         return replace(self, ratio=self.chosen_strategy.ratio)
 
     @property
+    def kept_whole(self) -> tuple[int, int]:
+        """First and last layers that lose nothing; none where all are pruned alike."""
+        return (0, 0) if self.uniform else (self.keep_first, self.keep_last)
+
+    @property
+    def read(self) -> Path:
+        """The directory to prune: the base's, or what was made of it."""
+        return self.source or self.model
+
+    @property
     def chosen_strategy(self) -> Strategy:
         """The strategy's own file."""
         return strategy_named(self.strategy)
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether weights are rounded to few bits, and shapes stay."""
+        return self.chosen_strategy.rounds
+
+    @property
+    def low_bit(self) -> LowBit | None:
+        """How weights are rounded; None for a strategy that rounds none."""
+        return LowBit(self.bits, self.group_size) if self.rounds_weights else None
 
     @property
     def zeroes_weights(self) -> bool:
@@ -169,7 +238,7 @@ class PruneSpec(Spec):
     @property
     def needs_calibration(self) -> bool:
         """Whether text is needed."""
-        return self.method in _CALIBRATED or self.experts_method in _CALIBRATED
+        return self.method in CALIBRATED or self.experts_method in EXPERTS_CALIBRATED
 
     def check(self) -> None:
         """Refuse settings that do not go together.
@@ -185,15 +254,16 @@ class PruneSpec(Spec):
             self._refuse_no_text()
 
     def _refuse_no_text(self) -> None:
-        if self.method not in _CALIBRATED:
+        if self.method not in CALIBRATED:
             raise UsageError(
                 "--experts-ratio ranks experts on text, and no --calibration is given",
                 "pass --calibration FILE, or --experts-importance rand, which needs no text",
             )
-        why = "ranks by gradients on text" if self.method == "taylor" else "updates on text"
+        without = [name for name in ("l2", "nearest") if name in self.chosen_strategy.importances]
+        other = f", or --importance {without[0]}, which needs no text" if without else ""
         raise UsageError(
-            f"--strategy {self.strategy} {why}, and no --calibration is given",
-            "pass --calibration FILE, or --importance l2, which needs no text",
+            f"--strategy {self.strategy} {CALIBRATED[self.method]}, and no --calibration is given",
+            f"pass --calibration FILE{other}",
         )
 
     def _check_experts(self) -> None:
@@ -240,6 +310,12 @@ class PruneSpec(Spec):
                 "loses",
                 "pass one of them",
             )
+        if self.uniform and (self.plan is not None or self.scope == "global"):
+            other = "--plan" if self.plan is not None else "--scope global"
+            raise UsageError(
+                f"--uniform prunes all layers alike, and {other} tells them apart",
+                "pass one of them",
+            )
 
     def _check_strategy(self) -> None:
         strategy = self.chosen_strategy
@@ -260,17 +336,51 @@ class PruneSpec(Spec):
                 f"--block-columns {self.block_columns} is no multiple of 4, as "
                 f"--strategy {self.strategy} needs"
             )
-        if strategy.zeroes_weights:
+        self._check_bits(strategy)
+        if strategy.keep is None:
+            why = _shapes_stay(strategy)
             for name, nothing in _SHRINKING.items():
                 if getattr(self, name) != nothing:
                     asked = "--scope global" if name == "scope" else flag(self, name)
                     raise UsageError(
-                        f"{asked} does not go with --strategy {self.strategy}: shapes and memory "
-                        "stay",
-                        "pass --ratio, or --strategy stru",
+                        f"{asked} does not go with --strategy {self.strategy}: {why}",
+                        f"pass {'--bits' if strategy.rounds else '--ratio'}, or --strategy stru",
                     )
         if self.scope == "global" and not strategy.importances:
             raise UsageError(
                 f"--scope global ranks groups, and --strategy {self.strategy} draws them",
                 "pass --strategy stru, or --plan FILE for ratios of your own",
             )
+
+    def _check_bits(self, strategy: Strategy) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("bits", "group_size"):
+            if not strategy.rounds and getattr(self, name) != defaults[name]:
+                raise UsageError(
+                    f"{flag(self, name)} does not go with --strategy {self.strategy}",
+                    "pass --strategy lowbit; with --in DIR it rounds an output of prune or align",
+                )
+        if self.source is not None and not strategy.rounds:
+            raise UsageError(
+                f"--in {self.source} does not go with --strategy {self.strategy}, which prunes a "
+                "base",
+                "pass --model DIR, or --strategy lowbit",
+            )
+        if self.group_size % GROUP_MULTIPLE:
+            raise UsageError(
+                f"--group-size {self.group_size} is no multiple of {GROUP_MULTIPLE}",
+            )
+        if strategy.rounds and self.ratio is not None:
+            raise UsageError(
+                f"--ratio does not go with --strategy {self.strategy}: it drops and zeroes nothing",
+                "pass --bits",
+            )
+
+
+def _shapes_stay(strategy: Strategy) -> str:
+    """Why nothing shrinks by widths, in words."""
+    if strategy.rounds:
+        return "shapes stay"
+    if strategy.factors_linears:
+        return "it leaves the widths as they are"
+    return "it drops whole layers" if strategy.drops_layers else "shapes and memory stay"

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
-from loram_cli.arch.spec import LinearModule
+from loram_cli.arch.spec import PRUNED_AXES, LinearModule
 from loram_cli.checkpoint.background import one_torch_thread, read_ahead
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.writer import ShardedWriter
 from loram_cli.errors import LoramError
 from loram_cli.modeling.layerwise.gradients import layer_gradients
+from loram_cli.modeling.layerwise.sparsegpt_pass import changed_layers
 from loram_cli.modeling.layerwise.stream import LayerStream
+from loram_cli.pruning.column_scores import obs_scores, wanda_scores
 from loram_cli.pruning.groups import LayerKeep, params_per_group
 from loram_cli.pruning.plan import pruned_layers
 from loram_cli.pruning.scores import (
@@ -27,6 +29,7 @@ from loram_cli.pruning.scores import (
 )
 from loram_cli.pruning.select import keep_global
 from loram_cli.pruning.slicing import read_kept
+from loram_cli.pruning.sparsegpt import Hessian
 from loram_cli.pruning.strategy import LayerToPrune
 from loram_cli.reporting import Reporter
 from loram_cli.stages.prune.calibration import load_windows, open_pool
@@ -73,7 +76,8 @@ def _choose_heads_and_channels(
     layers = _layers(spec, work)
     scores: dict[int, LayerScores] = {}
     if strategy.importances:
-        score = _taylor_scores if spec.method == "taylor" else _l2_scores
+        assert spec.method is not None
+        score = _SCORES[spec.method]
         scores = score(spec, work, layers, directory, reporter)
     if spec.scope == "global":
         return _rank_globally(work, scores, spec.multiple_of)
@@ -116,7 +120,7 @@ def _layers(spec: PruneSpec, work: PruneWork) -> range:
     """From the first to the last layer that may lose something."""
     if spec.plan is not None:
         return range(work.pruned_layers[0], work.pruned_layers[-1] + 1)
-    return pruned_layers(len(work.before.layers), spec.keep_first, spec.keep_last)
+    return pruned_layers(len(work.before.layers), *spec.kept_whole)
 
 
 def _l2_scores(
@@ -166,6 +170,59 @@ def _taylor_scores(
         for i, gradients in layer_gradients(stream, windows, layers, modules, pool, reporter):
             scores[i] = layer_scores(family, work.before.layers[i], partial(salience, gradients))
     return scores
+
+
+def _column_scores(
+    spec: PruneSpec, work: PruneWork, layers: range, directory: Path, reporter: Reporter
+) -> dict[int, LayerScores]:
+    """Scores from what goes into the modules whose input is cut, and their weights."""
+    assert work.calibration is not None
+    windows = load_windows(spec, work.calibration)
+    family, before = work.model.family, work.before.layers
+    axes = {m.name: axis for m in family.modules if (axis := _group_axis(m)) is not None}
+    scores = {
+        i: {
+            "key_value": torch.zeros(before[i].num_key_value_heads, dtype=torch.float64),
+            "intermediate": torch.zeros(before[i].intermediate_size, dtype=torch.float64),
+        }
+        for i in layers
+    }
+
+    def rank(weights: dict[str, torch.Tensor], hessian: Hessian) -> dict[str, torch.Tensor]:
+        for name, weight in weights.items():
+            found = family.module_named(name.removesuffix(".weight"))
+            assert found is not None
+            layer, module = found
+            if layer in scores:
+                mine = scores[layer][axes[module.name]]
+                if spec.method == "wanda":
+                    mine += wanda_scores(weight, hessian.total, len(mine)).cpu()
+                else:
+                    mine += obs_scores(weight, hessian.total, len(mine), spec.dampening).cpu()
+        return {}
+
+    with (
+        LayerStream(work.model, spec.device) as stream,
+        open_pool(spec, work.calibration, stream, directory) as pool,
+    ):
+        for _ in changed_layers(stream, windows, tuple(axes), rank, pool, reporter):
+            pass
+    return scores
+
+
+def _group_axis(module: LinearModule) -> str | None:
+    """The groups that a module's input runs over; None where it is not cut."""
+    if len(module.columns) != 1 or module.columns[0] not in PRUNED_AXES:
+        return None
+    return "intermediate" if module.columns[0] == "intermediate" else "key_value"
+
+
+_SCORES = {
+    "l2": _l2_scores,
+    "taylor": _taylor_scores,
+    "wanda": _column_scores,
+    "obs": _column_scores,
+}
 
 
 def _rank_globally(

@@ -9,6 +9,7 @@ from loram_cli import reading
 from loram_cli.arch.spec import Family, LayerGeometry
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import count_params
+from loram_cli.pruning.budget import smallest_ratio
 from loram_cli.pruning.experts import without_experts
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.pruning.ratios import RatioPlan
@@ -83,13 +84,12 @@ def choose_widths(spec: PruneSpec, family: Family, config: Mapping[str, Any]) ->
         UsageError: What is asked for does not fit the model, or cannot be reached.
     """
     geometry = family.geometry(config)
-    keeps = (spec.keep_first, spec.keep_last)
     over_budget = budget_excess(spec, family, config)
     ratio = spec.ratio
     if spec.plan is not None:
         ratio = None
         plan = RatioPlan.from_mapping(read_plan(spec.plan), f"plan {spec.plan.name}")
-        after = plan.widths(geometry, *keeps, spec.multiple_of)
+        after = plan.widths(geometry, *spec.kept_whole, spec.multiple_of)
         if after == geometry.layers:
             raise UsageError(f"plan {spec.plan.name}: drops nothing from this model")
     elif spec.experts_only:
@@ -97,8 +97,11 @@ def choose_widths(spec: PruneSpec, family: Family, config: Mapping[str, Any]) ->
     else:
         if over_budget is not None:
             ratio = ratio_of_budget(spec, geometry, over_budget)
+        elif spec.uniform:
+            ratio = _uniform_ratio(spec, family, config)
         assert ratio is not None
-        after = layer_widths(geometry, ratio, *keeps, spec.multiple_of)
+        how = (*spec.kept_whole, spec.multiple_of, spec.uniform)
+        after = layer_widths(geometry, ratio, *how)
         if after == geometry.layers and spec.multiple_of > 1:
             raise UsageError(
                 f"--multiple-of {spec.multiple_of} keeps everything at this ratio",
@@ -127,6 +130,37 @@ def choose_widths(spec: PruneSpec, family: Family, config: Mapping[str, Any]) ->
         spec.fit_memory,
         over_budget or (lambda _: 0),
     )
+
+
+def _uniform_ratio(spec: PruneSpec, family: Family, config: Mapping[str, Any]) -> float:
+    """The ratio that takes from all layers together what ``--ratio`` takes from the inner ones.
+
+    Raises:
+        UsageError: There is none.
+    """
+    geometry = family.geometry(config)
+    assert spec.ratio is not None
+    keeps = (spec.keep_first, spec.keep_last)
+    inner = layer_widths(geometry, spec.ratio, *keeps, spec.multiple_of)
+
+    def params(widths: Widths) -> int:
+        return count_params(family, pruned_config(config, geometry, widths)).total
+
+    budget = params(inner)
+    ratio = smallest_ratio(
+        geometry,
+        *spec.kept_whole,
+        lambda widths: params(widths) <= budget,
+        spec.multiple_of,
+        spec.uniform,
+    )
+    if ratio is None:
+        raise UsageError(
+            f"--uniform: what --ratio {spec.ratio:g} takes from the inner layers cannot be taken "
+            "from all layers alike",
+            "pass a lower --ratio",
+        )
+    return ratio
 
 
 def plan_record(spec: PruneSpec) -> dict[str, dict[str, str]]:

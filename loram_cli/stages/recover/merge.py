@@ -6,12 +6,14 @@ from typing import Any
 
 from loram_cli.arch.experts import AdaptedWeight
 from loram_cli.checkpoint.background import read_ahead
+from loram_cli.checkpoint.json_files import read_json
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.sources import copy_companions, copy_template
 from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
 from loram_cli.lora.adapter import WEIGHTS_NAME, LoraAdapter, read_shapes
 from loram_cli.lora.scatter import add_expert_updates, add_update
+from loram_cli.lora.wrapped import read_adapter
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.lineage import trained_layout
@@ -24,7 +26,8 @@ from loram_cli.stages.core.plan import (
 )
 from loram_cli.stages.core.results import MergeResult
 from loram_cli.stages.recover.spec import MergeSpec
-from loram_cli.stages.recover.stage import RecoverWork, open_inputs
+from loram_cli.stages.recover.stage import open_inputs
+from loram_cli.stages.recover.work import RecoverWork
 
 __all__ = ["MergeSpec", "plan", "plan_ahead", "run"]
 
@@ -59,7 +62,7 @@ def plan_ahead(spec: MergeSpec, adapter_bytes: int) -> StagePlan[None]:
     check_out_of_tree(spec.out, spec.model, spec.adapter)
     model = Model.open(spec.model)
     model.check_whole()
-    needed_bytes = model.num_bytes + adapter_bytes
+    needed_bytes = model.index.whole.num_bytes + adapter_bytes
     check_free_disk(spec.out, needed_bytes)
     return StagePlan(
         stage="merge",
@@ -86,14 +89,14 @@ def run(spec: MergeSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        adapter = LoraAdapter.read(spec.adapter)
+        adapter = read_adapter(spec.adapter, model.wrapper)
         config, digests = merge_weights(spec, adapter, model, stage.path, reporter)
         (stage.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copy_companions(spec.model, stage.path)
+        copy_companions(spec.model, stage.path, processors=model.wrapper is not None)
         copy_template(spec.adapter, stage.path)
         result = MergeResult(
             modules=len(adapter.pairs),
-            weight_bytes=model.num_bytes,
+            weight_bytes=model.index.whole.num_bytes,
             layout=trained_layout(spec.adapter),
         )
         return stage.commit(result, digests=digests)
@@ -104,6 +107,8 @@ def merge_weights(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Stream ``W + scaling * B @ A`` for every tensor of the base.
 
+    The other parts of a multimodal model, such as its vision tower, are copied.
+
     Returns:
         The merged checkpoint's config (a tied head that the adapter changes is untied in it), and
         the SHA-256 of every file of weights.
@@ -113,10 +118,21 @@ def merge_weights(
     modules = _adapted_weights(adapter, model)
     sources = {name: name for name in index.tensors if not family.is_ignored(name)}
     head = f"{family.lm_head}.weight"
+    untied = {}
     if family.lm_head in adapter.pairs and model.tied_embeddings:
         sources[head] = head if head in sources else f"{family.embedding}.weight"
-        config = {**config, "tie_word_embeddings": False}
-    planned = {name: TensorPlan.like(index.tensors[source]) for name, source in sources.items()}
+        untied = {"tie_word_embeddings": False}
+    if model.wrapper is None:
+        config |= untied
+    else:
+        config = read_json(model.directory / "config.json")
+        config = {**config, **untied, "text_config": {**config["text_config"], **untied}}
+        index = index.whole
+        sources |= {name: name for name in model.index.others}
+    stored = {name: _stored_name(model, name) for name in sources}
+    planned = {
+        stored[name]: TensorPlan.like(index.tensors[source]) for name, source in sources.items()
+    }
     total_bytes = sum(tensor.num_bytes for tensor in planned.values())
     with (
         TensorReader(index, once=True) as reader,
@@ -138,7 +154,7 @@ def merge_weights(
                     )
                 else:
                     add_update(rows, start, pair, scaling)
-            writer.write(name, rows)
+            writer.write(stored[name], rows)
             progress.advance(rows.nbytes / 2**20)
     return config, writer.digests
 
@@ -151,8 +167,16 @@ def _adapted_weights(adapter: LoraAdapter, model: Model) -> dict[str, tuple[str,
     return {adapted.tensor: (m, adapted) for m, adapted in found.items() if adapted is not None}
 
 
+def _stored_name(model: Model, name: str) -> str:
+    """A tensor's name in the merged file: a multimodal model's keep those that they had."""
+    if model.wrapper is None:
+        return name
+    entry = model.index.whole.tensors.get(name)
+    return name if entry is None else entry.name
+
+
 def _merged_bytes(adapter: Path, model: Model) -> int:
     """Bytes of the merged weights; a tied head that the adapter changes becomes a tensor."""
     head, embedding = (f"{name}.weight" for name in (model.family.lm_head, model.family.embedding))
     untied = model.family.lm_head in read_shapes(adapter) and head not in model.index.tensors
-    return model.num_bytes + (model.index.tensors[embedding].num_bytes if untied else 0)
+    return model.index.whole.num_bytes + (model.index.tensors[embedding].num_bytes if untied else 0)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from loram_cli.errors import UsageError
 from loram_cli.schema import Bytes, Spec, setting
 from loram_cli.stages.fit.spec import FORCE_HELP, OUT_HELP
 
@@ -16,6 +17,13 @@ class RecoverSpec(Spec):
     adapter: Path = setting(
         help="Adapter directory, not the run's.",
         flag="--in",
+        place=True,
+        in_key=False,
+        private=True,
+    )
+    pruned: Path | None = setting(
+        None,
+        help="For an adapter by another trainer: the pruned or aligned model that it was made on.",
         place=True,
         in_key=False,
         private=True,
@@ -47,6 +55,18 @@ class RecoverSpec(Spec):
     force: bool = setting(
         False, help=FORCE_HELP, place=True, switch=True, in_key=False, private=True
     )
+
+    def check(self) -> None:
+        """Refuse a checkpoint of an adapter that another trainer made.
+
+        Raises:
+            UsageError: Both are given.
+        """
+        if self.checkpoint is not None and self.pruned is not None:
+            raise UsageError(
+                "--checkpoint does not go with --pruned",
+                "pass the checkpoint's own directory as --in",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

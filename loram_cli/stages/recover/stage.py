@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from loram_cli.arch.experts import AdaptedWeight
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import copy_companions, copy_template, hub_id
 from loram_cli.errors import LoramError
-from loram_cli.lora.adapter import LoraAdapter, LoraPair, read_shapes
+from loram_cli.lora.adapter import LoraAdapter, LoraPair
 from loram_cli.lora.scatter import gather, scatter_columns, scatter_experts, scatter_rows
-from loram_cli.pruning.groups import LayerKeep
+from loram_cli.lora.wrapped import for_wrapper, read_adapter, read_adapter_shapes
+from loram_cli.pruning.groups import LayerKeep, kept_layers, layer_keeps
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
@@ -21,26 +21,11 @@ from loram_cli.stages.core.lineage import adapter_record, check_base, warn_of_ot
 from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
 from loram_cli.stages.core.results import RecoverResult, TrainResult, result_of, training_cost
 from loram_cli.stages.core.steps import checkpoint_directory
+from loram_cli.stages.recover.foreign import is_foreign, no_record, open_foreign
 from loram_cli.stages.recover.spec import MergeSpec, RecoverSpec
+from loram_cli.stages.recover.work import RecoverWork
 
 __all__ = ["RecoverSpec", "plan", "run"]
-
-
-@dataclass(frozen=True)
-class RecoverWork:
-    """A recovery's inputs, once they are known to fit.
-
-    Attributes:
-        model: The original base.
-        manifest: The adapter's record.
-        inputs: Path and digests of both.
-        factors: The directory of the factors: the adapter's own, or of one of its checkpoints.
-    """
-
-    model: Model
-    manifest: Manifest
-    inputs: dict[str, Any]
-    factors: Path
 
 
 def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> RecoverWork:
@@ -50,6 +35,8 @@ def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> Re
         LoramError: They do not fit.
     """
     check_out_of_tree(spec.out, spec.model, spec.adapter)
+    if is_foreign(spec.adapter):
+        raise no_record(spec.adapter)
     manifest = Manifest.read(spec.adapter)
     if manifest.stage != stage:
         raise LoramError(f"{spec.adapter}: was made by '{manifest.stage}', {otherwise}")
@@ -61,7 +48,8 @@ def open_inputs(spec: RecoverSpec | MergeSpec, stage: str, otherwise: str) -> Re
         assert isinstance(result, TrainResult)
         factors = checkpoint_directory(spec.adapter, asked, result.best_step)
     record = {**adapter_record(factors, manifest), "path": str(spec.adapter)}
-    return RecoverWork(model, manifest, {"base": base, "adapter": record}, factors)
+    inputs = {"base": base, "adapter": record}
+    return RecoverWork(model, manifest, inputs, factors, manifest.inputs.get("source", {}))
 
 
 def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[RecoverWork]:
@@ -70,10 +58,15 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
     Raises:
         LoramError: Another base, an adapter that does not fit it, or no disk.
     """
-    work = open_inputs(spec, "train", "expected an output of 'train'")
+    if spec.pruned is not None:
+        work = open_foreign(spec)
+    else:
+        work = open_inputs(spec, "train", "expected an output of 'train'")
     base = FullShapes.of(work.model, work.manifest.keep)
     small_params = full_params = 0
-    for module, (rows, columns, rank) in read_shapes(work.factors).items():
+    shapes = read_adapter_shapes(work.factors, work.model.wrapper, work.copies)
+    for small_name, (rows, columns, rank) in shapes.items():
+        module = base.name_of(small_name)
         adapted = base.adapted(module)
         full_rows, full_columns = adapted.rows, adapted.columns
         kept_rows, kept_columns = base.kept(module)
@@ -97,7 +90,7 @@ def plan(spec: RecoverSpec, reporter: Reporter, *, count: bool = False) -> Stage
         work.inputs,
         work,
         disk_bytes=4 * full_params,
-        reads=(spec.adapter, spec.model),
+        reads=tuple(filter(None, (spec.adapter, spec.pruned, spec.model))),
         base=work.inputs["base"],
         keep=work.manifest.keep,
         sparsity=work.manifest.sparsity,
@@ -118,12 +111,19 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         stage.restart_meter()
-        warn_of_other_template(work.manifest.inputs["source"], planned.base, reporter)
-        small = LoraAdapter.read(work.factors)
+        warn_of_other_template(work.trained, planned.base, reporter)
+        small = read_adapter(work.factors, work.model.wrapper, work.copies)
         full = recover_adapter(small, FullShapes.of(work.model, work.manifest.keep), reporter)
+        unchanged = _is_unchanged(small, full)
         name = hub_id(spec.model) or str(spec.model)
         named = {**full.config, "base_model_name_or_path": name, "inference_mode": True}
-        replace(full, config=named).write(stage.path)
+        if spec.pruned is not None:
+            named |= {"revision": None, "target_modules": _target_names(full)}
+        full = replace(full, config=named)
+        if work.model.wrapper is not None:
+            linears = [name.removesuffix(".weight") for name in work.model.linear_names]
+            full = for_wrapper(full, work.model.wrapper, linears)
+        full.write(stage.path)
         copy_companions(spec.model, stage.path)
         copy_template(spec.adapter, stage.path)
         return stage.commit(
@@ -131,10 +131,18 @@ def run(spec: RecoverSpec, reporter: Reporter) -> StageResult:
                 modules=len(full.pairs),
                 small_params=_params(small),
                 full_params=_params(full),
-                unchanged=_is_unchanged(small, full),
+                unchanged=unchanged,
                 training=training_cost(work.manifest),
             )
         )
+
+
+def _target_names(adapter: LoraAdapter) -> list[str] | str:
+    """Targets as another trainer chose them, in an order that is the same each time."""
+    targets = adapter.config["target_modules"]
+    if targets == "all-linear":
+        return sorted({name.rpartition(".")[2] for name in adapter.pairs})
+    return targets if isinstance(targets, str) else sorted(targets)
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,7 @@ class FullShapes:
     model: Model
     shapes: dict[str, tuple[int, ...]]
     keep: dict[int, LayerKeep]
+    layers: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, model: Model, keep: Mapping[str, Any]) -> "FullShapes":
@@ -157,8 +166,25 @@ class FullShapes:
         family = model.family
         shapes = family.tensor_shapes(model.config)
         shapes.setdefault(f"{family.lm_head}.weight", shapes[f"{family.embedding}.weight"])
-        kept = {int(i): LayerKeep.from_mapping(layer) for i, layer in keep.items()}
-        return cls(model, shapes, kept)
+        return cls(model, shapes, layer_keeps(keep), kept_layers(keep))
+
+    def name_of(self, module: str) -> str:
+        """The base's name of a module of the small model, whose layers may count otherwise.
+
+        Raises:
+            LoramError: It is of a layer that the small model does not have.
+        """
+        family = self.model.family
+        prefix, rest = family.split_layer(module)
+        if not prefix or self.layers is None:
+            return module
+        layer = int(prefix.removeprefix(f"{family.layers}.").removesuffix("."))
+        if layer >= len(self.layers):
+            raise LoramError(
+                f"adapter module {module}: the model that it was trained on has "
+                f"{len(self.layers)} layers"
+            )
+        return f"{family.layer_prefix(self.layers[layer])}{rest}"
 
     def adapted(self, module: str) -> AdaptedWeight:
         """The base's weight that a module's factors change.
@@ -200,9 +226,41 @@ def recover_adapter(small: LoraAdapter, base: FullShapes, reporter: Reporter) ->
     pairs = {}
     with reporter.progress("scatter", len(small.pairs), "module") as progress:
         for module, pair in small.pairs.items():
-            pairs[module] = _recover_pair(module, pair, base)
+            name = base.name_of(module)
+            pairs[name] = _recover_pair(name, pair, base)
             progress.advance()
-    return replace(small, pairs=pairs)
+    return replace(small, pairs={**pairs, **_fresh_pairs(pairs, base)})
+
+
+def _fresh_pairs(pairs: dict[str, LoraPair], base: FullShapes) -> dict[str, LoraPair]:
+    """Factors of the layers that the small model lacked: new ones, which change nothing.
+
+    As PEFT starts them, so that exact steps on the full model can go on from there.
+    """
+    if base.layers is None:
+        return {}
+    family = base.model.family
+    ranks: dict[str, LoraPair] = {}
+    for name, pair in pairs.items():
+        prefix, rest = family.split_layer(name)
+        if prefix:
+            ranks[rest] = pair
+    experts = family.experts.factor_modules if family.experts is not None else {}
+    fresh: dict[str, LoraPair] = {}
+    for i, layer in enumerate(base.model.geometry.layers):
+        for module in (*(linear.name for linear in family.layer_modules(layer)), *experts):
+            name = f"{family.layer_prefix(i)}{module}"
+            adapted = family.adapted_weight(name, base.shapes)
+            if i in base.layers or module not in ranks or adapted is None:
+                continue
+            like = ranks[module].lora_a
+            rows, columns = adapted.rows, adapted.columns
+            generator = torch.Generator().manual_seed(len(fresh))
+            bound = columns**-0.5
+            lora_a = (torch.rand(len(like), columns, generator=generator) * 2 - 1) * bound
+            lora_b = torch.zeros(rows, len(like), dtype=like.dtype)
+            fresh[name] = LoraPair(lora_a.to(like.dtype), lora_b)
+    return fresh
 
 
 def _recover_pair(module: str, pair: LoraPair, base: FullShapes) -> LoraPair:
@@ -272,15 +330,11 @@ def _rank_each(module: str, rows: int, base: FullShapes) -> int:
 
 def _is_unchanged(small: LoraAdapter, full: LoraAdapter) -> bool:
     """Whether the factors already had the base's shapes, so that recovery changed nothing."""
-    return all(
-        torch.equal(a, b)
+    return small.pairs.keys() == full.pairs.keys() and all(
+        torch.equal(pair.lora_a, full.pairs[module].lora_a)
+        and torch.equal(pair.lora_b, full.pairs[module].lora_b)
         for module, pair in small.pairs.items()
-        for a, b in (
-            (pair.lora_a, full.pairs[module].lora_a),
-            (pair.lora_b, full.pairs[module].lora_b),
-        )
-        if a.shape == b.shape
-    ) and _params(small) == _params(full)
+    )
 
 
 def _params(adapter: LoraAdapter) -> int:

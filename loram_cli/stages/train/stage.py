@@ -15,11 +15,13 @@ from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
+from loram_cli.lora.wrapped import for_wrapper, read_adapter
 from loram_cli.memory.account import count_lora_params, count_params
 from loram_cli.memory.setup import Packing, TrainingSetup, usual_attention
 from loram_cli.memory.streaming import StreamedMemory, streamed_training_memory
 from loram_cli.memory.training import TrainingMemory, training_memory
 from loram_cli.modeling.load import load_causal_lm
+from loram_cli.modeling.low_bit_load import load_low_bit
 from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.sharding import SharedModel, whole_trained_weights
 from loram_cli.modeling.skeleton import SkeletonModel, fill_quantized
@@ -102,6 +104,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         named_template(spec.chat_template)
     model = Model.open(spec.source)
     model.check_whole()
+    _check_low_bit(spec, model)
     source = describe_source(model)
     warn_of_other_template(source.record, source.base, reporter)
     wanted = spec.targets
@@ -145,6 +148,18 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     )
 
 
+def _check_low_bit(spec: TrainSpec, model: Model) -> None:
+    if model.low_bit is None:
+        return
+    for asked, value in (("--quantize nf4", spec.quantize), ("--fsdp", spec.fsdp)):
+        if value:
+            raise UsageError(
+                f"{asked} does not go with {model.directory}: its weights are held in "
+                f"{model.low_bit.bits} bits as they are",
+                f"leave out {asked}",
+            )
+
+
 def foresee(spec: TrainSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     """What training on a model with a config would take, on a GPU; it need not be there."""
     family = family_for(config, "the model")
@@ -185,6 +200,7 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         result = _train(spec, planned, prepared, device, stage.path, stage.restart_meter, reporter)
         if is_main_process():
             save_template(tokenizer, stage.path)
+            _name_for_wrapper(work.model, stage.path)
         return stage.commit(result)
 
 
@@ -327,6 +343,13 @@ def _fit(
     return fitted
 
 
+def _name_for_wrapper(model: Model, path: Path) -> None:
+    """Give the factors of a text model inside a multimodal one the names that PEFT expects."""
+    if model.wrapper is not None:
+        linears = [name.removesuffix(".weight") for name in model.linear_names]
+        for_wrapper(read_adapter(path, None), model.wrapper, linears).write(path)
+
+
 def _recovered_loss(fitted: FitResult, step: int) -> float | None:
     rows = (row for row in fitted.history if row.split == "recovered" and row.step == step)
     return next((round(row.loss, 4) for row in rows), None)
@@ -360,6 +383,11 @@ def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> 
         shared.load(model, reporter)
         return model
     experts = work.model.family.experts
+    if work.model.low_bit is not None:
+        model = load_low_bit(
+            work.model, dtype=dtype, device=device, attention=spec.attention, reporter=reporter
+        )
+        return _with_factors(model, spec, work.targets, experts)
     if spec.quantize and experts is not None:
         skeleton = SkeletonModel(
             work.model, dtype=dtype, device=device, attention=spec.attention, nf4=True

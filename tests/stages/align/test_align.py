@@ -249,3 +249,16 @@ def test_methods_are_checked(tmp_path):
             align_spec(tmp_path, tmp_path / "x", "demo:corpus", method=methods)
     with pytest.raises(UsageError, match="--ridge cannot be negative"):
         align_spec(tmp_path, tmp_path / "x", "demo:corpus", ridge=-1.0)
+
+
+def test_weights_of_sources_are_shares_of_the_tokens(pruned: Path, tmp_path: Path):
+    """Documents of one source are forty times as long as the other's."""
+    (tmp_path / "long.txt").write_text("\n\n\n".join(["a b c d " * 80] * 10))
+    (tmp_path / "short.jsonl").write_text('{"text": "x y"}\n' * 900)
+    data = f"{tmp_path / 'long.txt'}:0.25,{tmp_path / 'short.jsonl'}:0.75"
+    rows = align._rows(align_spec(pruned, tmp_path / "out", data), SILENT)
+    tokenizer = load_tokenizer(pruned)
+    texts = [tokenizer.decode(row.input_ids) for row in rows]
+    share = sum("x" in text for text in texts) / len(texts)
+    assert len(rows) > 20
+    assert 0.7 < share < 0.8

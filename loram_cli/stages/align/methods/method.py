@@ -66,6 +66,7 @@ class Method:
         needs: What it takes, from the spec, the pruned model and the full one.
         uses_base: Whether it reads the full model.
         fills_zeros: Whether it would fill the zeros of a sparse model.
+        fits_layers: Whether it fits narrowed layers, one by one, to the full model's.
         several_processes: Whether processes can share its work.
         takes_steps: Whether it trains by optimizer steps.
     """
@@ -74,5 +75,6 @@ class Method:
     needs: Callable[[AlignSettings, Model, Model | None], Needs]
     uses_base: bool = False
     fills_zeros: bool = False
+    fits_layers: bool = False
     several_processes: bool = False
     takes_steps: bool = True

@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from loram_cli.checkpoint.model import Model
+from loram_cli.errors import UsageError
 from loram_cli.memory.sharing import GATHERED_LAYERS, gathered_bytes
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import process_count
@@ -54,10 +55,16 @@ def fit(
     from loram_cli.modeling.load import load_causal_lm
     from loram_cli.modeling.sharding import SharedModel, write_whole
     from loram_cli.runs.processes import is_main_process
+    from loram_cli.stages.align.methods.low_bit import with_trained_codes, write_low_bit
     from loram_cli.stages.fit.run import finish_fit, fit_options
     from loram_cli.training.loop.loop import fit_causal_text, save_causal_lm
 
     spec, source = work.spec, work.source
+    if source.low_bit is not None and process_count() > 1:
+        raise UsageError(
+            f"{source.directory}: codes of few bits are fitted in one process",
+            "align without a launcher",
+        )
     # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
     how: dict[str, Any] = {
         "dtype": torch.float32,
@@ -70,6 +77,7 @@ def fit(
         model = shared.model
     else:
         model = load_causal_lm(source, **how)
+    codes = with_trained_codes(model, source, work.device) if source.low_bit else {}
     masked = list(source.linear_names) if work.sparse else []
     fitted = fit_causal_text(
         model.train(),
@@ -84,8 +92,10 @@ def fit(
     )
     losses = finish_fit(fitted, work.out, title)
     zeros = _count_zeros(model, masked, source) if work.sparse else None
-    stored = next(iter(source.index.tensors.values())).dtype.to_torch()
-    if spec.fsdp:
+    stored = source.dtype.to_torch()
+    if codes:
+        write_low_bit(model, codes, source, work.out)
+    elif spec.fsdp:
         write_whole(model, work.out, stored)
     elif is_main_process():
         save_causal_lm(model, work.out, dtype=stored)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,15 @@ from loram_cli.stages.core.results import MethodResult
 if TYPE_CHECKING:
     import torch
 
+    from loram_cli.modeling.layerwise.block_steps import BlockSteps
     from loram_cli.modeling.layerwise.layer_fit import LayerFit
     from loram_cli.modeling.layerwise.states import BoundaryPool
     from loram_cli.modeling.layerwise.stream import LayerStream
     from loram_cli.training.data.tokens import TokenRow
 
 _FIT = "fit.safetensors"
+# On each layer of few bits, unless told.
+_LOW_BIT_STEPS = 64
 
 
 def reconstruct(work: Alignment, reporter: Reporter) -> MethodResult:
@@ -31,8 +35,10 @@ def reconstruct(work: Alignment, reporter: Reporter) -> MethodResult:
     Layers that were fitted before an interruption are read back from ``fitted/``; a damaged one is
     fitted again.
     """
+    from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.modeling.layerwise.block_steps import BlockSteps
     from loram_cli.modeling.layerwise.layer_fit import Reconstruction, reconstruct_layers
+    from loram_cli.modeling.layerwise.low_bit_fit import LowBitFit, fit_low_bit_layers
     from loram_cli.modeling.layerwise.stream import LayerStream
 
     spec, source = work.spec, work.source
@@ -40,7 +46,7 @@ def reconstruct(work: Alignment, reporter: Reporter) -> MethodResult:
     folder.mkdir(exist_ok=True)
     # The output, and the fitted tensors until it is written.
     check_free_disk(work.out, 2 * source.num_bytes)
-    stored = next(iter(source.index.tensors.values())).dtype.to_torch()
+    stored = source.dtype.to_torch()
     steps = BlockSteps(spec.block_steps, spec.block_learning_rate) if spec.block_steps else None
     expert_steps = (
         BlockSteps(spec.expert_steps, spec.block_learning_rate) if spec.expert_steps else None
@@ -48,23 +54,27 @@ def reconstruct(work: Alignment, reporter: Reporter) -> MethodResult:
     how = Reconstruction(stored, spec.ridge, spec.targets, steps, expert_steps)
     windows = _windows(work, reporter)
     errors: dict[str, tuple[float, ...]] = {}
+    low_bit = source.low_bit
     half = spec.calibration_memory // 2
     with (
         LayerStream(work.full_model, work.device) as full,
         LayerStream(source, work.device) as small,
         _pool(full, windows, half, work.out / "activations-full") as pool,
         _pool(small, windows, half, work.out / "activations-small") as small_pool,
+        ExitStack() as stack,
     ):
-        for i, fit in reconstruct_layers(
-            full,
-            small,
-            windows,
-            work.pruned_layers,
-            lambda i: _read_fit(folder / str(i)),
-            (pool, small_pool),
-            reporter,
-            how,
-        ):
+        known, pools = lambda i: _read_fit(folder / str(i)), (pool, small_pool)
+        if low_bit is None:
+            fits = reconstruct_layers(
+                full, small, windows, work.pruned_layers, known, pools, reporter, how
+            )
+        else:
+            packed = stack.enter_context(TensorReader(source.index)).read_packed
+            fits = fit_low_bit_layers(
+                full, small, windows, packed, known, pools, reporter,
+                LowBitFit(low_bit, stored, _low_bit_steps(spec), spec.targets),
+            )  # fmt: skip
+        for i, fit in fits:
             _write_fit(fit, folder / str(i))
             errors[str(i)] = (round(fit.error_before, 5), round(fit.error_after, 5))
     before = _held_out_loss(work, source, reporter)
@@ -77,6 +87,14 @@ def reconstruct(work: Alignment, reporter: Reporter) -> MethodResult:
         eval_loss_before=before,
         eval_loss_after=after,
     )
+
+
+def _low_bit_steps(spec: AlignSettings) -> "BlockSteps":
+    """Gradient steps on each layer of few bits, for which there is no closed form."""
+    from loram_cli.modeling.layerwise.block_steps import BlockSteps
+
+    count = spec.block_steps or _LOW_BIT_STEPS
+    return BlockSteps(count, spec.block_learning_rate, each_token=True)
 
 
 def _needs(spec: AlignSettings, model: Model, base: Model | None) -> Needs:
@@ -181,12 +199,16 @@ def _write_checkpoint(work: Alignment, folder: Path, reporter: Reporter) -> None
     from safetensors import safe_open
 
     from loram_cli.checkpoint.header import read_header
+    from loram_cli.checkpoint.low_bit import PackedEntry
     from loram_cli.checkpoint.reader import TensorReader
     from loram_cli.checkpoint.sources import copy_companions
     from loram_cli.checkpoint.writer import ShardedWriter, TensorPlan
 
     source, index = work.source.directory, work.source.index
-    planned = {name: TensorPlan.like(entry) for name, entry in index.tensors.items()}
+    planned = {
+        name: TensorPlan.like(entry.stored if isinstance(entry, PackedEntry) else entry)
+        for name, entry in index.tensors.items()
+    }
     fitted = {
         entry.name: entry.file
         for file in sorted(folder.glob(f"*/{_FIT}"))
@@ -203,6 +225,8 @@ def _write_checkpoint(work: Alignment, folder: Path, reporter: Reporter) -> None
             if name in fitted:
                 with safe_open(fitted[name], framework="pt") as stored:
                     writer.write(name, stored.get_tensor(name).to(planned[name].dtype))
+            elif isinstance(entry, PackedEntry):
+                writer.write(name, reader.read_packed(name))
             else:
                 writer.write(name, reader.read(name))
             progress.advance(entry.num_bytes / 2**20)
@@ -210,4 +234,11 @@ def _write_checkpoint(work: Alignment, folder: Path, reporter: Reporter) -> None
     copy_companions(source, work.out)
 
 
-METHOD = Method(act=reconstruct, needs=_needs, uses_base=True, fills_zeros=True, takes_steps=False)
+METHOD = Method(
+    act=reconstruct,
+    needs=_needs,
+    uses_base=True,
+    fills_zeros=True,
+    fits_layers=True,
+    takes_steps=False,
+)

@@ -1,0 +1,100 @@
+"""Rows of few bits to floating numbers and back; see :mod:`.low_bit` for how they lie."""
+
+from dataclasses import dataclass
+
+import torch
+
+from loram_cli.checkpoint.low_bit import SCALE_BYTES, LowBit
+
+STEPS = 16
+"""Steps that a group can have, as shares of its row's scale."""
+ZEROS = 16
+"""Places that a group's zero can have."""
+# Each step is a twelfth of a factor of two below the one before it, and a little more: the
+# smallest is 0.29 of the row's scale.
+_STEP_RATIO = 0.12
+# How far a zero moves from the middle of the codes, in codes. Fewer codes move it less.
+_ZERO_REACH = {2: 0.6, 3: 1.0, 4: 1.6}
+
+
+def step_of(index: torch.Tensor) -> torch.Tensor:
+    """Steps by index as shares of the row's scale, falling, fp32."""
+    return torch.exp2(-_STEP_RATIO * index.float())
+
+
+def zero_of(index: torch.Tensor, low_bit: LowBit) -> torch.Tensor:
+    """Zeros by index, in codes, fp32; index 8 is the middle."""
+    middle = (2**low_bit.bits - 1) / 2
+    reach = _ZERO_REACH[low_bit.bits]
+    return middle + reach * (index.float() - ZEROS // 2) / (ZEROS // 2)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A rounded weight: ``(code - zero) * step`` of each group.
+
+    Attributes:
+        codes: uint8, shape (rows, padded columns).
+        step: Index of each group's step, uint8, shape (rows, groups).
+        zero: Index of each group's zero, uint8, shape (rows, groups).
+        scale: Of each row, fp16, shape (rows,).
+    """
+
+    codes: torch.Tensor
+    step: torch.Tensor
+    zero: torch.Tensor
+    scale: torch.Tensor
+
+
+def pack(weight: Codes, low_bit: LowBit) -> torch.Tensor:
+    """Rows of bytes, uint8, shape (rows, row_bytes)."""
+    rows = weight.codes.shape[0]
+    eights = weight.codes.reshape(rows, -1, 8)
+    place = torch.arange(8, dtype=torch.uint8, device=eights.device)
+    planes = [
+        (((eights >> bit) & 1) << place).sum(-1, dtype=torch.uint8) for bit in range(low_bit.bits)
+    ]
+    group = weight.step | (weight.zero << 4)
+    scale = weight.scale.to(torch.float16).reshape(rows, 1).view(torch.uint8)
+    return torch.cat([*planes, group, scale], dim=1)
+
+
+def unpack(packed: torch.Tensor, low_bit: LowBit, columns: int) -> Codes:
+    """Undo :func:`pack`.
+
+    Args:
+        packed: uint8, shape (rows, row_bytes).
+        low_bit: How the rows are rounded.
+        columns: Of the weight.
+    """
+    rows, codes_end = packed.shape[0], low_bit.code_bytes(columns)
+    planes = packed[:, :codes_end].reshape(rows, low_bit.bits, -1, 1)
+    place = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    codes = (planes[:, 0] >> place) & 1
+    for bit in range(1, low_bit.bits):
+        codes |= ((planes[:, bit] >> place) & 1) << bit
+    group = packed[:, codes_end:-SCALE_BYTES]
+    scale = packed[:, -SCALE_BYTES:].contiguous().view(torch.float16)[:, 0]
+    return Codes(codes.reshape(rows, -1), group & 15, group >> 4, scale)
+
+
+def weight_of(
+    packed: torch.Tensor, low_bit: LowBit, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The floating weight of rows of bytes, shape (rows, columns)."""
+    return dequantize(unpack(packed, low_bit, columns), low_bit, columns, dtype)
+
+
+def dequantize(weight: Codes, low_bit: LowBit, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """The floating weight of codes, shape (rows, columns)."""
+    step = group_steps(weight.step, weight.scale)
+    zero = zero_of(weight.zero, low_bit)
+    codes = weight.codes.reshape(*weight.step.shape, -1).to(dtype)
+    # In place, and rounded once in the type asked for: this runs at every use of the weight.
+    codes.sub_(zero.to(dtype).unsqueeze(-1)).mul_(step.to(dtype).unsqueeze(-1))
+    return codes.reshape(weight.codes.shape)[:, :columns]
+
+
+def group_steps(step: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Each group's step in fp32, from its index and its row's scale, shape (rows, groups)."""
+    return step_of(step) * scale.float().unsqueeze(1)

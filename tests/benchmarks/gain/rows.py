@@ -1,0 +1,198 @@
+"""The rows of the bench: how each small model is made, as flags of the product's commands."""
+
+from dataclasses import dataclass
+
+Flags = tuple[str, ...]
+
+FULL = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to train.
+
+    Attributes:
+        name: Short, for ``--only`` and the results file.
+        label: For the table.
+        prune: Flags of ``loram prune``; None trains on the base itself.
+        align: Flags of ``loram align``; None leaves alignment out.
+        train: Further flags of ``loram train``.
+        polish: Exact steps on the full model after recovery, each count a figure of its own.
+        quick: Whether ``--quick`` runs it.
+        decides: Whether it runs with every seed; other rows run with the first.
+    """
+
+    name: str
+    label: str
+    prune: Flags | None = None
+    align: Flags | None = None
+    train: Flags = ()
+    polish: tuple[int, ...] = ()
+    quick: bool = False
+    decides: bool = False
+
+
+# ``{text}``, ``{train}`` and ``{mixed}`` become the bench's data: general text, the training data,
+# and half of the tokens from each.
+_WIKI_8K = ("--data", "{text}", "--method", "reconstruct", "--calibration-samples", "16")
+_MIXED_32K = ("--data", "{mixed}", "--method", "reconstruct", "--calibration-samples", "64")
+_STEPS = (
+    "--steps", "40", "--batch", "4", "--micro-batch", "4", "--warmup-steps", "4",
+    "--learning-rate", "6e-4", "--precision", "bf16", "--eval-rows", "4",
+)  # fmt: skip
+_DISTILLED = ("--data", "{mixed}", "--method", "distill", *_STEPS)
+_BOTH = (
+    "--data", "{mixed}", "--method", "reconstruct,distill", "--calibration-samples", "64", *_STEPS,
+)  # fmt: skip
+_NF4 = ("--quantize", "nf4")
+_LOW_RANK = ("--strategy", "lowrank", "--ratio", "0.65", "--calibration", "{train}")
+
+
+def _stru(ratio: float) -> Flags:
+    return ("--strategy", "stru", "--ratio", str(ratio), "--calibration", "{train}")
+
+
+def _low_bit(bits: int) -> Flags:
+    return (
+        "--strategy", "lowbit", "--bits", str(bits), "--group-size", "48", "--calibration", "{train}",
+        "--calibration-samples", "24", "--calibration-length", "256",
+    )  # fmt: skip
+
+
+def _depth(ratio: float) -> Flags:
+    return ("--strategy", "depth", "--ratio", str(ratio), "--calibration", "{train}")
+
+
+def _rand(ratio: float) -> Flags:
+    return ("--strategy", "rand", "--ratio", str(ratio))
+
+
+_MADE = (
+    Row(name=FULL, label="base; full LoRA", polish=(10,), quick=True, decides=True),
+    Row(name="nf4", label="NF4 (QLoRA)", train=_NF4, quick=True, decides=True),
+    Row(
+        name="stru-0.65-wiki-8k",
+        label="stru 0.65, reconstruct, 8k tokens of general text",
+        prune=("--strategy", "stru", "--ratio", "0.65", "--calibration", "{text}"),
+        align=_WIKI_8K,
+    ),
+    Row(
+        name="stru-0.65-mixed-32k",
+        label="stru 0.65, reconstruct, 32k tokens, half of them training data",
+        prune=_stru(0.65),
+        align=_MIXED_32K,
+    ),
+    Row(
+        name="stru-0.65-distill",
+        label="stru 0.65, reconstruct, then distill, 115k tokens",
+        prune=_stru(0.65),
+        align=_BOTH,
+        polish=(10,),
+        quick=True,
+        decides=True,
+    ),
+)
+
+_OTHERS = (
+    Row(
+        name="stru-0.65-obs",
+        label="stru 0.65 by obs, reconstruct, 32k tokens, half of them training data",
+        prune=(*_stru(0.65), "--importance", "obs"),
+        align=_MIXED_32K,
+        polish=(10,),
+        quick=True,
+        decides=True,
+    ),
+    Row(
+        name="stru-0.65-wanda",
+        label="stru 0.65 by wanda, reconstruct, 32k tokens",
+        prune=(*_stru(0.65), "--importance", "wanda"),
+        align=_MIXED_32K,
+    ),
+    Row(
+        name="stru-0.65-train-32k",
+        label="stru 0.65, reconstruct, 32k tokens of training data",
+        prune=_stru(0.65),
+        align=("--data", "{train}", *_MIXED_32K[2:]),
+    ),
+    Row(
+        name="lowrank-0.65",
+        label="lowrank 0.65, not aligned",
+        prune=_LOW_RANK,
+    ),
+    Row(
+        name="lowrank-0.65-distill",
+        label="lowrank 0.65, distill, 82k tokens",
+        prune=_LOW_RANK,
+        align=_DISTILLED,
+    ),
+    Row(
+        name="lowrank-0.65-nf4",
+        label="lowrank 0.65, not aligned; NF4",
+        prune=_LOW_RANK,
+        train=_NF4,
+    ),
+    Row(
+        name="depth-0.625",
+        label="depth 0.625 (15 of 24 layers), not aligned",
+        prune=_depth(0.625),
+    ),
+    Row(
+        name="depth-0.625-distill",
+        label="depth 0.625, distill, 82k tokens",
+        prune=_depth(0.625),
+        align=_DISTILLED,
+        polish=(10,),
+    ),
+)
+
+# Rounded by GPTQ on training data: as they are, and with codes, steps and norms distilled.
+_ROUNDED = tuple(
+    Row(
+        name=f"lowbit-{bits}{suffix}",
+        label=f"{bits} bits, {said}",
+        prune=_low_bit(bits),
+        align=align,
+        polish=(10,),
+        quick=bits == 3 and align is None,
+        decides=True,
+    )
+    for bits in (3, 2)
+    for suffix, said, align in (
+        ("", "not aligned", None),
+        ("-distill", "distill, 82k tokens", _DISTILLED),
+    )
+)
+
+# Every ratio of stru and rand: as pruned, fitted, and in NF4 as well.
+_RATIOS = tuple(
+    Row(
+        name=f"{name}-{ratio:g}{suffix}",
+        label=f"{name} {ratio:g}, {said}",
+        prune=flags(ratio),
+        align=align,
+        train=train,
+    )
+    for name, flags in (("stru", _stru), ("rand", _rand))
+    for ratio in (0.2, 0.35, 0.5, 0.65)
+    for suffix, said, align, train in (
+        ("", "not aligned", None, ()),
+        ("-fit", "reconstruct", _MIXED_32K, ()),
+        ("-fit-nf4", "reconstruct; NF4", _MIXED_32K, _NF4),
+    )
+)
+
+ROWS: tuple[Row, ...] = (*_MADE, *_OTHERS, *_ROUNDED, *_RATIOS)
+
+
+def named(names: tuple[str, ...]) -> tuple[Row, ...]:
+    """The rows of these names, in the table's order.
+
+    Raises:
+        SystemExit: There is no such row.
+    """
+    known = {row.name: row for row in ROWS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"--only {unknown[0]}: no such row; the rows: {', '.join(known)}")
+    return tuple(row for row in ROWS if row.name in names)

@@ -1,0 +1,251 @@
+"""One row of the bench: its commands, and what is read from their manifests."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gain.rows import FULL, Flags, Row
+from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
+from loram_cli.schema import digest_of
+
+Figures = dict[str, Any]
+
+# Exact steps on the full model: fewer, and at a lower rate than the training before them.
+_POLISH_RATE = "2e-4"
+_TEXT_WINDOWS = 16
+_SCORED_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all rows share.
+
+    Attributes:
+        model: The base.
+        out: Results and work.
+        train_data: Instructions to train on.
+        eval_data: Held-out instructions.
+        text: General text to align on.
+        text_eval: General text that is held out.
+        eval_examples: Answers that are scored.
+        block_length: Tokens of a window of text.
+        train: Flags of every training.
+    """
+
+    model: Path
+    out: Path
+    train_data: str
+    eval_data: str
+    text: str
+    text_eval: Path
+    eval_examples: int
+    block_length: int
+    train: Flags
+
+    def deciding(self) -> dict[str, Any]:
+        """What the figures depend on."""
+        return {k: str(v) for k, v in asdict(self).items() if k != "out"}
+
+    def filled(self, flags: Flags) -> Flags:
+        """Flags with the bench's data in place of its names."""
+        data = {
+            "text": self.text,
+            "train": self.train_data,
+            "mixed": f"{self.text}:0.5,{self.train_data}:0.5",
+        }
+        return tuple(flag.format(**data) for flag in flags)
+
+    def flag(self, name: str) -> str:
+        """The value of one of the training's flags."""
+        return self.train[self.train.index(name) + 1]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """An output of a command, and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def seconds(self) -> float:
+        return round(self.manifest.wall_seconds, 1)
+
+
+def measure(row: Row, seed: int, bench: Bench) -> Figures:
+    """Run a row's commands, and score what comes out."""
+    small, figures = bench.model, {"name": row.name, "label": row.label}
+    if row.prune is not None:
+        flags = ("--model", str(bench.model), *bench.filled(row.prune), "--seed", str(seed))
+        pruned = _made("prune", flags, bench)
+        small = pruned.path
+        figures["prune_seconds"] = pruned.seconds
+    if row.align is not None:
+        flags = ("--in", str(small), *bench.filled(row.align), "--seed", str(seed))
+        flags += ("--block-length", str(bench.block_length))
+        aligned = _made("align", flags, bench)
+        small = aligned.path
+        figures["align_seconds"] = aligned.seconds
+        figures["align_tokens"] = aligned.manifest.results["tokens"]
+    train = ("--in", str(small), *_training(bench, seed), *row.train)
+    figures |= {"bytes": round(_held_share(bench.model, small, row.train), 4)}
+    figures |= {"predicted_peak_bytes": _predicted(train, bench)}
+    trained = _made("train", train, bench)
+    results = trained.manifest.results
+    figures |= {
+        "train_seconds": trained.seconds,
+        "train_peak_bytes": trained.manifest.peak_memory_increase_bytes,
+        "loss_before": results["eval_loss_before"],
+        "loss_small": results["eval_loss_after"],
+    }
+    if row.name == FULL:
+        figures |= _scores(bench, "base", ())
+        return figures | _scores(bench, "recovered", (trained.path,)) | _alone(row, seed, bench)
+    recovered = _made("recover", ("--in", str(trained.path), "--model", str(bench.model)), bench)
+    figures |= _scores(bench, "recovered", (recovered.path,))
+    for steps in row.polish:
+        polished = _made("train", _polish(bench, seed, steps, recovered.path), bench)
+        figures |= _scores(bench, f"polished_{steps}", (polished.path,))
+    return figures
+
+
+def _alone(row: Row, seed: int, bench: Bench) -> Figures:
+    """The exact steps without anything before them, to compare with."""
+    figures: Figures = {}
+    for steps in row.polish:
+        trained = _made("train", _polish(bench, seed, steps), bench)
+        figures |= _scores(bench, f"polished_{steps}", (trained.path,))
+    return figures
+
+
+def _training(bench: Bench, seed: int) -> Flags:
+    return (
+        "--data", bench.train_data, "--eval-data", bench.eval_data,
+        "--eval-examples", str(bench.eval_examples), "--eval-steps", "100000",
+        "--seed", str(seed), *bench.train,
+    )  # fmt: skip
+
+
+def _polish(bench: Bench, seed: int, steps: int, start: Path | None = None) -> Flags:
+    """Further steps on other batches than those of the training: another seed draws them."""
+    begun = ("--from-adapter", str(start)) if start else ()
+    return (
+        "--in", str(bench.model), *_training(bench, seed + 1000), *begun,
+        "--steps", str(steps), "--learning-rate", _POLISH_RATE, "--warmup-steps", "0",
+        "--eval-examples", "1",
+    )  # fmt: skip
+
+
+def _made(stage: str, flags: Flags, bench: Bench) -> _Done:
+    """The output of a command; made where it is not there yet, under a name from its flags."""
+    out = bench.out / "work" / f"{stage}-{digest_of(list(flags))[-10:]}"
+    if not (out / MANIFEST_NAME).is_file():
+        _loram(stage, *flags, "--out", str(out), bench=bench)
+    return _Done(out, Manifest.read(out))
+
+
+def _predicted(train: Flags, bench: Bench) -> int:
+    out = str(bench.out / "work" / "none")
+    said = _loram("train", *train, "--out", out, "--dry-run", "--json", bench=bench)
+    return int(json.loads(said)["plans"][0]["memory_bytes"])
+
+
+def _loram(*words: str, bench: Bench) -> str:
+    """Run a command of the product; its errors end the bench, and what is done stays."""
+    command = [sys.executable, "-m", "loram_cli", *words, "--run", str(bench.out / "work" / "run")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"failed ({done.returncode}): {' '.join(command)}")
+    return done.stdout
+
+
+def _held_share(base: Path, small: Path, train: Flags) -> float:
+    """Bytes of the frozen decoder layers that are trained on, against the base's in bf16."""
+    return held_bytes(small, "nf4" in train) / held_bytes(base)
+
+
+def held_bytes(directory: Path, nf4: bool = False) -> int:
+    """Bytes of a model's decoder layers as training holds them."""
+    from loram_cli.checkpoint.low_bit import PackedEntry
+    from loram_cli.checkpoint.model import Model
+    from loram_cli.memory.account import BF16_BYTES, nf4_tensor_bytes
+
+    model = Model.open(directory)
+    linears = set(model.linear_names)
+    total = 0
+    for name, entry in model.index.tensors.items():
+        if name.startswith(f"{model.family.layers}."):
+            params = math.prod(entry.shape)
+            if isinstance(entry, PackedEntry):
+                total += entry.num_bytes
+            elif nf4 and name in linears:
+                total += nf4_tensor_bytes(params)
+            else:
+                total += BF16_BYTES * params
+    return total
+
+
+def _scores(bench: Bench, name: str, adapters: tuple[Path, ...]) -> Figures:
+    """Loss a token on held-out answers, and perplexity of general text, of the full model."""
+    import torch
+
+    from loram_cli.modeling.load import load_causal_lm, load_tokenizer
+    from loram_cli.training.adapters import load_adapter
+
+    model = load_causal_lm(bench.model, dtype=torch.bfloat16)
+    for adapter in adapters:
+        model = load_adapter(model, adapter)
+    tokenizer = load_tokenizer(bench.model)
+    loss = _answer_loss(model, tokenizer, bench)
+    text = _text_loss(model, tokenizer, bench)
+    return {f"loss_{name}": round(loss, 4), f"ppl_{name}": round(math.exp(text), 3)}
+
+
+def _answer_loss(model: Any, tokenizer: Any, bench: Bench) -> float:
+    from loram_cli.reporting import NullReporter
+    from loram_cli.training.data.documents import load_instructions
+    from loram_cli.training.data.tokens import PadCollator, tokenize_examples
+
+    examples = load_instructions(bench.eval_data, tokenizer=tokenizer)[: bench.eval_examples]
+    rows = tokenize_examples(examples, tokenizer, int(bench.flag("--max-length")), NullReporter())
+    rows.sort(key=lambda row: len(row.input_ids))
+    collate = PadCollator(tokenizer.pad_token_id or 0)
+    batches = (rows[i : i + _SCORED_AT_ONCE] for i in range(0, len(rows), _SCORED_AT_ONCE))
+    return _mean_loss(model, map(collate, batches))
+
+
+def _text_loss(model: Any, tokenizer: Any, bench: Bench) -> float:
+    import torch
+
+    from loram_cli.training.data.documents import load_text
+    from loram_cli.training.data.tokens import pack_tokens
+
+    rows = pack_tokens(load_text(str(bench.text_eval)), tokenizer, bench.block_length)
+    ids = [torch.from_numpy(row.input_ids).long()[None] for row in rows[:_TEXT_WINDOWS]]
+    return _mean_loss(model, ({"input_ids": one, "labels": one} for one in ids))
+
+
+def _mean_loss(model: Any, batches: Iterable[dict[str, Any]]) -> float:
+    import torch
+
+    from loram_cli.training.data.tokens import IGNORED_LABEL
+
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            wanted = moved["labels"][:, 1:]
+            logits = model(input_ids=moved["input_ids"], use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1),
+                wanted.flatten(),
+                ignore_index=IGNORED_LABEL,
+                reduction="sum",
+            )
+            total, count = total + float(loss), count + int((wanted != IGNORED_LABEL).sum())
+    return total / count
