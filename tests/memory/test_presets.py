@@ -8,12 +8,16 @@ from loram_cli.memory.presets import load_preset, preset_names
 PUBLISHED_PARAMS = {
     "gemma2-9b": 9241705984,
     "gemma2-27b": 27227128320,
+    "glm4.5-106b": 106852251264,
+    "gpt-oss-20b": 20914757184,
+    "gpt-oss-120b": 116829156672,
     "llama2-7b": 6738415616,
     "llama2-13b": 13015864320,
     "llama2-70b": 68976648192,
     "llama3.1-8b": 8030261248,
     "llama3.1-70b": 70553706496,
     "mistral-7b": 7241732096,
+    "mixtral-8x7b": 46702792704,
     "olmo-7b": 6888095744,
     "phi2-2.7b": 2779683840,
     "phi3-3.8b": 3821079552,
@@ -21,6 +25,8 @@ PUBLISHED_PARAMS = {
     "qwen3-8b": 8190735360,
     "qwen3-14b": 14768307200,
     "qwen3-32b": 32762123264,
+    "qwen3moe-30b-a3b": 30532122624,
+    "qwen3moe-235b-a22b": 235093634560,
 }
 
 # In billions, as the models' pages on the hub state them; a tied head that is stored is not counted.
