@@ -20,7 +20,10 @@ SMALL = {
 PLAIN_FAMILIES = tuple(
     family
     for family in families()
-    if family.layer_kinds is None and family.attributes is None and not family.config_keys
+    if family.layer_kinds is None
+    and family.attributes is None
+    and family.experts is None
+    and not family.config_keys
 )
 
 

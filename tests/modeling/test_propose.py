@@ -43,8 +43,9 @@ def meaning(family: Family) -> Family:
         family="",
         model_types=(),
         ignored=(),
-        # Names in llama.cpp, which transformers does not know.
+        # What other programs make of it, which transformers does not know.
         gguf=None,
+        vllm=None,
         modules=tuple(sorted(family.modules, key=lambda m: m.name)),
         layer_norms=tuple(sorted(family.layer_norms, key=lambda t: t.name)),
         layer_tensors=tuple(sorted(family.layer_tensors, key=lambda t: t.name)),
