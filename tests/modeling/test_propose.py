@@ -46,6 +46,9 @@ def meaning(family: Family) -> Family:
         # What other programs make of it, which transformers does not know.
         gguf=None,
         vllm=None,
+        # Checks of config classes, which no module shows.
+        heads_divide_hidden=False,
+        heads_stay_rope=(),
         modules=tuple(sorted(family.modules, key=lambda m: m.name)),
         layer_norms=tuple(sorted(family.layer_norms, key=lambda t: t.name)),
         layer_tensors=tuple(sorted(family.layer_tensors, key=lambda t: t.name)),
