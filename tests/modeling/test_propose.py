@@ -12,7 +12,6 @@ from loram_cli.modeling.propose import propose_family, render_family
 
 # What a module tree cannot tell, or what a file says beyond it, by family.
 BEYOND = {
-    "apertus": "neither linear nor norm",
     "ernie4_5_moe": "neither linear nor norm",
     "falcon": "attributes",
     "falcon_h1": "products of config keys",

@@ -12,7 +12,12 @@ import loram_cli
 ROOT = Path(loram_cli.__file__).parent
 PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
 # Imported where a library of ours that needs it is in use already.
-THROUGH_ANOTHER = {"jinja2": "transformers", "pyarrow": "datasets", "evaluate": "lm_eval"}
+THROUGH_ANOTHER = {
+    "jinja2": "transformers",
+    "pyarrow": "datasets",
+    "evaluate": "lm_eval",
+    "mlflow": "mlflow_skinny",
+}
 
 
 def name_of(requirement: str) -> str:

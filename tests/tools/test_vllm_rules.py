@@ -191,8 +191,12 @@ def test_verify_tells_it_of_a_run(finished_run, capsys):
 
 
 def test_every_family_says_how_vllm_loads_it():
-    assert all(family.vllm is not None for family in families())
+    # Nobody has looked at mixtures of experts yet, and verify says so.
+    unknown = {family.family for family in families() if family.vllm is None}
+    assert unknown == {family.family for family in families() if family.experts is not None}
     for family in families():
+        if family.vllm is None:
+            continue
         assert {*family.vllm.refused} <= {*family.lora_targets}
         assert {*family.vllm.embeddings} <= {"embed_tokens", family.lm_head_target}
 

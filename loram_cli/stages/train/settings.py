@@ -152,7 +152,12 @@ class TrainSettings(FitSpec):
         in_key="changed",
     )
     reward_weights: tuple[float, ...] = setting(
-        (), help="grpo: of each --reward in their sum.", default_text="1 each", in_key="changed"
+        (),
+        help="grpo: of each --reward in their sum; below 0 for a penalty.",
+        default_text="1 each",
+        at_least=-1000,
+        at_most=1000,
+        in_key="changed",
     )
     allow_code_execution: bool = setting(
         False, help="Run the Python files of --reward, with all of your rights.", in_key=False
