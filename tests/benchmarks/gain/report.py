@@ -151,10 +151,11 @@ def draw(rows: Iterable[Figures], file: Path) -> None:
             textcoords="offset points",
         )  # fmt: skip
     axes.axhline(1, color="#888888", linewidth=0.8, linestyle=":")
-    axes.set_xlim(left=0)
+    # Names stand to the right of their points.
+    axes.set_xlim(0, 1.3 * max((row["bytes"] for row in points), default=1))
     axes.set_xlabel("frozen decoder weights held while training, against bf16")
     axes.set_ylabel("share of full LoRA's gain kept")
     if frontier:
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="center right")
     figure.savefig(file, dpi=140)
     pyplot.close(figure)
