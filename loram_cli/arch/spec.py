@@ -382,6 +382,8 @@ class Family:
         lm_head_bias: Whether the head has a bias.
         heads_divide_hidden: Whether the config class refuses head counts that do not divide the
             hidden width.
+        heads_stay: Whether stock layers take a width from the hidden size where the heads decide
+            it, and so no other head count.
         heads_stay_rope: Types of rotary embedding with which the config class takes no other head
             count, since it works out the head's width from it.
         config_defaults: What a key means that ``config.json`` leaves out, where that is neither
@@ -422,6 +424,7 @@ class Family:
     layer_tensors: tuple[LayerTensor, ...] = ()
     lm_head_bias: bool = False
     heads_divide_hidden: bool = False
+    heads_stay: bool = False
     heads_stay_rope: tuple[str, ...] = ()
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
     config_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -548,7 +551,9 @@ class Family:
             geometry,
             layers=layers,
             own_keys=self.config_keys,
-            heads_stay=self.attributes is not None or _rope_type(full) in self.heads_stay_rope,
+            heads_stay=self.heads_stay
+            or self.attributes is not None
+            or _rope_type(full) in self.heads_stay_rope,
             heads_divide_hidden=self.heads_divide_hidden,
         )
 

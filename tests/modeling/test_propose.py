@@ -47,6 +47,7 @@ def meaning(family: Family) -> Family:
         vllm=None,
         # Checks of config classes, which no module shows.
         heads_divide_hidden=False,
+        heads_stay=False,
         heads_stay_rope=(),
         modules=tuple(sorted(family.modules, key=lambda m: m.name)),
         layer_norms=tuple(sorted(family.layer_norms, key=lambda t: t.name)),
