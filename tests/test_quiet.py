@@ -18,17 +18,21 @@ def test_loggers_are_silent_inside_and_as_before_outside(silence, name, caplog):
     assert [record.message for record in caplog.records] == ["outside"]
 
 
-def test_bars_are_drawn_again_afterwards():
+@pytest.mark.parametrize("drawn", [True, False])
+def test_bars_are_drawn_afterwards_as_before(drawn, request):
     import datasets
     from transformers.utils import logging as theirs
 
+    before = theirs.is_progress_bar_enabled()
+    request.addfinalizer(theirs.enable_progress_bar if before else theirs.disable_progress_bar)
+    (theirs.enable_progress_bar if drawn else theirs.disable_progress_bar)()
     with no_progress_bars(), no_progress_bars("datasets"):
         assert not theirs.is_progress_bar_enabled()
         assert datasets.are_progress_bars_disabled()
         with no_progress_bars():
             pass
         assert not theirs.is_progress_bar_enabled()
-    assert theirs.is_progress_bar_enabled()
+    assert theirs.is_progress_bar_enabled() is drawn
     assert not datasets.are_progress_bars_disabled()
 
 

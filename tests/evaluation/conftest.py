@@ -6,6 +6,8 @@ import json
 import pytest
 from helpers.tiny_models import llama_like_tokenizer
 
+from loram_cli.quiet import no_progress_bars
+
 
 @pytest.fixture(scope="session")
 def tokenizer():
@@ -43,11 +45,11 @@ def stories(shared_file):
     import transformers
 
     folder = shared_file("models/stories260k")
-    transformers.utils.logging.disable_progress_bar()
-    return (
-        transformers.AutoModelForCausalLM.from_pretrained(folder),
-        transformers.AutoTokenizer.from_pretrained(folder),
-    )
+    with no_progress_bars():
+        return (
+            transformers.AutoModelForCausalLM.from_pretrained(folder),
+            transformers.AutoTokenizer.from_pretrained(folder),
+        )
 
 
 @pytest.fixture
