@@ -1,7 +1,5 @@
 """Round every decoder linear to few bits (``lowbit``); shapes stay."""
 
-from collections.abc import Generator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import torch
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import Codes, dequantize, pack
 from loram_cli.checkpoint.reader import TensorReader
-from loram_cli.checkpoint.writer import ShardedWriter
 from loram_cli.memory.account import BF16_BYTES
 from loram_cli.modeling.layerwise.sparsegpt_pass import changed_layers
 from loram_cli.modeling.layerwise.stream import LayerStream
@@ -20,6 +17,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.stages.core.results import PruneResult
 from loram_cli.stages.prune.calibration import load_windows, open_pool
 from loram_cli.stages.prune.plan import PruneWork
+from loram_cli.stages.prune.rewrite import Changes, write_linears_changed
 from loram_cli.stages.prune.spec import PruneSpec
 
 
@@ -44,27 +42,23 @@ def write_rounded(
     Raises:
         LoramError: NaN weights, unusable calibration text, or a Hessian that has no inverse.
     """
-    linears = set(work.model.linear_names)
-    ready: dict[str, _Row] = {}
     error = norm = 0.0
     params = linear_bytes = 0
-    with (
-        TensorReader(work.model.index, once=True) as reader,
-        ShardedWriter(directory, work.tensors, spec.max_shard_bytes) as writer,
-        closing(_rounded_weights(spec, work, reader, directory, reporter)) as rounded,
-    ):
-        for name, tensor in work.tensors.items():
-            if name not in linears:
-                writer.write(name, reader.read(name))
-                continue
-            while name not in ready:
-                ready.update(next(rounded))
-            row = ready.pop(name)
-            error, norm = error + row.error, norm + row.norm
-            params += row.params
-            linear_bytes += tensor.num_bytes
-            writer.write(name, row.packed)
-        next(rounded, None)  # nothing is left in it but its own end
+
+    def take(row: _Row) -> torch.Tensor:
+        nonlocal error, norm, params, linear_bytes
+        error, norm = error + row.error, norm + row.norm
+        params += row.params
+        linear_bytes += row.packed.nbytes
+        return row.packed
+
+    digests = write_linears_changed(
+        spec,
+        work,
+        directory,
+        lambda reader: _rounded_weights(spec, work, reader, directory, reporter),
+        take,
+    )
     measured = replace(
         work.result(),
         decoder_linear_params=params,
@@ -72,7 +66,7 @@ def write_rounded(
         linear_share=round(linear_bytes / (BF16_BYTES * params), 5),
         rounding_error=round(error / norm, 6) if norm else 0.0,
     )
-    return measured, writer.digests
+    return measured, digests
 
 
 def _rounded_weights(
@@ -81,16 +75,14 @@ def _rounded_weights(
     reader: TensorReader,
     directory: Path,
     reporter: Reporter,
-) -> Generator[Mapping[str, _Row]]:
+) -> Changes[_Row]:
     """Rounded weights by name, in the order of the layers."""
     if spec.method == "nearest":
         return _by_nearest(work, reader, reporter)
     return _by_feedback(spec, work, directory, reporter)
 
 
-def _by_nearest(
-    work: PruneWork, reader: TensorReader, reporter: Reporter
-) -> Generator[Mapping[str, _Row]]:
+def _by_nearest(work: PruneWork, reader: TensorReader, reporter: Reporter) -> Changes[_Row]:
     assert work.low_bit is not None
     names = work.model.linear_names
     with reporter.progress("round", len(names), "tensor") as progress:
@@ -102,7 +94,7 @@ def _by_nearest(
 
 def _by_feedback(
     spec: PruneSpec, work: PruneWork, directory: Path, reporter: Reporter
-) -> Generator[Mapping[str, _Row]]:
+) -> Changes[_Row]:
     assert work.low_bit is not None and work.calibration is not None
     low_bit = work.low_bit
     rows: dict[str, _Row] = {}

@@ -1,7 +1,5 @@
 """Zero single weights of every decoder linear (``semi``, ``unst``); shapes stay."""
 
-from collections.abc import Generator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,6 @@ import torch
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
-from loram_cli.checkpoint.writer import ShardedWriter
 from loram_cli.modeling.layerwise.sparsegpt_pass import changed_layers
 from loram_cli.modeling.layerwise.stream import LayerStream
 from loram_cli.pruning.sparsegpt import Hessian, inverse_factor, sparsegpt
@@ -19,6 +16,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.stages.core.results import PruneResult
 from loram_cli.stages.prune.calibration import load_windows, open_pool
 from loram_cli.stages.prune.plan import PruneWork
+from loram_cli.stages.prune.rewrite import Changes, write_linears_changed
 from loram_cli.stages.prune.spec import PruneSpec
 
 Weights = dict[str, torch.Tensor]
@@ -35,25 +33,21 @@ def write_sparse(
     Raises:
         LoramError: NaN weights, unusable calibration text, or a Hessian that has no inverse.
     """
-    linears = set(work.model.linear_names)
     linear_params = zeros = 0
-    ready: Weights = {}
-    with (
-        TensorReader(work.model.index, once=True) as reader,
-        ShardedWriter(directory, work.tensors, spec.max_shard_bytes) as writer,
-        closing(_pruned_weights(spec, work, reader, directory, reporter)) as pruned,
-    ):
-        for name in work.tensors:
-            if name not in linears:
-                writer.write(name, reader.read(name))
-                continue
-            while name not in ready:
-                ready.update(next(pruned))
-            weight = ready.pop(name)
-            linear_params += weight.numel()
-            zeros += weight.numel() - int(weight.count_nonzero())
-            writer.write(name, weight)
-        next(pruned, None)  # nothing is left in it but its own end
+
+    def take(weight: torch.Tensor) -> torch.Tensor:
+        nonlocal linear_params, zeros
+        linear_params += weight.numel()
+        zeros += weight.numel() - int(weight.count_nonzero())
+        return weight
+
+    digests = write_linears_changed(
+        spec,
+        work,
+        directory,
+        lambda reader: _pruned_weights(spec, work, reader, directory, reporter),
+        take,
+    )
     nonzero = work.base_params - zeros
     counted = replace(
         work.result(),
@@ -64,7 +58,7 @@ def write_sparse(
         decoder_linear_params=linear_params,
         measured_sparsity=round(zeros / linear_params, 6),
     )
-    return counted, writer.digests
+    return counted, digests
 
 
 def sparsity_record(spec: PruneSpec, result: PruneResult) -> dict[str, Any]:
@@ -102,7 +96,7 @@ def _pruned_weights(
     reader: TensorReader,
     directory: Path,
     reporter: Reporter,
-) -> Generator[Weights]:
+) -> Changes[torch.Tensor]:
     """Pruned weights by name, in the order of the layers."""
     if spec.method == "l2":
         return _by_magnitude(spec, work, reader, reporter)
@@ -111,7 +105,7 @@ def _pruned_weights(
 
 def _by_magnitude(
     spec: PruneSpec, work: PruneWork, reader: TensorReader, reporter: Reporter
-) -> Generator[Weights]:
+) -> Changes[torch.Tensor]:
     assert spec.ratio is not None
     names = work.model.linear_names
     with reporter.progress("zero", len(names), "tensor") as progress:
@@ -124,7 +118,7 @@ def _by_magnitude(
 
 def _by_sparsegpt(
     spec: PruneSpec, work: PruneWork, directory: Path, reporter: Reporter
-) -> Generator[Weights]:
+) -> Changes[torch.Tensor]:
     assert spec.ratio is not None
     ratio, semi = spec.ratio, bool(spec.chosen_strategy.zeros_in_four)
 
