@@ -75,6 +75,7 @@ def test_the_default_tests_are_collected_beside_a_run_and_settings(hostile_folde
     assert listing(hostile_folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_tests_pass_beside_a_run_and_settings(hostile_folder: Path):
     """``test_memory`` once found ./loram-run, and gave the report of that."""

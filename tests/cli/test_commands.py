@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.slow import slow
 
 from loram_cli import pipeline
 from loram_cli.cli.app import run_command
@@ -162,7 +163,7 @@ def test_real_weights_and_text(shared: Path, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("pruning", "processes", "method"),
-    [("stru", 1, "reconstruct,pretrain"), ("semi", 1, None), ("stru", 2, None)],
+    [("stru", 1, "reconstruct,pretrain"), slow("semi", 1, None), slow("stru", 2, None)],
 )
 def test_the_demo_aligns_by_what_its_pruning_allows(
     pruning, processes, method, tmp_path, capsys, monkeypatch

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.slow import slow
 
 from loram_cli.cli.app import run_command
 from loram_cli.cli.commands.table import COMMANDS, load
@@ -81,7 +82,7 @@ def test_a_reader_that_ends_early():
     assert "internal" not in done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+@pytest.mark.parametrize("encoding", ["ascii", slow("latin-1"), slow("cp437")])
 @pytest.mark.parametrize("words", [REPORT, ("--help",), ("prune", "--dry-run")])
 def test_any_encoding(words, encoding, tmp_path: Path):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "LORAM_RUN": str(tmp_path / "run")}

@@ -80,7 +80,7 @@ def corrupt(number: int, finished_run: Path, base: Path, tmp_path: Path, capsys)
 
 
 # The first round has every kind once; a few of them stand for all in the default run.
-@pytest.mark.parametrize("number", range(2, len(DAMAGES), 5))
+@pytest.mark.parametrize("number", range(2, len(DAMAGES), 9))
 def test_a_few_corruptions(number: int, finished_run, base, tmp_path, capsys):
     corrupt(number, finished_run, base, tmp_path, capsys)
 

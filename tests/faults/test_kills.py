@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from helpers.slow import slow
 
 from loram_cli.runs.rundir import OUTPUTS
 
@@ -53,7 +54,7 @@ def kill_and_go_on(workshop, stage: str, number: int) -> bool:
 
 @pytest.mark.parametrize(
     "stage",
-    [s if s in ("prune", "train") else pytest.param(s, marks=pytest.mark.slow) for s in STAGES],
+    [s if s == "train" else slow(s) for s in STAGES],
 )
 def test_a_kill_at_a_file_operation(workshop, stage: str):
     assert kill_and_go_on(workshop, stage, 0)
@@ -84,7 +85,7 @@ PLACES = (
         pytest.param(
             kind,
             place,
-            marks=() if (i + j) % 4 == 1 else pytest.mark.slow,
+            marks=() if i + j == 1 else pytest.mark.slow,
             id=f"{kind.name}-{place}",
         )
         for i, kind in enumerate(SIGNALS)

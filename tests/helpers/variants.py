@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from helpers.slow import slow
 from helpers.tiny_models import save_tokenizer
 
 TINY = {
@@ -221,9 +222,7 @@ VARIANTS = (
 
 # What differs most: tests that run a model of every family send these through the default tier,
 # and all others through the slow one.
-DISTINCT = (
-    "llama2", "gemma3", "phi3", "cohere", "olmo2", "gpt_neox", "falcon", "qwen3_5", "nemotron_h",
-)  # fmt: skip
+DISTINCT = ("llama2", "gemma3", "phi3", "falcon", "qwen3_5")
 
 
 def mostly_slow(variants: Iterable[Variant] = VARIANTS) -> pytest.MarkDecorator:
@@ -231,7 +230,7 @@ def mostly_slow(variants: Iterable[Variant] = VARIANTS) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         "variant",
         [
-            pytest.param(v, id=v.name, marks=() if v.name in DISTINCT else pytest.mark.slow)
+            pytest.param(v, id=v.name) if v.name in DISTINCT else slow(v, name=v.name)
             for v in variants
         ],
     )

@@ -81,18 +81,21 @@ def measured(directory, setup, micro_batches, monkeypatch, **how):
     return live.peak, passes.source.loaded_bytes - before
 
 
-def case(micro_batches=4, stay=0, offload=False, **changes):
+def case(micro_batches=4, stay=0, offload=False, slow=False, **changes):
     name = "-".join(f"{k}={v}" for k, v in changes.items())
     return pytest.param(
         replace(SETUP, **changes), micro_batches, stay, offload,
         id=f"{name or 'plain'}-{micro_batches}-stay={stay}-offload={offload}",
+        marks=pytest.mark.slow if slow else (),
     )  # fmt: skip
 
 
 CASES = [
-    case(), case(1), case(16), case(stay=2), case(stay=5), case(offload=True), case(dropout=0.0),
-    case(precision="bf16"), case(micro_batch=4), case(length=40, micro_batches=8),
-    case(quantize="nf4"), case(precision="bf16", quantize="nf4", micro_batches=8),
+    case(), case(stay=2), case(offload=True), case(quantize="nf4"),
+    case(1, slow=True), case(16, slow=True), case(stay=5, slow=True),
+    case(dropout=0.0, slow=True), case(precision="bf16", slow=True),
+    case(micro_batch=4, slow=True), case(length=40, micro_batches=8, slow=True),
+    case(precision="bf16", quantize="nf4", micro_batches=8, slow=True),
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.fake_copies import FakeCopies
+from helpers.slow import slow
 from helpers.variants import mostly_slow
 
 from loram_cli.arch.registry import family_for
@@ -70,8 +71,8 @@ def open_files() -> set[str]:
     return {file.name for file in Path("/proc/self/fd").iterdir()}
 
 
-@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
-@pytest.mark.parametrize("part", ["base", "pruned", "recovered"])
+@pytest.mark.parametrize("nf4", [False, slow(True)], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("part", ["base", slow("pruned"), "recovered"])
 def test_the_same_to_the_bit_however_many_layers_stay(base, finished_run, part, nf4):
     directory = finished_run / "pruned" if part == "pruned" else base
     adapter = {"pruned": "adapter", "recovered": "recovered"}.get(part)
@@ -87,8 +88,8 @@ def test_the_same_to_the_bit_however_many_layers_stay(base, finished_run, part, 
                     assert torch.equal(logits_of(model), expected)
 
 
-@pytest.mark.parametrize("pins", [True, False], ids=["pinned", "pageable"])
-@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("pins", [True, slow(False)], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("nf4", [False, slow(True)], ids=["fp32", "nf4"])
 def test_copies_beside_the_computation_keep_their_order(base, finished_run, nf4, pins):
     adapter = finished_run / "recovered"
     expected = whole_logits(base, adapter, nf4)
@@ -219,6 +220,7 @@ class Weights:
         return sum(tensor() is not None for tensor in self._there)
 
 
+@pytest.mark.slow
 def test_passes_that_fail_leave_no_more_than_two_layers(base, monkeypatch):
     """The one that failed and the one on its way: the feed keeps both, as the budget allows."""
     skeleton = skeleton_of(base)

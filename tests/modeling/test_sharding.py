@@ -30,6 +30,7 @@ def check_shared(directories):
     assert {name: share for name, (_, share) in told.items() if abs(share - 0.5) > 0.02} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_pruned_model_gives_the_same_loss_and_gradients_when_shared_out(finished_run):
     check_shared([finished_run / "pruned"])

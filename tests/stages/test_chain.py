@@ -250,6 +250,7 @@ def test_diverging_training_says_so(chain: Path, instructions: Path, tmp_path: P
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_a_training_that_memory_will_not_hold_is_told_at_its_start(
     chain: Path, instructions: Path, text_file: Path, tmp_path: Path, monkeypatch
 ):

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from helpers.slow import slow
 from helpers.tiny_models import make_adapter, make_base
 
 from loram_cli.cli.app import run_command
@@ -113,7 +114,7 @@ def kill_and_repeat(stage: str, places: dict[str, Path], root: Path, operation: 
     return code != 0
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["prune", slow("recover"), slow("merge")])
 def test_killed_and_repeated_is_as_if_undisturbed(stage, places, tmp_path):
     assert kill_and_repeat(stage, places, tmp_path, 3)
     assert kill_and_repeat(stage, places, tmp_path, 12)
@@ -128,8 +129,8 @@ def test_killed_at_every_operation(stage, places, tmp_path):
     assert operation > 10
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("stage", ["prune", "merge"])
+@pytest.mark.parametrize("kind", [signal.SIGTERM, slow(signal.SIGINT)])
+@pytest.mark.parametrize("stage", ["prune", slow("merge")])
 def test_a_signal_while_writing_leaves_nothing(stage, kind, places, tmp_path):
     """As the command line sets it up: SIGTERM exits with 143, Ctrl-C raises KeyboardInterrupt."""
     out = tmp_path / stage

@@ -97,6 +97,7 @@ def test_the_text_part_goes_the_whole_way(
     assert run_command(["verify", str(run / "merged")]) == 0
 
 
+@pytest.mark.slow
 def test_peft_puts_factors_on_the_text_part_alone(instructions: Path, tmp_path: Path):
     """The vision tower has a q_proj too: stock PEFT must not target it."""
     from peft import PeftModel
@@ -125,6 +126,7 @@ def test_a_training_of_the_base_itself_is_an_adapter_of_the_whole(
     assert (stock - logits(whole(base))).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_commands_see_the_text_model(instructions: Path, tmp_path: Path, capsys):
     base = WRAPPED[0].save(tmp_path / "base")
     run = ["--run", str(tmp_path / "run"), "--model", str(base)]

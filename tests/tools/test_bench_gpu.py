@@ -36,6 +36,7 @@ GIB = 2**30
 KIT = ROOT / "tests" / "benchmarks" / "gpu"
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.timeout(240)
 def test_the_whole_path_runs_on_a_cpu(tmp_path):
@@ -249,6 +250,7 @@ def test_a_row_that_fails_says_why_and_the_next_one_runs(tmp_path, monkeypatch, 
     assert "failed: RuntimeError: no" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_process_waits_for_its_row_and_is_ended_when_late(tmp_path):
     job = {"arguments": {}, "result": str(tmp_path / "r.json"), "log": str(tmp_path / "log")}

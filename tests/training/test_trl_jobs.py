@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.factors import assert_same, trained
+from helpers.slow import slow
 
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import attach_lora, continue_lora, lora_config, save_adapter
@@ -207,8 +208,15 @@ def test_kto_moves_good_and_bad_answers_apart(with_lora, tokenizer, judged, tmp_
     assert last.figures["reward_margin"] > 0.05
 
 
-@pytest.mark.parametrize("objective", ["dpo", "grpo", "orpo", "kto"])
-@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize(
+    ("keeps", "objective"),
+    [
+        (False, "dpo"),
+        (True, "grpo"),
+        *(slow(*both) for both in ((True, "dpo"), (False, "grpo"))),
+        *(slow(keeps, name) for keeps in (False, True) for name in ("orpo", "kto")),
+    ],
+)
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     load, with_lora, warm_adapter, tokenizer, pairs, judged, reporter, tmp_path, objective, keeps
 ):

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.fake_copies import FakeCopies
+from helpers.slow import slow
 from helpers.variants import VARIANTS, mostly_slow
 
 from loram_cli.arch.registry import family_for
@@ -24,10 +25,6 @@ from loram_cli.training.adapters import attach_lora, lora_config, lora_targets
 
 SILENT = NullReporter()
 FP32 = {"dtype": torch.float32, "device": "cpu"}
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def micro_batches(count=3):
@@ -122,8 +119,8 @@ def test_every_familys_loss_and_gradients_to_the_bit(variant, tmp_path):
         assert_equal(passes, batches, expected)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("dropout", [slow(0.0), 0.1])
+@pytest.mark.parametrize("nf4", [False, slow(True)], ids=["fp32", "nf4"])
 def test_several_steps_whatever_stays_or_lies_in_memory(base, dropout, nf4):
     if nf4:
         pytest.importorskip("bitsandbytes")
@@ -186,8 +183,8 @@ def test_losses_without_gradients(base):
         assert all(p.grad is None for p in passes.model.parameters())
 
 
-@pytest.mark.parametrize("pins", [True, False], ids=["pinned", "pageable"])
-@pytest.mark.parametrize("nf4", [False, True], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("pins", [True, slow(False)], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("nf4", [False, slow(True)], ids=["fp32", "nf4"])
 def test_copies_beside_the_computation_keep_their_order(base, nf4, pins):
     if nf4:
         pytest.importorskip("bitsandbytes")

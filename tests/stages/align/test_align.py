@@ -149,6 +149,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_damaged_work_of_an_interrupted_chain_is_done_again(
     pruned, text_file, tmp_path, monkeypatch
 ):

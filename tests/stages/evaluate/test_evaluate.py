@@ -224,6 +224,7 @@ def test_rows_are_chosen_and_added(base, other, instructions, tmp_path, capsys):
     assert "no config.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_stopped(base, tmp_path):
     """SIGKILL in the middle of a row; what was answered is in the file and is not asked again."""
     data = tmp_path / "data.jsonl"

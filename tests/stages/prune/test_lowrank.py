@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.slow import slow
 
 from loram_cli.errors import UsageError
 from loram_cli.lora.adapter import LoraAdapter
@@ -55,7 +56,7 @@ def test_factors_are_smaller_and_near_the_base(base, factored):
     assert results["pruned_params"] < results["base_params"]
 
 
-@pytest.mark.parametrize("more", [{}, {"quantize": "nf4"}, {"stream": True}], ids=str)
+@pytest.mark.parametrize("more", [slow({}), {"quantize": "nf4"}, slow({"stream": True})], ids=str)
 def test_recovery_is_the_identity(base, factored, instructions, tmp_path, more):
     train.run(training(factored, tmp_path / "adapter", instructions, **more), SILENT)
     spec = recover.RecoverSpec(adapter=tmp_path / "adapter", model=base, out=tmp_path / "recovered")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.recovery_chain import SILENT, check_training_and_recovery, keep_of
+from helpers.slow import slow
 
 from loram_cli import pipeline
 from loram_cli.arch.registry import family_for
@@ -54,6 +55,7 @@ def test_a_plan_is_pruned_trained_recovered_and_merged(
     check_training_and_recovery(tmp_path, base, instructions)
 
 
+@pytest.mark.slow
 def test_a_global_ranking_is_trained_recovered_and_merged(
     base: Path, instructions: Path, tmp_path: Path
 ):
@@ -78,7 +80,7 @@ def test_a_global_ranking_is_trained_recovered_and_merged(
     check_training_and_recovery(tmp_path, uneven, instructions)
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", ["layer", slow("global")])
 def test_channels_that_are_a_multiple_are_trained_recovered_and_merged(
     base: Path, instructions: Path, tmp_path: Path, scope
 ):
@@ -152,7 +154,7 @@ def card_at(base, ratio, budget):
     return math.ceil(training_memory(family, pruned, setup_of(budget)).total / USABLE_SHARE)
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", ["layer", slow("global")])
 @pytest.mark.parametrize(
     "budget",
     [

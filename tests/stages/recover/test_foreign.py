@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import foreign
 from helpers.recovery_chain import SILENT, base_with_groups_zeroed, close, keep_of, logits
+from helpers.slow import slow
 from safetensors.torch import load_file, save_file
 
 from loram_cli.cli.app import run_command
@@ -77,11 +78,11 @@ def check_same_as_on_pruned(adapter: Path, pruned: Path, full: Path, base: Path)
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        slow({}),
         {"target_modules": r".*\.(q_proj|down_proj)", "use_rslora": True},
         {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": None,
          "rank_pattern": {r"model\.layers\.1\..*q_proj": 2}, "alpha_pattern": {"lm_head": 3}},
-        {"target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1, 2]},
+        slow({"target_modules": ["v_proj", "up_proj"], "layers_to_transform": [1, 2]}),
     ],
     ids=["all-linear", "pattern", "ranks", "layers"],
 )  # fmt: skip

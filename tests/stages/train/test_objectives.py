@@ -49,6 +49,7 @@ def words_of(values: dict[str, object]) -> list[str]:
     return [w for k, v in values.items() for w in (f"--{k.replace('_', '-')}", str(v))]
 
 
+@pytest.mark.slow
 def test_dpo_and_grpo_follow_sft_in_a_run_and_are_recovered(
     run_copy: Path, preferences: Path, instructions: Path, base: Path
 ):

@@ -5,6 +5,7 @@ import signal
 from contextlib import contextmanager
 
 import pytest
+from helpers.slow import slow
 from helpers.tiny_models import make_base
 
 from loram_cli.cli.app import run_command
@@ -33,7 +34,11 @@ def weights(directory):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"quantize": "nf4"}, {"offload_activations": True}],
+    [
+        {},
+        slow({"quantize": "nf4"}),
+        slow({"offload_activations": True}),
+    ],
     ids=["plain", "nf4", "file"],
 )
 def test_the_adapter_is_the_resident_trainings(base, instructions, tmp_path, changes):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.factors import assert_same, trained
+from helpers.slow import slow
 
 from loram_cli.errors import LoramError
 from loram_cli.reporting import NullReporter
@@ -109,9 +110,9 @@ def terminated():
     ("kind", "ends_with", "stop_at"),
     [
         (signal.SIGINT, KeyboardInterrupt, 3),
-        (signal.SIGTERM, SystemExit, 4),
+        slow(signal.SIGTERM, SystemExit, 4),
         # The last of six: nothing is left to train, and still it was asked to stop.
-        (signal.SIGINT, KeyboardInterrupt, 6),
+        slow(signal.SIGINT, KeyboardInterrupt, 6),
         (signal.SIGTERM, SystemExit, 6),
     ],
 )
