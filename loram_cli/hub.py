@@ -28,7 +28,7 @@ def hub_reachable() -> bool:
 
 @contextmanager
 def offline_libraries(offline: bool) -> Iterator[None]:
-    """Have the hub's libraries look in their caches alone while the block runs."""
+    """Have the hub's libraries look only in their caches while the block runs."""
     import datasets.config
     import huggingface_hub.constants
 

@@ -27,7 +27,7 @@ from loram_cli.reading import read_scalar
 from loram_cli.units import GIB, MIB, parse_bytes, parse_params
 
 T = TypeVar("T")
-# An error is a line or two; lm-eval alone knows thousands of tasks.
+# An error is a line or two; lm-eval itself knows thousands of tasks.
 _MOST_NAMES = 16
 _METADATA = "loram"
 # Heading of ``--help`` for where things lie and how a command speaks.

@@ -31,7 +31,7 @@ _PARAMS_PER_UNIT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def common_unit(most_bytes: float) -> tuple[str, int]:
-    """The unit, and its bytes, that one table or picture is told in."""
+    """The unit of one table or picture, and its bytes."""
     return ("GiB", GIB) if most_bytes >= 2 * GIB else ("MiB", MIB)
 
 

@@ -40,7 +40,7 @@ def family_for(config: Mapping[str, Any], where: str) -> Family:
             raise LoramError(
                 f"{where}: model_type '{model_type}' is a multimodal model around a '{text_type}' "
                 f"text model; only the text model can be pruned",
-                "save the text model alone, copy the tokenizer files beside it and pass that: "
+                "save only the text model, copy the tokenizer files beside it and pass that: "
                 f"import transformers as t; m = t.AutoModelForImageTextToText.from_pretrained("
                 f"'{where}'); x = t.{inner[0].architecture}(m.config.text_config); "
                 "x.model, x.lm_head = m.model.language_model, m.lm_head; "

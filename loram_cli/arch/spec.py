@@ -343,7 +343,7 @@ class VllmFacts:
         lora: Whether the class takes adapters at all.
         embeddings: Modules beside the linears that may have factors: ``embedding_modules``.
         refused: Linears, by the last part of their name, that its loader does not expect, since it
-            knows their parts alone (``packed_modules_mapping``).
+            knows only their parts (``packed_modules_mapping``).
     """
 
     backend: Literal["vllm", "transformers"] = "vllm"
@@ -646,7 +646,7 @@ class Family:
     def tensor_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Every tensor that a checkpoint with this config must hold, with its shape.
 
-        Tied heads are left out, since the file has the embedding alone.
+        Tied heads are left out, since the file has only the embedding.
         """
         geometry = self.geometry(config)
         hidden = geometry.hidden_size

@@ -1,7 +1,7 @@
 """Multimodal models around a text model: what of them the text model is.
 
 ``wrappers.json`` names, for each ``model_type``, the module that the text model's own ``model`` is
-inside it. Everything before the recovered adapter sees the text model alone, under the names that
+inside it. Everything before the recovered adapter sees only the text model, under the names that
 it has by itself.
 """
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 # Pieces under way in each direction: with pieces of a few MiB, tens of MiB in all.
 _DEPTH = 4
 _PIECE_BYTES = 4 * MIB
-# Unwritten bytes that the kernel may hold for us. Left alone it collects a tenth of the memory
+# Unwritten bytes that the kernel may hold for us. Unchecked, it collects a tenth of the memory
 # and then stalls every process on the machine while it writes that out.
 _UNSYNCED_BYTES = 128 * MIB
 _END: Any = object()
@@ -39,7 +39,7 @@ def read_ahead(items: Iterable[T]) -> Iterator[Iterator[T]]:
     While the block runs, torch computes in one thread, see :func:`one_torch_thread`.
 
     Args:
-        items: Usually a generator that reads; it runs in the thread alone. What it raises is
+        items: Usually a generator that reads; it runs only in the thread. What it raises is
             raised where the items are used.
     """
     iterator = iter(items)

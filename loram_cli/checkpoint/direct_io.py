@@ -77,7 +77,7 @@ class BufferPool:
         """Memory with anything in it, uint8, shape (count_bytes,)."""
         memory = self._spare.pop() if self._spare else _anonymous(self.count_bytes)
         array = _aligned(memory, self.count_bytes)
-        # Views of the tensor share its storage, and that alone holds the array.
+        # Views of the tensor share its storage, and only that holds the array.
         weakref.finalize(array, self._spare.append, memory).atexit = False
         return torch.from_numpy(array)
 

@@ -56,7 +56,7 @@ class Model:
             raise LoramError(
                 f"{directory}: as a part of a {wrapper.model_type} model, transformers leaves out "
                 f"{scale} of the {family.family} text model: it would be another model by itself",
-                "save the text model alone and pass that",
+                "save only the text model and pass that",
             )
         return cls(directory, config, family, wrapper)
 

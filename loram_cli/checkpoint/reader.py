@@ -97,7 +97,7 @@ class TensorReader:
 
         Args:
             name: Tensor name.
-            rows: Sorted indices of the rows that are wanted; None for all.
+            rows: Sorted indices of the rows to read; None for all.
 
         Yields:
             How many wanted rows went before, and the next ones, shape ``(n, *shape[1:])``; for a
@@ -240,7 +240,7 @@ class _OpenFile:
 
 
 def _past_the_cache(descriptor: int, wanted: bool) -> _OpenFile:
-    """The open file, for unbuffered reads where they are wanted and possible."""
+    """The open file, for unbuffered reads where asked for and possible."""
     large = os.fstat(descriptor).st_size >= LEAST_BYTES
     unbuffered = wanted and large and not is_cached(descriptor) and stop_buffering(descriptor)
     return _OpenFile(descriptor, unbuffered)

@@ -6,7 +6,7 @@ from pathlib import Path
 from loram_cli.errors import LoramError
 from loram_cli.hub import unreachable
 
-# Weights in safetensors alone: a pickle is never fetched, so it can never be loaded.
+# Weights in safetensors only: a pickle is never fetched, so it can never be loaded.
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 # Of a model or an adapter; transformers, PEFT and vLLM read it there as well.
 TEMPLATE_FILE = "chat_template.jinja"
@@ -52,7 +52,7 @@ def resolve_model(
     Args:
         model: The path or id.
         config_only: Fetch ``config.json`` alone from the hub, and no weights.
-        tokenizer_only: Fetch that and the tokenizer's files alone.
+        tokenizer_only: Fetch only that and the tokenizer's files.
         remarks: Fetch the model card, pictures and curves too, which no model reads.
 
     Raises:

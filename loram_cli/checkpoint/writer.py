@@ -122,7 +122,7 @@ class ShardedWriter:
     def write(self, name: str, rows: torch.Tensor) -> None:
         """Append to the next planned tensor: all of it, or its next rows.
 
-        The rows are copied at once; writing them goes on behind.
+        The rows are copied at once and written in the background.
 
         Args:
             name: The tensor's name; must be the plan's next until all of it is there.

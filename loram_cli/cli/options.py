@@ -54,7 +54,7 @@ class RunOptions(JsonOption):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseOptions(RunOptions):
-    """Of a command that is told the base model."""
+    """Of a command that takes the base model."""
 
     model: str | None = setting(
         None,
@@ -77,7 +77,7 @@ class StageOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseStageOptions(StageOptions, BaseOptions):
-    """Of a stage that is told the base model."""
+    """Of a stage that takes the base model."""
 
 
 def settings() -> "Settings":
@@ -90,7 +90,7 @@ def settings() -> "Settings":
 def layered(stage: str, values: Values) -> Values:
     """The flags that were given, over what environment and settings file set for the stage.
 
-    A stage that needs text and is told of none takes the training data that they name.
+    A stage that needs text and gets none takes the training data that they name.
     """
     from loram_cli.config.recipe import on_training_data
 

@@ -67,7 +67,7 @@ def base_of(directory: Path) -> str | None:
 def stage_defaults(place: Place, stage: str, values: Values) -> dict[str, Any]:
     """What the demo base's own recipe sets for a stage; empty for any other model.
 
-    Polishing goes on as the adapter was trained, on any model.
+    Polishing continues with the adapter's own settings, on any model.
     """
     if stage == "polish":
         return _as_trained(values.get("from_adapter") or place.run.output("recover"))
@@ -167,7 +167,7 @@ def full_lora_spec(place: Place, values: Values) -> TrainSpec:
 
 
 def polish_spec(place: Place, values: Values) -> PolishSpec:
-    """The spec of ``polish``: goes on from what ``recover`` wrote, on the base itself.
+    """The spec of ``polish``: continues the output of ``recover`` on the base itself.
 
     Raises:
         LoramError: Nothing was recovered.

@@ -128,7 +128,7 @@ class Recipe:
         if not self.then:
             return
         if self.train is None:
-            raise UsageError(f"{where}: 'then' goes on from 'train', which is missing")
+            raise UsageError(f"{where}: 'then' continues 'train', which is missing")
         named = [self.train.get("objective", "sft"), *(v.get("objective") for v in self.then)]
         for values in self.then:
             if values.get("objective") not in beyond_sft():

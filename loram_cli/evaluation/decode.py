@@ -1,6 +1,6 @@
 """Batched generation with stops of each row's own.
 
-In place of ``generate``: that goes on until the last row has ended and pays for every ended row
+In place of ``generate``: that runs until the last row has ended and pays for every ended row
 on the way. Here ended rows leave the batch, keys and values with them; rows may differ in their
 stops, lengths and temperature; and a sampled row draws from a stream of its own, so that its text
 does not depend on which rows it shares a batch with.
@@ -94,7 +94,7 @@ class Decoder:
         jobs: Sequence[Generation],
         on_token: Callable[[], None] = lambda: None,
     ) -> list[str]:
-        """The texts alone; see :meth:`decode`."""
+        """Only the texts; see :meth:`decode`."""
         return [decoded.text for decoded in self.decode(prompts, jobs, on_token)]
 
     def decode(

@@ -18,7 +18,7 @@ class ResponseCache:
 
     Args:
         path: The file; it and its folder are created on the first answer. None keeps answers in
-            memory alone.
+            memory only.
     """
 
     def __init__(self, path: Path | None = None) -> None:

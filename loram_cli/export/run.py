@@ -19,7 +19,7 @@ class Exported:
 
     Attributes:
         path: The GGUF file.
-        modelfile: Ollama's Modelfile beside it; None for an adapter alone.
+        modelfile: Ollama's Modelfile beside it; None for an adapter without a model.
         modules: Modules of the adapter.
         num_bytes: Of the file; None for an adapter that is not written yet.
         kept_share: How much of the update a merge's rounding left; see :class:`.Merged`. None

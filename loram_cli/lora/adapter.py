@@ -217,7 +217,7 @@ def model_copies(directory: Path) -> dict[str, str]:
 def read_shapes(
     directory: Path, copies: frozenset[str] = frozenset()
 ) -> dict[str, tuple[int, int, int]]:
-    """Per module its output features, input features and rank, from the header alone.
+    """Per module its output features, input features and rank, read from the header only.
 
     Args:
         directory: With ``adapter_config.json``.

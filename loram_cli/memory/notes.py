@@ -20,7 +20,7 @@ _ALWAYS = (
 )
 _STREAMED = (
     "stream: 'train --on full --stream', embedding, head and two decoder layers on the GPU; "
-    "offload: with --offload-activations, for which 'card' is told; RAM: copies of all layers",
+    "offload: with --offload-activations, which 'card' assumes; RAM: copies of all layers",
     "s/step: a floor and no measurement, the slowest of computing, copying from RAM and (or) "
     "reading from the disk; --bus, --disk and --tflops tell it your machine",
 )

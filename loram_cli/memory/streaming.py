@@ -83,7 +83,7 @@ def streamed_training_memory(
     offload_activations: bool = False,
     host_copies: bool = False,
 ) -> StreamedMemory:
-    """Peak memory of LoRA layer by layer, from the config alone.
+    """Peak memory of LoRA layer by layer, from only the config.
 
     Args:
         family: The model's family.

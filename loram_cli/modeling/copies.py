@@ -1,7 +1,7 @@
 """Copies to a GPU that run while it computes: pinned memory, a stream of their own, and events.
 
 A copy from ordinary (pageable) memory goes through a buffer of the driver and holds up whoever
-asked for it. From pinned memory the GPU's copy engine fetches it alone, beside the kernels of
+asked for it. From pinned memory the GPU's copy engine fetches it by itself, beside the kernels of
 another stream. Two orders then have to be kept: a kernel waits for the copy of what it reads, and
 a copy waits for the kernels that still read what it overwrites
 (https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#asynchronous-concurrent-execution).

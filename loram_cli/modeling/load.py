@@ -92,7 +92,7 @@ def narrow_class(family: Family) -> type[Any]:
             set_low_rank(self, family, config.to_dict())
             self.post_init()
 
-    # In its parent's module: transformers renames a published file's tensors for its own alone.
+    # In its parent's module: transformers renames a published file's tensors only for its own.
     members = {"__init__": __init__, "__module__": parent.__module__, "family": family}
     return type(family.architecture, (parent,), members)
 
@@ -219,7 +219,7 @@ def load_config(directory: Path) -> Any:
 
 
 def load_generation_config(directory: Path) -> Any | None:
-    """The directory's generation config, which may alone name the tokens that end an answer.
+    """The directory's generation config, the only file that may name the tokens that end an answer.
 
     Returns:
         None where there is none.

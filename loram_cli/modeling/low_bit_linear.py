@@ -14,7 +14,7 @@ from loram_cli.checkpoint.low_bit_codes import weight_of
 
 
 class LowBitLinear(torch.nn.Linear):
-    """``torch.nn.Linear`` over rows of bytes, frozen; gradients reach the input alone.
+    """``torch.nn.Linear`` over rows of bytes, frozen; gradients reach only the input.
 
     Args:
         plain: The linear that it takes the place of; its bias is taken over.

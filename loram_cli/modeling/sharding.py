@@ -26,7 +26,7 @@ from loram_cli.runs.processes import is_main_process, process_count
 class SharedModel(SkeletonModel):
     """A model in two steps: first its modules, for LoRA to be attached to, then its weights."""
 
-    # FSDP makes parameters of its slices, which torch allows for floating point types alone.
+    # FSDP makes parameters of its slices, which torch allows only for floating point types.
     nf4_storage = torch.bfloat16
 
     def load(self, root: Any, reporter: Reporter) -> None:

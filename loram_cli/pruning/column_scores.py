@@ -87,7 +87,7 @@ def obs_scores(
 def _costs(
     weight: torch.Tensor, inverse: torch.Tensor, groups: torch.Tensor, width: int
 ) -> torch.Tensor:
-    """Squared error of the output by the loss of each group alone, shape (groups,)."""
+    """Squared error of the output by the loss of each single group, shape (groups,)."""
     columns = groups[:, None] * width + torch.arange(width, device=weight.device)
     if width == 1:
         one = columns[:, 0]

@@ -85,7 +85,7 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write the manifest into a directory whose other files are complete.
 
-        It closes with a digest of itself, so that a record edited by hand is told from a true one.
+        It closes with a digest of itself, so that a record edited by hand can be detected.
         """
         (directory / MANIFEST_NAME).write_text(sealed(asdict(self)), "utf-8")
 

@@ -66,7 +66,7 @@ def may_speak(code: int) -> bool:
     The first one says it at once. The others wait: where it failed as well, the launcher ends them
     before they would say the same; where it did not, nobody else would say it. Where the launcher
     is slow to end them, its store tells who spoke already. Exit code 130, Ctrl-C, reaches
-    everyone and is told by the first one.
+    everyone and is reported by the first one.
     """
     try:
         is_main, alone = is_main_process(), process_count() == 1

@@ -26,7 +26,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """What a client is told, in OpenAI's shape.
+    """The error sent to a client, in OpenAI's shape.
 
     Attributes:
         status: Of HTTP.

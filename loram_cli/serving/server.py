@@ -62,7 +62,7 @@ def serve(
         on_ready: Called with the base URL once connections are accepted.
 
     Raises:
-        LoramError: The address cannot be had.
+        LoramError: The address is in use or not allowed.
     """
     try:
         server = _Server(engine, spec, reporter)
@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answered(self._post)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: answers are told by the reporter."""
+        """Say nothing: the reporter reports answers."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Tell what the base class found wrong in the same shape."""
@@ -157,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, ApiError(code, message or status.phrase).to_mapping())
 
     def _answered(self, work: Callable[[], None]) -> None:
-        """Run a request's work; what goes wrong is told in OpenAI's shape."""
+        """Run a request's work; errors are sent in OpenAI's shape."""
         self._begun = False
         try:
             self._check_host()

@@ -63,7 +63,7 @@ def check_neighbour(manifest: Manifest, about: str, parent: Manifest) -> Iterato
     """What an output carries along of its base, against the record that it has it from."""
     if parent.stage not in ("prune", "align", "train", "recover"):
         return
-    # What goes on from a recovered adapter keeps all of the base.
+    # What continues a recovered adapter keeps all of the base.
     if parent.stage != "recover" and manifest.keep != parent.keep:
         yield f"{about} keeps other heads or channels than its record says"
     mine, theirs = manifest.base, parent.base

@@ -1,4 +1,4 @@
-"""Inspect: what a directory is, from its records and headers alone; no weight is read."""
+"""Inspect: what a directory is, from only its records and headers; no weight is read."""
 
 import math
 from collections.abc import Mapping

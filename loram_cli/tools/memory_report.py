@@ -1,4 +1,4 @@
-"""Memory report: what base, pruned and quantized models cost, from configs alone."""
+"""Memory report: what base, pruned and quantized models cost, from only their configs."""
 
 import heapq
 from collections.abc import Iterator

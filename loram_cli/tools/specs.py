@@ -39,7 +39,7 @@ _HOW = re.compile(r"(?P<ratio>\d+\.?\d*|\.\d+)?(:(?P<nf4>nf4))?(:x(?P<multiple>[
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpec(Spec):
-    """One training step, whose memory is told or measured."""
+    """One training step, whose memory is predicted or measured."""
 
     rank: int = setting(8, help=RANK_HELP, at_least=1)
     dropout: float = setting(0.05, help="LoRA dropout.", at_least=0, below=1)
@@ -139,7 +139,7 @@ class MemoryReportSpec(StepSpec):
             )
         if self.data is not None and (self.model is None or self.model.is_file()):
             raise UsageError(
-                "--data needs a tokenizer, which a preset or a config alone does not have",
+                "--data needs a tokenizer, which a preset or a single config does not have",
                 "pass --model DIR, or --length",
             )
         only = self.chosen_strategy.only_ratio
@@ -278,7 +278,7 @@ class VerifyReport:
     """What was found.
 
     Attributes:
-        directories: Every directory that was looked at, the asked one first.
+        directories: Every directory that was checked, the named one first.
         problems: One line each, naming the file.
         notes: What could not be checked, and why.
     """

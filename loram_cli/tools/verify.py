@@ -58,7 +58,7 @@ def _holds_weights(directory: Path) -> bool:
 
 
 class _Walk:
-    """From a directory to its inputs, each one looked at once."""
+    """From a directory to its inputs, each one checked once."""
 
     def __init__(self, spec: VerifySpec, reporter: Reporter) -> None:
         self._spec, self._reporter = spec, reporter

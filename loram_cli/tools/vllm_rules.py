@@ -166,7 +166,7 @@ def _check_base(found: Findings, directory: Path, model: Path, names: list[str])
         return
     facts = family.vllm
     if facts is None:
-        found.notes.append(f"vLLM: nobody has looked at how it loads the family {family.family}")
+        found.notes.append(f"vLLM: loram does not know how it loads the family {family.family}")
         found.problems += _name_problems(directory / WEIGHTS_NAME, names)
         return
     if not facts.lora:

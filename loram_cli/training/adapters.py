@@ -99,7 +99,7 @@ def attach_lora(model: Any, config: Any, *, seed: int) -> Any:
         from peft import get_peft_model
 
         with torch.random.fork_rng(), warnings.catch_warnings():
-            # What PEFT says of a layer that it is told of by register_low_rank.
+            # What PEFT says of a layer that register_low_rank has announced.
             warnings.filterwarnings("ignore", "Unsupported layer type .*LowRankLinear")
             torch.manual_seed(seed)
             model = get_peft_model(model, config)
@@ -140,7 +140,7 @@ def _loaded(
             config.inference_mode = dropout is None
             renamed = None
             if getattr(model, "wrapper", None) is not None:
-                # It has the multimodal model's names, and this is the text model alone.
+                # It has the multimodal model's names, and this is only the text model.
                 renamed = read_adapter(adapter_dir, model.wrapper)
                 for key in RENAMED:
                     setattr(config, key, renamed.config[key])

@@ -12,7 +12,7 @@ SPEC, OPTIONS = DataSpec, BaseOptions
 def command(values: Values, options: BaseOptions) -> None:
     """Show what training would learn from a data set: rows, lengths, what is left out and why.
 
-    Nothing is trained, and no weights are read: the tokenizer alone decides. Settings of 'train'
+    Nothing is trained, and no weights are read: only the tokenizer decides. Settings of 'train'
     that change what is learnt hold here as well, from wherever they are set.
     """
     from loram_cli.cli.draw.console import print_json

@@ -18,7 +18,7 @@ class ReportOptions(RunOptions):
     model: str | None = setting(
         None,
         env="LORAM_MODEL",
-        help="Base model: a directory, a config.json or a hub id (its config alone is fetched). "
+        help="Base model: a directory, a config.json or a hub id (only its config is fetched). "
         "Else the run's, or the demo base.",
     )
     plot: Path | None = setting(None, help="Also draw the bars into this PNG file.")

@@ -13,7 +13,7 @@ SPEC, OPTIONS = VerifySpec, JsonOption
 def command(values: Values, options: JsonOption) -> None:
     """Check files, shapes and ancestry of a directory against what was recorded.
 
-    Every file of an output is hashed, and files that were added are told. Of a base, the quick form
+    Every file of an output is hashed, and added files are listed. Of a base, the quick form
     compares 16 windows of 4 KiB of every tensor, the config and the tokenizer's files; with --full
     every byte, where it was recorded when the base was pruned (up to 1 GiB) or lies in the hub's
     cache. Before a stage uses an input, it makes the same comparison of files up to 256 MiB.

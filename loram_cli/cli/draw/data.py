@@ -14,7 +14,7 @@ _BAR_CELLS = 40
 _BINS = 12
 _SHOWN_CHARS = 2000
 _LEARNT, _AVOIDED = "bold green", "bold red"
-# Where there is no colour; no text that is looked at holds them by chance.
+# Where there is no colour; no shown text holds them by chance.
 _OPEN, _CLOSE = "⟦", "⟧"
 _OPEN_AVOIDED, _CLOSE_AVOIDED = "⟦-", "-⟧"
 

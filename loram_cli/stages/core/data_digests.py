@@ -18,7 +18,7 @@ DATA_SETTINGS = ("data", "eval_data", "calibration")
 def data_records(spec: Spec) -> dict[str, dict[str, str]]:
     """The manifest's records of the data that a spec names.
 
-    A data set on the hub is known by its name alone, which stands in the spec.
+    A data set on the hub is known only by its name, which is in the spec.
 
     Raises:
         LoramError: A file is not there, or cannot be read.

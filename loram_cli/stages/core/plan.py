@@ -33,7 +33,7 @@ class StagePlan(Generic[W]):
         stage: Its name.
         reads: Directories and data that it reads.
         writes: The directory that it makes.
-        work: What the stage has worked out and goes on with: opened models, widths.
+        work: What the stage has worked out and will use: opened models, widths.
         inputs: Per input its path and digests, for the manifest.
         base: Identity of the original base, carried along.
         keep: Kept indices, carried along.

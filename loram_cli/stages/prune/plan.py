@@ -1,4 +1,4 @@
-"""What pruning will do, known from config and index alone."""
+"""What pruning will do, known from only config and index."""
 
 import math
 from collections.abc import Mapping
@@ -276,7 +276,7 @@ def _renamed(plan: TensorPlan, old: str, new: str) -> TensorPlan:
     """The plan of a layer's tensor that is written under another layer's name."""
     if not plan.pieces or old == new:
         return plan
-    # The names differ in the layer's index alone.
+    # The names differ only in the layer's index.
     parts = zip(old.split("."), new.split("."), strict=True)
     place, index = next((i, now) for i, (was, now) in enumerate(parts) if was != now)
 

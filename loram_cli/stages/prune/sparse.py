@@ -62,7 +62,7 @@ def write_sparse(
 
 
 def sparsity_record(spec: PruneSpec, result: PruneResult) -> dict[str, Any]:
-    """What later stages are told: that zeros are to stay zeros, and where they are."""
+    """A record for later stages: zeros must stay zeros, and where they are."""
     return {
         "strategy": spec.strategy,
         "sparsity": spec.ratio,

@@ -278,7 +278,7 @@ class PruneSpec(Spec):
                 raise UsageError(
                     f"{flag(self, name)} finds a ratio of heads and channels, and goes without "
                     "--experts-ratio",
-                    "pass --experts-ratio alone, or with --ratio",
+                    "pass only --experts-ratio, or both it and --ratio",
                 )
         if self.scope == "global" and self.experts_method == "rand":
             raise UsageError(

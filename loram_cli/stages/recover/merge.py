@@ -54,7 +54,7 @@ def plan(spec: MergeSpec, reporter: Reporter, *, count: bool = False) -> StagePl
 
 
 def plan_ahead(spec: MergeSpec, adapter_bytes: int) -> StagePlan[None]:
-    """The plan of a merge whose adapter is still to be recovered: from the base alone.
+    """The plan of a merge whose adapter is not recovered yet: from the base only.
 
     Raises:
         LoramError: No disk, or no whole base.

@@ -9,7 +9,7 @@ from loram_cli.schema import redefined, setting
 from loram_cli.stages.fit.spec import RANK_HELP, FitSpec, Quantization
 from loram_cli.training.choices import Keep
 
-# Where neither epochs nor steps are told.
+# Where neither epochs nor steps are given.
 EPOCHS = 3.0
 SFT_RATE = 2e-4
 # Ten times TRL's own of whole models, as LoRA's best rates are ("LoRA Without Regret").

@@ -45,7 +45,7 @@ class Chat:
 
         A template that marks what the assistant writes says what is learnt. Of others, a turn is
         what a rendering with it has more than one that only opens it. Where a template writes
-        earlier turns differently as a conversation goes on, so that a turn cannot be found, the
+        earlier turns differently as a conversation grows, so that a turn cannot be found, the
         conversation gives one example for each of its turns.
 
         Raises:

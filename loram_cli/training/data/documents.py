@@ -85,14 +85,14 @@ def load_instructions(
     seed: int = 0,
     exhausted: Exhausted = "stop",
 ) -> Sequence[Example]:
-    """Examples to fine-tune on; each record's layout is told by its fields.
+    """Examples to fine-tune on; each record's fields tell its layout.
 
     ``question``/``answer`` is rendered exactly as lm-eval's gsm8k does, ``instruction``/``output``
     by Alpaca's template, ``messages`` by the tokenizer's chat template, a whole conversation as
     one example; ``text`` is learnt whole.
 
     ``source`` is as for :func:`load_text`, or ``demo:train``, ``demo:validation``, ``demo:test``.
-    What is left out, changed or not used is told once with its count; ``limit`` counts records.
+    One line with its count says what is left out, changed or not used; ``limit`` counts records.
     Examples that exceed :data:`.spool.MEMORY_BYTES` are kept in a file.
 
     Raises:

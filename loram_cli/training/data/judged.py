@@ -95,7 +95,7 @@ def load_judged(
         only = "good" if found[0].good else "bad"
         raise LoramError(
             f"{source}: all {len(found)} answers are {only}",
-            "kto learns from good and bad ones; from good ones alone learns --objective sft",
+            "kto learns from good and bad ones; for good ones only, pass --objective sft",
         )
     return found
 

@@ -213,7 +213,7 @@ def _unknown(record: Record) -> LoramError:
 
 def _answer_of(fields: Fields, layout: Layout) -> str:
     key = fields.first_of(_ANSWERS[layout])
-    assert key is not None, "the layout is told by its answer"
+    assert key is not None, "the layout is known by its answer"
     return key
 
 
@@ -237,7 +237,7 @@ def _conversation(fields: Fields, chat: Chat, train_on: TrainOn) -> list[Example
 def _instruction(fields: Fields, chat: Chat, train_on: TrainOn) -> Example:
     """Alpaca's layout; earlier turns of a ``history`` stand before it, and are learnt as well."""
     key = fields.first_of(_INSTRUCTION)
-    assert key is not None, "the layout is told by it"
+    assert key is not None, "the layout is known by it"
     instruction = fields.text(key)
     context = fields.text_if_any(*(k for k in _CONTEXT if k != key))
     opening = fields.text_if_any(*SYSTEM_KEYS)

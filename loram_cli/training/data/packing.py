@@ -54,7 +54,7 @@ def padded_tokens(layout: Layout, lengths: Sequence[int], *, multiple: int = 1) 
 
 
 def usable_packing(asked: Packing, family: Family, attention: str) -> Packing:
-    """What can be had of a model: ``auto`` takes the least that a pass costs.
+    """The packing that a model supports: ``auto`` takes the cheapest pass.
 
     Args:
         asked: By the user.

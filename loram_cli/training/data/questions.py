@@ -162,7 +162,7 @@ def _question(record: Record, chat: Chat) -> Question:
             raise UnusableRecord(record.where, f"'{name}' is null")
     answer = fields["answer"]
     if isinstance(answer, int | float) and not isinstance(answer, bool):
-        # The number alone is all that is compared.
+        # Only the number is compared.
         chat.tally.change("a numeric answer was read as '#### N'", record.where)
         answer = f"{_MARK} {answer:g}" if isinstance(answer, float) else f"{_MARK} {answer}"
     answer = as_text(answer, "field 'answer'", record.where, chat.tally)

@@ -71,9 +71,9 @@ class Chain(Lazy[T]):
 
 
 class Spool(Lazy[T]):
-    """A list that goes on in a file once it holds too much.
+    """A list that continues in a file once it holds too much.
 
-    The file has no name and goes with the process, which alone reads and writes it: what is
+    The file has no name and goes with the process, the only one that reads and writes it: what is
     unpickled is what was pickled.
 
     Args:

@@ -119,7 +119,7 @@ def tokenize_examples(
 
     Prompt and completion are tokenized as one text, as they meet when the model generates.
 
-    Longer rows are cut at the end, and one left without an answer is dropped; the user is told.
+    Longer rows are cut at the end, and one left without an answer is dropped, with a warning.
 
     Raises:
         LoramError: No row is left.

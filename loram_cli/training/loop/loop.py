@@ -235,7 +235,7 @@ def fit_job(
 
 
 def _ended(found: Found, options: FitOptions) -> dict[str, Any] | None:
-    """The trainer's state in a checkpoint with which training has ended; None where it goes on."""
+    """The trainer's state in a checkpoint whose training has ended; None while unfinished."""
     if found.path is None:
         return None
     state: dict[str, Any] = json.loads((found.path / "trainer_state.json").read_text("utf-8"))

@@ -360,7 +360,7 @@ def training_arguments(
         disable_tqdm=True,
         report_to="none",
         seed=options.seed,
-        # TRL's own default, which its trainers are told off, may have the same name.
+        # TRL's own default, which its trainers do not use, may have the same name.
         **{**more, **_checkpointing(arguments_class, options.gradient_checkpointing)},
     )
     # Several visible GPUs would be wrapped in DataParallel, which a model placed on one cannot use.
@@ -369,7 +369,7 @@ def training_arguments(
 
 
 def _checkpointing(arguments_class: type[TrainingArguments], enabled: bool) -> dict[str, Any]:
-    # Renamed in transformers 5.2x; TrainingArguments of before know the older name alone.
+    # Renamed in transformers 5.2x; older TrainingArguments know only the older name.
     known = {field.name for field in fields(arguments_class)}
     name = f"{'activation' if 'activation_checkpointing' in known else 'gradient'}_checkpointing"
     return {name: enabled, f"{name}_kwargs": {"use_reentrant": False}}

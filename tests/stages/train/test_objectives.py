@@ -153,7 +153,7 @@ def test_one_recipe_does_sft_then_dpo_then_grpo_with_rewards_of_ones_own(
     [
         ("train: {}\nthen: [{objective: sft}]", "unknown objective 'sft'"),
         ("train: {}\nthen: [{objective: dpo}, {objective: dpo}]", "two trainings of the same"),
-        ("then: [{objective: dpo}]", "goes on from 'train', which is missing"),
+        ("then: [{objective: dpo}]", "continues 'train', which is missing"),
         ("train: {}\nthen: [{objective: dpo, stepz: 1}]", "unknown key 'stepz'"),
         ("train: {}\nfull_lora: true\nthen: [{objective: dpo}]", "full_lora repeats 'train' alone"),
     ],

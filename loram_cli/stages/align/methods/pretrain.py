@@ -24,7 +24,7 @@ def pretrain(work: Alignment, reporter: Reporter) -> MethodResult:
 
 
 def frozen_params(spec: AlignSettings, model: Model) -> int:
-    """Parameters that training leaves alone: those of an untied head, unless it is trained too."""
+    """Parameters that stay frozen: those of an untied head, unless it is trained too."""
     head = model.index.tensors.get(f"{model.family.lm_head}.weight")
     return 0 if head is None or spec.train_lm_head else math.prod(head.shape)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _settings(spec: TrainSettings) -> Mapping[str, Any]:
-    # TRL's own, but for dropout, without which policy and reference differ by training alone.
+    # TRL's own, but for dropout, without which policy and reference differ only by training.
     return {"dropout": 0.0, "beta": 0.1, "learning_rate": POLICY_RATE}
 
 

@@ -29,7 +29,7 @@ _LONGEST_COMPLETION = 256
 
 
 def _settings(spec: TrainSettings) -> Mapping[str, Any]:
-    # TRL's own, but for dropout, without which policy and reference differ by training alone.
+    # TRL's own, but for dropout, without which policy and reference differ only by training.
     return {
         "dropout": 0.0,
         "learning_rate": POLICY_RATE,

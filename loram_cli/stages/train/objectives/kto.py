@@ -1,4 +1,4 @@
-"""Objective ``kto``: learns from answers that are good or bad, each alone (arXiv 2402.01306)."""
+"""Objective ``kto``: learns from single answers that are good or bad (arXiv 2402.01306)."""
 
 from collections.abc import Mapping
 from pathlib import Path

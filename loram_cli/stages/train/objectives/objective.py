@@ -86,7 +86,7 @@ def check_policy(spec: TrainSettings) -> None:
     if spec.dropout:
         raise UsageError(
             f"--dropout does not go with --objective {spec.objective}",
-            "policy and reference are to differ by what is learnt alone",
+            "policy and reference must differ only by what is learnt",
         )
     for flag, value, usual in (
         ("--loss-on", spec.loss_on, "answer"),

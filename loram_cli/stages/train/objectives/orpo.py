@@ -41,6 +41,6 @@ OBJECTIVE = replace(
     settings=_settings,
     check=_check,
     prepare=_prepare,
-    # No reference: what is learnt is measured against the other answer alone.
+    # No reference: only the other answer is compared with.
     more_bytes=lambda *_: 0,
 )
