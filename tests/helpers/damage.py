@@ -348,10 +348,8 @@ def manifest_by_hand(*, sealed: bool) -> Damage:
 def data_lines(folder: Path, draw: random.Random) -> str:
     good = json.dumps({"prompt": "a", "completion": "b"})
     bad = draw.choice([
-        b"{", b"[]", b"3", b"null", b'{"prompt": 3, "completion": "b"}', b'{"completion": "b"}',
-        b'{"prompt": "a\xff", "completion": "b"}', b"\x00\x01\x02", b'{"x": 1}',
-        b'{"messages": 3}', b'{"messages": [3]}', b'{"messages": [{"role": "user"}]}',
-        b'{"prompt": null, "completion": null}', b"[" * 100_000, b'{"prompt": {"a": 1}, "completion": "b"}',
+        b"{", b"[]", b"3", b"null", b'{"completion": "b"}', b'{"x": 1}', b"[" * 100_000,
+        b'{"prompt": "a\xff", "completion": "b"}', b"\x00\x01\x02",
     ])  # fmt: skip
     lines = [good.encode()] * 4
     lines.insert(draw.randrange(5), bad)

@@ -65,7 +65,7 @@ def read_conversation(
         UnusableRecord: A message lacks role or content, or no turn is to be learnt.
         LoramError: A message has parts other than text.
     """
-    if isinstance(turns, str | Mapping) or not turns:
+    if not isinstance(turns, list | tuple) or not turns:
         raise UnusableRecord(fields.where, f"field '{key}' must be a list of messages")
     messages: list[Message] = []
     learnt: list[int] = []

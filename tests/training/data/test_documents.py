@@ -204,6 +204,8 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("a.jsonl", GOOD.encode() + b'{"prompt": "\xff"}', r"line 2: not UTF-8 .*0xff"),
         ("a.jsonl", "", r"a\.jsonl: no examples"),
         ("a.jsonl", '{"messages": []}', r"line 1: field 'messages' must be a list of messages"),
+        ("a.jsonl", '{"messages": 3}', r"line 1: field 'messages' must be a list of messages"),
+        ("a.jsonl", '{"messages": [3]}', r"line 1, message 1: a message of 'messages' needs"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', r"line 1, message 1: .* needs 'role'"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', r"no message of the assis"),
         ("a.jsonl", "[" * 100_000, r"line 1: JSON is nested too deeply"),
