@@ -77,5 +77,8 @@ def _figure(name: str, value: Any) -> str:
     if name == "params":
         return f"a model of {format_params(int(value))} parameters"
     if name.endswith("_params"):
-        return f"{format_params(int(value))} {name.removesuffix('_params')} parameters"
-    return f"{value:,} {name.replace('_', ' ')}"
+        of = name.removesuffix("_params").replace("lora", "LoRA")
+        return f"{format_params(int(value))} {of} parameters"
+    words = name.replace("_", " ")
+    counted = any(word.endswith("s") for word in words.split())
+    return f"{value:,} {words}" if counted else f"{words} {value:,}"
