@@ -252,11 +252,25 @@ def _unknown_draws() -> LoramError:
     )
 
 
+def _are_experts(module: torch.nn.Module) -> bool:
+    """Whether a module holds the weights of all its experts at once, shape (experts, ..., ...)."""
+    own = list(module.parameters(recurse=False))
+    return any(p.ndim == 3 for p in own) and not any(p.requires_grad for p in own)
+
+
+def _zeros_like_input(hidden: torch.Tensor, *routing: Any) -> torch.Tensor:
+    """What experts give: as many numbers as they get."""
+    return torch.zeros_like(hidden)
+
+
 @contextmanager
 def _linears_bypassed(parts: ModelParts) -> Iterator[None]:
-    """Frozen linears give zeros, of the type that they would give."""
-    bypassed = []
+    """Frozen linears and fused experts give zeros, of the type that they would give."""
+    bypassed: list[Any] = []
     for module in parts.inner.modules():
+        if _are_experts(module):
+            module.forward = _zeros_like_input
+            bypassed.append(module)
         if not isinstance(module, torch.nn.Linear) or module.weight.requires_grad:
             continue
 
