@@ -36,7 +36,10 @@ def test_a_pruned_model_gives_the_same_loss_and_gradients_when_shared_out(finish
     check_shared([finished_run / "pruned"])
 
 
+# Some at a time, since each time two processes import torch.
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_family_gives_the_same_loss_and_gradients_when_shared_out(tmp_path):
-    check_shared([variant.save(tmp_path / variant.name) for variant in VARIANTS])
+@pytest.mark.parametrize("first", range(0, len(VARIANTS), 8))
+def test_every_family_gives_the_same_loss_and_gradients_when_shared_out(first, tmp_path):
+    some = VARIANTS[first : first + 8]
+    check_shared([variant.save(tmp_path / variant.name) for variant in some])
