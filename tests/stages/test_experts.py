@@ -187,7 +187,8 @@ def test_layers_without_some_experts_are_fitted_and_recover(
     variant: Variant, text_file: Path, instructions: Path, tmp_path: Path
 ):
     base = variant.save(tmp_path / "base")
-    pruned(base, tmp_path / "pruned", **by_text(text_file))
+    # Drawn: of random models, some send every token to the same few experts, which would stay.
+    pruned(base, tmp_path / "pruned", strategy="rand")
     spec = align.AlignSpec(
         source=tmp_path / "pruned", out=tmp_path / "aligned", data=str(text_file), model=base,
         method=("reconstruct", "pretrain", "distill"), steps=2, batch=2, micro_batch=2,

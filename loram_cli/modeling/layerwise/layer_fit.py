@@ -195,19 +195,15 @@ class _Goals:
         traced = self._trace(before)
         self._adds_up[start] = traced.adds_up(before)
         tensors = (*traced.outputs, traced.out)
-        if all(tensor.shape == traced.out.shape for tensor in tensors):
-            if not self._kept:
-                self._kept = [self._pool.new() for _ in tensors]
-            for boundary, tensor in zip(self._kept, tensors, strict=True):
-                boundary.write(start, tensor)
+        if not self._kept:
+            self._kept = [self._pool.new() for _ in tensors]
+        for boundary, tensor in zip(self._kept, tensors, strict=True):
+            boundary.write(start, tensor)
         return _Goal(before, traced.outputs, traced.out, self._adds_up[start])
 
     def read(self, start: int) -> _Goal:
         """What the layer gave on a batch."""
         before = self._theirs(start)
-        if not self._kept:
-            traced = self._trace(before)
-            return _Goal(before, traced.outputs, traced.out, self._adds_up[start])
         stop = start + len(before)
         *outputs, out = (kept.read(start, stop).to(before.device) for kept in self._kept)
         return _Goal(before, tuple(outputs), out, self._adds_up[start])
@@ -351,7 +347,12 @@ class _Run:
     def _trace(self, layer: DecoderLayer, hidden: torch.Tensor) -> _Trace:
         with _recorded(layer.module, self._modules) as seen:
             out = layer(hidden)
-        inputs, outputs = zip(*(seen[name] for name in self._modules), strict=True)
+        # A mixture hands its shared experts the tokens of all sequences in a row.
+        sequences = out.shape[:-1]
+        inputs, outputs = (
+            tuple(tensor.reshape(*sequences, -1) for tensor in tensors)
+            for tensors in zip(*(seen[name] for name in self._modules), strict=True)
+        )
         return _Trace(out, inputs, outputs)
 
 

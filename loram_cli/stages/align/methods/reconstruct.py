@@ -76,7 +76,11 @@ def reconstruct(work: Alignment, reporter: Reporter) -> MethodResult:
             )  # fmt: skip
         for i, fit in fits:
             _write_fit(fit, folder / str(i))
-            errors[str(i)] = (round(fit.error_before, 5), round(fit.error_after, 5))
+            # Digits, not decimals: a layer that changes little errs by little.
+            errors[str(i)] = (
+                float(f"{fit.error_before:.4g}"),
+                float(f"{fit.error_after:.4g}"),
+            )
     before = _held_out_loss(work, source, reporter)
     _write_checkpoint(work, folder, reporter)
     after = _held_out_loss(work, Model.open(work.out), reporter)
