@@ -30,6 +30,8 @@ from loram_cli.stages.recover import stage as recover
 from loram_cli.stages.train import stage as train
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+SCORES = ("loss", "exact")
+Row = dict[str, Any]
 TARGETS = {"attention": (*ATTENTION, "lm_head"), "experts": (*ATTENTION, "lm_head", "experts")}
 
 
@@ -73,7 +75,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     return found
 
 
-def measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+def measure(cell: Cell, options: argparse.Namespace) -> Row:
     """Fine-tune as the cell says, and score the full model with what came out."""
     begun = time.monotonic()
     work = options.out / "work"
@@ -122,32 +124,27 @@ def small_model(cell: Cell, options: argparse.Namespace) -> Path:
     return out
 
 
-def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+def report(rows: list[Row], options: argparse.Namespace) -> str:
     """The tables, by where the factors are: a row an importance and alignment, a column a ratio."""
     return "\n\n".join(_table(rows, targets, options) for targets in options.targets)
 
 
-def _table(rows: list[dict[str, Any]], targets: str, options: argparse.Namespace) -> str:
+def _table(rows: list[Row], targets: str, options: argparse.Namespace) -> str:
     mine = [row for row in rows if row["targets"] == targets]
-    base = {row["seed"]: row for row in rows if row["targets"] == "none"}
+    base = next(row for row in rows if row["targets"] == "none")
     full = {row["seed"]: row for row in mine if row["importance"] is None}
-    kept: dict[tuple[str, tuple[str, ...], float], list[tuple[float, float]]] = defaultdict(list)
+    kept: dict[tuple[str, tuple[str, ...], float], list[Row]] = defaultdict(list)
     for row in mine:
-        if row["importance"] is None or row["seed"] not in full:
-            continue
-        ends = base[row["seed"]], full[row["seed"]]
-        shares = [
-            (row[what] - ends[0][what]) / (ends[1][what] - ends[0][what])
-            for what in ("loss", "exact")
-        ]
-        key = row["importance"], tuple(row["method"]), row["ratio"]
-        kept[key].append((shares[0], shares[1]))
+        if row["importance"] is not None and row["seed"] in full:
+            best = full[row["seed"]]
+            shares = {what: _share(row[what], base[what], best[what]) for what in SCORES}
+            kept[row["importance"], tuple(row["method"]), row["ratio"]].append(shares)
     ratios = sorted(options.ratios)
     lines = [
         f"Factors on {targets}: " + "; ".join(
             f"{name}: loss {mean(r['loss'] for r in ends.values()):.3f}, "
             f"exact match {mean(r['exact'] for r in ends.values()):.2f}"
-            for name, ends in (("base", base), ("full LoRA", full)) if ends
+            for name, ends in (("base", {0: base}), ("full LoRA", full)) if ends
         ),
         "",
         "| experts by | aligned by | " + " | ".join(f"{r:g} dropped" for r in ratios) + " |",
@@ -155,16 +152,21 @@ def _table(rows: list[dict[str, Any]], targets: str, options: argparse.Namespace
     ]  # fmt: skip
     for importance in options.importances:
         for method in options.methods:
-            found = [kept.get((importance, method, ratio)) for ratio in ratios]
-            cells = [
-                f"{mean(s[0] for s in shares):.2f} / {mean(s[1] for s in shares):.2f}"
-                if shares
-                else "-"
-                for shares in found
-            ]
+            found = [kept.get((importance, method, ratio), []) for ratio in ratios]
+            cells = [" / ".join(_mean(shares, what) for what in SCORES) for shares in found]
             aligned = ", then ".join(method) or "nothing"
             lines.append(f"| {importance} | {aligned} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _share(found: float, base: float, full: float) -> float | None:
+    """Of full LoRA's gain; None where that has gained nothing."""
+    return (found - base) / (full - base) if full != base else None
+
+
+def _mean(shares: list[Row], what: str) -> str:
+    values = [row[what] for row in shares if row[what] is not None]
+    return f"{mean(values):.2f}" if values else "-"
 
 
 def main() -> None:
@@ -182,15 +184,14 @@ def main() -> None:
     if not rows:
         # Outputs of other settings are not taken for those of these.
         shutil.rmtree(options.out / "work", ignore_errors=True)
-        untrained = score(options, options.base)
-        rows = [{"seed": seed, "targets": "none", **untrained} for seed in options.seeds]
-        _keep(file, settings, "base", rows)
+        rows = [{"targets": "none", **score(options, options.base)}]
+        _keep(file, settings, "base", rows[0])
     done = {row["cell"] for row in rows}
     todo = [cell for cell in cells(options) if digest_of(asdict(cell)) not in done]
     for number, cell in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {cell}", flush=True)
         row = measure(cell, options)
-        _keep(file, settings, digest_of(asdict(cell)), [row])
+        _keep(file, settings, digest_of(asdict(cell)), row)
         rows.append(row)
         print(f"    loss {row['loss']} exact {row['exact']} in {row['seconds']} s", flush=True)
     text = report(rows, options)
@@ -198,11 +199,10 @@ def main() -> None:
     print(text)
 
 
-def _keep(file: Path, settings: str, cell: str, rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        row |= {"settings": settings, "cell": cell}
+def _keep(file: Path, settings: str, cell: str, row: Row) -> None:
+    row |= {"settings": settings, "cell": cell}
     with file.open("a") as stream:
-        stream.write("".join(json.dumps(row) + "\n" for row in rows))
+        stream.write(json.dumps(row) + "\n")
 
 
 def _options() -> argparse.Namespace:
