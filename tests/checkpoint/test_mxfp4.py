@@ -8,7 +8,7 @@ import torch
 from helpers.mxfp4_files import drawn, save_twins
 from safetensors.torch import load_file, save_file
 
-from loram_cli.checkpoint.index import read_config
+from loram_cli.checkpoint.index import CheckpointIndex, read_config
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.mxfp4_codes import dequantize
 from loram_cli.checkpoint.reader import TensorReader
@@ -82,7 +82,7 @@ def test_a_broken_pair_is_named(change, said: str, twins, tmp_path: Path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((twins[0] / "config.json").read_bytes())
     with pytest.raises(LoramError, match=said):
-        Model.open(tmp_path).check_whole()
+        CheckpointIndex.open(tmp_path)
 
 
 def test_other_families_and_formats_stay_refused(twins, tmp_path: Path):
