@@ -13,7 +13,7 @@ from typing import Any
 
 from loram_cli.arch.registry import families
 from loram_cli.arch.spec import Family
-from loram_cli.checkpoint.header import DTYPES, TensorEntry
+from loram_cli.checkpoint.header import DTYPES, DType, TensorEntry
 from loram_cli.errors import LoramError
 
 METHOD = "mxfp4"
@@ -85,7 +85,7 @@ def _is_experts(name: str, family: Family) -> bool:
     return family.experts is not None and rest in family.experts.parameters
 
 
-def _entry(name: str, blocks: TensorEntry, scales: TensorEntry, dtype: Any) -> Mxfp4Entry:
+def _entry(name: str, blocks: TensorEntry, scales: TensorEntry, dtype: DType) -> Mxfp4Entry:
     byte = DTYPES["U8"]
     shape = blocks.shape
     fit = len(shape) == 4 and scales.shape == shape[:3] and shape[3] == BLOCK // 2
