@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 BENCHMARKS := tests/benchmarks
 
 .PHONY: help demo test test-fast test-slow lint docs clean
-.PHONY: bench bench-huge bench-quality bench-gain bench-objectives bench-gpu
+.PHONY: bench bench-huge bench-quality bench-experts bench-gain bench-objectives bench-gpu
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; \
@@ -55,6 +55,11 @@ bench-huge: $(VENV)/installed ## streaming a checkpoint larger than its memory l
 
 bench-quality: $(VENV)/installed ## how much of full LoRA's gain is kept (hours; ARGS=--quick: minutes)
 	$(BIN)/python $(BENCHMARKS)/quality.py $(ARGS)
+
+bench-experts: $(VENV)/installed ## the same for experts that are dropped, on a mixture that it trains first
+	test -f bench-experts/base/config.json || \
+		$(BIN)/python $(BENCHMARKS)/train_base.py --mixture --out bench-experts/base
+	$(BIN)/python $(BENCHMARKS)/experts.py --base bench-experts/base $(ARGS)
 
 bench-gain: $(VENV)/installed ## gain kept by each small model of a real base, for each byte (ARGS=--help)
 	$(BIN)/python $(BENCHMARKS)/gain $(ARGS)

@@ -60,6 +60,7 @@ class Experts:
         stored: By name inside the layer, the names of what files hold in its place, to be joined
             along the rows; a ``*`` stands for the expert's index. One name without it only
             renames the tensor.
+        mxfp4: Whether published files may hold the parameters in MXFP4.
     """
 
     module: str
@@ -70,6 +71,7 @@ class Experts:
     groups_chosen: str | None = None
     transposed: bool = False
     stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    mxfp4: bool = False
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> "Experts":

@@ -53,6 +53,7 @@ class LinearModule:
             next (``q0 k0 v0 q1 k1 v1``), in place of one after the other.
         kinds: The kinds of layer that have it; empty when all have.
         lora: Whether it can have LoRA factors: fused kernels read some weights past their module.
+        when: What the config must say for it to exist; empty: it always does.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LinearModule:
     interleaved: bool = False
     kinds: tuple[str, ...] = ()
     lora: bool = True
+    when: Condition = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class LayerGeometry:
         groups_chosen: How many of the groups a token may use.
         fixed: Products of config keys that its tensors run over, with their value.
         ranks: Ranks of the linear modules that are held as two factors, by name.
+        absent: Names of the linear modules that the config leaves out.
     """
 
     num_attention_heads: int
@@ -175,6 +178,7 @@ class LayerGeometry:
     groups_chosen: int = 1
     fixed: tuple[tuple[str, int], ...] = ()
     ranks: tuple[tuple[str, int], ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def queries_per_key_value(self) -> int:
@@ -455,6 +459,7 @@ class Family:
                 interleaved=module.get("interleaved", False),
                 kinds=tuple(module.get("kinds", ())),
                 lora=module.get("lora", True),
+                when=module.get("when", {}),
             )
             for module in data["modules"]
         )
@@ -534,6 +539,7 @@ class Family:
                 )
         # A product is the same in every layer, and dearer to work out than to look up.
         fixed = tuple((axis, _product(axis, full)) for axis in self._products)
+        absent = tuple(module.name for module in self.modules if not _holds(module.when, full))
         ranks = full.get(LOW_RANK) or {}
         layers = tuple(
             replace(
@@ -544,6 +550,7 @@ class Family:
                 has_experts=self.experts is not None and self._has_experts(kind),
                 fixed=fixed,
                 ranks=tuple(ranks.get(str(i), {}).items()),
+                absent=absent,
             )
             for i, (layer, kind) in enumerate(zip(geometry.layers, kinds, strict=True))
         )
@@ -596,7 +603,11 @@ class Family:
         Args:
             layer: Its widths.
         """
-        return tuple(m for m in self.modules if not m.kinds or layer.kind in m.kinds)
+        return tuple(
+            m
+            for m in self.modules
+            if (not m.kinds or layer.kind in m.kinds) and m.name not in layer.absent
+        )
 
     def module_named(self, name: str) -> tuple[int, LinearModule] | None:
         """The layer index and module behind a full module name, or None if there is none.

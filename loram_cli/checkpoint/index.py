@@ -14,6 +14,7 @@ from loram_cli.checkpoint.config_values import check_values
 from loram_cli.checkpoint.header import Piece, TensorEntry, read_header
 from loram_cli.checkpoint.json_files import read_json as read_json
 from loram_cli.checkpoint.low_bit import CONFIG_KEY, LowBit, as_weight
+from loram_cli.checkpoint.mxfp4 import takes_mxfp4, with_float_experts
 from loram_cli.checkpoint.widths import check_required, check_widths
 from loram_cli.errors import LoramError
 
@@ -142,6 +143,8 @@ def _with_module_names(
                 last = config["num_hidden_layers"] + (config.get(family.further_layers) or 1)
                 further = tuple(map(family.layer_prefix, range(config["num_hidden_layers"], last)))
                 tensors = {n: e for n, e in tensors.items() if not n.startswith(further)}
+            if family.experts is not None and family.experts.mxfp4:
+                tensors = with_float_experts(directory, tensors, family)
             if family.experts is not None:
                 tensors = _with_stacked_experts(directory, tensors, family, family.experts)
     return tensors
@@ -238,6 +241,9 @@ def _with_weights(directory: Path, tensors: dict[str, TensorEntry]) -> dict[str,
 def read_config(directory: Path) -> dict[str, Any]:
     """The parsed ``config.json``; of a multimodal model that we know, its text model's config.
 
+    Of a model whose experts are read from MXFP4 it does not say so: to all that reads it, and in
+    what is made of it, they are floating numbers.
+
     Raises:
         LoramError: It is absent, not JSON, or has widths or other values that cannot be.
     """
@@ -252,6 +258,8 @@ def checked_config(config: dict[str, Any], where: str) -> dict[str, Any]:
         LoramError: See :func:`read_config`.
     """
     config = text_view(config)
+    if takes_mxfp4(config):
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     check_widths(config, where)
     check_required(config, where)
     check_values(config, where)

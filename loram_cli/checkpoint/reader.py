@@ -27,6 +27,8 @@ from loram_cli.checkpoint.header import TensorEntry
 from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.checkpoint.low_bit import PackedEntry
 from loram_cli.checkpoint.low_bit_codes import weight_of
+from loram_cli.checkpoint.mxfp4 import Mxfp4Entry
+from loram_cli.checkpoint.mxfp4_codes import dequantize
 from loram_cli.errors import LoramError
 from loram_cli.units import KIB, MIB
 
@@ -165,6 +167,11 @@ class TensorReader:
     def _load_stack(self, entry: TensorEntry, indices: Sequence[int]) -> torch.Tensor:
         """Some indices of a tensor that is stored in parts, shape (n, *shape[1:])."""
         stack = torch.empty((len(indices), *entry.shape[1:]), dtype=entry.dtype.to_torch())
+        if isinstance(entry, Mxfp4Entry):
+            for place, index in enumerate(indices):
+                pair = [self._load_index(part, index) for part in entry.parts[0]]
+                stack[place] = dequantize(pair[0], pair[1], stack.dtype).T
+            return stack
         for place, index in enumerate(indices):
             start = 0
             for part in entry.parts[index]:
@@ -172,6 +179,11 @@ class TensorReader:
                 stack[place, start:stop] = self._load(part, 0, part.shape)
                 start = stop
         return stack
+
+    def _load_index(self, entry: TensorEntry, index: int) -> torch.Tensor:
+        """One index of a stored tensor's first axis, shape shape[1:]."""
+        step_bytes = entry.num_bytes // entry.shape[0]
+        return self._load(entry, index * step_bytes, entry.shape[1:])
 
     def _load(
         self,

@@ -18,7 +18,9 @@ import torch
 from loram_cli.arch.spec import LOW_RANK, Family, LayerGeometry
 from loram_cli.arch.wrappers import text_view, wrapper_of
 from loram_cli.checkpoint.index import read_json
+from loram_cli.checkpoint.low_bit import PackedEntry
 from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.mxfp4 import Mxfp4Entry, takes_mxfp4
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError, UsageError, is_out_of_memory
 from loram_cli.modeling.low_rank import set_low_rank
@@ -140,7 +142,8 @@ def load_causal_lm(
 
     Args:
         model: A model, or its directory with ``config.json`` and safetensors; widths may differ
-            per layer. Weights of few bits become floating ones; ``low_bit_load`` keeps them.
+            per layer. Weights of few bits become floating ones; ``low_bit_load`` keeps them. So
+            do experts in MXFP4.
         dtype: Parameter type; ``auto`` takes the checkpoint's own.
         device: ``cpu``, ``cuda``, ...; None takes a GPU when there is one.
         attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
@@ -166,7 +169,8 @@ def load_causal_lm(
         kwargs["attn_implementation"] = attention_kernel(attention)
     place = usable_device(device)
     stored: Path | None = directory
-    if source.low_bit is not None:
+    read_here = (PackedEntry, Mxfp4Entry)
+    if any(isinstance(entry, read_here) for entry in source.index.tensors.values()):
         stored = None
         with TensorReader(source.index, once=True) as reader:
             kwargs["state_dict"] = {name: reader.read(name) for name in source.index.tensors}
@@ -209,6 +213,9 @@ def load_config(directory: Path) -> Any:
     with loading(directory / "config.json"), quiet_libraries():
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         stated = read_json(directory / "config.json")
+        if takes_mxfp4(stated):
+            # Our own reader gives floating numbers.
+            del config.quantization_config
         if wrapper_of(stated) is not None:
             config, view = config.get_text_config(), text_view(stated)
             for key in ("tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id"):

@@ -56,7 +56,7 @@ def shorter_config(
     """The config of a model with some of the layers.
 
     Lists with an entry a layer keep those of the kept layers; so does a text that spells the
-    layers' kinds.
+    layers' kinds. Places of layers of a kind are counted anew.
 
     Args:
         family: Of the model.
@@ -64,7 +64,7 @@ def shorter_config(
         kept: Indices of the layers that stay, in order.
 
     Raises:
-        UsageError: The kinds of layers repeat in a period, which would count on in another way.
+        UsageError: Kinds of layers follow from their places, and would be others.
     """
     before = family.geometry(config).layers
     spelled = family.layer_kinds.keys if family.layer_kinds is not None else ()
@@ -76,17 +76,38 @@ def shorter_config(
             shorter[key] = "".join(value[i] for i in kept)
         else:
             shorter[key] = value
+    shorter |= _moved_kinds(family, config, kept)
     name = family.config_keys.get("num_hidden_layers", "num_hidden_layers")
     if name in config:
         shorter[name] = len(kept)
     after = family.geometry(shorter).layers
     if [layer.kind for layer in after] != [before[i].kind for i in kept]:
         raise UsageError(
-            f"--strategy depth: kinds of layers repeat in a period in the family {family.family}, "
-            "and would not with layers missing",
-            "pass --strategy stru",
+            f"--strategy depth: the family {family.family} tells the kind of a layer by its place, "
+            "and those that stay would be taken for others",
+            "pass --strategy stru, or another --keep-first",
         )
     return shorter
+
+
+def _moved_kinds(
+    family: Family, config: Mapping[str, Any], kept: tuple[int, ...]
+) -> dict[str, Any]:
+    """Config keys that tell kinds of layers by their places, for the places after the drop."""
+    kinds, full = family.layer_kinds, family.full_config(config)
+    moved: dict[str, Any] = {}
+    if kinds is None:
+        return moved
+    first, last, but = (
+        full.get(key) if key else None for key in (kinds.first, kinds.last, kinds.but)
+    )
+    if kinds.first and first is not None:
+        moved[kinds.first] = sum(i < first for i in kept)
+    if kinds.last and last is not None and last >= 0:
+        moved[kinds.last] = sum(i <= last for i in kept) - 1
+    if kinds.but and but is not None:
+        moved[kinds.but] = [place for place, i in enumerate(kept) if i in but]
+    return moved
 
 
 def shorter_names(family: Family, names: list[str], kept: tuple[int, ...]) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 Experts are whole MLPs that a router picks among, so one can go with its row of the router and
 nothing else changes shape. Their importance is how much they add to a layer's output: REAP's
-router-weighted activation norm (Lasby et al., "REAP the Experts", arXiv 2510.13999, eq. 9), or how
-often they are picked.
+router-weighted activation norm (Lasby et al., "REAP the Experts", arXiv 2510.13999, eq. 9), how
+often they are picked, or how much the loss would change without them (Taylor).
 """
 
 import math
@@ -17,7 +17,7 @@ from loram_cli.pruning.groups import with_experts
 if TYPE_CHECKING:
     import torch
 
-ExpertImportance = Literal["reap", "frequency", "rand"]
+ExpertImportance = Literal["reap", "frequency", "taylor", "rand"]
 
 # 0.95 * 20 is 18.999999999999996 in binary floating point; floor must still give 19.
 _EPSILON = 1e-9

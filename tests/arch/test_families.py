@@ -41,7 +41,8 @@ def test_absent_keys_mean_what_transformers_takes_them_for(family: Family, absen
     }  # fmt: skip
     config |= family.requires
     if family.layer_kinds is not None and family.layer_kinds.keys:
-        kind = next(m.kinds[0] for m in family.modules if m.kinds and "query" in m.rows)
+        named = [m for m in family.modules if m.kinds]
+        kind = next((m.kinds[0] for m in named if "query" in m.rows), named[0].kinds[0])
         config[family.layer_kinds.keys[0]] = [kind]
     for key in family.config_keys:
         config[family.config_keys[key]] = config.pop(key)

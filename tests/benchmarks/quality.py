@@ -135,8 +135,8 @@ def measure(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     if not cell.strategy:
         return [
-            {**row, "row": "base", **_score(options, base)},
-            {**row, "row": "full", **_score(options, base, adapter)},
+            {**row, "row": "base", **score(options, base)},
+            {**row, "row": "full", **score(options, base, adapter)},
         ]
     recovered = work / f"recovered-{cell.name}"
     recover.run(recover.RecoverSpec(adapter=adapter, model=base, out=recovered), SILENT)
@@ -145,9 +145,9 @@ def measure(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
     row["gradient_cosines"] = gradient_cosines(
         base, source, trained.keep, options.train_data, options.train["max_length"]
     )
-    rows = [{**row, "row": "loram", **_score(options, base, recovered)}]
+    rows = [{**row, "row": "loram", **score(options, base, recovered)}]
     if not cell.quantize:
-        rows.append({**row, "row": "small", **_score(options, source, adapter)})
+        rows.append({**row, "row": "small", **score(options, source, adapter)})
     for row in rows:
         row["seconds"] = round(time.monotonic() - begun, 1)
     return rows
@@ -158,21 +158,21 @@ def _weight_bytes(params: int, quantize: str | None) -> int:
     return params // 2 if quantize else params * 2
 
 
-def _score(options: argparse.Namespace, model_dir: Path, *adapters: Path) -> dict[str, Any]:
+def score(options: argparse.Namespace, model_dir: Path, *adapters: Path) -> dict[str, Any]:
     """Held-out loss per answer token, and exact match where the answers mark their result."""
     model = load_causal_lm(model_dir, dtype="float32")
     for adapter in adapters:
         model = load_adapter(model, adapter)
     tokenizer = load_tokenizer(model_dir)
     examples = load_instructions(options.eval_data, tokenizer=tokenizer)[: options.eval_examples]
-    score = {
+    found = {
         "loss": answer_loss(model, tokenizer, examples, options.train["max_length"]),
         "exact": None,
     }
     marked = [e for e in examples if _MARKED.search(e.completion)]
     if marked and not options.no_exact:
-        score["exact"] = _exact(model, tokenizer, marked, options.max_new_tokens)
-    return score
+        found["exact"] = _exact(model, tokenizer, marked, options.max_new_tokens)
+    return found
 
 
 @torch.no_grad()

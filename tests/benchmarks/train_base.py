@@ -1,6 +1,8 @@
 """Train the demo base from nothing: ``python tests/benchmarks/train_base.py --out DIR``.
 
-Takes about half an hour on two cores. The result that ships is ``loram_cli/demo/base``.
+Takes about half an hour on two cores. The result that ships is ``loram_cli/demo/base``. With
+``--mixture`` the same data make a mixture of experts, which ``experts.py`` measures; it does not
+ship.
 """
 
 import argparse
@@ -26,10 +28,7 @@ library_name: transformers
 ---
 # The demo base of loram
 
-A Llama of {params:,} parameters, trained from nothing on English word problems that
-`loram_cli/demo/problems.py` generates: 12 layers, hidden 128, 8 attention heads over 4 key/value
-heads, intermediate 320, byte-level BPE of 512 tokens with single digits. It exists to show the
-whole of loram in three minutes, and for nothing else.
+{what}
 
     {command}
 
@@ -41,6 +40,16 @@ Seed {seed}, {steps} steps of {batch} blocks of {block} tokens. Held out, never 
 | right final number in any style, 200 problems of one to three steps, greedy | {native:.1%} |
 | the same problems, exact match of the marked answer `#### N` | {exact:.1%} |
 """
+
+DENSE = """A Llama of {params:,} parameters, trained from nothing on English word problems that
+`loram_cli/demo/problems.py` generates: 12 layers, hidden 128, 8 attention heads over 4 key/value
+heads, intermediate 320, byte-level BPE of 512 tokens with single digits. It exists to show the
+whole of loram in three minutes, and for nothing else."""
+
+MIXTURE = """A Mixtral of {params:,} parameters, trained from nothing on English word problems that
+`loram_cli/demo/problems.py` generates: 8 layers, hidden 128, 8 attention heads over 4 key/value
+heads, 8 experts of intermediate 96 of which a token has 2, byte-level BPE of 512 tokens with
+single digits. It exists to measure what dropping experts costs, and for nothing else."""
 
 
 def build_tokenizer(texts: Iterator[str]) -> Any:
@@ -88,6 +97,34 @@ def build_model(tokenizer: Any) -> Any:
             max_position_embeddings=1024,
             tie_word_embeddings=False,
             use_cache=False,  # while training: the cache only costs time there
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_mixture(tokenizer: Any) -> Any:
+    """A mixture of experts, randomly initialised; its loss keeps the experts' loads even."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=128,
+            intermediate_size=96,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=16,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            output_router_logits=True,
+            router_aux_loss_coef=0.01,
+            max_position_embeddings=1024,
+            sliding_window=None,
+            tie_word_embeddings=False,
+            use_cache=False,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -145,15 +182,17 @@ def main(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, help="default: 1600; 600 of a mixture")
     parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--mixture", action="store_true", help="8 experts, of which a token has 2")
     options = parser.parse_args(arguments)
+    options.steps = options.steps or (600 if options.mixture else 1600)
     transformers.set_seed(SEED)
     random.seed(SEED)
     documents = corpus(int(options.steps * options.batch * 4.0), seed=0)
     tokenizer = build_tokenizer(iter(documents[:20000]))
     blocks = pack(documents, tokenizer)
-    model = build_model(tokenizer)
+    model = (build_mixture if options.mixture else build_model)(tokenizer)
     training = transformers.TrainingArguments(
         output_dir=str(options.out / "trainer"),
         max_steps=options.steps,
@@ -173,14 +212,18 @@ def main(arguments: list[str]) -> None:
     transformers.Trainer(model=model, args=training, train_dataset=blocks).train()
     model = model.to(torch.bfloat16)
     model.config.use_cache = True
+    if options.mixture:
+        model.config.output_router_logits = False
     # Taken from the config when the model was built; without it, decoding is 10x slower.
     model.generation_config.use_cache = True
     measured = score(model.float(), tokenizer)
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    command = f"python tests/benchmarks/train_base.py --out {options.out.name}"
+    kind = " --mixture" if options.mixture else ""
+    command = f"python tests/benchmarks/train_base.py --out {options.out.name}{kind}"
+    what = (MIXTURE if options.mixture else DENSE).format(params=model.num_parameters())
     card = CARD.format(
-        params=model.num_parameters(), command=command, seed=SEED, steps=options.steps,
+        what=what, command=command, seed=SEED, steps=options.steps,
         batch=options.batch, block=BLOCK_LENGTH, **measured,
     )  # fmt: skip
     (options.out / "README.md").write_text(card)

@@ -108,6 +108,13 @@ class Variant:
 TIED = {"tie_word_embeddings": True}
 # Six experts, of which a token has two: each family reads the names of the counts that it knows.
 MOE = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2}
+# Latent attention: every width differs, and every query head has a key/value head of its own.
+_LATENT = {
+    "kv_lora_rank": 12, "q_lora_rank": 20, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 10, "num_key_value_heads": 4, "moe_intermediate_size": 16,
+    "n_routed_experts": 6, "num_experts_per_tok": 2, "first_k_dense_replace": 2,
+}  # fmt: skip
+_GROUPS = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
 VARIANTS = (
     Variant("llama2", "llama", {"num_key_value_heads": 4}),
     Variant("llama3-tied", "llama", {**TIED, "rope_parameters": _LLAMA3_ROPE}),
@@ -133,6 +140,14 @@ VARIANTS = (
     Variant("cohere-plain", "cohere", {"attention_bias": True}),
     Variant("cohere2", "cohere2", {**TIED, "sliding_window": 8}),
     Variant("cwm", "cwm", {"head_dim": 12, "sliding_window": 8}),
+    Variant("deepseek_v2", "deepseek_v2", {**_LATENT, "norm_topk_prob": False}),
+    Variant("deepseek_v2-lite", "deepseek_v2", {
+        **_LATENT, **_GROUPS, "q_lora_rank": None, "topk_method": "group_limited_greedy",
+        "attention_bias": True, "mlp_bias": True}),
+    Variant("deepseek_v3", "deepseek_v3", {
+        **_LATENT, **_GROUPS, "num_nextn_predict_layers": 1, "attention_bias": True}),
+    Variant("deepseek_v3-whole", "deepseek_v3", {
+        **_LATENT, "n_group": 1, "topk_group": 1, "q_lora_rank": None, "n_shared_experts": 2}),
     Variant("ernie4_5", "ernie4_5", {"head_dim": 12, "use_bias": True}),
     Variant("ernie4_5_moe", "ernie4_5_moe", {
         **TIED, "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 16}),
@@ -160,6 +175,8 @@ VARIANTS = (
     Variant("glm4_moe-groups", "glm4_moe", {
         **MOE, "n_routed_experts": 8, "moe_intermediate_size": 16, "head_dim": 12, "n_group": 2,
         "topk_group": 1, "n_shared_experts": 2}),
+    Variant("glm4_moe_lite", "glm4_moe_lite", {
+        **_LATENT, "mlp_layer_types": ["dense", "dense", "sparse", "sparse"]}),
     Variant("gpt_oss", "gpt_oss", {**MOE, "head_dim": 12, "sliding_window": 8}),
     Variant("gpt_neox", "gpt_neox"),
     Variant("gpt_neox-sequential", "gpt_neox",

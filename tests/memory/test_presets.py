@@ -32,6 +32,8 @@ PUBLISHED_PARAMS = {
 # In billions, as the models' pages on the hub state them; a tied head that is stored is not counted.
 STATED_BILLIONS = {
     "command_r-35b": "35.0",
+    "deepseek_v2-236b": "236",
+    "deepseek_v3-671b": "671",
     "ernie4.5-0.3b": "0.361",
     "exaone4-32b": "32.0",
     "falcon-7b": "6.92",
@@ -39,6 +41,7 @@ STATED_BILLIONS = {
     "gemma-7b": "8.54",
     "gemma3-1b": "1.00",
     "glm4-9b": "9.40",
+    "glm4.7_flash-30b": "30",
     "granite3.3-8b": "8.17",
     "internlm3-8b": "8.80",
     "mistral_small-24b": "23.6",

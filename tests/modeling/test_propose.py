@@ -12,10 +12,13 @@ from loram_cli.modeling.propose import propose_family, render_family
 
 # What a module tree cannot tell, or what a file says beyond it, by family.
 BEYOND = {
+    "deepseek_v2": "neither linear nor norm",
+    "deepseek_v3": "neither linear nor norm",
     "ernie4_5_moe": "neither linear nor norm",
     "falcon": "attributes",
     "falcon_h1": "products of config keys",
     "glm4_moe": "neither linear nor norm",
+    "glm4_moe_lite": "neither linear nor norm",
     "gpt_neox": "alternate",
     "gpt_oss": "neither linear nor norm",
     "granitemoehybrid": "no small causal LM",

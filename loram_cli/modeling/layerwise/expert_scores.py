@@ -1,12 +1,13 @@
-"""How much each expert adds to its layer's output, over calibration text, one layer in memory."""
+"""What each expert adds to its layer's output, or to the loss, one layer in memory."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from loram_cli.arch.experts import Experts
+from loram_cli.modeling.layerwise.gradients import layer_gradients
 from loram_cli.modeling.layerwise.states import BoundaryPool
 from loram_cli.modeling.layerwise.stream import DecoderLayer, LayerStream
 from loram_cli.modeling.layerwise.walk import embedded
@@ -51,6 +52,98 @@ def expert_scores(
         pool.release(states.boundary)
 
 
+def expert_taylor(
+    stream: LayerStream,
+    experts: Experts,
+    windows: torch.Tensor,
+    layers: list[int],
+    pool: BoundaryPool,
+    reporter: Reporter,
+) -> dict[int, torch.Tensor]:
+    """By how much the loss would change without each expert, to first order.
+
+    The mean over windows of ``|dL/dg|``, where ``g`` is a gate of 1 on all that the expert adds
+    within a window (Michel et al., arXiv 1905.10650, eq. 2, there for heads). No gradient of a
+    weight is made: it takes the gradient of the experts' output alone.
+
+    Args:
+        stream: The base.
+        experts: What the family's experts are.
+        windows: Token ids, shape (samples, length).
+        layers: Rising indices of layers with experts.
+        pool: Keeps the hidden states; of shape (samples, length, hidden).
+        reporter: Progress.
+
+    Returns:
+        Each layer's experts' scores, float64, shape (num_experts,).
+
+    Raises:
+        LoramError: The loss is not finite.
+    """
+    scores: dict[int, torch.Tensor] = {}
+    samples, length = windows.shape
+
+    def watch(index: int, layer: DecoderLayer) -> AbstractContextManager[None]:
+        if index not in layers:
+            return nullcontext()
+        count = layer.module.get_parameter(experts.parameters[0]).shape[0]
+        scores[index] = torch.zeros(count, dtype=torch.float64)
+        return _gates_observed(layer, experts, scores[index], length)
+
+    span = range(layers[0], layers[-1] + 1)
+    for _ in layer_gradients(stream, windows, span, (), pool, reporter, watch):
+        raise AssertionError("no module's gradient was asked for")
+    return {i: score / samples for i, score in sorted(scores.items())}
+
+
+@contextmanager
+def _gates_observed(
+    layer: DecoderLayer, experts: Experts, scores: torch.Tensor, length: int
+) -> Iterator[None]:
+    """Add to ``scores``, in place, while the layer is run and differentiated in the block."""
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        hidden, index, weights = (value.detach() for value in (*args, *kwargs.values()))
+
+        def add(gradient: torch.Tensor) -> None:
+            windows = torch.arange(len(hidden)) // length
+            gates = torch.zeros(len(hidden) // length, len(scores), dtype=torch.float64)
+            for slot, chosen, given in _each_slot(module, hidden, index):
+                gate = weights[:, slot].double() * (given.float() * gradient.float()).sum(-1)
+                gates.index_put_((windows, chosen), gate.cpu(), accumulate=True)
+            scores.add_(gates.abs().sum(0))
+
+        out.register_hook(add)
+
+    module = layer.module.get_submodule(experts.module)
+    handle = module.register_forward_hook(keep, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _each_slot(
+    module: Any, hidden: torch.Tensor, index: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """One of each token's experts at a time, run by the module's own code.
+
+    Args:
+        module: That runs the experts.
+        hidden: What goes into it, shape (tokens, hidden).
+        index: The experts of each token, shape (tokens, top_k).
+
+    Yields:
+        The place among a token's experts; the expert there, shape (tokens,), on the CPU; and what
+        it gives, shape (tokens, hidden), with a weight of 1.
+    """
+    for slot in range(index.shape[1]):
+        chosen = index[:, slot]
+        ones = torch.ones_like(chosen[:, None], dtype=hidden.dtype)
+        yield slot, chosen.cpu(), type(module).forward(module, hidden, chosen[:, None], ones)
+
+
 class _Tally:
     """Sums over the tokens of each expert."""
 
@@ -69,13 +162,10 @@ class _Tally:
         self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> None:
         """Count a batch; one of each token's experts at a time is run, by the module's own code."""
-        ones = torch.ones_like(weights[:, :1])
-        for slot in range(index.shape[1]):
-            chosen = index[:, slot]
-            out = type(module).forward(module, hidden, chosen[:, None], ones)
+        for slot, chosen, out in _each_slot(module, hidden, index):
             share = weights[:, slot].double() * out.float().norm(dim=-1).double()
-            self.norms.index_add_(0, chosen.cpu(), share.cpu())
-            self.tokens += torch.bincount(chosen.cpu(), minlength=len(self.tokens))
+            self.norms.index_add_(0, chosen, share.cpu())
+            self.tokens += torch.bincount(chosen, minlength=len(self.tokens))
 
 
 @contextmanager

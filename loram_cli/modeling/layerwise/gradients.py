@@ -6,7 +6,8 @@ whole model, at the price of one more forward pass and of reading the weights tw
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -18,6 +19,9 @@ from loram_cli.reporting import Progress, Reporter
 
 # Logits that exist at a time; in fp32 with their gradient this is a quarter of a GiB.
 _CHUNK_LOGITS = 2**24
+
+Watch = Callable[[int, DecoderLayer], AbstractContextManager[object]]
+"""Stands around the forward and backward passes of a layer, by its index."""
 
 
 def boundaries_kept(num_layers: int, first: int) -> int:
@@ -32,6 +36,7 @@ def layer_gradients(
     modules: Sequence[str],
     pool: BoundaryPool,
     reporter: Reporter,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]]:
     """Gradients of the mean next-token loss over all windows, layer by layer.
 
@@ -43,6 +48,7 @@ def layer_gradients(
             another kind lacks some.
         pool: Keeps the hidden states; of shape (samples, length, hidden).
         reporter: Progress.
+        watch: What looks on at the wanted layers; gradients then reach the first one's input too.
 
     Yields:
         From the last wanted layer to the first: its index, and weight and gradient by module
@@ -61,11 +67,12 @@ def layer_gradients(
         progress.detail(f"loss {loss:.3f}")
         progress.advance()
         for i in backward_layers:
-            with stream.layer(i) as layer:
+            looks = watch if watch is not None and i in layers else None
+            with stream.layer(i) as layer, looks(i, layer) if looks else nullcontext():
                 wanted = layer.present(modules) if i in layers else ()
                 sums = _gradient_sums(layer, wanted)
                 for start, hidden in kept[i].batches(progress):
-                    hidden.requires_grad_(i > layers.start)
+                    hidden.requires_grad_(i > layers.start or looks is not None)
                     torch.autograd.backward(layer(hidden), last.read(start))
                     if hidden.grad is not None:
                         last.boundary.write(start, hidden.grad)

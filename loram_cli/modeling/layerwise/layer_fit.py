@@ -220,7 +220,9 @@ class _Run:
     def __init__(
         self, full: LayerStream, how: Reconstruction, pool: BoundaryPool, progress: Progress
     ) -> None:
-        self._candidates = [module.name for module in full.family.modules if module.columns]
+        # What adds to the stream; a latent's second projection has rows of its own.
+        modules = full.family.modules
+        self._candidates = [m.name for m in modules if m.columns and not m.rows]
         self._modules: list[str] = []
         self._experts = full.family.experts
         self._how = how

@@ -19,14 +19,14 @@ from loram_cli.training.data.documents import load_text
 from loram_cli.training.data.sources import data_files
 
 # Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults; fewer than GPTQ's 128 of
-# 2048: twice as many tokens as the widest linear of a 13B model has inputs. A router spreads tokens
-# over all experts: each must have seen some hundred.
+# 2048: twice as many tokens as the widest linear of a 13B model has inputs.
 _DEFAULT_WINDOWS = {
-    "taylor": (10, 128), "sparsegpt": (128, 2048), "gptq": (64, 384), "reap": (128, 512),
-    "frequency": (128, 512),
+    "taylor": (10, 128), "sparsegpt": (128, 2048), "gptq": (64, 384),
 }  # fmt: skip
 _BY_HESSIAN = ("sparsegpt", "wanda", "obs", "svd", "gptq")
 _OTHER_WINDOWS = (32, 512)
+# A router spreads tokens over all experts: each must have seen some hundred.
+_EXPERT_WINDOWS = (128, 512)
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,16 @@ class CalibrationNeeds:
         )
 
 
-def calibration_needs(spec: PruneSpec, model: Model, method: str | None) -> CalibrationNeeds | None:
+def calibration_needs(
+    spec: PruneSpec, model: Model, method: str | None, *, of_experts: bool = False
+) -> CalibrationNeeds | None:
     """Windows and activation storage, before any text or weight is read.
 
     Args:
         spec: The pruning.
         model: The base.
         method: How what goes is ranked.
+        of_experts: Whether experts are ranked.
 
     Returns:
         None where the method reads no text.
@@ -88,6 +91,8 @@ def calibration_needs(spec: PruneSpec, model: Model, method: str | None) -> Cali
     data_files(spec.calibration)
     config = model.config
     samples, length = _DEFAULT_WINDOWS.get(method, _OTHER_WINDOWS)
+    if of_experts:
+        samples, length = _EXPERT_WINDOWS
     positions = config.get("max_position_embeddings") or length
     samples = spec.calibration_samples or samples
     if spec.calibration_length is not None and spec.calibration_length > positions:
@@ -99,7 +104,10 @@ def calibration_needs(spec: PruneSpec, model: Model, method: str | None) -> Cali
     length = spec.calibration_length or min(length, positions)
     boundaries = 1
     if method == "taylor":
-        boundaries = boundaries_kept(model.num_layers, spec.kept_whole[0])
+        first = spec.kept_whole[0]
+        if of_experts:
+            first = [layer.has_experts for layer in model.geometry.layers].index(True)
+        boundaries = boundaries_kept(model.num_layers, first)
     item_bytes = computed_dtype(model.dtype.to_torch()).itemsize
     each = samples * length * model.geometry.hidden_size * item_bytes
     in_memory = min(boundaries, spec.calibration_memory // each)

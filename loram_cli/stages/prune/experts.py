@@ -5,7 +5,7 @@ from typing import cast
 
 import torch
 
-from loram_cli.modeling.layerwise.expert_scores import expert_scores
+from loram_cli.modeling.layerwise.expert_scores import expert_scores, expert_taylor
 from loram_cli.modeling.layerwise.stream import LayerStream
 from loram_cli.pruning.experts import (
     ExpertImportance,
@@ -52,4 +52,6 @@ def _scores(
         LayerStream(work.model, spec.device) as stream,
         open_pool(spec, work.expert_calibration, stream, directory) as pool,
     ):
+        if importance == "taylor":
+            return expert_taylor(stream, experts, windows, layers, pool, reporter)
         return dict(expert_scores(stream, experts, windows, layers, importance, pool, reporter))

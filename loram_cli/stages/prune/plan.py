@@ -361,7 +361,7 @@ def _narrow_work(spec: PruneSpec, model: Model) -> PruneWork:
     whole = PruneWork(
         model, model.config, before, before.layers, tensors, base_params, base_params,
         calibration_needs(spec, model, spec.method),
-        calibration_needs(spec, model, spec.experts_method),
+        calibration_needs(spec, model, spec.experts_method, of_experts=True),
         chosen=chosen,
     )  # fmt: skip
     return whole.with_widths(chosen.after)

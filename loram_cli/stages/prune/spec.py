@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from loram_cli.checkpoint.low_bit import BITS, GROUP_MULTIPLE, GROUP_SIZE, LARGEST_GROUP, LowBit
 from loram_cli.errors import UsageError
+from loram_cli.pruning.experts import ExpertImportance
 from loram_cli.pruning.strategies import STRATEGIES, strategy_named, summaries
 from loram_cli.pruning.strategy import Strategy
 from loram_cli.schema import Bytes, Params, Spec, flag, setting
@@ -38,7 +39,7 @@ CALIBRATED = {
     "svd": "weighs errors by activations on text",
 }
 # How experts may be ranked on text.
-EXPERTS_CALIBRATED = ("reap", "frequency")
+EXPERTS_CALIBRATED = ("reap", "frequency", "taylor")
 # What a budget of memory depends on.
 _TRAINING = ("quantize", "rank", "micro_batch", "max_length", "gradient_checkpointing")
 # What only makes sense where shapes shrink, with the value that asks for nothing.
@@ -96,9 +97,10 @@ class PruneSpec(Spec):
         below=1,
         in_key="changed",
     )
-    experts_importance: Literal["reap", "frequency", "rand"] | None = setting(
+    experts_importance: ExpertImportance | None = setting(
         None,
-        help="reap: router weight times output norm; frequency: tokens; rand: drawn.",
+        help="reap: router weight times output norm; frequency: tokens; taylor: change of the "
+        "loss; rand: drawn.",
         default_text="reap; rand with --strategy rand",
         in_key="changed",
     )

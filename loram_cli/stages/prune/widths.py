@@ -107,6 +107,14 @@ def choose_widths(spec: PruneSpec, family: Family, config: Mapping[str, Any]) ->
                 f"--multiple-of {spec.multiple_of} keeps everything at this ratio",
                 "pass a smaller one, or a higher --ratio",
             )
+        if after == geometry.layers and ratio > 0:
+            raise UsageError(
+                f"--ratio {ratio:g} drops nothing: the layers between --keep-first and --keep-last "
+                "have no heads and no channels that can go, or too few",
+                "leave --ratio out, and pass --experts-ratio"
+                if any(layer.has_experts for layer in after)
+                else "pass a higher one",
+            )
     if spec.experts_ratio is not None:
         if spec.scope == "global" and any(layer.expert_groups > 1 for layer in after):
             raise UsageError(

@@ -7,10 +7,11 @@ import torch
 import transformers
 from helpers.reporters import WarningRecorder
 
+from loram_cli.arch.registry import family_for
 from loram_cli.errors import UsageError
 from loram_cli.lora.adapter import LoraAdapter
 from loram_cli.modeling.load import load_causal_lm
-from loram_cli.pruning.depth import keep_influential, without_last
+from loram_cli.pruning.depth import keep_influential, shorter_config, without_last
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.align import stage as align
@@ -31,6 +32,36 @@ def test_the_layers_that_change_least_go():
     assert without_last(6, 0.5, 1, 1) == (0, 1, 2, 5)
     with pytest.raises(UsageError, match="less than one layer"):
         without_last(6, 0.1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said", "kept", "expected"),
+    [
+        ("deepseek_v3", {"first_k_dense_replace": 2}, (0, 2, 3), {"first_k_dense_replace": 1}),
+        ("qwen3_moe", {"mlp_only_layers": [1, 3]}, (0, 1, 3), {"mlp_only_layers": [1, 2]}),
+        (
+            "ernie4_5_moe",
+            {"moe_layer_start_index": 1, "moe_layer_end_index": 2, "moe_layer_interval": 1},
+            (0, 2, 3),
+            {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
+        ),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, (0, 2, 3), None),
+    ],
+)
+def test_places_of_layers_of_a_kind_are_counted_anew(model_type, said, kept, expected):
+    config = {
+        "model_type": model_type, "hidden_size": 32, "intermediate_size": 24, "vocab_size": 64,
+        "num_attention_heads": 4, "num_hidden_layers": 4, **said,
+    }  # fmt: skip
+    family = family_for(config, "test")
+    if expected is None:
+        with pytest.raises(UsageError, match="tells the kind of a layer by its place"):
+            shorter_config(family, config, kept)
+        return
+    found = shorter_config(family, config, kept)
+    assert {key: found[key] for key in expected} == expected
+    before, after = (family.geometry(c).layers for c in (config, found))
+    assert [layer.kind for layer in after] == [before[i].kind for i in kept]
 
 
 @pytest.fixture(scope="module")
