@@ -332,6 +332,19 @@ class GgufFacts:
 
 
 @dataclass(frozen=True)
+class ActivationKeeps:
+    """What an MLP's activation function keeps for its backward pass, beside its input and output.
+
+    Attributes:
+        numbers: Per channel, in the computation's type.
+        masks: Per channel, of a byte each.
+    """
+
+    numbers: int = 0
+    masks: int = 0
+
+
+@dataclass(frozen=True)
 class VllmFacts:
     """What vLLM's LoRA loader takes for a family.
 
@@ -407,6 +420,7 @@ class Family:
         experts: What its experts are; None for a dense family.
         further_layers: Config key of how many layers files hold after the last one, which predict
             tokens further ahead; they are left out.
+        activation_keeps: What the MLP's activation keeps beside its input and output.
         gguf: How the family's GGUF files differ; None where llama.cpp does not know it.
         vllm: What vLLM's LoRA loader takes; None where nobody has looked.
     """
@@ -440,6 +454,7 @@ class Family:
     packs: bool = True
     experts: Experts | None = None
     further_layers: str | None = None
+    activation_keeps: ActivationKeeps = field(default_factory=ActivationKeeps)
     gguf: GgufFacts | None = None
     vllm: VllmFacts | None = None
 
@@ -470,7 +485,11 @@ class Family:
         if kinds:
             kinds = LayerKinds(**{**kinds, "keys": tuple(kinds.get("keys", ()))})
         experts = Experts.from_data(data["experts"]) if "experts" in data else None
-        classes: dict[str, Any] = {"gguf": GgufFacts, "vllm": VllmFacts}
+        classes: dict[str, Any] = {
+            "gguf": GgufFacts,
+            "vllm": VllmFacts,
+            "activation_keeps": ActivationKeeps,
+        }
         facts = {
             key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data[key].items()})
             for key, kind in classes.items()
@@ -772,8 +791,8 @@ def _rope_type(config: Mapping[str, Any]) -> str | None:
 
 def _holds(condition: Condition, config: Mapping[str, Any]) -> bool:
     """Whether a config has all of the values."""
-    # An absent switch, and one that is null, is off.
-    return all((config.get(key) or False) == value for key, value in condition.items())
+    # An absent switch, and one that is null or an empty list, is off.
+    return all((config.get(key) or False) == (value or False) for key, value in condition.items())
 
 
 def _product(axis: str, config: Mapping[str, Any]) -> int:

@@ -77,7 +77,7 @@ class _Probe:
     def shapes(self, **changes: Any) -> Shapes | None:
         """Shapes by tensor name; None where the architecture refuses such widths."""
         try:
-            return {n: tuple(p.shape) for n, p in self.model(**changes).named_parameters()}
+            return stored_shapes(self.model(**changes))
         except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError):
             return None
         except Exception as error:
@@ -85,6 +85,16 @@ class _Probe:
             if "Validation" not in type(error).__name__:
                 raise
             return None
+
+    def refuses_odd_heads(self) -> bool:
+        """Whether the config class refuses head counts that do not divide the hidden width."""
+        odd = {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 16}
+        try:
+            self._native({**self.widths, **self.kinds, **odd})
+        except Exception as error:
+            # Each config class has its own way to refuse a value.
+            return "attention heads" in str(error).replace("\n", " ")
+        return False
 
     def defaults(self, switches: Collection[str]) -> dict[str, Any]:
         """What an absent key means, where that is neither false nor derived from another.
@@ -101,6 +111,15 @@ class _Probe:
             for key, value in found.items()
             if value and getattr(small, key, None) == value
         }
+
+
+def stored_shapes(model: Any) -> Shapes:
+    """Shapes of what a checkpoint of a model holds: parameters, and buffers that are stored.
+
+    Args:
+        model: With an untied head.
+    """
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def propose_family(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -131,7 +150,7 @@ def propose_family(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         next(name for name, module in model.named_modules() if module is part)
         for part in (model.get_input_embeddings(), model.get_output_embeddings())
     )
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    shapes = stored_shapes(model)
     axes = _Axes(probe, shapes, remarks)
     conditions = _conditions(probe, remarks)
     linears = _linears(model, layers)
@@ -168,6 +187,8 @@ def propose_family(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
             "the layer class derives a head's width from the head count: query and key_value were "
             "told by the modules' names, and 'attributes' must name what holds a head count"
         )
+    elif probe.refuses_odd_heads():
+        data["heads_divide_hidden"] = True
     defaults = probe.defaults(list(dict.fromkeys(switch for switch, _, _ in conditions.values())))
     if defaults:
         data["config_defaults"] = defaults
@@ -210,7 +231,7 @@ def _kinds(probe: _Probe, model: Any, layers: str) -> dict[str, set[str]]:
     stated = getattr(model.config, "layer_types", None)
     found: dict[str, set[str]] = {}
     for kind, layer in zip(stated or (), model.get_submodule(layers), strict=False):
-        found.setdefault(kind, set()).update(name for name, _ in layer.named_parameters())
+        found.setdefault(kind, set()).update(layer.state_dict())
     return found if len({frozenset(names) for names in found.values()}) > 1 else {}
 
 
@@ -416,8 +437,10 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
 
         model.get_submodule(data["lm_head"]).register_forward_hook(keep("head"))
         model.get_submodule(data["layers"])[0].register_forward_hook(keep("layer"))
+        ids = torch.arange(1, 13)[None]
         with torch.no_grad():
-            logits = model(input_ids=torch.arange(1, 13)[None], use_cache=False).logits
+            logits = model(input_ids=ids, use_cache=False).logits
+        packs = _packs(model, ids)
     except Exception as error:
         # A model that cannot be run is no reason to propose nothing.
         remarks.append(f"the probe could not be run ({str(error).splitlines()[0][:80]}): check the "
@@ -427,6 +450,8 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
         torch.random.set_rng_state(torch_state)
     if isinstance(seen["layer"], tuple):
         data["tuple_output"] = True
+    if not packs:
+        data["packs"] = False
     largest = seen["head"].abs().argmax()
     ratio = float(logits.flatten()[largest] / seen["head"].flatten()[largest])
     if not torch.allclose(logits, seen["head"] * ratio, rtol=1e-3, atol=1e-5):
@@ -440,6 +465,24 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
                 data["logits_divisor"] = key
                 return
         remarks.append(f"the logits are {ratio:.4g} times the head's output: no key told why")
+
+
+def _packs(model: Any, ids: torch.Tensor) -> bool:
+    """Whether two examples in a row, the second's positions beginning anew, stay apart.
+
+    Args:
+        model: On the CPU.
+        ids: Tokens of shape (1, length).
+    """
+    half = ids.shape[1] // 2
+    positions = torch.arange(half).repeat(2)[None]
+    with torch.no_grad():
+        try:
+            both = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        second = model(input_ids=ids[:, half:], use_cache=False).logits
+    return torch.allclose(both[:, half:], second, rtol=1e-3, atol=1e-5)
 
 
 def _check(probe: _Probe, data: dict[str, Any], remarks: list[str]) -> None:
