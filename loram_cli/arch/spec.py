@@ -391,6 +391,7 @@ class Family:
         modules: The linear modules of a decoder layer.
         layer_norms: Norm weights and biases of a decoder layer.
         layer_tensors: What else a layer holds: attention sinks, convolutions, learned scalars.
+        outer_tensors: What else lies outside the layers, such as learned positions.
         ignored: Derived buffers that old checkpoints hold.
         lm_head_bias: Whether the head has a bias.
         heads_divide_hidden: Whether the config class refuses head counts that do not divide the
@@ -436,6 +437,7 @@ class Family:
     layer_norms: tuple[LayerTensor, ...]
     ignored: tuple[str, ...] = ()
     layer_tensors: tuple[LayerTensor, ...] = ()
+    outer_tensors: tuple[LayerTensor, ...] = ()
     lm_head_bias: bool = False
     heads_divide_hidden: bool = False
     heads_stay: bool = False
@@ -479,7 +481,7 @@ class Family:
         }
         tensors = {
             key: tuple(LayerTensor.from_data(*item) for item in data.get(key, {}).items())
-            for key in ("layer_norms", "layer_tensors")
+            for key in ("layer_norms", "layer_tensors", "outer_tensors")
         }
         kinds = data.get("layer_kinds")
         if kinds:
@@ -675,6 +677,12 @@ class Family:
         for i, layer in enumerate(geometry.layers):
             shapes.update(self.layer_shapes(i, layer, config))
         shapes.update(dict.fromkeys(self.norms, (hidden,)))
+        full = self.full_config(config)
+        for tensor in self.outer_tensors:
+            shapes[tensor.name] = tuple(
+                axis if isinstance(axis, int) else hidden if axis == "hidden" else
+                _product(axis, full) for axis in tensor.shape
+            )  # fmt: skip
         if not geometry.tied_embeddings:
             shapes[f"{self.lm_head}.weight"] = (geometry.vocab_size, hidden)
         if self.lm_head_bias:
