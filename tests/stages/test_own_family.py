@@ -130,7 +130,7 @@ def test_a_file_that_is_no_family_is_named(text, said, tmp_path, monkeypatch):
 
 def test_an_absent_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv(FAMILIES_VARIABLE, str(tmp_path / "gone"))
-    with pytest.raises(LoramError, match="LORAM_FAMILIES: .*gone is no folder"):
+    with pytest.raises(LoramError, match=r"LORAM_FAMILIES: .*gone is no folder"):
         families()
 
 
