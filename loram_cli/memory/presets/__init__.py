@@ -52,7 +52,7 @@ def load_preset(name: str, where: str = "--preset") -> dict[str, Any]:
         UsageError: There is no such preset; names the nearest one.
     """
     config = _read(name, where)
-    del config["source"]
+    config.pop("source", None)
     return config
 
 
