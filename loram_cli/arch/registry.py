@@ -1,25 +1,57 @@
 """Finds the family of a model config."""
 
 import json
+import os
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from loram_cli.arch.spec import Family
 from loram_cli.errors import LoramError
 
+FAMILIES_VARIABLE = "LORAM_FAMILIES"
+"""Environment variable with a folder of family files of the user's own, for child processes too."""
+
+
+def families() -> tuple[Family, ...]:
+    """All known families: the user's own, then those of the package, one a file.
+
+    Raises:
+        LoramError: The user's folder is absent, or a file in it is no family.
+    """
+    folder = os.environ.get(FAMILIES_VARIABLE)
+    return (_own(folder) if folder else ()) + _packaged()
+
 
 @cache
-def families() -> tuple[Family, ...]:
-    """All families that the package knows, one per file in ``arch/families/``."""
+def _packaged() -> tuple[Family, ...]:
     folder = resources.files("loram_cli.arch") / "families"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
     return tuple(Family.from_data(json.loads(file.read_text("utf-8"))) for file in files)
 
 
+@cache
+def _own(folder: str) -> tuple[Family, ...]:
+    if not Path(folder).is_dir():
+        raise LoramError(f"{FAMILIES_VARIABLE}: {folder} is no folder")
+    return tuple(_from_file(file) for file in sorted(Path(folder).glob("*.json")))
+
+
+def _from_file(file: Path) -> Family:
+    try:
+        return Family.from_data(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise LoramError(
+            f"{file}: is no family file ({reason})",
+            "'loram inspect MODEL --family' proposes one",
+        ) from error
+
+
 def family_for(config: Mapping[str, Any], where: str) -> Family:
-    """The family whose ``model_type`` the config states.
+    """The family whose ``model_type`` the config states; the user's own file before the package's.
 
     Args:
         config: The parsed ``config.json``.
@@ -49,5 +81,6 @@ def family_for(config: Mapping[str, Any], where: str) -> Family:
     known = ", ".join(name for family in families() for name in family.model_types)
     raise LoramError(
         f"{where}: model_type '{model_type}' is not a known family (known: {known})",
-        "a family is one JSON file in loram_cli/arch/families/",
+        f"'loram inspect {where} --family --out families/NAME.json' proposes a family file, and "
+        f"{FAMILIES_VARIABLE}=families reads it",
     )

@@ -336,6 +336,19 @@ class GgufFacts:
 
 
 @dataclass(frozen=True)
+class ActivationKeeps:
+    """What an MLP's activation function keeps for its backward pass, beside its input and output.
+
+    Attributes:
+        numbers: Per channel, in the computation's type.
+        masks: Per channel, of a byte each.
+    """
+
+    numbers: int = 0
+    masks: int = 0
+
+
+@dataclass(frozen=True)
 class VllmFacts:
     """What vLLM's LoRA loader takes for a family.
 
@@ -382,6 +395,7 @@ class Family:
         modules: The linear modules of a decoder layer.
         layer_norms: Norm weights and biases of a decoder layer.
         layer_tensors: What else a layer holds: attention sinks, convolutions, learned scalars.
+        outer_tensors: What else lies outside the layers, such as learned positions.
         ignored: Derived buffers that old checkpoints hold.
         lm_head_bias: Whether the head has a bias.
         heads_divide_hidden: Whether the config class refuses head counts that do not divide the
@@ -411,6 +425,7 @@ class Family:
         experts: What its experts are; None for a dense family.
         further_layers: Config key of how many layers files hold after the last one, which predict
             tokens further ahead; they are left out.
+        activation_keeps: What the MLP's activation keeps beside its input and output.
         gguf: How the family's GGUF files differ; None where llama.cpp does not know it.
         vllm: What vLLM's LoRA loader takes; None where nobody has looked.
     """
@@ -426,6 +441,7 @@ class Family:
     layer_norms: tuple[LayerTensor, ...]
     ignored: tuple[str, ...] = ()
     layer_tensors: tuple[LayerTensor, ...] = ()
+    outer_tensors: tuple[LayerTensor, ...] = ()
     lm_head_bias: bool = False
     heads_divide_hidden: bool = False
     heads_stay: bool = False
@@ -444,6 +460,7 @@ class Family:
     packs: bool = True
     experts: Experts | None = None
     further_layers: str | None = None
+    activation_keeps: ActivationKeeps = field(default_factory=ActivationKeeps)
     gguf: GgufFacts | None = None
     vllm: VllmFacts | None = None
 
@@ -469,13 +486,17 @@ class Family:
         }
         tensors = {
             key: tuple(LayerTensor.from_data(*item) for item in data.get(key, {}).items())
-            for key in ("layer_norms", "layer_tensors")
+            for key in ("layer_norms", "layer_tensors", "outer_tensors")
         }
         kinds = data.get("layer_kinds")
         if kinds:
             kinds = LayerKinds(**{**kinds, "keys": tuple(kinds.get("keys", ()))})
         experts = Experts.from_data(data["experts"]) if "experts" in data else None
-        classes: dict[str, Any] = {"gguf": GgufFacts, "vllm": VllmFacts}
+        classes: dict[str, Any] = {
+            "gguf": GgufFacts,
+            "vllm": VllmFacts,
+            "activation_keeps": ActivationKeeps,
+        }
         facts = {
             key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data[key].items()})
             for key, kind in classes.items()
@@ -667,6 +688,12 @@ class Family:
         for i, layer in enumerate(geometry.layers):
             shapes.update(self.layer_shapes(i, layer, config))
         shapes.update(dict.fromkeys(self.norms, (hidden,)))
+        full = self.full_config(config)
+        for tensor in self.outer_tensors:
+            shapes[tensor.name] = tuple(
+                axis if isinstance(axis, int) else hidden if axis == "hidden" else
+                _product(axis, full) for axis in tensor.shape
+            )  # fmt: skip
         if not geometry.tied_embeddings:
             shapes[f"{self.lm_head}.weight"] = (geometry.vocab_size, hidden)
         if self.lm_head_bias:
@@ -783,8 +810,8 @@ def _rope_type(config: Mapping[str, Any]) -> str | None:
 
 def _holds(condition: Condition, config: Mapping[str, Any]) -> bool:
     """Whether a config has all of the values."""
-    # An absent switch, and one that is null, is off.
-    return all((config.get(key) or False) == value for key, value in condition.items())
+    # An absent switch, and one that is null or an empty list, is off.
+    return all((config.get(key) or False) == (value or False) for key, value in condition.items())
 
 
 def _product(axis: str, config: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loram_cli.arch.registry import FAMILIES_VARIABLE
 from loram_cli.config.recipe import SETTABLE, SHARED, SPECS, Recipe, read_yaml, setting_types
 from loram_cli.errors import UsageError
 from loram_cli.reading import YAML_BYTES, read_text
@@ -19,7 +20,7 @@ from loram_cli.schema import convert, from_text, unknown_name
 FILE_NAME = "loram.yaml"
 _PREFIX = "LORAM_"
 # Known to the commands themselves.
-_OTHERS = ("LORAM_RUN", "LORAM_MODEL", "LORAM_CONFIG", "LORAM_DEBUG")
+_OTHERS = ("LORAM_RUN", "LORAM_MODEL", "LORAM_CONFIG", "LORAM_DEBUG", FAMILIES_VARIABLE)
 # Without a stage in their name, for every stage that has them.
 _SHARED = ("seed", "device")
 

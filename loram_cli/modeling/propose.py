@@ -7,6 +7,7 @@ becomes of the logits, and what a layer returns.
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -31,6 +32,15 @@ _GROWN = {
     "head": {"head_dim": 40},
     "intermediate": {"intermediate_size": 144},
 }
+_WIDTHS = (
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "num_hidden_layers", "vocab_size",
+)  # fmt: skip
+# How configs name the MLP's width that do not call it intermediate_size.
+_MLP_WIDTH = re.compile("ffn|ff_dim|inner|mlp_dim")
+# What a config may leave to be derived from other widths.
+_DERIVED = ("head_dim", "num_key_value_heads")
+_POSITIONS = "max_position_embeddings"
 _DEFAULTED = ("tie_word_embeddings", "head_dim", "num_key_value_heads")
 _LOGIT_SCALE = 3.5
 _LONG_LINE = 80
@@ -41,7 +51,11 @@ class _Probe:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.model_type: str = config["model_type"]
+        self.own_keys: dict[str, str] = {}
         default = self._native({})
+        names = dict(getattr(type(default), "attribute_map", None) or {})
+        self.own_keys |= {width: names[width] for width in _WIDTHS if width in names}
+        self.positions = names.get(_POSITIONS, _POSITIONS)
         self.switches = sorted(k for k, v in default.to_dict().items() if isinstance(v, bool))
         self.scales = sorted(
             k for k, v in default.to_dict().items() if "logit" in k and isinstance(v, float)
@@ -51,20 +65,48 @@ class _Probe:
         self.stated["tie_word_embeddings"] = False
         # Some configs work the head's width out, and refuse to be told.
         derived = isinstance(getattr(type(default), "head_dim", None), property)
-        self.widths = {k: v for k, v in _PROBE.items() if k != "head_dim" or not derived}
+        absent = {"head_dim"} if derived else set()
+        if not hasattr(default, "num_key_value_heads"):
+            absent.add("num_key_value_heads")
+        self.widths = {k: v for k, v in _PROBE.items() if k not in absent}
+        self.stray = sorted({*absent, *(k for k in _DERIVED if not hasattr(default, k))})
         kinds = getattr(self._native({**self.widths, **self.stated}), "layer_types", None)
         self.kinds = {} if kinds is None else {"layer_types": list(kinds)}
+        self.mlp_width_times_hidden: int | None = None
+        if not hasattr(default, "intermediate_size"):
+            self._find_mlp_width(default)
 
     def _native(self, changes: Mapping[str, Any]) -> Any:
         import transformers
 
         with quiet_libraries():
-            return transformers.AutoConfig.for_model(self.model_type, **changes)
+            return transformers.AutoConfig.for_model(self.model_type, **self.named(changes))
+
+    def _find_mlp_width(self, default: Any) -> None:
+        """The config's own key of the MLP's width, which it does not call intermediate_size."""
+        width, grown = _PROBE["intermediate_size"], _GROWN["intermediate"]["intermediate_size"]
+        for key, value in default.to_dict().items():
+            if not _MLP_WIDTH.search(key) or not (value is None or type(value) is int):
+                continue
+            narrow, wide = self.shapes(**{key: width}), self.shapes(**{key: grown})
+            if narrow is None or wide is None or narrow == wide:
+                continue
+            self.own_keys["intermediate_size"] = key
+            absent = self.shapes(**{key: None}) if value is None else None
+            if absent is not None:
+                name = next(n for n in narrow if narrow[n] != wide[n])
+                axis = next(i for i, size in enumerate(narrow[name]) if size != wide[name][i])
+                self.mlp_width_times_hidden = absent[name][axis] // _PROBE["hidden_size"]
+            return
+
+    def named(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Widths under the config's own keys."""
+        return {self.own_keys.get(key, key): value for key, value in changes.items()}
 
     def config(self, **changes: Any) -> dict[str, Any]:
         """What ``config.json`` would say."""
         fixed = {"model_type": self.model_type, **self.widths, **self.kinds}
-        return {**fixed, **self.stated, **changes}
+        return self.named({**fixed, **self.stated, **changes})
 
     def model(self, device: str = "meta", **changes: Any) -> Any:
         """A small model, its widths changed as told."""
@@ -77,7 +119,7 @@ class _Probe:
     def shapes(self, **changes: Any) -> Shapes | None:
         """Shapes by tensor name; None where the architecture refuses such widths."""
         try:
-            return {n: tuple(p.shape) for n, p in self.model(**changes).named_parameters()}
+            return stored_shapes(self.model(**changes))
         except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError):
             return None
         except Exception as error:
@@ -85,6 +127,16 @@ class _Probe:
             if "Validation" not in type(error).__name__:
                 raise
             return None
+
+    def refuses_odd_heads(self) -> bool:
+        """Whether the config class refuses head counts that do not divide the hidden width."""
+        odd = {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 16}
+        try:
+            self._native({**self.widths, **self.kinds, **odd})
+        except Exception as error:
+            # Each config class has its own way to refuse a value.
+            return "attention heads" in str(error).replace("\n", " ")
+        return False
 
     def defaults(self, switches: Collection[str]) -> dict[str, Any]:
         """What an absent key means, where that is neither false nor derived from another.
@@ -101,6 +153,15 @@ class _Probe:
             for key, value in found.items()
             if value and getattr(small, key, None) == value
         }
+
+
+def stored_shapes(model: Any) -> Shapes:
+    """Shapes of what a checkpoint of a model holds: parameters, and buffers that are stored.
+
+    Args:
+        model: With an untied head.
+    """
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def propose_family(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -131,7 +192,7 @@ def propose_family(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         next(name for name, module in model.named_modules() if module is part)
         for part in (model.get_input_embeddings(), model.get_output_embeddings())
     )
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    shapes = stored_shapes(model)
     axes = _Axes(probe, shapes, remarks)
     conditions = _conditions(probe, remarks)
     linears = _linears(model, layers)
@@ -149,7 +210,7 @@ def propose_family(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     data["norms"] = [n for n in outside if n not in known and shapes[n] == (_PROBE["hidden_size"],)]
     unknown = [name for name in outside if name not in known and name not in data["norms"]]
     if unknown:
-        remarks.append(f"tensors outside the layers that no key covers: {', '.join(unknown)}")
+        data["outer_tensors"] = {name: axes.outside(name, shapes[name]) for name in unknown}
     data["modules"] = [_module(name, inside, axes, conditions, layers, kinds) for name in linears]
     plain = [n for n in inside if n.rpartition(".")[0] not in linears]
     norms = {n: _tensor(n, inside[n], axes, conditions, layers, kinds) for n in plain}
@@ -163,14 +224,23 @@ def propose_family(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     if kinds:
         data["layer_kinds"] = {"keys": ["layer_types"]}
     if not axes.own_head_width:
-        data["attributes"] = {}
+        data["attributes"] = _head_counts(probe, layers)
+        if probe.stray:
+            # Stray keys of those names say nothing of such a model.
+            data["config_rules"] = [{"when": {}, "set": dict.fromkeys(probe.stray)}]
         remarks.append(
             "the layer class derives a head's width from the head count: query and key_value were "
-            "told by the modules' names, and 'attributes' must name what holds a head count"
+            "told by the modules' names, and 'attributes' by what grows with the heads"
         )
+    elif probe.refuses_odd_heads():
+        data["heads_divide_hidden"] = True
     defaults = probe.defaults(list(dict.fromkeys(switch for switch, _, _ in conditions.values())))
+    if probe.mlp_width_times_hidden:
+        defaults["intermediate_size"] = f"{probe.mlp_width_times_hidden}*hidden_size"
     if defaults:
         data["config_defaults"] = defaults
+    if probe.own_keys:
+        data["config_keys"] = probe.own_keys
     _add_what_running_tells(probe, data, remarks)
     _check(probe, data, remarks)
     return data, remarks
@@ -210,7 +280,7 @@ def _kinds(probe: _Probe, model: Any, layers: str) -> dict[str, set[str]]:
     stated = getattr(model.config, "layer_types", None)
     found: dict[str, set[str]] = {}
     for kind, layer in zip(stated or (), model.get_submodule(layers), strict=False):
-        found.setdefault(kind, set()).update(name for name, _ in layer.named_parameters())
+        found.setdefault(kind, set()).update(layer.state_dict())
     return found if len({frozenset(names) for names in found.values()}) > 1 else {}
 
 
@@ -285,6 +355,31 @@ class _Axes:
             grown = self._with_switch[key]
         return [self._segments(name, axis, size, grown) for axis, size in enumerate(shape)]
 
+    def outside(self, name: str, shape: tuple[int, ...]) -> list[Any]:
+        """Widths of every axis of a tensor outside the layers.
+
+        Args:
+            name: Full name.
+            shape: In the probe.
+        """
+        longer = self._probe.shapes(**{self._probe.positions: 2 * _PROBE[_POSITIONS]})
+        found: list[Any] = []
+        for axis, size in enumerate(shape):
+            wide = self.grown["hidden"]
+            if wide is not None and wide[name][axis] == 2 * size == 2 * _PROBE["hidden_size"]:
+                found.append("hidden")
+            elif longer is not None and longer[name][axis] == size + _PROBE[_POSITIONS]:
+                more = size - _PROBE[_POSITIONS]
+                found.append(f"{self._probe.positions}+{more}" if more else self._probe.positions)
+            else:
+                found.append(size)
+        if any(isinstance(axis, int) for axis in found):
+            self._remarks.append(
+                f"{name}: no probed width changes the plain numbers of its shape; write them as "
+                "products of config keys"
+            )
+        return found
+
     def _segments(
         self, name: str, axis: int, size: int, grown: Mapping[str, Shapes | None]
     ) -> list[Any]:
@@ -314,6 +409,30 @@ class _Axes:
         if not found and growth("head"):
             found = ["head"]
         return found or [size]
+
+
+def _head_counts(probe: _Probe, layers: str) -> dict[str, str]:
+    """Attributes inside a layer that hold a head count, by dotted name, with the width's."""
+
+    def numbers(**changes: int) -> dict[str, int]:
+        layer = probe.model(**changes).get_submodule(layers)[0]
+        return {
+            f"{path}.{name}" if path else name: value
+            for path, module in layer.named_modules()
+            for name, value in vars(module).items()
+            if type(value) is int
+        }
+
+    base = numbers()
+    found: dict[str, str] = {}
+    for width in ("num_attention_heads", "num_key_value_heads"):
+        count = _PROBE[width]
+        try:
+            grown = numbers(**{width: 2 * count})
+        except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError):
+            continue
+        found |= {n: width for n, v in base.items() if v == count and grown.get(n) == 2 * count}
+    return found
 
 
 def _is_attention(name: str) -> bool:
@@ -411,13 +530,16 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
         widths = head if "head_dim" in probe.widths else {}
         model = probe.model("cpu", **{**widths, **scales, **dict.fromkeys(caps)})
 
+        ids = torch.arange(1, 13)[None]
+        packs = _packs(model, ids)
+
         def keep(name: str) -> Callable[..., None]:
             return lambda _module, _args, out: seen.update({name: out})
 
         model.get_submodule(data["lm_head"]).register_forward_hook(keep("head"))
         model.get_submodule(data["layers"])[0].register_forward_hook(keep("layer"))
         with torch.no_grad():
-            logits = model(input_ids=torch.arange(1, 13)[None], use_cache=False).logits
+            logits = model(input_ids=ids, use_cache=False).logits
     except Exception as error:
         # A model that cannot be run is no reason to propose nothing.
         remarks.append(f"the probe could not be run ({str(error).splitlines()[0][:80]}): check the "
@@ -427,6 +549,8 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
         torch.random.set_rng_state(torch_state)
     if isinstance(seen["layer"], tuple):
         data["tuple_output"] = True
+    if not packs:
+        data["packs"] = False
     largest = seen["head"].abs().argmax()
     ratio = float(logits.flatten()[largest] / seen["head"].flatten()[largest])
     if not torch.allclose(logits, seen["head"] * ratio, rtol=1e-3, atol=1e-5):
@@ -440,6 +564,24 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
                 data["logits_divisor"] = key
                 return
         remarks.append(f"the logits are {ratio:.4g} times the head's output: no key told why")
+
+
+def _packs(model: Any, ids: torch.Tensor) -> bool:
+    """Whether two examples in a row, the second's positions beginning anew, stay apart.
+
+    Args:
+        model: On the CPU.
+        ids: Tokens of shape (1, length).
+    """
+    half = ids.shape[1] // 2
+    positions = torch.arange(half).repeat(2)[None]
+    with torch.no_grad():
+        try:
+            both = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        second = model(input_ids=ids[:, half:], use_cache=False).logits
+    return torch.allclose(both[:, half:], second, rtol=1e-3, atol=1e-5)
 
 
 def _check(probe: _Probe, data: dict[str, Any], remarks: list[str]) -> None:

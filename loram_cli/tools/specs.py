@@ -58,7 +58,7 @@ class MemoryReportSpec(StepSpec):
         None, help="The base's directory, or its config.json.", flag="", place=True
     )
     preset: str | None = setting(
-        None, help="llama2-7b, llama2-13b, llama2-70b, llama3.1-8b or llama3.1-70b."
+        None, help="A published model's shapes, such as llama2-70b or qwen3-8b (docs: presets)."
     )
     pruned: Path | None = setting(
         None, help="A pruned directory of that base.", flag="", place=True

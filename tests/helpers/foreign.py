@@ -1,10 +1,11 @@
 """What a user does who has transformers, PEFT and TRL, and none of our code.
 
-Run as a program: ``foreign.py load MODEL`` prints logits, ``foreign.py sft MODEL DATA OUT`` trains
-by TRL's own trainer. The package cannot be imported in here.
+Run as a program: ``foreign.py load MODEL...`` prints logits, a line for each model, ``foreign.py sft
+MODEL DATA OUT`` trains by TRL's own trainer. The package cannot be imported in here.
 """
 
 import json
+import subprocess
 import sys
 
 
@@ -16,15 +17,25 @@ class NoLoram:
             raise ModuleNotFoundError(f"No module named '{name}'")
 
 
-def load(model: str) -> None:
+def in_a_stock_process(*words: object) -> str:
+    """What this file prints, run as a program in a process of its own."""
+    command = [sys.executable, "-W", "ignore", __file__, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def load(*models: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    found, report = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    with torch.no_grad():
-        logits = found.eval()(torch.arange(2, 50).reshape(2, 24)).logits
-    sys.stdout.write(json.dumps([float(x) for x in logits[0, :, :4].flatten()]) + "\n")
+    for model in models:
+        found, report = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+        amiss = {key: report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        assert not any(amiss.values()), (model, amiss)
+        with torch.no_grad():
+            logits = found.eval()(torch.arange(2, 50).reshape(2, 24)).logits
+        sys.stdout.write(json.dumps([float(x) for x in logits[0, :, :4].flatten()]) + "\n")
 
 
 def sft(model: str, data: str, out: str) -> None:

@@ -115,11 +115,25 @@ _LATENT = {
     "n_routed_experts": 6, "num_experts_per_tok": 2, "first_k_dense_replace": 2,
 }  # fmt: skip
 _GROUPS = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+# Linear attention in half of the layers, and a shared expert in all of them.
+_LINEAR = {
+    "head_dim": 12, "layer_types": ["linear_attention", "linear_attention", "full_attention",
+                                    "full_attention"],
+    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_num_value_heads": 4,
+    "linear_value_head_dim": 8,
+}  # fmt: skip
+_SHARED_EXPERT = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 20}
 VARIANTS = (
     Variant("llama2", "llama", {"num_key_value_heads": 4}),
     Variant("llama3-tied", "llama", {**TIED, "rope_parameters": _LLAMA3_ROPE}),
     Variant("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True}),
     Variant("llama-head-stored", "llama", TIED, stores_head=True),
+    Variant("llama4", "llama4_text", {
+        "head_dim": 16, "intermediate_size_mlp": 40, "num_local_experts": 4,
+        "no_rope_layers": [1, 1, 0, 1], "attention_chunk_size": 8}),
+    Variant("llama4-dense-layers", "llama4_text", {
+        "head_dim": 16, "intermediate_size_mlp": 40, "num_local_experts": 4,
+        "interleave_moe_layer_step": 2}),
     Variant("mistral", "mistral", {"sliding_window": 8, "head_dim": 12}),
     Variant("qwen2", "qwen2"),
     Variant("qwen2-tied", "qwen2", TIED),
@@ -135,6 +149,7 @@ VARIANTS = (
     Variant("phi4-mini", "phi3",
             {**TIED, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                          "partial_rotary_factor": 0.5}}),
+    Variant("apertus", "apertus", {"head_dim": 12}),
     Variant("arcee", "arcee", {"mlp_bias": True}),
     Variant("cohere", "cohere", {**TIED, "use_qk_norm": True}),
     Variant("cohere-plain", "cohere", {"attention_bias": True}),
@@ -222,11 +237,10 @@ VARIANTS = (
         **MOE, "moe_intermediate_size": 16, "head_dim": 12, "norm_topk_prob": True}),
     Variant("qwen3_moe-dense-layers", "qwen3_moe", {
         **MOE, "moe_intermediate_size": 16, "head_dim": 12, "decoder_sparse_step": 2}),
-    Variant("qwen3_5", "qwen3_5_text", {
-        "head_dim": 12, "layer_types": ["linear_attention", "linear_attention", "full_attention",
-                                        "full_attention"],
-        "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_num_value_heads": 4,
-        "linear_value_head_dim": 8}),
+    Variant("qwen3_5", "qwen3_5_text", _LINEAR),
+    Variant("qwen3_5_moe", "qwen3_5_moe_text", {**MOE, **_LINEAR, **_SHARED_EXPERT},
+            drops=("intermediate_size",)),
+    Variant("qwen3_next", "qwen3_next", {**MOE, **_LINEAR, **_SHARED_EXPERT}),
     Variant("seed_oss", "seed_oss", {
         "head_dim": 12, "attention_out_bias": True, "attention_dropout": 0.0}),
     Variant("smollm3", "smollm3", {**TIED, "no_rope_layers": [1, 0, 1, 0]}),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from loram_cli.arch.registry import families
-from loram_cli.arch.spec import Family
+from loram_cli.arch.spec import ActivationKeeps, Family
 from loram_cli.errors import LoramError
 from loram_cli.modeling.propose import propose_family, render_family
 
@@ -24,6 +24,7 @@ BEYOND = {
     "granitemoehybrid": "no small causal LM",
     "helium": "as wide as the residual stream",
     "internlm3": "attention_bias cannot be on",
+    "llama4": "neither linear nor norm",
     "minimax_m2": "neither linear nor norm",
     "mixtral": "neither linear nor norm",
     "nemotron_h": "products of config keys",
@@ -31,7 +32,9 @@ BEYOND = {
     "phi": "narrows as heads are added",
     "qwen2_moe": "neither linear nor norm",
     "qwen3_5": "products of config keys",
+    "qwen3_5_moe": "neither linear nor norm",
     "qwen3_moe": "neither linear nor norm",
+    "qwen3_next": "neither linear nor norm",
     "stablelm": "attributes",
 }
 PLAIN = [family for family in families() if family.family not in BEYOND]
@@ -48,8 +51,8 @@ def meaning(family: Family) -> Family:
         # What other programs make of it, which transformers does not know.
         gguf=None,
         vllm=None,
-        # Checks of config classes, which no module shows.
-        heads_divide_hidden=False,
+        # What an activation keeps, and checks of config classes, which no module shows.
+        activation_keeps=ActivationKeeps(),
         heads_stay=False,
         heads_stay_rope=(),
         modules=tuple(sorted(family.modules, key=lambda m: m.name)),

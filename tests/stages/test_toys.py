@@ -30,24 +30,22 @@ def keep_first_groups(layer: LayerToPrune) -> LayerKeep:
 
 @pytest.fixture
 def toy_family(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A base of model_type ``toy``: a Llama by another name, as one more file of families."""
+    """A base of model_type ``toy``: a Llama by another name, as a family file of the user's own."""
 
     class ToyConfig(transformers.LlamaConfig):
         model_type = "toy"
 
     transformers.AutoConfig.register("toy", ToyConfig, exist_ok=True)
-    folder = shutil.copytree(Path(registry.__file__).parent / "families", tmp_path / "families")
-    data = json.loads((folder / "llama.json").read_text())
+    data = json.loads((Path(registry.__file__).parent / "families" / "llama.json").read_text())
     data |= {"family": "toy", "model_types": ["toy"]}
+    folder = tmp_path / "families"
+    folder.mkdir()
     (folder / "toy.json").write_text(json.dumps(data))
-    monkeypatch.setattr(registry.resources, "files", lambda package: tmp_path)
-    registry.families.cache_clear()
+    monkeypatch.setenv(registry.FAMILIES_VARIABLE, str(folder))
     model = shutil.copytree(base, tmp_path / "base")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "toy"}))
-    yield model
-    monkeypatch.undo()
-    registry.families.cache_clear()
+    return model
 
 
 def recovered(run: Path, instructions: Path) -> LoraAdapter:

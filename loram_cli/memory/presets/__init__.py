@@ -1,21 +1,32 @@
 """Configs of published models, so that their memory can be told without their weights.
 
-Each file holds the fields of the model's published ``config.json``, with ``dtype`` and
-``rope_parameters`` as transformers 5 spells them. Those of families other than Llama hold what
-decides shapes and what is computed, as litgpt's tables (``litgpt/config.py``) quote the published
-files. Later ones hold the shapes that the config class of transformers defaults to for its first
-published model, or that the model's page states. All of them have the published number of
-parameters.
+Each file holds the fields of the model's published ``config.json`` that decide shapes and what is
+computed, with ``dtype`` and ``rope_parameters`` as transformers 5 spells them, and as ``source``
+the model on the hub and the public file in which these values were read.
 """
 
 import json
 import re
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from loram_cli.schema import unknown_name
 
 _SUFFIX = ".json"
+
+
+@dataclass(frozen=True)
+class PresetSource:
+    """Where a preset's values come from.
+
+    Attributes:
+        model: The published model, as the hub names it.
+        read_in: Address of the public file that quotes its ``config.json``.
+    """
+
+    model: str
+    read_in: str
 
 
 def preset_names() -> tuple[str, ...]:
@@ -40,7 +51,22 @@ def load_preset(name: str, where: str = "--preset") -> dict[str, Any]:
     Raises:
         UsageError: There is no such preset; names the nearest one.
     """
+    config = _read(name, where)
+    config.pop("source", None)
+    return config
+
+
+def preset_source(name: str) -> PresetSource:
+    """The published model that a preset is of, and where its values were read.
+
+    Raises:
+        UsageError: There is no such preset; names the nearest one.
+    """
+    return PresetSource(**_read(name, "--preset")["source"])
+
+
+def _read(name: str, where: str) -> dict[str, Any]:
     if name not in preset_names():
         raise unknown_name("preset", name, preset_names(), where)
     file = resources.files(__name__) / f"{name}{_SUFFIX}"
-    return json.loads(file.read_text("utf-8"))
+    return dict(json.loads(file.read_text("utf-8")))

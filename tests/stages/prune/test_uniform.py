@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.foreign import in_a_stock_process
 from helpers.recovery_chain import SILENT, close, logits
-from helpers.variants import Variant, mostly_slow
+from helpers.variants import VARIANTS, Variant, mostly_slow
 
 from loram_cli.arch.registry import families, family_for
 from loram_cli.checkpoint.index import read_config
@@ -18,6 +20,9 @@ from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.stages.prune import plan
 from loram_cli.stages.prune import stage as prune
 from loram_cli.stages.prune.spec import PruneSpec
+
+# Its heads stay, and it has no dense MLP: nothing is left to spread over all layers.
+NOTHING_LEFT = ("olmoe",)
 
 
 def small_config(preset: str, **settings) -> dict:
@@ -35,8 +40,7 @@ def test_stock_transformers_loads_what_is_pruned_uniformly(variant: Variant, tmp
         model=base, out=tmp_path / "pruned", ratio=0.5, keep_first=1, keep_last=1,
         strategy="rand", uniform=True,
     )  # fmt: skip
-    if variant.name == "olmoe":
-        # Its heads stay, and it has no dense MLP: nothing is left to spread over all layers.
+    if variant.name in NOTHING_LEFT:
         with pytest.raises(UsageError, match="cannot be taken from all layers alike"):
             prune.run(spec, SILENT)
         return
@@ -47,6 +51,23 @@ def test_stock_transformers_loads_what_is_pruned_uniformly(variant: Variant, tmp
     assert after.layers != before.layers
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
     close(logits(stock), logits(load_causal_lm(tmp_path / "pruned", device="cpu")))
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_process_without_this_package_loads_a_uniform_model_of_every_family(tmp_path: Path):
+    ours = {}
+    for variant in VARIANTS:
+        if variant.name in NOTHING_LEFT or variant.stores_head:
+            continue
+        base = variant.save(tmp_path / variant.name / "base")
+        out = tmp_path / variant.name / "pruned"
+        how = {"ratio": 0.5, "keep_first": 1, "keep_last": 1, "strategy": "rand", "uniform": True}
+        prune.run(PruneSpec(model=base, out=out, **how), SILENT)
+        ours[out] = logits(load_causal_lm(out, device="cpu"))
+    printed = in_a_stock_process("load", *ours).splitlines()
+    for line, own in zip(printed, ours.values(), strict=True):
+        close(torch.tensor(json.loads(line)), own[0, :, :4].flatten())
 
 
 @pytest.mark.parametrize(

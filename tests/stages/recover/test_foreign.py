@@ -1,14 +1,12 @@
 """Adapters by other trainers, on pruned directories that stock libraries load."""
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import foreign
+from helpers.foreign import in_a_stock_process
 from helpers.recovery_chain import SILENT, base_with_groups_zeroed, close, keep_of, logits
 from helpers.slow import slow
 from safetensors.torch import load_file, save_file
@@ -53,13 +51,6 @@ def recovered(adapter: Path, pruned: Path | None, base: Path, out: Path) -> Path
     spec = recover.RecoverSpec(adapter=adapter, pruned=pruned, model=base, out=out)
     recover.run(spec, SILENT)
     return out
-
-
-def in_a_stock_process(*words: object) -> str:
-    command = [sys.executable, "-W", "ignore", foreign.__file__, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def check_same_as_on_pruned(adapter: Path, pruned: Path, full: Path, base: Path) -> None:
