@@ -26,6 +26,7 @@ from loram_cli.stages.evaluate.rows import (
 )
 from loram_cli.stages.evaluate.spec import EvalSpec
 from loram_cli.training.data.documents import load_instructions
+from loram_cli.training.data.files import require_regular
 
 __all__ = ["EvalSpec", "plan", "run"]
 
@@ -62,7 +63,7 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
     models: dict[Path, Model] = {}
     params = {}
     for label, parts in spec.rows.items():
-        models[parts[0]] = checked_row(parts, models.get(parts[0]))
+        models[parts[0]] = checked_row(parts, reporter, models.get(parts[0]))
         params[label] = models[parts[0]].num_params
     for name, file in spec.task_data.items():
         _check_readable(f"--task-data {name}", file)
@@ -143,6 +144,7 @@ def export_results(result: StageResult, file: Path) -> None:
 
 
 def _check_readable(flag: str, file: Path) -> None:
+    require_regular(file)
     try:
         with file.open("rb") as stream:
             empty = not stream.read(1)
