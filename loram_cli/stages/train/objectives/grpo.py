@@ -12,11 +12,10 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import process_count
 from loram_cli.stages.train.objectives.objective import (
     Load,
-    Objective,
     Prepared,
     check_policy,
-    import_trl,
     loader,
+    policy_objective,
     reference_bytes,
 )
 from loram_cli.stages.train.settings import POLICY_RATE, TrainSettings
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     from loram_cli.training.loop.options import FitResult
 
 _LONGEST_COMPLETION = 256
+_GENERATIONS = 8
+# Of a step: with fewer, many a step has no question that some completions solve and others do not.
+_QUESTIONS = 8
 
 
 def _settings(spec: TrainSettings) -> Mapping[str, Any]:
@@ -34,10 +36,15 @@ def _settings(spec: TrainSettings) -> Mapping[str, Any]:
         "dropout": 0.0,
         "learning_rate": POLICY_RATE,
         "beta": 0.0,
-        "generations": 8,
+        "generations": _GENERATIONS,
         "temperature": 1.0,
         "max_completion_length": min(_LONGEST_COMPLETION, max(1, spec.max_length // 2)),
     }
+
+
+def _defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    generations = values.get("generations")
+    return {"batch": _QUESTIONS * (generations if isinstance(generations, int) else _GENERATIONS)}
 
 
 def _check(spec: TrainSettings) -> None:
@@ -158,14 +165,13 @@ def _more_bytes(
     return reference_bytes(spec, memory) + max(0, drawn - passing)
 
 
-OBJECTIVE = Objective(
+OBJECTIVE = policy_objective(
     title="Training on verifiable rewards (GRPO)",
     learns_from="word problems",
     settings=_settings,
     check=_check,
+    defaults=_defaults,
     load=_load,
     prepare=_prepare,
     more_bytes=_more_bytes,
-    follows_sft=True,
-    warm_up=import_trl,
 )

@@ -57,6 +57,8 @@ class Objective:
         prepare: Makes tokens; called with the spec, training and held-out examples, tokenizer and
             reporter.
         check: Refuses settings that do not go together.
+        defaults: Of settings that commands and recipes leave open, where they differ from the
+            spec's own; from what they give.
         more_bytes: Memory that it takes beside a training by gradient steps.
         follows_sft: Whether it resumes from the supervised adapter where the run has one.
         sequences_per_example: In one forward pass.
@@ -69,6 +71,7 @@ class Objective:
     load: Callable[[TrainSettings, Any, Reporter], Load]
     prepare: Callable[[TrainSettings, list[Any], list[Any], Any, Reporter], Prepared]
     check: Callable[[TrainSettings], None] = lambda spec: None
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: {}
     more_bytes: Callable[
         [TrainSettings, TrainingMemory, Family, Mapping[str, Any], TrainingSetup], int
     ] = lambda *_: 0
@@ -96,9 +99,26 @@ def check_policy(spec: TrainSettings) -> None:
             raise UsageError(f"{flag} {value} does not go with --objective {spec.objective}")
 
 
+def check_pairs(spec: TrainSettings, hint: str | None = None) -> None:
+    """What losses on pairs and on judged answers refuse alike.
+
+    Raises:
+        UsageError: As :func:`check_policy`, or a weight of nothing.
+    """
+    check_policy(spec)
+    if spec.beta == 0:
+        raise UsageError(f"--beta must be above 0, not {spec.beta:g}", hint)
+
+
 def loader(load: Load, spec: TrainSettings, reporter: Reporter, **more: Any) -> Load:
     """A function that reads data as the spec says."""
     return partial(load, reporter=reporter, seed=spec.seed, exhausted=spec.exhausted, **more)
+
+
+def policy_objective(**fields: Any) -> Objective:
+    """An objective of TRL's that follows supervised tuning; ``fields`` are those of the class."""
+    common = {"more_bytes": reference_bytes, "follows_sft": True, "warm_up": import_trl}
+    return Objective(**{**common, **fields})
 
 
 def reference_bytes(spec: TrainSettings, memory: TrainingMemory, *_: Any) -> int:
