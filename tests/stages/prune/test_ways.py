@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loram_cli import pipeline
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import read_config
 from loram_cli.cli.app import run_command
 from loram_cli.config.defaults import Place, prune_spec
-from loram_cli.config.recipe import load_recipe
 from loram_cli.errors import UsageError
 from loram_cli.memory.presets import load_preset
 from loram_cli.memory.training import training_memory
@@ -28,6 +26,8 @@ from loram_cli.stages.prune.plan import chosen_way, foresee
 SILENT = NullReporter()
 NARROW = {"strategy": "stru", "ratio": 0.65, "importance": "obs"}
 TRAIN = {"data": "mine.jsonl", "gradient_checkpointing": True, "micro_batch": 1}
+# A 70B, as far as one layer and another are alike.
+CONFIG = {**load_preset("llama2-70b"), "num_hidden_layers": 10}
 POINTS = (
     Point(name="full", bytes=1.0, kept=1.0),
     Point(name="nf4", quantize="nf4", bytes=0.26, kept=0.9),
@@ -53,17 +53,16 @@ def spec_for(memory: str, **changes: object) -> prune.PruneSpec:
 @pytest.mark.parametrize(
     ("memory", "settings", "then"),
     [
-        ("80GiB", {"strategy": "lowbit", "bits": 3}, "then train --gradient-checkpointing; a card"),
-        ("34GiB", {"strategy": "lowbit", "bits": 3}, "train --gradient-checkpointing --micro-batc"),
-        ("24GiB", {"strategy": "lowbit", "bits": 2}, "then align --method distill, train --gra"),
-        ("20GiB", {"strategy": "stru", "ratio": 0.65}, "--quantize nf4 --gradient-checkpointing"),
+        ("18GiB", {"strategy": "lowbit", "bits": 3}, "then train; a card of 17.33 GiB"),
+        ("8.2GiB", {"bits": 3}, "then train --gradient-checkpointing; a card of 8.03 GiB"),
+        ("7GiB", {"bits": 3}, "--gradient-checkpointing --micro-batch 1; a card of 6.75 GiB"),
+        ("6.7GiB", {"bits": 2}, "then align --method distill, train --gradient-checkpointing"),
     ],
 )
-def test_a_70b_gets_the_way_that_keeps_most(memory, settings, then):
-    config = load_preset("llama2-70b")
+def test_a_card_gets_the_way_that_kept_most(memory, settings, then):
     spec = spec_for(memory).settled()
     assert spec.picks_way
-    way = chosen_way(spec, config)
+    way = chosen_way(spec, CONFIG)
     assert way is not None
     chose, why = way.said
     assert then in chose
@@ -72,47 +71,49 @@ def test_a_70b_gets_the_way_that_keeps_most(memory, settings, then):
     assert not way.spec.picks_way
     assert way.card_bytes is not None
     assert way.card_bytes <= Bytes.parse(memory)
-    assert foresee(spec, config)[1].card_bytes == way.card_bytes
+    assert foresee(spec, CONFIG)[1].card_bytes == way.card_bytes
 
 
 def test_the_card_is_that_of_the_training_that_is_told():
-    config = load_preset("llama2-70b")
-    spec = spec_for("34GiB", rank=16, max_length=256)
-    way = chosen_way(spec.settled(), config)
+    spec = spec_for("8GiB", rank=16, max_length=256)
+    way = chosen_way(spec.settled(), CONFIG)
     assert way is not None
-    assert (
-        "train --gradient-checkpointing --rank 16 --micro-batch 1 --max-length 256" in way.said[0]
-    )
-    trained = foresee(way.spec, config)[0]
-    lean = {"gradient_checkpointing": True, "micro_batch": 1}
-    setup = replace(training_setup(spec, config), **lean)
-    needed = training_memory(family_for(config, "test"), trained, setup)
+    assert "train --gradient-checkpointing --rank 16 --max-length 256" in way.said[0]
+    trained = foresee(way.spec, CONFIG)[0]
+    setup = replace(training_setup(spec, CONFIG), gradient_checkpointing=True)
+    needed = training_memory(family_for(CONFIG, "test"), trained, setup)
     assert needed.fits(way.card_bytes) and not needed.fits(way.card_bytes - 2)
 
 
+def test_weights_told_to_be_in_nf4_leave_the_rows_that_were():
+    way = chosen_way(spec_for("7GiB", quantize="nf4").settled(), CONFIG)
+    assert way is not None
+    assert (way.spec.strategy, way.spec.ratio) == ("stru", 0.65)
+    assert "then train --quantize nf4 --gradient-checkpointing --micro-batch 1" in way.said[0]
+
+
 def test_where_nothing_measured_fits_as_little_is_dropped_as_can_be():
-    config = load_preset("llama2-70b")
-    way = chosen_way(spec_for("12GiB").settled(), config)
+    spec = spec_for("5.5GiB")
+    way = chosen_way(spec.settled(), CONFIG)
     assert way is not None
     assert "--strategy stru at the smallest ratio that fits, then train --quantize" in way.said[0]
     assert (way.spec.strategy, way.spec.quantize, way.card_bytes) == ("stru", "nf4", None)
-    result = foresee(spec_for("12GiB"), config)[1]
-    assert 0.8 < (result.ratio or 0) < 0.9
-    assert 0.999 * 12 * 2**30 < (result.card_bytes or 0) <= 12 * 2**30
+    result = foresee(spec, CONFIG)[1]
+    assert 0.5 < (result.ratio or 0) < 1
+    assert 0.999 < (result.card_bytes or 0) / Bytes.parse("5.5GiB") <= 1
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("memory", "told", "flags"),
     [
-        ({}, "needs a card of"),
-        ({"quantize": "nf4"}, "needs a card of"),
+        ("20.5GiB", {}, "--gradient-checkpointing"),
+        ("8.5GiB", {"quantize": "nf4"}, "--quantize nf4 --gradient-checkpointing"),
     ],
 )
-def test_a_base_that_fits_whole_is_not_made_small(changes, said):
-    with pytest.raises(UsageError, match=said) as refused:
-        chosen_way(spec_for("40GiB", **changes).settled(), load_preset("llama2-13b"))
-    flags = "--quantize nf4" if changes else "--gradient-checkpointing"
-    assert f"loram train --on full {flags}" in (refused.value.hint or "")
+def test_a_base_that_fits_whole_is_not_made_small(memory, told, flags):
+    with pytest.raises(UsageError, match="the whole base fits already") as refused:
+        chosen_way(spec_for(memory, **told).settled(), CONFIG)
+    assert f"'loram train --on full {flags}'" in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -121,11 +122,11 @@ def test_a_base_that_fits_whole_is_not_made_small(changes, said):
      {"scope": "global"}, {"uniform": True}],
 )  # fmt: skip
 def test_whoever_says_how_gets_the_smallest_ratio(told):
-    spec = spec_for("24GiB", quantize="nf4", gradient_checkpointing=True, **told).settled()
+    spec = spec_for("8GiB", quantize="nf4", gradient_checkpointing=True, **told).settled()
     assert not spec.picks_way
     assert spec.strategy == "stru"
-    assert chosen_way(spec, load_preset("llama2-70b")) is None
-    assert foresee(spec, load_preset("llama2-70b"))[1].ratio is not None
+    assert chosen_way(spec, CONFIG) is None
+    assert foresee(spec, CONFIG)[1].ratio is not None
 
 
 def test_a_way_needs_text():
@@ -169,18 +170,18 @@ def test_pruning_says_what_it_chose_and_why(base, text_file, tmp_path, monkeypat
 def test_a_recipe_and_its_dry_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "recipe.yaml"
-    sections = {"prune": {"fit_memory": "24GiB"}, "train": TRAIN}
-    file.write_text(yaml.safe_dump({"model": "x/y", "preset": "llama2-70b", **sections}))
-    planned = pipeline.plan(load_recipe(file), RunDirectory(tmp_path / "run"), SILENT)
-    assert planned[0].figures["result"].bits == 2
-    assert planned[1].memory_bytes < 24 * 2**30
+    sections = {"prune": {"fit_memory": "4GiB"}, "train": TRAIN}
+    file.write_text(yaml.safe_dump({"model": "x/y", "preset": "llama2-7b", **sections}))
     assert run_command(["run", str(file), "--dry-run"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "--fit-memory 24.00 GiB: --strategy lowbit --bits 2, then align" in out
+    assert "--fit-memory 4.00 GiB: --strategy lowbit --bits 2, then align" in out
     assert "why: it kept 0.70 of full LoRA's gain on SmolLM2" in out
     assert run_command(["run", str(file), "--dry-run", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)["plans"][0]["figures"]
-    assert [line.partition(":")[0] for line in figures["way"]] == ["--fit-memory 24.00 GiB", "why"]
+    pruned, trained = json.loads(capsys.readouterr().out)["plans"]
+    assert pruned["figures"]["result"]["bits"] == 2
+    assert trained["memory_bytes"] < 4 * 2**30
+    figures = pruned["figures"]
+    assert [line.partition(":")[0] for line in figures["way"]] == ["--fit-memory 4.00 GiB", "why"]
 
 
 def test_the_demo_bases_own_strategy_is_no_choice_of_the_users(tmp_path):
