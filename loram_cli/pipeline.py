@@ -16,6 +16,7 @@ from loram_cli.stages.core.lifecycle import StageResult
 from loram_cli.stages.core.plan import StagePlan, free_disk
 from loram_cli.stages.evaluate import stage as evaluate
 from loram_cli.stages.prune import stage as prune
+from loram_cli.stages.prune.plan import chosen_way
 from loram_cli.stages.prune.plan import foresee as foresee_prune
 from loram_cli.stages.prune.spec import PruneSpec
 from loram_cli.stages.recover import merge
@@ -151,6 +152,8 @@ def _foreseen(
     memory_bytes = 0
     if isinstance(spec, PruneSpec):
         figures["result"] = foresee_prune(spec, base)[1]
+        way = chosen_way(spec, base)
+        figures |= {"way": way.said} if way else {}
     if isinstance(spec, TrainSpec):
         config = base if stage in (FULL_LORA, "polish") else small
         figures |= train.foresee(spec, config)

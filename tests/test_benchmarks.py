@@ -1,5 +1,6 @@
 """The scripts of ``make bench*`` start from any folder; nothing collects them as tests."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,41 @@ def test_gain_kept_is_a_share_of_full_loras(monkeypatch):
     assert "| 0.75 |" in lines[-1] and "| 115k |" in lines[-1]
     # Ten exact steps alone keep a sixth.
     assert lines[-2].endswith("| 0.17 |")
+
+
+def test_a_row_is_measured_no_further_than_it_has_to_be(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gain import command
+    from gain.rows import named
+
+    monkeypatch.setattr(command, "measure", lambda row, seed, bench: {"loss_recovered": 1.0})
+    monkeypatch.setattr(command, "measure_polished", lambda row, seed, bench, steps: {steps: 1.0})
+    (decisive,), (plain,) = named(("lowbit-3",)), named(("stru-0.65-wanda",))
+
+    def found(row, known):
+        return list(command._measured(row, 1, None, (2, 10), known))
+
+    assert found(plain, {}) == [{"loss_recovered": 1.0}]
+    assert found(decisive, {}) == [{"loss_recovered": 1.0}, {2: 1.0}, {10: 1.0}]
+    known = {"loss_recovered": 1.0, "loss_polished_2": 1.2}
+    assert found(decisive, known) == [{10: 1.0}]
+
+
+def test_a_rows_settings_reach_the_products_table(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gain.frontier import write_frontier
+
+    common = {"seed": 1, "loss_before": 1.5, "loss_small": 1.0}
+    done = {
+        "full@1": {**common, "name": "full", "bytes": 1.0, "loss_base": 1.5, "loss_recovered": 0.9},
+        "nf4@1": {**common, "name": "nf4", "bytes": 0.26, "loss_recovered": 0.96},
+        "b@1": {**common, "name": "stru-0.65-obs", "bytes": 0.54, "loss_recovered": 1.05},
+        "c@1": {**common, "name": "stru-0.35-lowbit-2", "bytes": 0.1, "loss_recovered": 1.2},
+    }
+    write_frontier(done, "SmolLM2", tmp_path / "frontier.json")
+    written = json.loads((tmp_path / "frontier.json").read_text())
+    assert written["base"] == "SmolLM2"
+    full, nf4, stru = written["points"]  # the last one takes two prunings, and is left out
+    assert (full["prune"], full["kept"], nf4["quantize"], nf4["kept"]) == ({}, 1.0, "nf4", 0.9)
+    assert stru["prune"] == {"strategy": "stru", "ratio": 0.65, "importance": "obs"}
+    assert (stru["align"], stru["bytes"], stru["kept"]) == ("reconstruct", 0.54, 0.75)

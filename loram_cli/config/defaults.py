@@ -85,6 +85,9 @@ def stage_defaults(place: Place, stage: str, values: Values) -> dict[str, Any]:
         drops_nothing = strategy is not None and strategy.ratio is None
         if drops_nothing or any(name in values for name in AMOUNTS):
             defaults.pop("ratio", None)
+        if "fit_memory" in values and strategy is None:
+            # Which way to take is then open.
+            defaults.pop("strategy", None)
     if stage == "train" and "epochs" in values:
         defaults.pop("steps", None)
     return defaults
@@ -113,7 +116,7 @@ def prune_spec(place: Place, values: Values) -> PruneSpec:
     for name in ("keep_first", "keep_last"):
         if spec.chosen_strategy.keep is None and name in values:
             raise UsageError(
-                f"--{name.replace('_', '-')} does not go with --strategy {spec.strategy}",
+                f"--{name.replace('_', '-')} does not go with --strategy {spec.strategy_name}",
                 f"it {'rounds' if spec.rounds_weights else 'zeroes'} weights in every layer; rand "
                 "and stru keep layers whole",
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from loram_cli import reading
 from loram_cli.errors import UsageError
-from loram_cli.pruning.strategies import STRATEGIES
+from loram_cli.pruning.strategies import DEFAULT, STRATEGIES
 from loram_cli.schema import (
     Spec,
     hints_of,
@@ -20,7 +20,7 @@ from loram_cli.schema import (
 )
 from loram_cli.serving.spec import ChatSpec, ServeSpec
 from loram_cli.stages.evaluate.spec import GenerateSpec
-from loram_cli.stages.prune.spec import CALIBRATED, PruneSpec
+from loram_cli.stages.prune.spec import CALIBRATED
 from loram_cli.stages.specs import SPECS as STAGE_SPECS
 from loram_cli.stages.train.objectives.table import beyond_sft
 
@@ -183,7 +183,7 @@ def on_training_data(
 
 def ranks_on_text(values: Mapping[str, Any]) -> bool:
     """Whether values of ``prune`` are those of a pruning that needs text."""
-    strategy = STRATEGIES.get(values.get("strategy", PruneSpec.strategy))
+    strategy = STRATEGIES.get(values.get("strategy") or DEFAULT)
     ways = strategy.importances if strategy is not None else ()
     return values.get("importance", next(iter(ways), None)) in CALIBRATED
 

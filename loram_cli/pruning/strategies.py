@@ -3,6 +3,8 @@
 from loram_cli.pruning import depth, lowbit, lowrank, rand, semi, stru, unst
 from loram_cli.pruning.strategy import Strategy
 
+# Unless told.
+DEFAULT = "stru"
 STRATEGIES: dict[str, Strategy] = {
     "rand": rand.STRATEGY,
     "stru": stru.STRATEGY,

@@ -31,7 +31,10 @@ def plan_lines(plan: StagePlan[Any]) -> Iterator[str | Table]:
     reads = f"read {', '.join(plan.reads)}, " if plan.reads else ""
     ahead = "" if plan.checked else " (by arithmetic: its inputs are still to be made)"
     yield f"would {plan.stage}: {reads}write {plan.writes}{ahead}"
-    words = [_figure(k, v) for k, v in plan.figures.items() if v is not None and v != {}]
+    for line in plan.figures.get("way", ()):
+        yield f"  {line}"
+    figures = {name: value for name, value in plan.figures.items() if name != "way"}
+    words = [_figure(k, v) for k, v in figures.items() if v is not None and v != {}]
     if words:
         yield f"  {', '.join(words)}"
     needed = f"{format_bytes(plan.disk_bytes)} needed at most, " if plan.disk_bytes else ""

@@ -31,15 +31,7 @@ def budget_excess(
         budget = spec.fit_memory
     else:
         return None
-    # The training that the pruned model is meant for, on a GPU.
-    setup = TrainingSetup(
-        rank=spec.rank,
-        quantize=spec.quantize,
-        micro_batch=spec.micro_batch,
-        length=spec.max_length,
-        gradient_checkpointing=spec.gradient_checkpointing,
-        attention=usual_attention(config),
-    )
+    setup = training_setup(spec, config)
 
     def excess(widths: Widths) -> int:
         small = pruned_config(config, geometry, widths)
@@ -48,6 +40,18 @@ def budget_excess(
         return card_bytes(family, small, setup) - budget
 
     return excess
+
+
+def training_setup(spec: PruneSpec, config: Mapping[str, Any]) -> TrainingSetup:
+    """The training that the small model is meant for, on a GPU."""
+    return TrainingSetup(
+        rank=spec.rank,
+        quantize=spec.quantize,
+        micro_batch=spec.micro_batch,
+        length=spec.max_length,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        attention=usual_attention(config),
+    )
 
 
 def ratio_of_budget(

@@ -35,6 +35,7 @@ from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
 from loram_cli.stages.core.results import CalibrationFigures, PruneResult
 from loram_cli.stages.prune.calibration import CalibrationNeeds, calibration_needs
 from loram_cli.stages.prune.spec import PruneSpec
+from loram_cli.stages.prune.ways import ChosenWay, choose_way
 from loram_cli.stages.prune.widths import ChosenWidths, Widths, choose_widths, plan_record
 
 
@@ -57,6 +58,7 @@ class PruneWork:
         chosen: How the widths came about; None where they stay.
         low_bit: How the decoder linears are rounded; None where they are not.
         kept_layers: The base's layers that are left, where whole layers go.
+        way: The way that was chosen by memory alone, with its spec; None where the spec told it.
     """
 
     model: Model
@@ -72,6 +74,7 @@ class PruneWork:
     chosen: ChosenWidths | None = None
     low_bit: LowBit | None = None
     kept_layers: tuple[int, ...] | None = None
+    way: ChosenWay | None = None
 
     @property
     def out_bytes(self) -> int:
@@ -128,14 +131,17 @@ class PruneWork:
 
     def result(self) -> PruneResult:
         """The figures of the work, for the manifest and ``--dry-run``."""
-        return _figures(
-            (self.base_params, self.pruned_params, self.out_bytes),
-            self.before.layers,
-            self.after,
-            self.chosen,
-            sparsity=self.sparsity,
-            calibration=self.calibrations[0].figures() if self.calibrations else None,
-            low_bit=self.low_bit,
+        return _for_card(
+            _figures(
+                (self.base_params, self.pruned_params, self.out_bytes),
+                self.before.layers,
+                self.after,
+                self.chosen,
+                sparsity=self.sparsity,
+                calibration=self.calibrations[0].figures() if self.calibrations else None,
+                low_bit=self.low_bit,
+            ),
+            self.way,
         )
 
 
@@ -149,10 +155,12 @@ def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     spec = spec.settled()
     check_out_of_tree(spec.out, spec.read)
     model = Model.open(spec.read)
+    way = chosen_way(spec, model.config)
+    spec = way.spec if way else spec
     source = _source(spec, model)
     model.check_whole()
     warn_of_oddities(model, reporter)
-    work = _work(spec, model)
+    work = replace(_work(spec, model), way=way)
     scratch_bytes = max((needs.disk_bytes for needs in work.calibrations), default=0)
     return make_plan(
         "prune",
@@ -164,8 +172,17 @@ def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         base=source.base,
         keep=source.keep,
         memory_bytes=max((needs.held_bytes for needs in work.calibrations), default=0),
-        figures={"result": work.result()},
+        figures={"result": work.result()} | ({"way": way.said} if way else {}),
     )
+
+
+def chosen_way(spec: PruneSpec, config: Mapping[str, Any]) -> ChosenWay | None:
+    """The pruning that ``--fit-memory`` alone stands for; None where the spec tells the way.
+
+    Raises:
+        UsageError: The whole base fits.
+    """
+    return choose_way(spec, config, lambda told: foresee(told, config)[0])
 
 
 def foresee(spec: PruneSpec, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], PruneResult]:
@@ -178,6 +195,10 @@ def foresee(spec: PruneSpec, config: Mapping[str, Any]) -> tuple[Mapping[str, An
         LoramError: The config is of no known family.
         UsageError: What is asked for does not fit the model.
     """
+    way = chosen_way(spec, config)
+    if way is not None:
+        small, result = foresee(way.spec, config)
+        return small, _for_card(result, way)
     family = family_for(config, "the base")
     before = family.geometry(config)
     base_params = count_params(family, config).total
@@ -239,6 +260,13 @@ def _figures(
         experts=_experts(before, after),
     )
     return replace(result, **chosen.known(after)) if chosen else result
+
+
+def _for_card(result: PruneResult, way: ChosenWay | None) -> PruneResult:
+    """The result with the card that its way was chosen for."""
+    if way is None or way.card_bytes is None:
+        return result
+    return replace(result, card_bytes=way.card_bytes)
 
 
 def _source(spec: PruneSpec, model: Model) -> Source:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from loram_cli.checkpoint.low_bit import BITS, GROUP_MULTIPLE, GROUP_SIZE, LARGEST_GROUP, LowBit
 from loram_cli.errors import UsageError
 from loram_cli.pruning.experts import ExpertImportance
-from loram_cli.pruning.strategies import STRATEGIES, strategy_named, summaries
+from loram_cli.pruning.strategies import DEFAULT, STRATEGIES, strategy_named, summaries
 from loram_cli.pruning.strategy import Strategy
 from loram_cli.schema import Bytes, Params, Spec, flag, setting
 from loram_cli.stages.fit.spec import (
@@ -41,7 +41,9 @@ CALIBRATED = {
 # How experts may be ranked on text.
 EXPERTS_CALIBRATED = ("reap", "frequency", "taylor")
 # What a budget of memory depends on.
-_TRAINING = ("quantize", "rank", "micro_batch", "max_length", "gradient_checkpointing")
+TRAINING = ("quantize", "rank", "micro_batch", "max_length", "gradient_checkpointing")
+# What says how heads and channels go, so that it is no longer open which way to take.
+_OF_GROUPS = ("importance", "scope", "multiple_of", "keep_first", "keep_last", "uniform")
 # What only makes sense where shapes shrink, with the value that asks for nothing.
 _SHRINKING = {
     "plan": None, "target_params": None, "fit_memory": None, "scope": "layer", "multiple_of": 1,
@@ -66,7 +68,12 @@ class PruneSpec(Spec):
         private=True,
     )
     out: Path = setting(help=OUT_HELP, place=True, in_key=False, private=True)
-    strategy: str = setting("stru", help=f"{summaries()}.", choices=lambda: STRATEGIES)
+    strategy: str | None = setting(
+        None,
+        help=f"{summaries()}.",
+        choices=lambda: STRATEGIES,
+        default_text=f"{DEFAULT}; with --fit-memory the best that fits",
+    )
     ratio: float | None = setting(
         None,
         help="Share of groups to drop in each pruned layer, of layers to drop, or of weights to "
@@ -87,7 +94,8 @@ class PruneSpec(Spec):
     )
     fit_memory: Bytes | None = setting(
         None,
-        help="Instead of --ratio: memory of the card to train on, such as 24GiB.",
+        help="Instead of --ratio: memory of the card to train on, such as 24GiB; without "
+        "--strategy, the way that kept most of full LoRA's gain where it was measured.",
         at_least=1,
     )
     experts_ratio: float | None = setting(
@@ -181,10 +189,24 @@ class PruneSpec(Spec):
     )
 
     def settled(self) -> Self:
-        """With the strategy's ratio where nothing says how much goes."""
-        if any(getattr(self, name) is not None for name in (*AMOUNTS, "experts_ratio")):
+        """With the strategy, and with its ratio where nothing says how much goes."""
+        if self.picks_way:
             return self
-        return replace(self, ratio=self.chosen_strategy.ratio)
+        if any(getattr(self, name) is not None for name in (*AMOUNTS, "experts_ratio")):
+            return replace(self, strategy=self.strategy_name)
+        return replace(self, strategy=self.strategy_name, ratio=self.chosen_strategy.ratio)
+
+    @property
+    def strategy_name(self) -> str:
+        """The strategy, told or not."""
+        return self.strategy or DEFAULT
+
+    @property
+    def picks_way(self) -> bool:
+        """Whether only a memory is told, and the way to meet it is open."""
+        defaults = {field.name: field.default for field in fields(self)}
+        told = any(getattr(self, name) != defaults[name] for name in ("strategy", *_OF_GROUPS))
+        return self.fit_memory is not None and not told
 
     @property
     def kept_whole(self) -> tuple[int, int]:
@@ -199,7 +221,7 @@ class PruneSpec(Spec):
     @property
     def chosen_strategy(self) -> Strategy:
         """The strategy's own file."""
-        return strategy_named(self.strategy)
+        return strategy_named(self.strategy_name)
 
     @property
     def rounds_weights(self) -> bool:
@@ -256,6 +278,11 @@ class PruneSpec(Spec):
             self._refuse_no_text()
 
     def _refuse_no_text(self) -> None:
+        if self.picks_way:
+            raise UsageError(
+                "--fit-memory chooses among ways that read text, and no --calibration is given",
+                "pass --calibration FILE: the data to train on is best",
+            )
         if self.method not in CALIBRATED:
             raise UsageError(
                 "--experts-ratio ranks experts on text, and no --calibration is given",
@@ -264,7 +291,8 @@ class PruneSpec(Spec):
         without = [name for name in ("l2", "nearest") if name in self.chosen_strategy.importances]
         other = f", or --importance {without[0]}, which needs no text" if without else ""
         raise UsageError(
-            f"--strategy {self.strategy} {CALIBRATED[self.method]}, and no --calibration is given",
+            f"--strategy {self.strategy_name} {CALIBRATED[self.method]}, and no --calibration is "
+            "given",
             f"pass --calibration FILE{other}",
         )
 
@@ -299,7 +327,7 @@ class PruneSpec(Spec):
             flags = " and ".join(flag(self, name) for name in given)
             raise UsageError(f"{flags} exclude each other", "pass one of them")
         defaults = {field.name: field.default for field in fields(self)}
-        for name in _TRAINING:
+        for name in TRAINING:
             if self.fit_memory is None and getattr(self, name) != defaults[name]:
                 raise UsageError(
                     f"{flag(self, name)} tells --fit-memory how training will go; pruning itself "
@@ -324,19 +352,19 @@ class PruneSpec(Spec):
         only = strategy.only_ratio
         if only is not None and self.ratio not in (None, only):
             raise UsageError(
-                f"--strategy {self.strategy} with --ratio {self.ratio}: 2:4 zeroes two of every "
-                "four weights",
+                f"--strategy {self.strategy_name} with --ratio {self.ratio}: 2:4 zeroes two of "
+                "every four weights",
                 f"pass --ratio {only:g}, or --strategy unst",
             )
         if self.importance is not None and self.importance not in strategy.importances:
             raise UsageError(
-                f"--importance {self.importance} does not go with --strategy {self.strategy}",
+                f"--importance {self.importance} does not go with --strategy {self.strategy_name}",
                 f"it takes {' or '.join(strategy.importances) or 'none: groups are drawn'}",
             )
         if strategy.zeros_in_four and self.block_columns % 4:
             raise UsageError(
                 f"--block-columns {self.block_columns} is no multiple of 4, as "
-                f"--strategy {self.strategy} needs"
+                f"--strategy {self.strategy_name} needs"
             )
         self._check_bits(strategy)
         if strategy.keep is None:
@@ -345,12 +373,12 @@ class PruneSpec(Spec):
                 if getattr(self, name) != nothing:
                     asked = "--scope global" if name == "scope" else flag(self, name)
                     raise UsageError(
-                        f"{asked} does not go with --strategy {self.strategy}: {why}",
+                        f"{asked} does not go with --strategy {self.strategy_name}: {why}",
                         f"pass {'--bits' if strategy.rounds else '--ratio'}, or --strategy stru",
                     )
         if self.scope == "global" and not strategy.importances:
             raise UsageError(
-                f"--scope global ranks groups, and --strategy {self.strategy} draws them",
+                f"--scope global ranks groups, and --strategy {self.strategy_name} draws them",
                 "pass --strategy stru, or --plan FILE for ratios of your own",
             )
 
@@ -359,13 +387,13 @@ class PruneSpec(Spec):
         for name in ("bits", "group_size"):
             if not strategy.rounds and getattr(self, name) != defaults[name]:
                 raise UsageError(
-                    f"{flag(self, name)} does not go with --strategy {self.strategy}",
+                    f"{flag(self, name)} does not go with --strategy {self.strategy_name}",
                     "pass --strategy lowbit; with --in DIR it rounds an output of prune or align",
                 )
         if self.source is not None and not strategy.rounds:
             raise UsageError(
-                f"--in {self.source} does not go with --strategy {self.strategy}, which prunes a "
-                "base",
+                f"--in {self.source} does not go with --strategy {self.strategy_name}, which "
+                "prunes a base",
                 "pass --model DIR, or --strategy lowbit",
             )
         if self.group_size % GROUP_MULTIPLE:
@@ -374,7 +402,8 @@ class PruneSpec(Spec):
             )
         if strategy.rounds and self.ratio is not None:
             raise UsageError(
-                f"--ratio does not go with --strategy {self.strategy}: it drops and zeroes nothing",
+                f"--ratio does not go with --strategy {self.strategy_name}: it drops and zeroes "
+                "nothing",
                 "pass --bits",
             )
 

@@ -28,6 +28,10 @@ def run(spec: PruneSpec, reporter: Reporter) -> StageResult:
     spec = spec.settled()
     planned = plan(spec, reporter)
     work = planned.work
+    if work.way is not None:
+        spec = work.way.spec
+        for line in work.way.said:
+            reporter.note(line)
     with stage_run(planned, spec, spec.read) as stage:
         if stage.finished is not None:
             return stage.finished

@@ -14,13 +14,15 @@ It takes about ten minutes a row on two cores, for a base of 135M parameters.
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gain.frontier import write_frontier
 from gain.report import write_report
 from gain.rows import FULL, ROWS, Row, named
-from gain.work import Bench, measure
-from loram_cli.schema import digest_of
+from gain.work import Bench, measure, measure_polished
+from loram_cli.schema import digest_of, plain
 
 Figures = dict[str, Any]
 
@@ -39,6 +41,7 @@ def main(words: list[str] | None = None) -> int:
         block_length=options.block_length,
         train=tuple(options.train.split()),
     )
+    polish = tuple(int(count) for count in options.polish.split(",") if count)
     chosen = ROWS
     if options.only:
         chosen = named(tuple(options.only.split(",")))
@@ -49,17 +52,33 @@ def main(words: list[str] | None = None) -> int:
     done: dict[str, Figures] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     for row, seed in _todo(chosen, options.seeds):
         key = f"{row.name}@{seed}"
-        settings = digest_of({"row": str(row), "bench": bench.deciding()})
-        if done.get(key, {}).get("settings") == settings:
-            continue
-        print(f"{key}: {row.label}", flush=True)
-        done[key] = {"settings": settings, "seed": seed, **measure(row, seed, bench)}
-        file.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
-        print(f"    {_told(done[key])}", flush=True)
+        settings = digest_of({"row": plain(row.deciding()), "bench": bench.deciding()})
+        known = done.get(key, {})
+        if known.get("settings") != settings:
+            known = {"settings": settings, "seed": seed}
+        known |= {"name": row.name, "label": row.label}
+        # Written after every training, so that an interruption costs no more than one.
+        for found in _measured(row, seed, bench, polish, known):
+            print(f"{key}: {row.label}\n    {_told(found)}", flush=True)
+            known = done[key] = {**known, **found}
+            file.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
     print(write_report(done, bench.out))
     if options.docs is not None:
         write_report(done, options.docs, docs=True)
+    if options.frontier is not None:
+        write_frontier(done, options.base_name or bench.model.name, options.frontier)
     return 0
+
+
+def _measured(
+    row: Row, seed: int, bench: Bench, polish: tuple[int, ...], known: Figures
+) -> Iterator[Figures]:
+    """What of a row is not known yet, one training after the other."""
+    if "loss_recovered" not in known:
+        yield measure(row, seed, bench)
+    for steps in polish if row.polish else ():
+        if f"loss_polished_{steps}" not in known:
+            yield measure_polished(row, seed, bench, steps)
 
 
 def _todo(rows: tuple[Row, ...], seeds: int) -> list[tuple[Row, int]]:
@@ -72,7 +91,8 @@ def _todo(rows: tuple[Row, ...], seeds: int) -> list[tuple[Row, int]]:
 
 def _told(figures: Figures) -> str:
     names = ("bytes", "loss_before", "loss_small", "loss_recovered", "align_seconds")
-    return ", ".join(f"{name} {figures[name]}" for name in names if figures.get(name) is not None)
+    told = (*names, *(name for name in figures if name.startswith("loss_polished_")))
+    return ", ".join(f"{name} {figures[name]}" for name in told if figures.get(name) is not None)
 
 
 def _options(words: list[str] | None) -> argparse.Namespace:
@@ -96,7 +116,10 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         default=_TRAIN,
         help="flags of every training (default: 40 steps of 8, rank 8, rate 5e-4, 320 tokens)",
     )
+    add("--polish", default="10", help="exact steps after recovery, by commas (default: 10)")
     add("--docs", type=Path, help="also write gain.md's table and gain.png there")
+    add("--frontier", type=Path, help="also write what prune --fit-memory chooses by there")
+    add("--base-name", default="", help="the base's name there (default: its directory's)")
     return parser.parse_args(words)
 
 

@@ -16,8 +16,10 @@ class Row:
         label: For the table.
         prune: Flags of ``loram prune``; None trains on the base itself.
         align: Flags of ``loram align``; None leaves alignment out.
+        then: What is done to that small model before training: a command (``prune`` rounds it,
+            ``align`` fits it again) and its flags, each on what the one before it made.
         train: Further flags of ``loram train``.
-        polish: Exact steps on the full model after recovery, each count a figure of its own.
+        polish: Whether exact steps on the full model follow recovery.
         quick: Whether ``--quick`` runs it.
         decides: Whether it runs with every seed; other rows run with the first.
     """
@@ -26,10 +28,15 @@ class Row:
     label: str
     prune: Flags | None = None
     align: Flags | None = None
+    then: tuple[tuple[str, Flags], ...] = ()
     train: Flags = ()
-    polish: tuple[int, ...] = ()
+    polish: bool = False
     quick: bool = False
     decides: bool = False
+
+    def deciding(self) -> list[object]:
+        """What its figures depend on."""
+        return [self.prune, self.align, self.then, self.train]
 
 
 # ``{text}``, ``{train}`` and ``{mixed}`` become the bench's data: general text, the training data,
@@ -45,11 +52,21 @@ _BOTH = (
     "--data", "{mixed}", "--method", "reconstruct,distill", "--calibration-samples", "64", *_STEPS,
 )  # fmt: skip
 _NF4 = ("--quantize", "nf4")
+_TRAIN_131K = (
+    "--data", "{train}", "--method", "reconstruct", "--calibration-samples", "256",
+)  # fmt: skip
+# Of few bits: gradient steps on one layer at a time.
+_BLOCKS = (
+    "--data", "{train}", "--method", "reconstruct", "--calibration-samples", "64",
+)  # fmt: skip
 _LOW_RANK = ("--strategy", "lowrank", "--ratio", "0.65", "--calibration", "{train}")
 
 
-def _stru(ratio: float) -> Flags:
-    return ("--strategy", "stru", "--ratio", str(ratio), "--calibration", "{train}")
+def _stru(ratio: float, importance: str = "obs") -> Flags:
+    return (
+        "--strategy", "stru", "--ratio", str(ratio), "--calibration", "{train}",
+        "--importance", importance,
+    )  # fmt: skip
 
 
 def _low_bit(bits: int) -> Flags:
@@ -68,28 +85,34 @@ def _rand(ratio: float) -> Flags:
 
 
 _MADE = (
-    Row(name=FULL, label="base; full LoRA", polish=(10,), quick=True, decides=True),
+    Row(name=FULL, label="base; full LoRA", polish=True, quick=True, decides=True),
     Row(name="nf4", label="NF4 (QLoRA)", train=_NF4, quick=True, decides=True),
     Row(
         name="stru-0.65-wiki-8k",
         label="stru 0.65, reconstruct, 8k tokens of general text",
-        prune=("--strategy", "stru", "--ratio", "0.65", "--calibration", "{text}"),
+        prune=(
+            "--strategy",
+            "stru",
+            "--ratio",
+            "0.65",
+            "--calibration",
+            "{text}",
+            "--importance",
+            "taylor",
+        ),
         align=_WIKI_8K,
     ),
     Row(
         name="stru-0.65-mixed-32k",
         label="stru 0.65, reconstruct, 32k tokens, half of them training data",
-        prune=_stru(0.65),
+        prune=_stru(0.65, "taylor"),
         align=_MIXED_32K,
     ),
     Row(
         name="stru-0.65-distill",
         label="stru 0.65, reconstruct, then distill, 115k tokens",
-        prune=_stru(0.65),
+        prune=_stru(0.65, "taylor"),
         align=_BOTH,
-        polish=(10,),
-        quick=True,
-        decides=True,
     ),
 )
 
@@ -97,22 +120,30 @@ _OTHERS = (
     Row(
         name="stru-0.65-obs",
         label="stru 0.65 by obs, reconstruct, 32k tokens, half of them training data",
-        prune=(*_stru(0.65), "--importance", "obs"),
+        prune=_stru(0.65),
         align=_MIXED_32K,
-        polish=(10,),
+        polish=True,
         quick=True,
+        decides=True,
+    ),
+    Row(
+        name="stru-0.65-obs-131k",
+        label="stru 0.65 by obs, reconstruct, 131k tokens of training data",
+        prune=_stru(0.65),
+        align=_TRAIN_131K,
+        polish=True,
         decides=True,
     ),
     Row(
         name="stru-0.65-wanda",
         label="stru 0.65 by wanda, reconstruct, 32k tokens",
-        prune=(*_stru(0.65), "--importance", "wanda"),
+        prune=_stru(0.65, "wanda"),
         align=_MIXED_32K,
     ),
     Row(
         name="stru-0.65-train-32k",
         label="stru 0.65, reconstruct, 32k tokens of training data",
-        prune=_stru(0.65),
+        prune=_stru(0.65, "taylor"),
         align=("--data", "{train}", *_MIXED_32K[2:]),
     ),
     Row(
@@ -142,7 +173,7 @@ _OTHERS = (
         label="depth 0.625, distill, 82k tokens",
         prune=_depth(0.625),
         align=_DISTILLED,
-        polish=(10,),
+        polish=True,
     ),
 )
 
@@ -153,14 +184,32 @@ _ROUNDED = tuple(
         label=f"{bits} bits, {said}",
         prune=_low_bit(bits),
         align=align,
-        polish=(10,),
+        polish=True,
         quick=bits == 3 and align is None,
         decides=True,
     )
     for bits in (3, 2)
     for suffix, said, align in (
         ("", "not aligned", None),
+        ("-blocks", "reconstruct, 33k tokens of training data", _BLOCKS),
         ("-distill", "distill, 82k tokens", _DISTILLED),
+    )
+)
+
+# Narrow and of few bits: pruned and fitted first, then rounded.
+_NARROW_ROUNDED = tuple(
+    Row(
+        name=f"stru-{ratio:g}-lowbit-{bits}",
+        label=f"stru {ratio:g} by obs, reconstruct; then {bits} bits, {said}",
+        prune=_stru(ratio),
+        align=_MIXED_32K,
+        then=(("prune", _low_bit(bits)), ("align", _BLOCKS)),
+        polish=True,
+        decides=bits == 2,
+    )
+    for ratio, bits, said in (
+        (0.35, 2, "reconstruct again"),
+        (0.65, 3, "reconstruct again"),
     )
 )
 
@@ -182,7 +231,7 @@ _RATIOS = tuple(
     )
 )
 
-ROWS: tuple[Row, ...] = (*_MADE, *_OTHERS, *_ROUNDED, *_RATIOS)
+ROWS: tuple[Row, ...] = (*_MADE, *_OTHERS, *_ROUNDED, *_NARROW_ROUNDED, *_RATIOS)
 
 
 def named(names: tuple[str, ...]) -> tuple[Row, ...]:

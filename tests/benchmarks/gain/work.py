@@ -79,19 +79,7 @@ class _Done:
 
 def measure(row: Row, seed: int, bench: Bench) -> Figures:
     """Run a row's commands, and score what comes out."""
-    small, figures = bench.model, {"name": row.name, "label": row.label}
-    if row.prune is not None:
-        flags = ("--model", str(bench.model), *bench.filled(row.prune), "--seed", str(seed))
-        pruned = _made("prune", flags, bench)
-        small = pruned.path
-        figures["prune_seconds"] = pruned.seconds
-    if row.align is not None:
-        flags = ("--in", str(small), *bench.filled(row.align), "--seed", str(seed))
-        flags += ("--block-length", str(bench.block_length))
-        aligned = _made("align", flags, bench)
-        small = aligned.path
-        figures["align_seconds"] = aligned.seconds
-        figures["align_tokens"] = aligned.manifest.results["tokens"]
+    small, figures = _small_model(row, seed, bench)
     train = ("--in", str(small), *_training(bench, seed), *row.train)
     figures |= {"bytes": round(_held_share(bench.model, small, row.train), 4)}
     figures |= {"predicted_peak_bytes": _predicted(train, bench)}
@@ -105,22 +93,48 @@ def measure(row: Row, seed: int, bench: Bench) -> Figures:
     }
     if row.name == FULL:
         figures |= _scores(bench, "base", ())
-        return figures | _scores(bench, "recovered", (trained.path,)) | _alone(row, seed, bench)
-    recovered = _made("recover", ("--in", str(trained.path), "--model", str(bench.model)), bench)
-    figures |= _scores(bench, "recovered", (recovered.path,))
-    for steps in row.polish:
-        polished = _made("train", _polish(bench, seed, steps, recovered.path), bench)
-        figures |= _scores(bench, f"polished_{steps}", (polished.path,))
-    return figures
+        return figures | _scores(bench, "recovered", (trained.path,))
+    return figures | _scores(bench, "recovered", (_recovered(trained, bench),))
 
 
-def _alone(row: Row, seed: int, bench: Bench) -> Figures:
-    """The exact steps without anything before them, to compare with."""
-    figures: Figures = {}
-    for steps in row.polish:
-        trained = _made("train", _polish(bench, seed, steps), bench)
-        figures |= _scores(bench, f"polished_{steps}", (trained.path,))
-    return figures
+def measure_polished(row: Row, seed: int, bench: Bench, steps: int) -> Figures:
+    """Exact steps on the full model after a row's recovery; of full LoRA's row, these alone."""
+    start = None
+    if row.name != FULL:
+        small, _ = _small_model(row, seed, bench)
+        train = ("--in", str(small), *_training(bench, seed), *row.train)
+        start = _recovered(_made("train", train, bench), bench)
+    polished = _made("train", _polish(bench, seed, steps, start), bench)
+    return _scores(bench, f"polished_{steps}", (polished.path,))
+
+
+def _small_model(row: Row, seed: int, bench: Bench) -> tuple[Path, Figures]:
+    """A row's small model, and what making it took."""
+    small, figures = bench.model, Figures()
+    stages = [("prune", row.prune), ("align", row.align), *row.then]
+    for stage, flags in stages:
+        if flags is None:
+            continue
+        done = _made(stage, _stage_flags(stage, small, bench.filled(flags), seed, bench), bench)
+        small = done.path
+        spent = figures.get(f"{stage}_seconds", 0.0)
+        figures[f"{stage}_seconds"] = round(spent + done.seconds, 1)
+        if stage == "align":
+            tokens = figures.get("align_tokens", 0) + done.manifest.results["tokens"]
+            figures["align_tokens"] = tokens
+    return small, figures
+
+
+def _stage_flags(stage: str, small: Path, flags: Flags, seed: int, bench: Bench) -> Flags:
+    """Flags of a stage that goes on from a small model; the first one prunes the base."""
+    begun = ("--in", str(small)) if small != bench.model else ()
+    if stage == "prune":
+        return (*begun, "--model", str(bench.model), *flags, "--seed", str(seed))
+    return (*begun, *flags, "--seed", str(seed), "--block-length", str(bench.block_length))
+
+
+def _recovered(trained: _Done, bench: Bench) -> Path:
+    return _made("recover", ("--in", str(trained.path), "--model", str(bench.model)), bench).path
 
 
 def _training(bench: Bench, seed: int) -> Flags:
