@@ -47,8 +47,8 @@ heads, intermediate 320, byte-level BPE of 512 tokens with single digits. It exi
 whole of loram in three minutes, and for nothing else."""
 
 MIXTURE = """A Mixtral of {params:,} parameters, trained from nothing on English word problems that
-`loram_cli/demo/problems.py` generates: 8 layers, hidden 128, 8 attention heads over 4 key/value
-heads, 8 experts of intermediate 96 of which a token has 2, byte-level BPE of 512 tokens with
+`loram_cli/demo/problems.py` generates: 4 layers, hidden 128, 8 attention heads over 4 key/value
+heads, 8 experts of intermediate 192 of which a token has 2, byte-level BPE of 512 tokens with
 single digits. It exists to measure what dropping experts costs, and for nothing else."""
 
 
@@ -112,8 +112,8 @@ def build_mixture(tokenizer: Any) -> Any:
         MixtralConfig(
             vocab_size=VOCAB_SIZE,
             hidden_size=128,
-            intermediate_size=96,
-            num_hidden_layers=8,
+            intermediate_size=192,
+            num_hidden_layers=4,
             num_attention_heads=8,
             num_key_value_heads=4,
             head_dim=16,
