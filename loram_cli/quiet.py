@@ -61,10 +61,12 @@ def quiet_libraries() -> Iterator[None]:
     - TRL: a tokenized prompt that does not begin its tokenized text: ``training.data.tokens``
       compares the two token by token.
 
+    - transformers: what is odd in a config (rotary settings, special tokens beyond the vocabulary,
+      a tied head stored with values of its own): ``checkpoint.oddities``, and what cannot be at
+      all: ``checkpoint.config_values``.
     - torch: a GPU that it cannot use: ``modeling.load.warn_of_unused_gpu``.
 
-    Nothing takes over what transformers finds odd in a config (rotary settings, special tokens
-    beyond the vocabulary, a tied head stored with values of its own) or in a tokenizer.
+    Nothing takes over what transformers finds odd in a tokenizer.
     """
     with _loggers_silenced(_TRAINING):
         yield

@@ -4,7 +4,7 @@ transformers takes most of these keys unchecked, and fails on them deep inside a
 config does not have, or holds as null, are not asked for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,33 @@ _NAMES = _Rule(
     lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
     "a list of names",
 )
+# transformers' names of activations; a model with another cannot be built.
+ACTIVATIONS = frozenset({
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python",
+    "gelu_python_tanh", "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish",
+    "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish",
+    "tanh", "xielu",
+})  # fmt: skip
+# What a kind of rotary embedding cannot do without: transformers refuses a model that lacks it.
+# Early names of a kind are among them, which some config classes still know.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (), "axial": (), "mrope": (), "proportional": (),
+    "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"), "su": ("short_factor", "long_factor"),
+}  # fmt: skip
+_ACTIVATION = _Rule(
+    lambda value: isinstance(value, str) and value in ACTIVATIONS,
+    "the name of an activation, such as silu or gelu_pytorch_tanh",
+)
+_ROPE_TYPE = _Rule(
+    lambda value: isinstance(value, str) and value in ROPE_TYPES,
+    f"one of {', '.join(ROPE_TYPES)}",
+)
+_FACTORS = _Rule(
+    lambda value: isinstance(value, list) and all(_is_number(item) and item > 0 for item in value),
+    "a list of numbers above 0",
+)
 _DTYPE = _Rule(
     lambda value: isinstance(value, str) and value.removeprefix("torch.") in _DTYPES,
     "a floating type such as bfloat16",
@@ -67,7 +94,10 @@ _ROPE: dict[str, _Rule] = {
     "beta_slow": _POSITIVE,
     "original_max_position_embeddings": _COUNT,
     "partial_rotary_factor": _SHARE,
-    "rope_type": _NAME,
+    **dict.fromkeys(("mscale", "mscale_all_dim"), _NUMBER),
+    **dict.fromkeys(("short_factor", "long_factor"), _FACTORS),
+    "truncate": _SWITCH,
+    **dict.fromkeys(("rope_type", "type"), _ROPE_TYPE),
 }
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions"), _COUNT),
@@ -93,7 +123,7 @@ _RULES: dict[str, _Rule] = {
         ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_bias", "bias"),
         _SWITCH,
     ),
-    **dict.fromkeys(("hidden_act", "hidden_activation"), _NAME),
+    **dict.fromkeys(("hidden_act", "hidden_activation"), _ACTIVATION),
     **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), _MAPPING),
     **dict.fromkeys(("architectures", "layer_types"), _NAMES),
@@ -107,18 +137,31 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
         LoramError: Names file, key and value.
     """
     _check(config, _RULES, where)
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key) or {}
-        _check(rope, _ROPE, f"{where}: {key}")
-        # Where kinds of layer turn by their own frequencies, each has a mapping.
-        for kind, inner in rope.items():
-            if isinstance(inner, Mapping):
-                _check(inner, _ROPE, f"{where}: {key}: {kind}")
+    for place, rope in rotary_settings(config):
+        _check(rope, _ROPE, f"{where}: {place}")
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        for key in ROPE_TYPES[kind]:
+            if rope.get(key) is None:
+                raise LoramError(f"{where}: {place}: kind '{kind}' needs {key}, which is absent")
     pad, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(vocabulary, int) and pad >= vocabulary:
         raise LoramError(
             f"{where}: pad_token_id is {pad}, the model's vocabulary ends at {vocabulary - 1}"
         )
+
+
+def rotary_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping of rotary settings, and its key.
+
+    Where kinds of layer turn by their own frequencies, each has a mapping.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        inner = {kind: value for kind, value in rope.items() if isinstance(value, Mapping)}
+        if not inner:
+            yield key, rope
+        for kind, value in inner.items():
+            yield f"{key}: {kind}", value
 
 
 def check_float_weights(config: Mapping[str, Any], where: str) -> None:

@@ -1,7 +1,7 @@
 """Digests that tell one model from another without reading all of it."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,22 @@ def _all_tensors(index: CheckpointIndex) -> list[tuple[str, TensorEntry]]:
     return [*index.tensors.items(), *index.others.items()]
 
 
+def same_sample(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two tensors are of one type and shape, and equal where they are sampled.
+
+    Raises:
+        LoramError: A shard ends early or cannot be read.
+    """
+    alike = first.dtype == second.dtype and first.shape == second.shape
+    return alike and _sample([first]) == _sample([second])
+
+
 def _sample_weights(index: CheckpointIndex) -> str:
+    return _sample([entry for _, entry in sorted(_all_tensors(index))])
+
+
+def _sample(entries: Sequence[TensorEntry]) -> str:
     digest = hashlib.sha256()
-    entries = [entry for _, entry in sorted(_all_tensors(index))]
     # A tensor in parts lies in as many places.
     flat = [
         part

@@ -10,7 +10,7 @@ from gguf import GGUFType, GGUFWriter, Keys
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
-from loram_cli.export.gguf_file import refuse_existing, whole_file
+from loram_cli.export.gguf_file import GgufFile, refuse_existing, whole_file
 from loram_cli.export.gguf_names import GgufNames, LayerHeads, gguf_facts
 from loram_cli.export.gguf_types import FLOATS, encode, type_named
 from loram_cli.lora.adapter import LoraAdapter, LoraPair
@@ -59,7 +59,7 @@ def export_adapter(
         UsageError: An unknown type, or the file exists.
     """
     number_type = type_named(kind, FLOATS)
-    refuse_existing(out, force=force)
+    refuse_existing(out, force=force, is_ours=_is_adapter(out))
     base = Model.open(model)
     architecture = gguf_facts(base.family).architecture
     factors = read_adapter(adapter, base.wrapper)
@@ -70,7 +70,7 @@ def export_adapter(
     alpha, tensors = adapter_tensors(factors, names)
     if dry_run:
         return AdapterExport(out, architecture, len(factors.pairs), None)
-    with whole_file(out, force=force) as file:
+    with whole_file(out, replace=force) as file:
         # The package opens the file itself, by the temporary name.
         writer = GGUFWriter(file.name, architecture)
         writer.add_type(GGUFType.ADAPTER)
@@ -84,6 +84,15 @@ def export_adapter(
         writer.write_tensors_to_file()
         writer.close()
     return AdapterExport(out, architecture, len(factors.pairs), out.stat().st_size)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a file is what :func:`export_adapter` writes, and no model."""
+    try:
+        kind = GgufFile.open(path).value(Keys.General.TYPE)
+    except LoramError:
+        return False
+    return kind == GGUFType.ADAPTER
 
 
 def adapter_tensors(

@@ -8,6 +8,7 @@ the vocabulary and does not stop at the end of a damaged file; this one skips wh
 
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -114,10 +115,14 @@ class GgufFile:
             LoramError: Not a whole GGUF file that this program can read.
         """
         try:
+            # A pipe would be waited for, and a device may have no end.
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise LoramError(f"{path}: is no regular file")
             with path.open("rb") as file:
                 return _read_header(path, _Cursor(path, file, os.fstat(file.fileno()).st_size))
-        except OSError as error:
-            raise LoramError(f"{path}: cannot read ({error.strerror})") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise LoramError(f"{path}: cannot read ({reason})") from error
 
     @cached_property
     def alignment(self) -> int:
@@ -244,23 +249,26 @@ def write_header(
 
 
 @contextmanager
-def whole_file(out: Path, *, force: bool = False) -> Iterator[BinaryIO]:
+def whole_file(out: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
     """Fill a file under a temporary name; it gets its own name when it is whole, or is removed.
 
     Args:
         out: The file.
-        force: Replace an existing one.
+        replace: Take the place of an existing one, see :func:`refuse_existing`.
 
     Raises:
-        UsageError: It exists, and not ``force``.
+        UsageError: It exists, and not ``replace``.
         LoramError: It cannot be written.
     """
-    refuse_existing(out, force=force)
+    if not replace:
+        refuse_existing(out)
     partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        # Of a killed export; and what a link in its place points to is not ours to empty.
+        partial.unlink(missing_ok=True)
         try:
-            with partial.open("wb") as file:
+            with partial.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -273,13 +281,25 @@ def whole_file(out: Path, *, force: bool = False) -> Iterator[BinaryIO]:
         ) from error
 
 
-def refuse_existing(out: Path, *, force: bool = False) -> None:
+def refuse_existing(out: Path, *, force: bool = False, is_ours: bool = False) -> None:
     """Raise if an output is there already.
 
+    Args:
+        out: A file or a directory.
+        force: Whether one of ours may be replaced.
+        is_ours: Whether loram wrote it.
+
     Raises:
-        UsageError: It exists, and not ``force``.
+        UsageError: It exists, and either not ``force`` or somebody else wrote it.
     """
-    if out.exists() and not force:
+    if not out.exists():
+        return
+    if not is_ours:
+        raise UsageError(
+            f"{out}: exists and is not an output of loram",
+            "pass another --out; --force replaces loram's own outputs only",
+        )
+    if not force:
         raise UsageError(f"{out}: exists", "pass --force to replace it, or another --out")
 
 

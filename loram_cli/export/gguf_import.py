@@ -1,5 +1,6 @@
 """A GGUF model as a Hugging Face directory, through transformers' own reader."""
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType
 
+from loram_cli.checkpoint.json_files import read_json
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.export.gguf_file import GgufFile, refuse_existing
@@ -16,6 +18,8 @@ from loram_cli.export.gguf_merge import gguf_names
 from loram_cli.export.gguf_types import is_quantized
 from loram_cli.quiet import no_progress_bars, quiet_gguf, quiet_libraries
 from loram_cli.reporting import Reporter
+from loram_cli.runs.digests import file_records
+from loram_cli.runs.staging import followed
 from loram_cli.schema import unknown_name
 
 _ROTARY_FACTORS = (
@@ -23,6 +27,8 @@ _ROTARY_FACTORS = (
     MODEL_TENSOR.ROPE_FACTORS_LONG,
     MODEL_TENSOR.ROPE_FACTORS_SHORT,
 )
+# Says which files of a directory an import wrote.
+RECORD_NAME = "loram-import.json"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -67,9 +73,10 @@ def import_gguf(
     """
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES, "--dtype")
-    refuse_existing(out, force=force)
+    out = followed(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file, expected a directory", "pass another --out")
+    refuse_existing(out, force=force, is_ours=_is_imported(out))
     file = GgufFile.open(source)
     gguf_names(file)
     kinds = Counter(t.kind for t in file.tensors.values() if len(t.shape) > 1)
@@ -81,8 +88,11 @@ def import_gguf(
             "Use the original checkpoint where you can."
         )
     chosen = dtype or dtype_of(kinds)
-    partial = out.with_name(f".{out.name}.partial")
+    partial, retired = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
+    if partial.is_symlink():
+        raise UsageError(f"{partial}: is a symbolic link where the import belongs", "remove it")
     shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
     try:
         _convert(source, partial, chosen)
         made = Model.open(partial)
@@ -92,8 +102,12 @@ def import_gguf(
                 f"{source}: scales its rotary frequencies, which transformers' reader leaves out. "
                 f"Copy rope_parameters (or rope_scaling) from the original model's config.json."
             )
-        shutil.rmtree(out, ignore_errors=True)
+        record = {"file": str(source), "outputs": file_records(partial)}
+        (partial / RECORD_NAME).write_text(json.dumps(record, indent=2), "utf-8")
+        if out.exists():
+            out.rename(retired)
         partial.rename(out)
+        shutil.rmtree(retired, ignore_errors=True)
     except OSError as error:
         raise LoramError(
             f"{out}: cannot write ({error.strerror or error})",
@@ -102,6 +116,15 @@ def import_gguf(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return GgufImport(out, family.family, chosen, quantized)
+
+
+def _is_imported(out: Path) -> bool:
+    """Whether a directory holds what :func:`import_gguf` wrote, and nothing else."""
+    try:
+        recorded = {RECORD_NAME, *read_json(out / RECORD_NAME)["outputs"]}
+    except (LoramError, KeyError, TypeError):
+        return False
+    return {path.relative_to(out).as_posix() for path in out.rglob("*")} <= recorded
 
 
 def dtype_of(kinds: Counter[GGMLQuantizationType]) -> str:

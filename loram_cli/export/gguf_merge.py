@@ -37,6 +37,7 @@ from loram_cli.export.gguf_types import (
 )
 from loram_cli.lora.adapter import LoraAdapter, LoraPair
 from loram_cli.lora.scatter import add_update
+from loram_cli.reading import read_text
 from loram_cli.reporting import Reporter
 from loram_cli.units import MIB
 
@@ -120,11 +121,13 @@ def plan_merge(
         UsageError: An unknown type, a type whose blocks do not fit, or the file exists.
     """
     wanted = None if kind is None else type_named(kind)
-    refuse_existing(out, force=force)
-    refuse_existing(modelfile_path(out), force=force)
     file = GgufFile.open(base)
     if out.exists() and out.samefile(base):
         raise LoramError(f"{out}: is the base itself", "pass another --out")
+    ours = _has_modelfile(out)
+    refuse_existing(out, force=force, is_ours=ours)
+    # A Modelfile alone is left of a merge that was killed between the two.
+    refuse_existing(modelfile_path(out), force=force or not out.exists(), is_ours=ours)
     if file.value("split.count", 1) > 1:
         raise LoramError(
             f"{base}: is one part of {file.value('split.count')}",
@@ -166,7 +169,7 @@ def merge(
     """
     stored = update = 0.0
     with (
-        whole_file(out, force=force) as file,
+        whole_file(out, replace=force) as file,
         reporter.progress("merge", plan.num_bytes / MIB, "MiB") as progress,
     ):
         entries, metadata = _metadata(plan)
@@ -183,8 +186,10 @@ def merge(
                 stored, update = stored + products[0], update + products[1]
             file.write(bytes(padding(change.planned.num_bytes, alignment)))
             progress.advance(change.planned.num_bytes / MIB)
-    modelfile = modelfile_path(out)
-    modelfile.write_text(modelfile_text(out, plan.base), "utf-8")
+        # Before the file has its name: it says later on that the file is ours.
+        modelfile = modelfile_path(out)
+        with whole_file(modelfile, replace=True) as beside:
+            beside.write(modelfile_text(out, plan.base).encode())
     share = stored / update if update else 1.0
     if share < _LEAST_SHARE:
         kinds = sorted({c.planned.kind.name for c in plan.changes if c.module is not None})
@@ -200,6 +205,20 @@ def modelfile_path(out: Path) -> Path:
     return out.with_suffix(MODELFILE_SUFFIX)
 
 
+def _has_modelfile(out: Path) -> bool:
+    """Whether the Modelfile beside a GGUF file is ours: a merged file's metadata are the base's."""
+    try:
+        lines = read_text(modelfile_path(out), most_bytes=MIB).splitlines()
+    except LoramError:
+        return False
+    return lines[:1] == [_modelfile_head(out)]
+
+
+def _modelfile_head(out: Path) -> str:
+    name = out.stem.lower()
+    return f"# ollama create {name} -f {modelfile_path(out).name} && ollama run {name}"
+
+
 def modelfile_text(out: Path, base: GgufFile) -> str:
     """An Ollama Modelfile for the merged model.
 
@@ -209,11 +228,7 @@ def modelfile_text(out: Path, base: GgufFile) -> str:
         out: The merged file, beside which the Modelfile lies.
         base: The file whose metadata it has.
     """
-    name = out.stem.lower()
-    lines = [
-        f"# ollama create {name} -f {modelfile_path(out).name} && ollama run {name}",
-        f"FROM ./{out.name}",
-    ]
+    lines = [_modelfile_head(out), f"FROM ./{out.name}"]
     if "tokenizer.chat_template" not in base.fields:
         lines += ["# The file has no chat template: the prompt is completed as it is.",
                   'TEMPLATE """{{ .Prompt }}"""']  # fmt: skip

@@ -182,7 +182,7 @@ def opened_rows(spec: AnswersSpec, reporter: Reporter) -> Iterator[dict[str, Ser
     adapters: dict[Path, dict[str, Path]] = {}
     names: dict[str, str | None] = {}
     for place, (label, parts) in enumerate(spec.rows.items()):
-        models[parts[0]] = checked_row(parts, models.get(parts[0]))
+        models[parts[0]] = checked_row(parts, reporter, models.get(parts[0]))
         own = adapters.setdefault(parts[0], {})
         names[label] = f"row{place}" if parts[1:] else None
         if parts[1:]:

@@ -182,12 +182,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_host(self) -> None:
         """Refuse names that a foreign page may have given to this address."""
-        name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        try:
+            name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        except ValueError:
+            name = None
         if self.server.spec.is_local and name not in ("127.0.0.1", "localhost", "::1"):
             raise ApiError(403, f"Host {name!r} is not this server", code="forbidden_host")
 
     def _get(self) -> None:
-        path = urlsplit(self.path).path.rstrip("/")
+        path = self._asked_path()
         names, created = list(self.server.engine.rows), self.server.created
         if path in ("/health", "/v1/health", ""):
             self._send(HTTPStatus.OK, {"status": "ok", "models": names})
@@ -200,11 +203,17 @@ class _Handler(BaseHTTPRequestHandler):
             raise self._no_such_path(path)
 
     def _post(self) -> None:
-        path = urlsplit(self.path).path.rstrip("/")
+        path = self._asked_path()
         body = self._body()
         if path not in self._POSTS:
             raise self._no_such_path(path)
         self._complete(self._POSTS[path](body))
+
+    def _asked_path(self) -> str:
+        try:
+            return urlsplit(self.path).path.rstrip("/")
+        except ValueError as error:
+            raise ApiError(400, "the path cannot be read") from error
 
     def _no_such_path(self, path: str) -> ApiError:
         known = ", ".join(("/v1/models", *self._POSTS))
@@ -215,8 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isascii() or not length.isdigit():
             raise ApiError(411, "a request needs its Content-Length")
-        if int(length) > MOST_BODY_BYTES:
-            raise ApiError(413, f"a request of {length} bytes; {MOST_BODY_BYTES} at most")
+        # More than a few digits are too much in any case, and may be too many for a number.
+        if len(length) > len(str(MOST_BODY_BYTES)) or int(length) > MOST_BODY_BYTES:
+            raise ApiError(413, f"a request of {length[:20]} bytes; {MOST_BODY_BYTES} at most")
         raw = self.rfile.read(int(length))
         if self.headers.get_content_type() != "application/json":
             raise ApiError(415, "expected Content-Type: application/json")

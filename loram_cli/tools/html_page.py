@@ -7,12 +7,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation.comparison import score_text
 from loram_cli.evaluation.requests import TaskScore
 from loram_cli.evaluation.results import EvalResult
 from loram_cli.runs.manifest import Manifest
 from loram_cli.runs.rundir import OUTPUTS
+from loram_cli.runs.staging import followed
 from loram_cli.stages.core.results import PruneResult, TrainResult, result_of
 from loram_cli.stages.evaluate.results import read_results
 from loram_cli.tools import page_parts
@@ -20,6 +21,7 @@ from loram_cli.tools.inspect import Inspection, inspect
 from loram_cli.units import format_bytes, format_params, format_seconds
 
 PAGE_NAME = "report.html"
+_BEGINNING = b"<!doctype html>"
 
 
 def write_page(run: Path, out: Path) -> None:
@@ -27,13 +29,35 @@ def write_page(run: Path, out: Path) -> None:
 
     Raises:
         LoramError: No stage of it is finished, or the file cannot be written.
+        UsageError: The file is there already, and is no page.
     """
     page = render_page(run)
+    out = followed(out)
+    _refuse_other(out)
+    partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, "utf-8")
+        if out.exists() and not out.is_file():
+            out.write_text(page, "utf-8")  # a pipe or a device has no other name
+            return
+        # An earlier page stays until the new one is whole.
+        partial.unlink(missing_ok=True)
+        try:
+            partial.write_text(page, "utf-8")
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise LoramError(f"{out}: cannot be written ({error.strerror})") from error
+
+
+def _refuse_other(out: Path) -> None:
+    """Refuse to replace a file that is no page."""
+    if not out.is_file() or not out.stat().st_size:
+        return
+    with out.open("rb") as file:
+        if file.read(len(_BEGINNING)).lower() != _BEGINNING:
+            raise UsageError(f"{out}: exists and is no HTML page", "pass another --out")
 
 
 def render_page(run: Path) -> str:

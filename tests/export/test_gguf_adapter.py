@@ -90,6 +90,13 @@ def test_the_same_input_gives_the_same_bytes_and_force_replaces(tmp_path):
     export_adapter(directory, model, out, force=True)
     assert out.read_bytes() == raw
     assert {p.name for p in tmp_path.iterdir()} == {"model", "adapter", "adapter.gguf"}
+    out.write_text("years of work")
+    with pytest.raises(UsageError, match="is not an output of loram"):
+        export_adapter(directory, model, out, force=True)
+    # What an earlier export left, or somebody's link: its target stays as it is.
+    (tmp_path / ".b.gguf.partial").symlink_to(out)
+    export_adapter(directory, model, tmp_path / "b.gguf")
+    assert out.read_text() == "years of work"
 
 
 def test_quantized_factors_are_refused(tmp_path):

@@ -88,7 +88,7 @@ def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
     assert out.read_bytes() == b"all"
     with pytest.raises(UsageError, match="exists"), whole_file(out):
         raise AssertionError("opened")
-    with whole_file(out, force=True) as file:
+    with whole_file(out, replace=True) as file:
         file.write(b"new")
     assert [p.name for p in out.parent.iterdir()] == ["out.gguf"]
     assert out.read_bytes() == b"new"

@@ -5,7 +5,7 @@ from helpers.gguf_files import TEMPLATE, TOKENS, make_model, through, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.export.gguf_import import import_gguf
+from loram_cli.export.gguf_import import RECORD_NAME, import_gguf
 from loram_cli.reporting import NullReporter
 
 pytestmark = pytest.mark.integration
@@ -77,14 +77,24 @@ def test_rotary_scaling_that_the_reader_leaves_out_is_warned_about(tmp_path):
     assert "scales its rotary frequencies" in warning
 
 
-def test_existing_directories_stay_unless_forced(tmp_path):
+def test_only_what_an_import_wrote_is_replaced(tmp_path):
     _, base = made(tmp_path, Type.F32)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("")
-    with pytest.raises(UsageError, match="exists"):
-        import_gguf(base, tmp_path / "out", NullReporter())
-    import_gguf(base, tmp_path / "out", NullReporter(), force=True)
-    assert not (tmp_path / "out" / "mine").exists()
+    out, mine = tmp_path / "out", tmp_path / "out" / "mine"
+    import_gguf(base, out, NullReporter())
+    with pytest.raises(UsageError, match="exists\npass --force"):
+        import_gguf(base, out, NullReporter())
+    import_gguf(base, out, NullReporter(), force=True)
+    assert not list(tmp_path.glob(".*"))
+    mine.write_text("years of work")
+    for others in (RECORD_NAME, "config.json"):
+        with pytest.raises(UsageError, match="is not an output of loram"):
+            import_gguf(base, out, NullReporter(), force=True)
+        assert mine.exists()
+        (out / others).unlink()
+    (tmp_path / ".new.partial").symlink_to(out)
+    with pytest.raises(UsageError, match="is a symbolic link"):
+        import_gguf(base, tmp_path / "new", NullReporter())
+    assert mine.exists()
     with pytest.raises(UsageError, match="is a file"):
         import_gguf(base, base, NullReporter(), force=True)
 

@@ -1,3 +1,4 @@
+import shutil
 import struct
 
 import pytest
@@ -288,8 +289,22 @@ def test_unknown_types_and_existing_outputs_are_usage_errors(tmp_path):
         plan_merge(adapter, base, tmp_path / "m.gguf")
     with pytest.raises(LoramError, match="is the base itself"):
         plan_merge(adapter, base, base, force=True)
-    run(adapter, base, tmp_path / "m.gguf", force=True)
+    with pytest.raises(UsageError, match=r"m\.Modelfile: exists and is not an output of loram"):
+        plan_merge(adapter, base, tmp_path / "m.gguf", force=True)
+    (tmp_path / "m.Modelfile").unlink()
+    run(adapter, base, tmp_path / "m.gguf")
     assert "FROM ./m.gguf" in (tmp_path / "m.Modelfile").read_text()
+    run(adapter, base, tmp_path / "m.gguf", force=True)
+    (tmp_path / "m.gguf").unlink()  # as where a merge was killed between the two
+    run(adapter, base, tmp_path / "m.gguf")
+
+
+def test_a_model_of_others_is_not_replaced(tmp_path):
+    _, base, adapter = made(tmp_path)
+    other = shutil.copyfile(base, tmp_path / "other.gguf")
+    (tmp_path / "other.Modelfile").write_text("FROM ./other.gguf\n")
+    with pytest.raises(UsageError, match="is not an output of loram"):
+        plan_merge(adapter, base, other, force=True)
 
 
 def test_nan_in_the_base_leaves_nothing_behind(tmp_path):

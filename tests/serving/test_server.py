@@ -83,7 +83,9 @@ def test_a_stream_says_what_the_whole_answer_says(served):
         ("/v1/models", {"method": "DELETE"}, 501, None),
         ("/v1/models", {"headers": {"Host": "evil.example"}}, 403, "forbidden_host"),
         ("/v1/completions", {"raw": "", "headers": {**JSON, "Content-Length": "99999999"}}, 413, None),
+        ("/v1/completions", {"raw": "", "headers": {**JSON, "Content-Length": "9" * 5000}}, 413, None),
         ("/v1/completions", {"raw": "", "headers": {**JSON, "Content-Length": "-1"}}, 411, None),
+        ("/v1/models", {"headers": {"Host": "["}}, 403, "forbidden_host"),
         (
             "/v1/completions",
             {"body": {"model": "base", "prompt": "word " * 9000}},

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from loram_cli.cli.app import run_command
-from loram_cli.errors import LoramError
-from loram_cli.tools.html_page import render_page
+from loram_cli.errors import LoramError, UsageError
+from loram_cli.tools.html_page import render_page, write_page
 
 VOID = {"meta", "br", "link", "img"}
 
@@ -58,3 +58,16 @@ def test_a_folder_without_a_finished_stage_is_refused(tmp_path: Path):
     (tmp_path / "run.json").write_text('{"model": "demo"}')
     with pytest.raises(LoramError, match="no stage of a run is finished"):
         render_page(tmp_path)
+
+
+def test_only_a_page_is_replaced(finished_run: Path, tmp_path: Path):
+    file, link = tmp_path / "thesis.tex", tmp_path / "page.html"
+    file.write_text("years of work")
+    with pytest.raises(UsageError, match=r"thesis\.tex: exists and is no HTML page"):
+        write_page(finished_run, file)
+    assert file.read_text() == "years of work"
+    file.write_text("<!DOCTYPE html>\nan earlier one")
+    link.symlink_to(file)
+    write_page(finished_run, link)
+    assert link.is_symlink() and "an earlier one" not in file.read_text()
+    assert sorted(tmp_path.iterdir()) == [link, file]

@@ -143,8 +143,10 @@ class LayerStream:
             Logits, shape (1, tokens, vocab_size), of hidden states of shape (1, tokens, hidden).
         """
         module = self._model.get_submodule(self.family.lm_head)
-        # A tied head has the embedding's weight, and a bias of its own.
-        tied = {"weight": self.family.embedding} if self._source.tied_embeddings else {}
+        # A tied head has the embedding's weight, and a bias of its own; one that is stored beside
+        # a tied embedding counts, as in ``from_pretrained``.
+        is_shared = self._source.tied_embeddings and not self._source.stored_head_params
+        tied = {"weight": self.family.embedding} if is_shared else {}
         weights = {
             name: self._read(f"{tied.get(name, self.family.lm_head)}.{name}", parameter.shape)
             for name, parameter in module.named_parameters()

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from loram_cli.arch.experts import plain_target
 from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.oddities import oddities
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config, read_shapes
 from loram_cli.reporting import Reporter
@@ -229,6 +230,13 @@ def trained_layout(directory: Path | None) -> Layout | None:
     results = Manifest.read(directory).results
     layout = results.get("layout") or (results.get("training") or {}).get("layout")
     return layout if layout in get_args(Layout) else None
+
+
+def warn_of_oddities(model: Model, reporter: Reporter) -> None:
+    """Tell what is odd about a base; about what loram made of one, it was told when it was made."""
+    if not (model.directory / MANIFEST_NAME).is_file():
+        for line in oddities(model):
+            reporter.warn(line)
 
 
 def warn_of_other_template(

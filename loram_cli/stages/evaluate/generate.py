@@ -1,5 +1,6 @@
 """Generate: what the models of a run answer to a prompt."""
 
+from pathlib import Path
 from typing import Any
 
 from loram_cli.checkpoint.model import Model
@@ -27,12 +28,14 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
         LoramError: A model or an adapter is not whole or does not fit, or a prompt is too long.
     """
     warn_of_unused_gpu(spec.device, reporter)
-    models = {label: checked_row(parts) for label, parts in spec.rows.items()}
+    models: dict[Path, Model] = {}
+    for parts in spec.rows.values():
+        models[parts[0]] = checked_row(parts, reporter, models.get(parts[0]))
     learnt = learnt_layout(spec)
     return [
         answer
-        for label, model in models.items()
-        for answer in _ask(spec, label, model, learnt, reporter)
+        for label, parts in spec.rows.items()
+        for answer in _ask(spec, label, models[parts[0]], learnt, reporter)
     ]
 
 

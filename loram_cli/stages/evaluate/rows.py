@@ -24,17 +24,18 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
 from loram_cli.schema import digest_of
-from loram_cli.stages.core.lineage import read_checked, trained_layout
+from loram_cli.stages.core.lineage import read_checked, trained_layout, warn_of_oddities
 from loram_cli.stages.core.results import training_cost
 from loram_cli.stages.evaluate.spec import EvalSpec, Rows, RowsSpec
 from loram_cli.training.data.records import read_records
 
 
-def checked_row(parts: Sequence[Path], opened: Model | None = None) -> Model:
+def checked_row(parts: Sequence[Path], reporter: Reporter, opened: Model | None = None) -> Model:
     """A row's model, once it and its adapters are whole, recorded and made for each other.
 
     Args:
         parts: The model's directory and, if any, the adapters'.
+        reporter: Told what is odd about the model.
         opened: The model, where another row has checked it already.
 
     Raises:
@@ -44,7 +45,10 @@ def checked_row(parts: Sequence[Path], opened: Model | None = None) -> Model:
     for part in parts if opened is None else parts[1:]:
         if (part / MANIFEST_NAME).is_file():
             read_checked(part)
-    return check_row(parts, opened)
+    model = check_row(parts, opened)
+    if opened is None:
+        warn_of_oddities(model, reporter)
+    return model
 
 
 def open_row(

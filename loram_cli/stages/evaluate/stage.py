@@ -62,7 +62,7 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
     models: dict[Path, Model] = {}
     params = {}
     for label, parts in spec.rows.items():
-        models[parts[0]] = checked_row(parts, models.get(parts[0]))
+        models[parts[0]] = checked_row(parts, reporter, models.get(parts[0]))
         params[label] = models[parts[0]].num_params
     for name, file in spec.task_data.items():
         _check_readable(f"--task-data {name}", file)

@@ -25,7 +25,12 @@ from loram_cli.pruning.plan import pruned_config
 from loram_cli.pruning.sparsity import zeros_wanted
 from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-from loram_cli.stages.core.lineage import Source, describe_source, model_record
+from loram_cli.stages.core.lineage import (
+    Source,
+    describe_source,
+    model_record,
+    warn_of_oddities,
+)
 from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
 from loram_cli.stages.core.results import CalibrationFigures, PruneResult
 from loram_cli.stages.prune.calibration import CalibrationNeeds, calibration_needs
@@ -146,6 +151,7 @@ def plan(spec: PruneSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     model = Model.open(spec.read)
     source = _source(spec, model)
     model.check_whole()
+    warn_of_oddities(model, reporter)
     work = _work(spec, model)
     scratch_bytes = max((needs.disk_bytes for needs in work.calibrations), default=0)
     return make_plan(

@@ -34,6 +34,7 @@ from loram_cli.stages.core.lineage import (
     check_start,
     describe_source,
     trained_layout,
+    warn_of_oddities,
     warn_of_other_template,
 )
 from loram_cli.stages.core.plan import StagePlan, check_out_of_tree, make_plan
@@ -104,6 +105,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         named_template(spec.chat_template)
     model = Model.open(spec.source)
     model.check_whole()
+    warn_of_oddities(model, reporter)
     _check_low_bit(spec, model)
     source = describe_source(model)
     warn_of_other_template(source.record, source.base, reporter)
