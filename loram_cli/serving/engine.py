@@ -22,6 +22,7 @@ from loram_cli.training.adapters import with_adapter
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.conversations import Message
 from loram_cli.training.data.layouts import Layout, continued
+from loram_cli.training.data.templates import TemplateRefusal
 from loram_cli.training.data.tokens import encode_prompt
 
 # In-flight work gets so long to notice that the engine closes.
@@ -207,4 +208,15 @@ def opened_rows(spec: AnswersSpec, reporter: Reporter) -> Iterator[dict[str, Ser
                 label, loaded[parts[0]], names[label], tokenizer, layout, layout == learnt,
                 context_length(loaded[parts[0]]),
             )  # fmt: skip
+            _try_template(rows[label], reporter)
         yield rows
+
+
+def _try_template(row: ServedRow, reporter: Reporter) -> None:
+    """Render a message, and say so where that fails: no request of a conversation will succeed."""
+    if row.layout != "messages":
+        return
+    try:
+        row.chat_ids([{"role": "user", "content": "Hello"}])
+    except TemplateRefusal as error:
+        reporter.warn(f"row {row.label}: {error.message}")

@@ -16,6 +16,7 @@ from loram_cli.arch.spec import Family
 from loram_cli.checkpoint.header import DTYPES
 from loram_cli.checkpoint.index import SINGLE_NAME
 from loram_cli.checkpoint.model import Model
+from loram_cli.checkpoint.oddities import oddities
 from loram_cli.errors import LoramError
 
 WITHOUT_TORCH = (
@@ -91,6 +92,8 @@ def test_what_is_known_without_a_tensor(variant, tmp_path):
     head = tensors.get(f"{family.lm_head}.weight")
     assert model.tied_embeddings is (head is None or variant.stores_head)
     assert model.stored_head_params == (head.numel() if variant.stores_head else 0)
+    # CWM's defaults are those of a longer context than the tests' models have.
+    assert len(list(oddities(model))) == (variant.stores_head or variant.model_type == "cwm")
     assert set(model.linear_names) <= set(tensors)
     layers = model.geometry.layers
     assert len(model.linear_names) == sum(len(family.layer_modules(layer)) for layer in layers)

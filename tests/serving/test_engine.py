@@ -1,7 +1,10 @@
+import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers.reporters import WarningRecorder
 
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.decode import Generation
@@ -12,6 +15,7 @@ from loram_cli.serving.engine import (
     EngineClosedError,
     PromptTooLongError,
     ServingEngine,
+    _try_template,
 )
 from loram_cli.stages.evaluate import generate
 from loram_cli.stages.evaluate.spec import GenerateSpec
@@ -106,3 +110,13 @@ def test_the_layout_without_turns_gets_earlier_ones_as_examples(rows):
     ]
     text = row.tokenizer.decode(row.chat_ids(turns), skip_special_tokens=True)
     assert text == "Count.\n\nQuestion: 1?\nAnswer: 2\n\nQuestion: 2?\nAnswer:"
+
+
+def test_a_template_that_fails_is_told_before_anybody_asks(rows):
+    tokenizer = copy.copy(rows["base"].tokenizer)
+    tokenizer.chat_template = "{{ 1 // 0 }}"
+    told = WarningRecorder()
+    for layout in ("messages", "prompt"):
+        _try_template(replace(rows["base"], tokenizer=tokenizer, layout=layout), told)
+    [line] = told.warnings
+    assert line.startswith("row base: ") and "zero" in line

@@ -1,5 +1,6 @@
 """Chat templates of strangers, run within limits of time and memory."""
 
+import ctypes
 import os
 import resource
 import signal
@@ -53,7 +54,8 @@ def render(
 ) -> str:
     """A conversation as the tokenizer's chat template writes it.
 
-    The limit of time holds in the main thread, where signals are delivered.
+    In another thread than the main one, the limit of time is one of the clock, and none of memory
+    holds: it would be that of the threads beside it as well.
 
     Raises:
         TemplateRefusal: The template refuses the conversation, fails, or takes more than
@@ -174,16 +176,36 @@ def _within_limits(
 
 @contextmanager
 def _limits() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        with _timed_thread():
+            yield
+        return
     with _less_memory(), _timed():
         yield
 
 
 @contextmanager
-def _timed() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _timed_thread() -> Iterator[None]:
+    """Signals reach the main thread only: another one is sent an exception."""
+    thread = ctypes.c_ulong(threading.get_ident())
+    send = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
+    def stop() -> None:
+        send(thread, ctypes.py_object(_TooLong))
+
+    timer = threading.Timer(MOST_SECONDS, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        send(thread, None)  # what it sent too late
+
+
+@contextmanager
+def _timed() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _TooLong
 

@@ -7,6 +7,7 @@ import torch
 from helpers.family_models import LENGTH, PLAIN_FAMILIES, SAMPLES, make_model, windows
 from helpers.tiny_models import make_base
 from helpers.whole_model_gradients import whole_model_gradients
+from safetensors.torch import load_file, save_file
 
 from loram_cli.arch.registry import families
 from loram_cli.errors import LoramError
@@ -56,6 +57,21 @@ def test_equal_to_the_whole_model_in_every_family(family, tied, tmp_path, monkey
     check_equal(model, streamed(model, tmp_path), 1e-5)
 
 
+def test_equal_with_a_head_of_its_own_beside_a_tied_embedding(tmp_path):
+    """As ``from_pretrained`` takes it, and with gradients that are not the embedding's."""
+    model = make_base(tmp_path / "base", tie_word_embeddings=True)
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    shared = streamed(model, tmp_path)
+    save_file(
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].flip(0).contiguous()},
+        file,
+    )
+    found = streamed(model, tmp_path)
+    check_equal(model, found, 1e-5)
+    assert all(not torch.equal(found[name][1], shared[name][1]) for name in found)
+
+
 def test_equal_with_biases_and_a_sliding_window(tmp_path):
     known = {family.family: family for family in families()}
     biased = make_model(known["llama"], tmp_path / "a", attention_bias=True, mlp_bias=True)
@@ -84,7 +100,6 @@ def test_the_first_and_the_last_layer_can_be_ranked(base, tmp_path):
 
 
 def test_damaged_weights_are_named(tmp_path):
-    from safetensors.torch import load_file, save_file
 
     base = make_base(tmp_path / "base")
     file = base / "model.safetensors"

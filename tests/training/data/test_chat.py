@@ -2,6 +2,7 @@ import copy
 import json
 import resource
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -233,6 +234,18 @@ def test_a_hostile_template_ends_in_one_error_that_names_its_file(
         signal.getsignal(signal.SIGVTALRM),
         resource.getrlimit(resource.RLIMIT_AS),
     )
+
+
+def test_in_a_thread_a_template_is_ended_too_and_limits_no_other(chatty, load, monkeypatch):
+    """As a server renders: beside threads that go on."""
+    monkeypatch.setattr(templates, "MOST_SECONDS", 0.2)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with ThreadPoolExecutor(1) as thread:
+        with pytest.raises(LoramError, match=r"the chat template takes more than 0\.2 s"):
+            thread.submit(load, chatty(loops), {"messages": TALK}).result()
+        monkeypatch.setattr(templates, "MOST_SECONDS", 9)
+        assert thread.submit(load, chatty("{{ messages[1].content }}"), {"messages": TALK}).result()
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def test_given_ranges_and_spans_are_two_views_of_the_same(tokenizer):
