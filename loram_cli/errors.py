@@ -27,6 +27,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def reason_of(error: BaseException, *, most: int = 160) -> str:
+    """Why a library failed, on one line; the error's kind where it does not say."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class UsageError(LoramError):
     """The request itself is wrong (a flag, a recipe key, a missing argument)."""
 

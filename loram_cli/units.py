@@ -62,13 +62,23 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def whole_number(text: str) -> int | None:
+    """The number that decimal digits write.
+
+    Returns:
+        None for all else, such as other scripts' digits or more of them than any count has:
+        names in files of strangers may hold either.
+    """
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
 def parse_params(text: str) -> int:
     """A parameter count from ``6B``, ``350M``, ``1.5e9`` or a bare number.
 
     Raises:
         UsageError: The text is not a count.
     """
-    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?(?:[eE]\+?\d\d?)?)\s*([kKmMbBtT]?)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d\d?)?)\s*([kKmMbBtT]?)\s*", text)
     if match is None:
         raise UsageError(f"'{text[:60]}' is not a count of parameters", "write it as 6B or 350M")
     # The decimal as it was written: in binary floating point 1.1 * 10**9 need not be whole.
@@ -81,7 +91,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         UsageError: The text is not an amount of memory, or so few bytes that a unit was forgotten.
     """
-    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _BYTES_PER_UNIT:
         raise UsageError(f"'{text[:60]}' is not an amount of memory", "write it as 24GiB or 500MiB")
     count_bytes = int(float(match[1]) * _BYTES_PER_UNIT[match[2].lower()])

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from loram_cli.arch.experts import AdaptedWeight, Experts
 from loram_cli.errors import LoramError
+from loram_cli.units import whole_number
 
 Axis = str
 """What one axis of a weight runs over: a pruned width, or a product that is never pruned."""
@@ -761,7 +762,8 @@ class Family:
     def _split(self, name: str) -> tuple[int | None, str]:
         prefix = f"{self.layers}."
         index, _, rest = name.removeprefix(prefix).partition(".")
-        return (int(index), rest) if name.startswith(prefix) and index.isdigit() else (None, "")
+        layer = whole_number(index) if name.startswith(prefix) else None
+        return (None, "") if layer is None else (layer, rest)
 
 
 def _rope_type(config: Mapping[str, Any]) -> str | None:

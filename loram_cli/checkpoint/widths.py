@@ -1,11 +1,13 @@
 """Sanity of the numbers in a ``config.json``, before anything is computed from them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loram_cli.arch.registry import families
+from loram_cli.arch.spec import LOW_RANK
 from loram_cli.checkpoint.config_values import short
 from loram_cli.errors import LoramError
+from loram_cli.units import whole_number
 
 # Far above any model there is; what lies beyond is damage, and would be computed with for hours.
 _HIGHEST = {"num_hidden_layers": 10_000}
@@ -68,14 +70,34 @@ def check_widths(config: Mapping[str, Any], where: str) -> None:
         raise LoramError(
             f"{where}: {heads} attention heads cannot share {groups} key/value heads evenly"
         )
-    layers = config.get("per_layer_config") or {}
-    if not isinstance(layers, Mapping):
-        raise LoramError(f"{where}: per_layer_config is no mapping ({short(layers)})")
-    for layer, widths in layers.items():
-        count = config.get("num_hidden_layers", _HIGHEST["num_hidden_layers"])
-        if not str(layer).isdecimal() or int(layer) >= count or not isinstance(widths, Mapping):
-            raise LoramError(f"{where}: per_layer_config has no sound entry {short(layer)}")
+    for layer, widths in _by_layer(config, "per_layer_config", where):
         _check(widths, f"{where}: per_layer_config {layer}")
+    for layer, ranks in _by_layer(config, LOW_RANK, where):
+        for name, rank in ranks.items():
+            if type(rank) is not int or not 0 < rank < _HIGHEST_ELSE:
+                raise LoramError(
+                    f"{where}: {LOW_RANK} {layer}: {short(name)} has rank {short(rank)}, expected "
+                    "a whole number above 0"
+                )
+
+
+def _by_layer(
+    config: Mapping[str, Any], key: str, where: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The entries of a key that says something of single layers.
+
+    Raises:
+        LoramError: It is no mapping, or one of its entries is of no layer or no mapping.
+    """
+    layers = config.get(key) or {}
+    if not isinstance(layers, Mapping):
+        raise LoramError(f"{where}: {key} is no mapping ({short(layers)})")
+    count = config.get("num_hidden_layers", _HIGHEST["num_hidden_layers"])
+    for layer, values in layers.items():
+        number = whole_number(str(layer))
+        if number is None or number >= count or not isinstance(values, Mapping):
+            raise LoramError(f"{where}: {key} has no sound entry {short(layer)}")
+        yield layer, values
 
 
 def _check(values: Mapping[str, Any], where: str) -> None:

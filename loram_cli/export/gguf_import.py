@@ -12,7 +12,7 @@ from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType
 
 from loram_cli.checkpoint.json_files import read_json
 from loram_cli.checkpoint.model import Model
-from loram_cli.errors import LoramError, UsageError
+from loram_cli.errors import LoramError, UsageError, reason_of
 from loram_cli.export.gguf_file import GgufFile, refuse_existing
 from loram_cli.export.gguf_merge import gguf_names
 from loram_cli.export.gguf_types import is_quantized
@@ -168,9 +168,8 @@ def _convert(source: Path, out: Path, dtype: str) -> None:
             )
     # The reader raises whatever the step that fails raises.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
         raise LoramError(
-            f"{source}: transformers cannot read it ({reason})",
+            f"{source}: transformers cannot read it ({reason_of(error)})",
             "take the original checkpoint, or a newer transformers",
         ) from error
     missing = sorted(told["missing_keys"])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from loram_cli.arch.spec import Family
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, reason_of
 from loram_cli.quiet import quiet_libraries
 
 Shapes = dict[str, tuple[int, ...]]
@@ -123,7 +123,7 @@ def propose_family(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         # Each config class has its own way to refuse a value.
         raise LoramError(
             f"model_type {config.get('model_type')!r}: transformers builds no small causal LM "
-            f"of it ({str(error).strip().splitlines()[0][:120]})"
+            f"of it ({reason_of(error)})"
         ) from error
     remarks: list[str] = []
     layers = _stack_name(model, probe.model_type)
@@ -420,7 +420,7 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
             logits = model(input_ids=torch.arange(1, 13)[None], use_cache=False).logits
     except Exception as error:
         # A model that cannot be run is no reason to propose nothing.
-        remarks.append(f"the probe could not be run ({str(error).splitlines()[0][:80]}): check the "
+        remarks.append(f"the probe could not be run ({reason_of(error, most=80)}): check the "
                        "logits' scale and what a layer returns")  # fmt: skip
         return
     finally:

@@ -13,6 +13,7 @@ from loram_cli import __version__
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.reading import read_json
 from loram_cli.schema import digest_of
+from loram_cli.units import whole_number
 
 MANIFEST_NAME = "loram.json"
 SCHEMA_VERSION = 1
@@ -154,7 +155,7 @@ def _check_types(data: dict[str, Any]) -> None:
             raise TypeError(f"outputs {name} has no bytes and sha256")
     for layer, kept in data.get("keep", {}).items():
         # Under "layers" stand those that are left, where whole layers went.
-        if not layer.isdecimal() and layer != "layers":
+        if whole_number(layer) is None and layer != "layers":
             raise ValueError(f"keep has no layer {layer}")
         for name, indices in kept.items():
             whole = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)

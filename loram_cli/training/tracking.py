@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, reason_of
 from loram_cli.training.choices import Tracker
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -58,7 +58,7 @@ def _wandb_callback() -> Any:
                 super().setup(*args, **kwargs)
             except wandb.Error as error:
                 raise LoramError(
-                    f"--report-to wandb: {str(error).splitlines()[0]}",
+                    f"--report-to wandb: {reason_of(error)}",
                     "run 'wandb login', or set WANDB_MODE=offline",
                 ) from error
 
@@ -75,7 +75,7 @@ def _mlflow_callback() -> Any:
                 super().setup(*args, **kwargs)
             except mlflow.exceptions.MlflowException as error:
                 raise LoramError(
-                    f"--report-to mlflow: {str(error).splitlines()[0][:200]}",
+                    f"--report-to mlflow: {reason_of(error)}",
                     "set MLFLOW_TRACKING_URI to a server or a folder that can be written",
                 ) from error
 

@@ -39,6 +39,11 @@ def test_what_is_sound_passes():
         ({"per_layer_config": [1]}, "per_layer_config is no mapping"),
         ({"per_layer_config": {"4": {}}}, "no sound entry '4'"),
         ({"per_layer_config": {"x": {}}}, "no sound entry"),
+        ({"per_layer_config": {"9" * 5000: {}}}, "no sound entry"),
+        ({"per_layer_config": {"\u0661": {}}}, "no sound entry"),
+        ({"low_rank": 3}, r"low_rank is no mapping \(3\)"),
+        ({"low_rank": {"1": 3}}, "low_rank has no sound entry '1'"),
+        ({"low_rank": {"1": {"mlp.up_proj": "4"}}}, "low_rank 1: 'mlp.up_proj' has rank '4', exp"),
         ({"per_layer_config": {"1": {"intermediate_size": "no"}}}, "per_layer_config 1: inter"),
     ],
 )

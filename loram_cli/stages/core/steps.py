@@ -6,6 +6,7 @@ from pathlib import Path
 from loram_cli.errors import UsageError
 from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 from loram_cli.training.loop.checkpoints import kept_path, kept_steps
+from loram_cli.units import whole_number
 
 STEPS_NAME = "steps"
 BEST = "best"
@@ -47,14 +48,15 @@ def checkpoint_directory(adapter: Path, checkpoint: str, best: int | None) -> Pa
     """
     folder = adapter / STEPS_NAME
     found = folder.iterdir() if folder.is_dir() else ()
-    steps = sorted(int(p.name) for p in found if p.name.isdigit())
+    numbers = (whole_number(path.name) for path in found)
+    steps = sorted(number for number in numbers if number is not None)
     listed = ", ".join(map(str, steps)) or "none"
     if checkpoint == BEST and best is None:
         raise UsageError(
             f"--checkpoint best: {adapter} was trained without held-out data",
             f"kept are {listed}",
         )
-    step = best if checkpoint == BEST else int(checkpoint) if checkpoint.isdigit() else None
+    step = best if checkpoint == BEST else whole_number(checkpoint)
     if step not in steps:
         raise UsageError(
             f"--checkpoint {checkpoint}: {adapter} has no such checkpoint",

@@ -20,6 +20,8 @@ _WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[0-9]+(\.[0-9]*)?|\.[0-9]+)", r
 # A source that has to be repeated more often has too small a share of the data, or too large a
 # weight: nobody means that.
 _MOST_REPEATS = 1000
+# Only the proportions matter; beyond these they would be lost in rounding.
+_LARGEST_WEIGHT = 1e6
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,9 @@ def _source(part: str) -> Source:
             )
         return Source(part)
     weight = float(match["weight"])
-    if not 0 < weight < float("inf"):
-        raise UsageError(f"data source '{part}': the weight must be above 0")
+    if not 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
+        raise UsageError(
+            f"data source '{part[:100]}': the weight must be from {1 / _LARGEST_WEIGHT:g} to "
+            f"{_LARGEST_WEIGHT:g}"
+        )
     return Source(match["name"], weight)

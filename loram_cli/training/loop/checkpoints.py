@@ -11,6 +11,7 @@ from typing import Any
 from loram_cli.runs.whole import damage, is_marked
 from loram_cli.schema import digest_of, spec_to_mapping
 from loram_cli.training.loop.options import FitOptions
+from loram_cli.units import whole_number
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _RUN = "run.json"
@@ -31,7 +32,8 @@ def kept_path(folder: Path, step: int) -> Path:
 def kept_steps(folder: Path) -> list[int]:
     """The steps whose adapters are kept, in order."""
     kept = folder / _KEPT
-    return sorted(int(p.name) for p in kept.iterdir() if p.name.isdigit()) if kept.is_dir() else []
+    found = [whole_number(path.name) for path in kept.iterdir()] if kept.is_dir() else []
+    return sorted(step for step in found if step is not None)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def test_a_file_of_exactly_that_name_comes_first(tmp_path, monkeypatch):
     ("data", "said"),
     [
         ("a.jsonl:0.5,b.jsonl", "'b.jsonl' has no weight"),
-        ("a.jsonl:0,b.jsonl:1", "the weight must be above 0"),
+        ("a.jsonl:0,b.jsonl:1", "the weight must be from 1e-06 to 1e"),
+        (f"a.jsonl:{'9' * 308},b.jsonl:{'9' * 308}", "the weight must be from"),
         ("a.jsonl,,b.jsonl", "expected a name"),
         ("", "expected a name"),
     ],
