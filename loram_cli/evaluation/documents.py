@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError
+from loram_cli.reading import read_text
 from loram_cli.training.data.documents import load_instructions, load_text
 from loram_cli.training.data.examples import Example, single_turns
 from loram_cli.training.data.files import is_text_file, read_text_file
@@ -46,7 +47,7 @@ def task_documents(source: str, task: str, flag: str) -> list[dict[str, Any]]:
         records = _with_piqa_labels(records, Path(source), where)
     try:
         records = [Record(convert(r.fields), r.where) for r in records] if convert else records
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LoramError(f"{where}: {source} is not in the layout of {task} ({error})") from error
     for record in records:
         for field in _REQUIRED_FIELDS.get(layout, ()):
@@ -116,7 +117,7 @@ def _with_piqa_labels(records: list[Record], path: Path, where: str) -> list[Rec
     labels_file = path.with_name(path.name.partition(".")[0] + "-labels.lst")
     if "label" in records[0].fields or not labels_file.is_file():
         return records
-    labels = labels_file.read_text("utf-8").split()
+    labels = read_text(labels_file).split()
     if len(labels) != len(records) or set(labels) - {"0", "1"}:
         raise LoramError(
             f"{where}: {labels_file}: {len(labels)} labels for {len(records)} documents of {path}"

@@ -10,6 +10,7 @@ from loram_cli.errors import LoramError, UsageError
 
 Only = Literal["wrong", "right", "differ"]
 _PREFIX = "samples-"
+_FIELDS = {"task", "doc_id", "prompt", "target"}
 
 
 def samples_name(label: str) -> str:
@@ -108,6 +109,12 @@ def _in_order(directory: Path, files: Mapping[str, Path]) -> list[str]:
 
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines() if line]
+        # Texts hold other line ends as they are.
+        lines = [line for line in file.read_text("utf-8").split("\n") if line]
+        samples = [json.loads(line) for line in lines]
     except (OSError, ValueError, RecursionError) as error:
         raise LoramError(f"{file}: samples cannot be read ({error})") from error
+    for number, sample in enumerate(samples, 1):
+        if not isinstance(sample, dict) or not set(sample) >= _FIELDS:
+            raise LoramError(f"{file}, line {number}: no sample of an evaluation")
+    return samples

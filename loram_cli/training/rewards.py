@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loram_cli.checkpoint.config_values import short
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.reading import read_text
 
 # A completion that the data set's number is read from, and compared with, as ``eval`` does.
 EXACT = "exact"
+_MOST_BYTES = 1 << 20
 # The column that holds a record's fields, as JSON.
 FIELDS = "record"
 Reward = Callable[..., list[float | None]]
@@ -70,11 +73,13 @@ def check_reward(name: RewardName) -> None:
     if name.file is None:
         return
     try:
-        tree = ast.parse(name.file.read_text("utf-8"), str(name.file))
-    except FileNotFoundError:
-        raise LoramError(f"--reward {name.text}: no such file") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if not name.file.exists():
+            raise LoramError(f"--reward {name.text}: no such file")
+        tree = ast.parse(read_text(name.file, most_bytes=_MOST_BYTES), str(name.file))
+    except (OSError, ValueError) as error:
         raise LoramError(f"--reward {name.text}: cannot be read ({error})") from error
+    except (RecursionError, MemoryError) as error:
+        raise LoramError(f"{name.file}: nested too deep") from error
     except SyntaxError as error:
         raise LoramError(f"{name.file}, line {error.lineno}: no Python ({error.msg})") from error
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -103,7 +108,7 @@ def load_reward(name: RewardName) -> Reward:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise LoramError(f"{name.file}: {_said(error, name.file)}") from error
     function = getattr(module, name.function, None)
     if not callable(function):
@@ -132,7 +137,7 @@ def _checked(name: RewardName, function: Callable[..., Any]) -> Reward:
     def reward(completions: Sequence[str], **fields: Any) -> list[float | None]:
         try:
             found = function(completions=list(completions), **fields)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             assert name.file is not None
             raise LoramError(
                 f"--reward {name.text}: {_said(error, name.file)}",
@@ -157,7 +162,7 @@ def _numbers(found: Any, count: int, name: RewardName) -> list[float | None]:
         number = None if value is None else _number(value)
         if number is not None and not math.isfinite(number):
             raise LoramError(
-                f"--reward {name.text}: {value!r:.60} is no finite number",
+                f"--reward {name.text}: {short(value)} is no finite number",
                 "return numbers, or None where it does not judge",
             )
         numbers.append(number)
@@ -167,11 +172,11 @@ def _numbers(found: Any, count: int, name: RewardName) -> list[float | None]:
 def _number(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
-def _said(error: Exception, file: Path) -> str:
+def _said(error: BaseException, file: Path) -> str:
     """What went wrong, and in which line of the file."""
     line, trace = None, error.__traceback__
     while trace is not None:

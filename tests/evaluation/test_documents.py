@@ -58,6 +58,11 @@ def test_original_layouts_become_the_hubs(write_jsonl):
     (book,) = task_documents(path, "openbookqa", "openbookqa")
     assert (book["question_stem"], book["choices"]) == ("Which?", choices)
 
+    for odd in (3, [3], "red"):
+        path = str(write_jsonl("arc.jsonl", [{**stem, "question": {"stem": "?", "choices": odd}}]))
+        with pytest.raises(LoramError, match="is not in the layout of arc_easy"):
+            task_documents(path, "arc_easy", "arc_easy")
+
     piqa = write_jsonl("valid.jsonl", [{"goal": "g", "sol1": "a", "sol2": "b"}] * 2)
     with pytest.raises(LoramError, match="'label' of piqa is missing"):
         task_documents(str(piqa), "piqa", "piqa")
@@ -65,6 +70,9 @@ def test_original_layouts_become_the_hubs(write_jsonl):
     assert [d["label"] for d in task_documents(str(piqa), "piqa", "piqa")] == [1, 0]
     piqa.with_name("valid-labels.lst").write_text("1\n")
     with pytest.raises(LoramError, match="1 labels for 2 documents"):
+        task_documents(str(piqa), "piqa", "piqa")
+    piqa.with_name("valid-labels.lst").write_bytes(b"\xff")
+    with pytest.raises(LoramError, match="not UTF-8"):
         task_documents(str(piqa), "piqa", "piqa")
 
     swag = {"activity_label": "A", "ctx_a": "x", "ctx_b": "y", "endings": ["e"] * 4, "label": 2}

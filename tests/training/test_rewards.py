@@ -1,6 +1,7 @@
 """Reward functions of the user's own: found without running, called by name, told when they fail."""
 
 import json
+import os
 
 import pytest
 
@@ -89,3 +90,21 @@ def test_a_file_is_checked_without_running_it(tmp_path, named):
 def test_other_names_are_refused(text):
     with pytest.raises(UsageError, match=r"expected FILE.py:FUNCTION, or exact"):
         parse_reward(text)
+
+
+def test_a_hostile_file_ends_in_one_line(tmp_path):
+    file = tmp_path / "bad.py"
+    name = parse_reward(f"{file}:f")
+    os.mkfifo(file)
+    with pytest.raises(LoramError, match="is not a regular file"):
+        check_reward(name)
+    file.unlink()
+    file.write_text("(" * 20000)
+    with pytest.raises(LoramError, match=r"bad\.py"):
+        check_reward(name)
+    file.write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(LoramError, match="line 2, SystemExit: 0"):
+        load_reward(name)
+    file.write_text("def f(completions, **fields):\n    return [10**5000 for _ in completions]\n")
+    with pytest.raises(LoramError, match="a number of many digits is no finite number"):
+        load_reward(name)(completions=["a"])

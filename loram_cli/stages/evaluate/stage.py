@@ -26,6 +26,7 @@ from loram_cli.stages.evaluate.rows import (
 )
 from loram_cli.stages.evaluate.spec import EvalSpec
 from loram_cli.training.data.documents import load_instructions
+from loram_cli.training.data.files import require_regular
 
 __all__ = ["EvalSpec", "plan", "run"]
 
@@ -143,6 +144,7 @@ def export_results(result: StageResult, file: Path) -> None:
 
 
 def _check_readable(flag: str, file: Path) -> None:
+    require_regular(file)
     try:
         with file.open("rb") as stream:
             empty = not stream.read(1)

@@ -7,7 +7,9 @@ from typing import Any
 
 from loram_cli.checkpoint.sources import TEMPLATE_FILE
 from loram_cli.errors import LoramError
+from loram_cli.reading import read_text
 from loram_cli.schema import unknown_name
+from loram_cli.training.data.files import kind_at
 from loram_cli.training.data.templates import MOST_TEMPLATE_BYTES, render
 
 # OpenAI's ChatML, as most fine-tunes without a template of their own use it; the assistant's words
@@ -83,19 +85,12 @@ def _trl_folder() -> Path:
 def _file_text(path: Path) -> str:
     if path.suffix.lower() == ".json":
         return _of_config(path)
-    try:
-        if path.stat().st_size > MOST_TEMPLATE_BYTES:
-            raise LoramError(f"{path}: too large for a chat template")
-        return path.read_text("utf-8-sig")
-    except FileNotFoundError:
+    if kind_at(path) is None:
         raise LoramError(
             f"--chat-template {path}: no such file",
             f"pass a Jinja file, or a name: {', '.join(template_names()[:8])}, ...",
-        ) from None
-    except UnicodeDecodeError as error:
-        raise LoramError(f"{path}: not UTF-8", "convert the file to UTF-8") from error
-    except OSError as error:
-        raise LoramError(f"{path}: cannot be read ({error.strerror})") from error
+        )
+    return read_text(path, most_bytes=MOST_TEMPLATE_BYTES).removeprefix("\ufeff")
 
 
 def _of_config(path: Path) -> str:

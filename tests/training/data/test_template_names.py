@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 
@@ -81,3 +82,9 @@ def test_a_name_that_is_none_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(LoramError, match="holds no text 'chat_template'"):
         named_template(str(tmp_path / "a.json"))
+
+
+def test_a_file_without_an_end_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.jinja")
+    with pytest.raises(LoramError, match="is not a regular file"):
+        named_template(str(tmp_path / "a.jinja"))
