@@ -4,7 +4,7 @@ import json
 import re
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from loram_cli.errors import UsageError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Recipes, settings and plans are short; a tokenizer of 64 MiB has been seen.
 YAML_BYTES = 1 << 20
 JSON_BYTES = 256 << 20
+_PROMPT_CHARACTERS = 4 << 20
 # What an alias stands for counts as often as it is used.
 _EXPANDED_BYTES = 1 << 20
 _NODE_BYTES = 16
@@ -81,6 +82,18 @@ def read_json(file: Path) -> Any:
         raise UsageError(f"{file}: nested too deep") from error
     except ValueError as error:
         raise UsageError(f"{file}: not valid JSON ({error})") from error
+
+
+def read_stdin(stream: TextIO, *, line: bool = False) -> str:
+    """What is piped in, or its next line with its end.
+
+    Raises:
+        UsageError: It is longer than a prompt can be, and may have no end.
+    """
+    text = stream.readline(_PROMPT_CHARACTERS + 1) if line else stream.read(_PROMPT_CHARACTERS + 1)
+    if len(text) > _PROMPT_CHARACTERS:
+        raise UsageError(f"standard input: more than {_PROMPT_CHARACTERS >> 20} Mi characters")
+    return text
 
 
 def read_scalar(text: str) -> Any:

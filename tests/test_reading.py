@@ -2,12 +2,13 @@
 
 import os
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from loram_cli.errors import UsageError
-from loram_cli.reading import read_json, read_scalar, read_yaml
+from loram_cli.reading import read_json, read_scalar, read_stdin, read_yaml
 
 BOMB = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     f"{x}: &{x} [{', '.join([f'*{y}'] * 9)}]\n" for x, y in zip("bcdefgh", "abcdefg", strict=True)
@@ -77,3 +78,11 @@ def test_only_regular_files_are_read(make, tmp_path: Path):
 )  # fmt: skip
 def test_a_scalar_is_read_and_nothing_else(text, value):
     assert read_scalar(text) == value
+
+
+def test_what_is_piped_in_has_an_end():
+    assert read_stdin(StringIO("a\nb\n")) == "a\nb\n"
+    assert read_stdin(StringIO("a\nb\n"), line=True) == "a\n"
+    for line in (True, False):
+        with pytest.raises(UsageError, match="standard input: more than 4 Mi characters"):
+            read_stdin(StringIO("a" * ((4 << 20) + 1)), line=line)

@@ -1,5 +1,6 @@
 """The ``loram`` command: wiring, and the last word on errors and exit codes."""
 
+import io
 import os
 import signal
 import sys
@@ -150,6 +151,8 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
         getattr(sys, name).reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
 
 
 def _keep_kernels_out_of_tmp() -> None:

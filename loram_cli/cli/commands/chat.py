@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from loram_cli.cli.commands.generate import TalkOptions, with_rows
 from loram_cli.cli.options import Values, layered, reporter_for
 from loram_cli.errors import LoramError
+from loram_cli.reading import read_stdin
 from loram_cli.reporting import Reporter
 from loram_cli.serving.spec import ChatSpec
 
@@ -87,7 +88,7 @@ def _steer(conversation: "Conversation", line: str, reporter: Reporter) -> str:
 def _read(prompt: str) -> str | None:
     """The next message; None at the end. A terminal gets a prompt and the usual keys."""
     if sys.stdin is None or not sys.stdin.isatty():
-        line = sys.stdin.readline() if sys.stdin is not None else ""
+        line = "" if sys.stdin is None else read_stdin(sys.stdin, line=True)
         return line.strip() if line else None
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - input() then knows arrows and history

@@ -14,6 +14,7 @@ from loram_cli.cli.options import (
     reporter_for,
     settle,
 )
+from loram_cli.reading import read_stdin
 from loram_cli.reporting import Reporter
 from loram_cli.schema import setting
 from loram_cli.stages.evaluate.spec import GenerateSpec
@@ -74,7 +75,7 @@ def command(values: Values, options: GenerateOptions) -> None:
     from loram_cli.stages.evaluate import generate
 
     if not values.get("prompts") and sys.stdin is not None and not sys.stdin.isatty():
-        values["prompts"] = (sys.stdin.read().rstrip("\n"),)
+        values["prompts"] = (read_stdin(sys.stdin).rstrip("\n"),)
     values = layered(NAME, values)
     reporter = reporter_for(options.json_output)
     spec = generate_spec(*with_rows(options, values, reporter, asked_rows))

@@ -234,7 +234,18 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any) -> Iterator[Enc
 
 
 def encode_prompt(prompt: str, tokenizer: Any, *, special_tokens: bool = True) -> list[int]:
-    """Ids of a prompt, without a second beginning-of-sequence token where it has written one."""
+    """Ids of a prompt, without a second beginning-of-sequence token where it has written one.
+
+    Raises:
+        LoramError: It is no text that a tokenizer takes.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        # As bytes on the command line that are not UTF-8 become.
+        raise LoramError(
+            f"the prompt is not UTF-8: its character {error.start + 1} is half of one"
+        ) from error
     ids = list(tokenizer(prompt, add_special_tokens=special_tokens, verbose=False)["input_ids"])
     return ids[doubled_bos(ids, tokenizer) :]
 

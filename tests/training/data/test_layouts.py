@@ -208,6 +208,8 @@ def test_text_that_begins_with_bos_gets_no_second_one(write, load, tokenizer, re
     assert tokenizer.decode(row.input_ids[row.answer_start :]) == " Yo</s>"
     assert encode_prompt("<s>Hi", tokenizer) == encode_prompt("Hi", tokenizer)
     assert encode_prompt("<s>Hi", tokenizer, special_tokens=False)[:1] == [0]
+    with pytest.raises(LoramError, match="the prompt is not UTF-8: its character 2 is half of one"):
+        encode_prompt("a\udcff", tokenizer)
 
 
 def test_the_demo_data_keeps_its_rows_and_masks(tokenizer, reporter):
