@@ -15,6 +15,8 @@ RECORD_SUFFIXES = (*_PACKABLE, *(f"{suffix}.gz" for suffix in _PACKABLE), ".parq
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 # No record of text is longer; a longer one is a file without line ends, or not data at all.
 LONGEST_RECORD = 128 << 20
+# Nor is text that is one document.
+LONGEST_TEXT = 256 << 20
 _PIECE = 1 << 20
 _BROKEN = (OSError, EOFError, zlib.error)
 
@@ -101,9 +103,19 @@ def read_text_file(path: Path) -> str:
     """A UTF-8 text file, gzipped or not.
 
     Raises:
-        LoramError: Unreadable, or not UTF-8; names the line.
+        LoramError: Unreadable, not UTF-8, or longer than ``LONGEST_TEXT`` characters once
+            unpacked, which a small file may be.
     """
-    return "".join(read_pieces(path))
+    pieces, length = [], 0
+    for piece in read_pieces(path):
+        length += len(piece)
+        if length > LONGEST_TEXT:
+            raise LoramError(
+                f"{path}: holds more than {LONGEST_TEXT >> 20} Mi characters",
+                "take a part of it, or records (.jsonl), which are read one by one",
+            )
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def _opened(path: Path) -> IO[bytes]:

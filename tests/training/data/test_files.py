@@ -94,3 +94,13 @@ def test_the_limit_of_a_table_cell_is_put_back(tmp_path):
     (tmp_path / "a.csv").write_text("text\n" + "x" * (before + 1) + "\n")
     assert len(load_text(str(tmp_path / "a.csv"))[0]) == before + 1
     assert csv.field_size_limit() == before
+
+
+def test_a_small_file_that_unpacks_to_a_large_text_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LONGEST_TEXT", 2 << 20)
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(bytes(2 << 20), 1))
+    assert len(files.read_text_file(path)) == 2 << 20
+    path.write_bytes(gzip.compress(bytes(50 << 20), 1))
+    with pytest.raises(LoramError, match="holds more than 2 Mi characters"):
+        files.read_text_file(path)
