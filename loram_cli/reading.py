@@ -20,6 +20,15 @@ _EXPANDED_BYTES = 1 << 20
 _NODE_BYTES = 16
 
 
+def home_expanded(text: str) -> Path:
+    """A path with ``~`` and ``~user`` replaced; one of a user that is not there stays as it is."""
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def read_text(file: Path, *, most_bytes: int = JSON_BYTES) -> str:
     """The text of a regular file; a pipe or a device, which may have no end, is refused.
 

@@ -440,6 +440,10 @@ def from_text(hint: Any, text: str) -> Any:
     return text
 
 
+# What :func:`revived` raises on a value of another kind.
+NOT_REVIVED = (AttributeError, KeyError, TypeError, ValueError)
+
+
 def revived(hint: Any, value: Any) -> Any:
     """What :func:`plain` made of a dataclass, a tuple or a mapping of these, as it was.
 

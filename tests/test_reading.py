@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loram_cli.errors import UsageError
-from loram_cli.reading import read_json, read_scalar, read_stdin, read_yaml
+from loram_cli.reading import home_expanded, read_json, read_scalar, read_stdin, read_yaml
 
 BOMB = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     f"{x}: &{x} [{', '.join([f'*{y}'] * 9)}]\n" for x, y in zip("bcdefgh", "abcdefg", strict=True)
@@ -86,3 +86,9 @@ def test_what_is_piped_in_has_an_end():
     for line in (True, False):
         with pytest.raises(UsageError, match="standard input: more than 4 Mi characters"):
             read_stdin(StringIO("a" * ((4 << 20) + 1)), line=line)
+
+
+def test_a_user_that_is_not_there_leaves_a_name_as_it_is(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert home_expanded("~/x") == Path("/home/me/x")
+    assert home_expanded("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")

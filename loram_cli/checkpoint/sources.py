@@ -3,8 +3,9 @@
 import shutil
 from pathlib import Path
 
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, reason_of
 from loram_cli.hub import unreachable
+from loram_cli.reading import home_expanded
 
 # Weights in safetensors only: a pickle is never fetched, so it can never be loaded.
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
@@ -35,7 +36,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is OWNER/NAME on the hub, and no local directory."""
-    path = Path(name).expanduser()
+    path = home_expanded(name)
     local = path.exists() or path.is_absolute() or name.startswith((".", "~"))
     return not local and name.count("/") == 1
 
@@ -58,7 +59,7 @@ def resolve_model(
     Raises:
         LoramError: No such directory, and the hub does not have it or cannot be reached.
     """
-    path = Path(model).expanduser()
+    path = home_expanded(model)
     if path.is_dir():
         return path
     if not is_hub_id(model):
@@ -79,7 +80,7 @@ def resolve_model(
         )
     except Exception as error:
         # The hub library raises a different class for each way to fail; all mean the same here.
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
+        reason = reason_of(error)
         if silence is not None:
             part = "only in part" if "incomplete" in reason else "not"
             raise LoramError(

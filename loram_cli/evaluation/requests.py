@@ -9,6 +9,7 @@ from typing import Any
 from loram_cli.errors import UsageError
 from loram_cli.evaluation.catalog import CATALOG, OWN_PREFIX, named_task
 from loram_cli.hub import hub_reachable
+from loram_cli.reading import home_expanded
 from loram_cli.schema import unknown_name
 from loram_cli.training.data.examples import Example
 
@@ -223,7 +224,7 @@ def _request(
 
 def _hub_has(dataset: str) -> bool:
     """Whether the data set is in the local cache or the hub can be asked for it."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    home = home_expanded(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     hub_cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     datasets_cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
     cached = (

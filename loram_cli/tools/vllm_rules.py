@@ -120,9 +120,14 @@ def serve_command(directory: Path, model: Path | None, config: Mapping[str, Any]
 
 def least_max_rank(config: Mapping[str, Any]) -> int | None:
     """The smallest ``--max-lora-rank`` that holds an adapter; None where none does."""
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-    rank = max((r for r in ranks if isinstance(r, int)), default=0)
+    rank = max((r for r in _ranks(config) if isinstance(r, int)), default=0)
     return next((most for most in MAX_RANKS if most >= rank), None)
+
+
+def _ranks(config: Mapping[str, Any]) -> list[Any]:
+    """The rank of all modules, and those of some."""
+    pattern = config.get("rank_pattern") or {}
+    return [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else [pattern])]
 
 
 def _own_widths(config: Mapping[str, Any]) -> list[str]:
@@ -144,7 +149,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             f"init_lora_weights {init!r} changes the base, which vLLM does not do; save the "
             "adapter with PEFT's path_initial_model_for_weight_conversion"
         )
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    ranks = _ranks(config)
     if any(not isinstance(r, int) or isinstance(r, bool) or r <= 0 for r in ranks):
         yield "a rank is no whole number above 0"
     elif least_max_rank(config) is None:

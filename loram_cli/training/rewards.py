@@ -17,7 +17,7 @@ from typing import Any
 
 from loram_cli.checkpoint.config_values import short
 from loram_cli.errors import LoramError, UsageError
-from loram_cli.reading import read_text
+from loram_cli.reading import home_expanded, read_text
 
 # A completion that the data set's number is read from, and compared with, as ``eval`` does.
 EXACT = "exact"
@@ -61,7 +61,7 @@ def parse_reward(text: str) -> RewardName:
             f"--reward {text}: expected FILE.py:FUNCTION, or {EXACT}",
             "for instance --reward rewards.py:short_answers",
         )
-    return RewardName(text, Path(name).expanduser(), function)
+    return RewardName(text, home_expanded(name), function)
 
 
 def check_reward(name: RewardName) -> None:

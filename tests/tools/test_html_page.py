@@ -71,3 +71,10 @@ def test_only_a_page_is_replaced(finished_run: Path, tmp_path: Path):
     write_page(finished_run, link)
     assert link.is_symlink() and "an earlier one" not in file.read_text()
     assert sorted(tmp_path.iterdir()) == [link, file]
+
+
+def test_results_that_were_changed_are_not_shown(run_copy: Path):
+    file = run_copy / "eval" / "results.json"
+    file.write_text(file.read_text().replace('"value"', '"Value"'))
+    with pytest.raises(LoramError, match=r"results\.json: is not the file that 'eval' wrote"):
+        render_page(run_copy)

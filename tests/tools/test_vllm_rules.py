@@ -84,6 +84,8 @@ def test_a_rank_above_the_default_needs_a_flag(adapter):
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
         ({"r": 0}, "a rank is no whole number above 0"),
+        ({"rank_pattern": [8]}, "a rank is no whole number above 0"),
+        ({"rank_pattern": {"q_proj": "8"}}, "a rank is no whole number above 0"),
         ({"lora_bias": True}, "lora_bias is set"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from loram_cli.demo.problems import load_demo
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.reading import home_expanded
 from loram_cli.runs.digests import file_digests
 from loram_cli.schema import Spec, digest_of
 from loram_cli.training.data.records import DEMO_PREFIX, local_files
@@ -39,10 +40,10 @@ def data_records(spec: Spec) -> dict[str, dict[str, str]]:
 def _single_files(spec: Spec) -> Iterator[tuple[str, Path]]:
     """Files that decide what is learnt beside the data: a chat template, reward functions."""
     template = getattr(spec, "chat_template", None)
-    if template is not None and Path(template).expanduser().is_file():
-        yield "chat_template", Path(template).expanduser()
+    if template is not None and home_expanded(template).is_file():
+        yield "chat_template", home_expanded(template)
     for text in getattr(spec, "reward", ()):
-        file = Path(text.rpartition(":")[0]).expanduser()
+        file = home_expanded(text.rpartition(":")[0])
         if file.is_file():
             yield f"reward {text}", file
 

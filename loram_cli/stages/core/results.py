@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from loram_cli.errors import LoramError, reason_of
 from loram_cli.evaluation.results import EvalResult, TrainingCost
 from loram_cli.runs.manifest import Manifest
-from loram_cli.schema import revived
+from loram_cli.schema import NOT_REVIVED, revived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +216,19 @@ _RESULTS: dict[str, type[Any]] = {
 
 
 def result_of(manifest: Manifest) -> Result:
-    """What a manifest's stage measured."""
-    found: Result = revived(_RESULTS[manifest.stage], manifest.results)
+    """What a manifest's stage measured.
+
+    Raises:
+        LoramError: It is no stage of this version, or its results are not of the kind here.
+    """
+    try:
+        found: Result = revived(_RESULTS[manifest.stage], manifest.results)
+    except NOT_REVIVED as error:
+        raise LoramError(
+            f"loram.json of '{manifest.stage}': its results cannot be read "
+            f"({type(error).__name__}: {reason_of(error)})",
+            "was it written by another version, or changed?",
+        ) from error
     return found
 
 

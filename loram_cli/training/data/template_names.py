@@ -7,7 +7,7 @@ from typing import Any
 
 from loram_cli.checkpoint.sources import TEMPLATE_FILE
 from loram_cli.errors import LoramError
-from loram_cli.reading import read_text
+from loram_cli.reading import home_expanded, read_text
 from loram_cli.schema import unknown_name
 from loram_cli.training.data.files import kind_at
 from loram_cli.training.data.templates import MOST_TEMPLATE_BYTES, render
@@ -39,7 +39,7 @@ def named_template(name: str) -> str:
         LoramError: The file cannot be read, or is no template.
         UsageError: There is neither such a name nor such a file.
     """
-    path = Path(name).expanduser()
+    path = home_expanded(name)
     if path.suffix.lower() in _FILE_ENDS or "/" in name or path.is_file():
         return _file_text(path)
     if name == "chatml":
