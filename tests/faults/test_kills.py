@@ -16,6 +16,9 @@ from helpers.slow import slow
 
 from loram_cli.runs.rundir import OUTPUTS
 
+# The first test of a stage runs all that comes before it, beside whatever else the machine does.
+pytestmark = pytest.mark.timeout(1200)
+
 KILLS = int(os.environ.get("FAULTS_KILLS", "100"))
 STAGES = list(OUTPUTS)
 # Each stage on the output of the one before it: without that, it must refuse.
@@ -61,7 +64,6 @@ def test_a_kill_at_a_file_operation(workshop, stage: str):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", range(1, max(2, KILLS - len(STAGES) + 1)))
 def test_kills_at_many_points(workshop, number: int):
     kill_and_go_on(workshop, STAGES[number % len(STAGES)], number // len(STAGES) + 1)
