@@ -24,7 +24,10 @@ _MORE_THAN_LORA = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
 
+# Each is a list of names, or a pattern that names must match.
+_NAMING = ("target_modules", "exclude_modules", "layers_pattern")
 _LONGEST_PATTERN = 1000
+_LONGEST_NAMING = 10_000
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,35 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
                     f"{file}: {key} {short(name)}: matching it could take without end",
                     "name the modules with at most 3 repetitions and 4 groups, none repeated",
                 )
+    for key in _NAMING:
+        _check_naming(file, key, config.get(key))
+    layers = config.get("layers_to_transform")
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if layer is not None and not (type(layer) is int and 0 <= layer < 2**31):
+            raise LoramError(
+                f"{file}: layers_to_transform is {short(layers)}, expected whole numbers from 0"
+            )
     return config
+
+
+def _check_naming(file: Path, key: str, value: object) -> None:
+    """Refuse what names no modules, or takes without end to compare with their names."""
+    if value is None or (isinstance(value, list) and all(isinstance(n, str) for n in value)):
+        return
+    if not isinstance(value, str):
+        raise LoramError(f"{file}: {key} is {short(value)}, expected names or a pattern")
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise LoramError(f"{file}: {key} {short(value)}: not a pattern ({error})") from error
+    # What other trainers write has many groups and a few repetitions one after the other.
+    bare = re.sub(r"\\.|\[[^\]]*\]", "x", value)
+    repetitions = len(re.findall(r"[*+{]", bare))
+    if len(value) > _LONGEST_NAMING or repetitions > 5 or re.search(r"\)[*+{]", bare):
+        raise LoramError(
+            f"{file}: {key} {short(value)}: matching it could take without end",
+            "name the modules in a list, or with at most 5 repetitions and no repeated group",
+        )
 
 
 def _check_number(file: Path, key: str, value: object, *, whole: bool = False) -> None:

@@ -76,6 +76,12 @@ def test_of_several_patterns_the_first_counts(tmp_path: Path):
         ({"rank_pattern": {"(a|a)" * 30: 2}}, ".*could take without end"),
         ({"alpha_pattern": {"a?" * 20 + "a" * 20: 2}}, ".*could take without end"),
         ({"rank_pattern": [1]}, r"rank_pattern is \[1\], expected a mapping"),
+        ({"target_modules": 3}, "target_modules is 3, expected names or a pattern"),
+        ({"exclude_modules": ["a", 3]}, r"exclude_modules is \['a', 3\], expected names"),
+        ({"target_modules": "("}, r"target_modules '\(': not a pattern"),
+        ({"target_modules": r"((\w|\.)*)*!"}, "target_modules .*could take without end"),
+        ({"layers_pattern": ".*.*.*.*.*.*.*!"}, "layers_pattern .*could take without end"),
+        ({"layers_to_transform": ["0"]}, r"layers_to_transform is \['0'\], expected whole"),
     ],
 )
 def test_what_recovery_cannot_carry_over_is_named(change, message, tmp_path: Path):
@@ -83,3 +89,21 @@ def test_what_recovery_cannot_carry_over_is_named(change, message, tmp_path: Pat
     (directory / CONFIG_NAME).write_text(json.dumps({**PLAIN, **change}))
     with pytest.raises(LoramError, match=rf"adapter_config\.json: {message}"):
         LoraAdapter.read(directory)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "all-linear",
+        ["q_proj", "v_proj"],
+        r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        # As Unsloth writes it.
+        r"(?:.*?(?:vision|language|text).*?(?:self_attn|mlp|ffn).*?(?:k_proj|v_proj|up_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj|down_proj)))",
+    ],
+)
+def test_modules_named_as_other_trainers_do_are_taken(target, tmp_path: Path):
+    directory = write(tmp_path / "a")
+    changes = {"target_modules": target, "layers_to_transform": [0, 1], "exclude_modules": None}
+    (directory / CONFIG_NAME).write_text(json.dumps({**PLAIN, **changes}))
+    assert LoraAdapter.read(directory).config["target_modules"] == target

@@ -17,6 +17,7 @@ from loram_cli.lora.adapter import (
     read_adapter_config,
     read_shapes,
 )
+from loram_cli.modeling.load import loading
 from loram_cli.quiet import quiet_libraries
 from loram_cli.runs.digests import file_digest
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
@@ -146,7 +147,7 @@ def check_factors(adapter: Path, small: Model, copies: frozenset[str]) -> None:
 
 def _targeted(adapter: Path, linears: set[str], head: str) -> set[str]:
     """The modules that PEFT would give factors."""
-    with quiet_libraries():
+    with loading(adapter / CONFIG_NAME, "PEFT"), quiet_libraries():
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
 
