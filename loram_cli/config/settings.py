@@ -120,7 +120,8 @@ def _file_data(folder: Path, named: str | None) -> tuple[str, Mapping[str, Any]]
     except (UsageError, ValueError, RecursionError):
         # Not our file, and whether it is sound is for others to say.
         return "", {}
-    table = data.get("tool", {}).get("loram", {})
+    tools = data.get("tool")
+    table = tools.get("loram", {}) if isinstance(tools, dict) else {}
     if not isinstance(table, dict):
         raise UsageError("pyproject.toml: expected [tool.loram] to be a table")
     return "pyproject.toml [tool.loram]", table

@@ -90,8 +90,9 @@ def test_without_any_file_nothing_is_set(tmp_path: Path):
     settings = load_settings(tmp_path, {"HOME": "/x", "LORAM_RUN": "r", "LORAM_DEBUG": "1"})
     assert settings.sources == ()
     assert all(not settings.section(stage) for stage in ("prune", "train", "eval"))
-    (tmp_path / "pyproject.toml").write_bytes(b"\xff\xfe broken")
-    assert load_settings(tmp_path, {}).sources == ()
+    for text in (b"\xff\xfe broken", b"tool = 3", b"[tool]\nloram2 = 1"):
+        (tmp_path / "pyproject.toml").write_bytes(text)
+        assert load_settings(tmp_path, {}).sources == ()
 
 
 @pytest.mark.parametrize(
