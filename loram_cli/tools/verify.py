@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from loram_cli.checkpoint.config_values import short
 from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
@@ -78,8 +79,13 @@ class _Walk:
             self.problems += checks.check_files(directory, manifest)
             if not manifest.outputs:
                 self.notes.append(f"{directory}: made before digests of outputs were recorded")
-            spec = SPECS[manifest.stage]
-            if manifest.key != recorded_key(manifest.stage, spec, manifest.spec, manifest.inputs):
+            spec = SPECS.get(manifest.stage)
+            if spec is None:
+                self.problems.append(
+                    f"{directory / MANIFEST_NAME}: made by '{short(manifest.stage)}', a stage that "
+                    "this version does not have"
+                )
+            elif manifest.key != recorded_key(manifest.stage, spec, manifest.spec, manifest.inputs):
                 self.problems.append(
                     f"{directory / MANIFEST_NAME}: its key does not follow from spec and inputs"
                 )
