@@ -170,6 +170,9 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
                     f"{file}: {key} {short(name)}: matching it could take without end",
                     "name the modules with at most 3 repetitions and 4 groups, none repeated",
                 )
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if config.get(key) not in (None, True, False):
+            raise LoramError(f"{file}: {key} is {short(config[key])}, expected true or false")
     for key in _NAMING:
         _check_naming(file, key, config.get(key))
     layers = config.get("layers_to_transform")

@@ -76,6 +76,7 @@ def test_of_several_patterns_the_first_counts(tmp_path: Path):
         ({"rank_pattern": {"(a|a)" * 30: 2}}, ".*could take without end"),
         ({"alpha_pattern": {"a?" * 20 + "a" * 20: 2}}, ".*could take without end"),
         ({"rank_pattern": [1]}, r"rank_pattern is \[1\], expected a mapping"),
+        ({"use_rslora": "no"}, "use_rslora is 'no', expected true or false"),
         ({"target_modules": 3}, "target_modules is 3, expected names or a pattern"),
         ({"exclude_modules": ["a", 3]}, r"exclude_modules is \['a', 3\], expected names"),
         ({"target_modules": "("}, r"target_modules '\(': not a pattern"),
