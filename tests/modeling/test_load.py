@@ -99,9 +99,9 @@ def test_a_config_decides_neither_what_is_returned_nor_windows_of_no_width(base,
     out = loaded(input_ids=torch.tensor([[3, 4]]))
     assert out.logits.shape == (1, 2, 258) and out.hidden_states is None
     file.write_text(json.dumps({**stated, "layer_types": ["sliding_attention"] * 4}))
-    for load in (load_causal_lm, LayerStream):
+    for opened in (load_causal_lm, LayerStream):
         with pytest.raises(LoramError, match="sliding_attention, and sliding_window is absent"):
-            load(model, device="cpu")
+            opened(model, device="cpu")
 
 
 def test_a_tokenizer_whose_template_cannot_be_used_loads(base, tmp_path):
