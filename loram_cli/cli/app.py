@@ -1,5 +1,6 @@
 """The ``loram`` command: wiring, and the last word on errors and exit codes."""
 
+import contextlib
 import io
 import os
 import signal
@@ -151,8 +152,10 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
         getattr(sys, name).reconfigure(errors="replace")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
+    # Not where a program that calls this has read from it before.
+    with contextlib.suppress(io.UnsupportedOperation):
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
 
 
 def _keep_kernels_out_of_tmp() -> None:

@@ -1,7 +1,7 @@
 """Options of commands that are no settings of a stage, and what every command does with them."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +137,13 @@ def settle(options: RunOptions, reporter: Reporter, *, at_hand: Path | None = No
     if name == DEMO_MODEL and first and asked is None:
         reporter.note("no --model: using the embedded demo base")
     return Place(directory, name)
+
+
+def model_at_hand(options: RunOptions, rows: Mapping[str, Sequence[Path]]) -> Path | None:
+    """The model of the first row that was named, unless a run was that is about another one."""
+    if options.run is not None and RunDirectory(options.run).remembered_model() is not None:
+        return None
+    return next((parts[0] for parts in rows.values()), None)
 
 
 def tell_defaults(place: "Place", stage: str, values: Values, reporter: Reporter) -> None:

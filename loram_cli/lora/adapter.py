@@ -143,18 +143,21 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise LoramError(f"{file}: peft_type is {short(config.get('peft_type'))}, expected 'LORA'")
     for key in _MORE_THAN_LORA:
-        if config.get(key):
+        if config.get(key) not in (None, False, [], ""):
             raise LoramError(
                 f"{file}: {key} is {short(config[key])}: only plain LoRA is supported",
                 f"train the adapter without {key}",
             )
-    if config.get("bias") not in (None, "none"):
+    if config.get("bias", "none") != "none":
         raise LoramError(
             f"{file}: bias is {short(config['bias'])}: only plain LoRA is supported",
             "train the adapter with bias 'none'",
         )
     _check_number(file, "r", config.get("r"), whole=True)
     _check_number(file, "lora_alpha", config.get("lora_alpha"))
+    dropout = config.get("lora_dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise LoramError(f"{file}: lora_dropout is {short(dropout)}, expected a number from 0 to 1")
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict):
@@ -170,6 +173,9 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
                     f"{file}: {key} {short(name)}: matching it could take without end",
                     "name the modules with at most 3 repetitions and 4 groups, none repeated",
                 )
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if config.get(key) not in (None, True, False):
+            raise LoramError(f"{file}: {key} is {short(config[key])}, expected true or false")
     for key in _NAMING:
         _check_naming(file, key, config.get(key))
     layers = config.get("layers_to_transform")

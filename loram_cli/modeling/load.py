@@ -27,6 +27,8 @@ from loram_cli.modeling.low_rank import set_low_rank
 from loram_cli.quiet import no_progress_bars, quiet_libraries
 from loram_cli.reporting import Reporter
 
+# Kinds of layer, and the config's key of how many tokens they see.
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 # There while NVIDIA's driver is loaded, whichever torch is installed.
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
@@ -222,7 +224,26 @@ def load_config(directory: Path) -> Any:
                 setattr(config, key, view.get(key, getattr(config, key)))
         # The base class's __init__ needs the global widths before layers are replaced.
         config.allow_global_per_layer_attribute_access = True
+        settle_calls(config, str(directory / "config.json"))
     return config
+
+
+def settle_calls(config: Any, where: str) -> None:
+    """Have a model answer as it is asked here, whatever its config says of what it returns.
+
+    Args:
+        config: A transformers config; changed in place.
+        where: Its file, for the error.
+
+    Raises:
+        LoramError: Its layers are of a kind whose width in tokens it does not state.
+    """
+    config.return_dict = True
+    config.output_attentions = config.output_hidden_states = False
+    kinds = getattr(config, "layer_types", None) or ()
+    for kind, key in _WINDOWS.items():
+        if kind in kinds and getattr(config, key, None) is None:
+            raise LoramError(f"{where}: layer_types has {kind}, and {key} is absent")
 
 
 def load_generation_config(directory: Path) -> Any | None:

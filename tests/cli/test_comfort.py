@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from loram_cli.cli.app import run_command
+from loram_cli.cli.options import BaseOptions, model_at_hand, settle
+from loram_cli.reporting import NullReporter
 
 
 def test_version_is_one_name_and_version_a_line(capsys):
@@ -84,3 +86,17 @@ def test_a_shell_gets_its_script():
         [sys.executable, "-m", "loram_cli"], env=environment, capture_output=True, text=True
     )
     assert "complete -o default" in done.stdout
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_a_row_of_ones_own_is_its_own_base_in_a_run_that_is_about_none(remembered, tmp_path):
+    run = tmp_path / "run"
+    if remembered:
+        run.mkdir()
+        (run / "run.json").write_text('{"model": "demo"}')
+    options = BaseOptions(run=run)
+    rows = {"mine": (tmp_path / "model",), "other": (tmp_path / "other",)}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    place = settle(options, NullReporter(), at_hand=model_at_hand(options, rows))
+    assert place.model == ("demo" if remembered else str(tmp_path / "model"))

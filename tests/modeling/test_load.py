@@ -1,11 +1,14 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from helpers.reporters import WarningRecorder
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.modeling import load
+from loram_cli.modeling.layerwise.stream import LayerStream
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer, loading, usable_device
 
 
@@ -85,6 +88,20 @@ def test_config_values_of_the_wrong_type_name_the_directory(base, tmp_path, chan
     (broken / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(LoramError, match="broken"):
         load_causal_lm(broken, device="cpu")
+
+
+def test_a_config_decides_neither_what_is_returned_nor_windows_of_no_width(base, tmp_path):
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    file = model / "config.json"
+    stated = json.loads(file.read_text())
+    file.write_text(json.dumps({**stated, "return_dict": False, "output_hidden_states": True}))
+    loaded = load_causal_lm(model, device="cpu")
+    out = loaded(input_ids=torch.tensor([[3, 4]]))
+    assert out.logits.shape == (1, 2, 258) and out.hidden_states is None
+    file.write_text(json.dumps({**stated, "layer_types": ["sliding_attention"] * 4}))
+    for opened in (load_causal_lm, LayerStream):
+        with pytest.raises(LoramError, match="sliding_attention, and sliding_window is absent"):
+            opened(model, device="cpu")
 
 
 def test_a_tokenizer_whose_template_cannot_be_used_loads(base, tmp_path):

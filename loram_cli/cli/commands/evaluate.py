@@ -11,6 +11,7 @@ from loram_cli.cli.options import (
     Values,
     comma_separated,
     layered,
+    model_at_hand,
     reporter_for,
     settings,
     settle,
@@ -66,8 +67,7 @@ def command(values: Values, options: EvalOptions) -> None:
     own = parse_rows(options.row)
     values = layered(NAME, values)
     reporter = reporter_for(options.json_output)
-    first_own = next(iter(own.values()), (None,))[0]
-    place = settle(options, reporter, at_hand=first_own if options.run is None else None)
+    place = settle(options, reporter, at_hand=model_at_hand(options, own))
     tell_defaults(place, NAME, values, reporter)
     spec = eval_spec(place, values)
     spec = replace(spec, rows=chosen_rows(spec.rows, comma_separated(options.rows), own))

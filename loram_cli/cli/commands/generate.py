@@ -11,6 +11,7 @@ from loram_cli.cli.options import (
     Values,
     comma_separated,
     layered,
+    model_at_hand,
     reporter_for,
     settle,
 )
@@ -58,8 +59,7 @@ def with_rows(
     from loram_cli.config.rows import parse_rows, run_rows
 
     own = parse_rows(options.row)
-    first_own = next(iter(own.values()), (None,))[0]
-    place = settle(options, reporter, at_hand=first_own if options.run is None else None)
+    place = settle(options, reporter, at_hand=model_at_hand(options, own))
     rows = run_rows(place.run, model_dir(place.model))
     return place, {**values, "rows": choose(rows, comma_separated(options.rows), own)}
 

@@ -19,7 +19,7 @@ from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
 from loram_cli.modeling.layerwise.states import computed_dtype
-from loram_cli.modeling.load import usable_device
+from loram_cli.modeling.load import loading, settle_calls, usable_device
 from loram_cli.modeling.meta_model import meta_causal_lm, native_config
 from loram_cli.quiet import quiet_libraries
 
@@ -71,8 +71,10 @@ class LayerStream:
         self.device = usable_device(device)
         self._reader = TensorReader(self._source.index)
         self.dtype = computed_dtype(self._source.dtype.to_torch())
-        with quiet_libraries():
+        file = self._source.directory / "config.json"
+        with loading(file), quiet_libraries():
             config = native_config(self._source.config, self.dtype)
+            settle_calls(config, str(file))
             self._model = meta_causal_lm(self.family, config, self.device)
         self._layers = self._model.get_submodule(self.family.layers)
         self.num_layers = self._source.num_layers

@@ -15,8 +15,7 @@ def test_results_that_were_changed_are_named(value, tmp_path):
         read_results(tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["train", "a later stage"])
-def test_results_of_another_version_are_named(stage):
-    manifest = Manifest(stage=stage, key="k", spec={}, inputs={}, base={}, results={"other": 1})
-    with pytest.raises(LoramError, match=f"loram.json of '{stage}': its results cannot be read"):
-        result_of(manifest)
+def test_results_of_another_version_are_named():
+    made = {"stage": "a later stage", "key": "k", "spec": {}, "inputs": {}, "base": {}}
+    with pytest.raises(LoramError, match=r"loram.json of 'a later stage': its results cannot"):
+        result_of(Manifest(**made, results={"other": 1}))
