@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from loram_cli.reporting import Reporter
-from loram_cli.training.data.conversations import Conversation, Message
+from loram_cli.training.data.conversations import Conversation, Message, Span
 from loram_cli.training.data.examples import Example, example_of_spans
-from loram_cli.training.data.tally import Tally
+from loram_cli.training.data.tally import Tally, UnusableRecord
 from loram_cli.training.data.templates import (
     TemplateRefusal,
     generation_spans,
@@ -19,7 +19,6 @@ from loram_cli.training.data.templates import (
 _ROLE_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 # Stands for a turn's content to find where a template puts it: no template trims or splits it.
 _PROBE = "loramProbe7c1f"
-Span = tuple[int, int]
 
 
 class Chat:
@@ -49,8 +48,19 @@ class Chat:
         conversation gives one example for each of its turns.
 
         Raises:
-            TemplateRefusal: The template does not take the conversation.
+            UnusableRecord: The template says that it does not take such a conversation.
+            TemplateRefusal: The template fails on it.
         """
+        try:
+            return self._rendered(conversation)
+        except TemplateRefusal as refusal:
+            if not refusal.meant:
+                raise
+            # Of roles that do not alternate, for instance: the file's other records may do.
+            reason = refusal.message.removeprefix(f"{conversation.where}: ")
+            raise UnusableRecord(conversation.where, reason, refusal.hint) from refusal
+
+    def _rendered(self, conversation: Conversation) -> list[Example]:
         if not self.has_template:
             self._used_fallback = True
             conversation = self._with_calls(conversation, "")
@@ -64,12 +74,13 @@ class Chat:
         self._tell_hidden(conversation, text)
         spans = self._marked(conversation, text) or self._found(conversation, text)
         if spans is not None:
-            return [example_of_spans(text, tuple(spans), special_tokens=False)]
+            kept = _kept(conversation, text, spans)
+            return [example_of_spans(text, kept, special_tokens=False)]
         self.tally.change(
             "the chat template writes earlier turns differently later: one row for each turn",
             conversation.where,
         )
-        return [self._turn(conversation, i) for i in conversation.learnt]
+        return [self._turn(conversation, place) for place in range(len(conversation.learnt))]
 
     def opened(self, messages: Sequence[Message]) -> Example:
         """Messages that end with the user's, and the turn of the assistant begun by the template.
@@ -131,13 +142,16 @@ class Chat:
             begun=True,
         )
 
-    def _turn(self, conversation: Conversation, i: int) -> Example:
-        """One turn, behind all that stands before it."""
+    def _turn(self, conversation: Conversation, place: int) -> Example:
+        """One of the turns that are learnt, behind all that stands before it."""
+        i = conversation.learnt[place]
         prompt = self._begun(conversation, i)
         whole = self._applied(conversation, i + 1)
         # Some templates write a turn that is asked for differently from one that is there.
-        shared = _shared(prompt, whole)
-        return Example(whole[:shared], whole[shared:], special_tokens=False)
+        shared = shared_length(prompt, whole)
+        only = replace(conversation, learnt=(i,), withheld=conversation.withheld[place : place + 1])
+        kept = _kept(only, whole, [(shared, len(whole))])
+        return example_of_spans(whole, kept, special_tokens=False)
 
     def _marked(self, conversation: Conversation, text: str) -> list[Span] | None:
         """Spans between the template's own marks; None where it has none for each turn."""
@@ -176,7 +190,7 @@ class Chat:
         """Where turn ``i`` begins behind the words that open it; -1 where that is not known."""
         try:
             begun = self._begun(conversation, i)
-            shared = _shared(begun, text)
+            shared = shared_length(begun, text)
             if shared == len(begun) or text.startswith(self._applied(conversation, i)):
                 return shared
         except TemplateRefusal:
@@ -200,7 +214,7 @@ class Chat:
         if not (after and fits and text.startswith(before) and text.endswith(after)):
             return None
         end = len(text) - len(after)
-        return len(before), end + _shared(tail, after)
+        return len(before), end + shared_length(tail, after)
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         """Without a system message where the template refuses or ignores one."""
@@ -279,7 +293,37 @@ class Chat:
                 spans.append((begin, len(text)))
             if i < last:
                 text += "\n"
-        return example_of_spans(text, tuple(spans), special_tokens=True)
+        kept = _kept(conversation, text, spans)
+        return example_of_spans(text, kept, special_tokens=True)
+
+
+def _kept(conversation: Conversation, text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
+    """The spans of the turns to learn, without the parts of their contents that are not.
+
+    Raises:
+        UnusableRecord: A content of which only a part is learnt is not in the text as it is.
+    """
+    if not conversation.withheld:
+        return tuple(spans)
+    kept: list[Span] = []
+    for i, (begin, end), ranges in zip(
+        conversation.learnt, spans, conversation.withheld, strict=True
+    ):
+        content = conversation.messages[i]["content"]
+        # Many templates trim what they are given.
+        offset = text.find(content.strip(), begin, end) - len(content) + len(content.lstrip())
+        if ranges and content.strip() not in text[begin:end]:
+            raise UnusableRecord(
+                conversation.where,
+                "the chat template changes a message of which only a part is to be learnt",
+            )
+        for start, stop in ranges:
+            if offset + start > begin:
+                kept.append((begin, offset + start))
+            begin = max(begin, offset + stop)
+        if begin < end:
+            kept.append((begin, end))
+    return tuple(kept)
 
 
 def _calls_as_text(message: Message) -> Message:
@@ -312,7 +356,7 @@ def _fold(conversation: Conversation) -> Conversation:
     )
 
 
-def _shared(left: str, right: str) -> int:
+def shared_length(left: str, right: str) -> int:
     """Length of the common beginning."""
     if left == right[: len(left)]:
         return len(left)

@@ -12,9 +12,10 @@ from loram_cli.training.choices import Exhausted
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.conversations import TrainOn
 from loram_cli.training.data.examples import Example
-from loram_cli.training.data.fields import present
+from loram_cli.training.data.fields import names_of, present
 from loram_cli.training.data.files import is_text_file, read_pieces
 from loram_cli.training.data.layouts import LAYOUTS, Layout, examples_of, layout_of, text_field
+from loram_cli.training.data.preferences import preference_layout
 from loram_cli.training.data.records import DEMO_PREFIX, Record, local_files, read_records
 from loram_cli.training.data.sources import load_sources, parse_sources
 from loram_cli.training.data.spool import Subset, spooled
@@ -140,11 +141,7 @@ def source_layout(source: str) -> Layout | None:
     first = next(iter(read_records(name, limit=1)), None)
     if first is None:
         return None
-    fields = first.fields
-    if fields.get("chosen") is not None:
-        # A conversation may leave its prompt to both answers.
-        return "messages" if isinstance(fields["chosen"], list) else "prompt"
-    return layout_of(fields)
+    return preference_layout(first) or layout_of(first.fields)
 
 
 def split_eval(
@@ -245,7 +242,5 @@ def _text_of(record: Record, chat: Chat, tally: Tally) -> str:
     except UnusableRecord:
         raise
     except LoramError:
-        raise LoramError(
-            f"{record.where}: no field 'text' (fields: {', '.join(record.fields) or 'none'})"
-        ) from None
+        raise LoramError(f"{record.where}: no field 'text' {names_of(record.fields)}") from None
     return example.text

@@ -9,6 +9,8 @@ from loram_cli.training.data.json_text import kind_of
 from loram_cli.training.data.records import Record
 from loram_cli.training.data.tally import Tally, UnusableRecord
 
+_MOST_NAMES = 12
+
 
 def is_absent(value: Any) -> bool:
     """Whether a value is none: null, or the not-a-number by which tables write it."""
@@ -25,24 +27,30 @@ def without_nulls(value: Any) -> Any:
 
 
 class Fields:
-    """The fields of one record that are not null."""
+    """The fields of one record that are not null.
+
+    Attributes:
+        values: The fields, for a look at them: what is only looked at counts as not used.
+        where: File and line.
+        tally: Counts what is changed or not used.
+    """
 
     def __init__(self, record: Record, tally: Tally) -> None:
         self.where, self.tally = record.where, tally
-        self._values = present(record.fields)
+        self.values: Mapping[str, Any] = present(record.fields)
         self._used: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._values
+        return key in self.values
 
     def value(self, key: str) -> Any:
         """A field's value as it is; None where it is absent."""
         self._used.add(key)
-        return self._values.get(key)
+        return self.values.get(key)
 
     def first_of(self, keys: Iterable[str]) -> str | None:
         """The first of some names that the record has."""
-        return next((key for key in keys if key in self._values), None)
+        return next((key for key in keys if key in self.values), None)
 
     def text(self, key: str) -> str:
         """A field's text; a number, true or false is turned to text and counted.
@@ -63,9 +71,16 @@ class Fields:
 
     def tell_unused(self) -> None:
         """Count the fields that were not read."""
-        for key in self._values:
+        for key in self.values:
             if key not in self._used:
                 self.tally.leave_unused(f"'{key}'", self.where)
+
+
+def names_of(fields: Iterable[Any]) -> str:
+    """The names of a record's fields, for errors: the first dozen."""
+    names = [str(name) for name in fields]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"(fields: {', '.join(names[:_MOST_NAMES]) or 'none'}{more})"
 
 
 def present(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import IO, Literal
 from loram_cli.errors import LoramError
 
 _PACKABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-RECORD_SUFFIXES = (*_PACKABLE, *(f"{suffix}.gz" for suffix in _PACKABLE), ".parquet")
+RECORD_SUFFIXES = (*_PACKABLE, *(f"{suffix}.gz" for suffix in _PACKABLE), ".parquet", ".arrow")
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 # No record of text is longer; a longer one is a file without line ends, or not data at all.
 LONGEST_RECORD = 128 << 20

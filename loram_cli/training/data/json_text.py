@@ -20,12 +20,20 @@ _LISTS = ("data", "instances", "examples", "records", "rows", "train")
 def json_line_records(path: Path) -> Iterator[tuple[Any, str]]:
     """One value a line, blank lines skipped, each with its place.
 
+    A file that begins with a list, or with an object over several lines, is read as
+    :func:`json_file_records` does.
+
     Raises:
         LoramError: A line is not JSON that can be used; names it.
     """
+    first = True
     for number, line in read_lines(path):
         if not line.strip():
             continue
+        if first and (line.lstrip()[0] == "[" or line.strip() == "{"):
+            yield from json_file_records(path)
+            return
+        first = False
         try:
             value = json.loads(line)
             _check_text(value, line, 0, len(line))

@@ -11,7 +11,7 @@ from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.training.choices import Exhausted
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.examples import Example
-from loram_cli.training.data.fields import is_absent
+from loram_cli.training.data.fields import is_absent, names_of
 from loram_cli.training.data.layouts import examples_of
 from loram_cli.training.data.preferences import SIDES, preferred, with_sides
 from loram_cli.training.data.records import Record, read_records
@@ -169,7 +169,7 @@ def _judged(record: Record, chat: Chat) -> Iterator[Judged]:
     key = next((key for key in _LABELS if key in fields), None)
     if key is None:
         raise LoramError(
-            f"{record.where}: no 'label' (fields: {', '.join(map(str, fields)) or 'none'})",
+            f"{record.where}: no 'label' {names_of(fields)}",
             f"layout: {_LAYOUT}",
         )
     good = _verdict(fields[key], key, record.where)

@@ -7,14 +7,16 @@ from typing import Any, Literal
 from loram_cli.errors import LoramError
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.conversations import (
-    CONVERSATION_KEYS,
     SYSTEM_KEYS,
     Message,
     TrainOn,
+    are_turns,
+    conversation_key,
+    further_conversation_key,
     read_conversation,
 )
 from loram_cli.training.data.examples import Example, example_of_spans
-from loram_cli.training.data.fields import Fields, as_text, present
+from loram_cli.training.data.fields import Fields, as_text, is_absent, names_of, present
 from loram_cli.training.data.json_text import decoded, decoded_turns
 from loram_cli.training.data.records import Record
 from loram_cli.training.data.tally import Tally, UnusableRecord
@@ -36,13 +38,20 @@ LAYOUTS = (
 Layout = Literal["messages", "prompt", "instruction", "question", "text"]
 _INSTRUCTION = ("instruction", "query", "input", "inputs", "source")
 _CONTEXT = ("input", "context")
+_QUESTIONS = ("question", "problem")
+# Prompts that may be lists of messages, as may their answers.
+_PROMPTS: tuple[tuple[str, Layout], ...] = (("prompt", "prompt"), ("input", "instruction"))
+# Of multiple choice, where an answer that is a letter or a number says nothing by itself.
+_CHOICES = ("choices", "options")
 # What a question is about.
 _PASSAGES = ("context", "passage", "article")
 _ANSWERS: dict[Layout, tuple[str, ...]] = {
     "prompt": ("completion", "response", "output", "answer", "generation"),
     "instruction": ("output", "response", "completion", "answer", "targets", "target"),
-    "question": ("answer", "response", "output", "completion"),
+    "question": ("answer", "response", "output", "completion", "solution"),
 }
+# MATH's and NuminaMath's: the answer beside a solution is its last line.
+_SOLUTIONS = ("solution", *_ANSWERS["question"][:-1])
 
 
 def examples_of(record: Record, chat: Chat, *, train_on: TrainOn = "all") -> list[Example]:
@@ -67,9 +76,12 @@ def examples_of(record: Record, chat: Chat, *, train_on: TrainOn = "all") -> lis
     elif layout == "text":
         examples = [Example("", fields.text("text"))]
     else:
-        prompt = fields.text("prompt" if layout == "prompt" else "question")
+        asked = fields.first_of(("prompt",) if layout == "prompt" else _QUESTIONS)
+        assert asked is not None, "the layout is known by it"
+        prompt = fields.text(asked)
         answer = fields.text(_answer_of(fields, layout))
         if layout == "question":
+            _refuse_choices(fields)
             context = fields.text_if_any(*_PASSAGES)
             passage = f"{context}\n\n" if context.strip() else ""
             prompt, answer = f"{passage}Question: {prompt}\nAnswer:", f" {answer}"
@@ -159,16 +171,42 @@ def text_field(record: Record, key: str, tally: Tally) -> str:
 
 
 def _layout(fields: Mapping[str, Any]) -> Layout | None:
-    if any(key in fields for key in CONVERSATION_KEYS):
+    if conversation_key(fields) is not None or _prompt_turns(fields) is not None:
         return "messages"
     if "prompt" in fields and any(key in fields for key in _ANSWERS["prompt"]):
-        return "messages" if isinstance(decoded_turns(fields["prompt"]), list) else "prompt"
+        return "prompt"
     if "question" in fields and "instruction" not in fields:
         if any(key in fields for key in _ANSWERS["question"]):
             return "question"
     elif any(_instructs(fields, key) for key in _INSTRUCTION):
         return "instruction"
-    return "text" if "text" in fields or _has_segments(fields) else None
+    elif "problem" in fields and any(key in fields for key in _SOLUTIONS):
+        return "question"
+    if ("text" in fields and "role" not in fields) or _has_segments(fields):
+        return "text"
+    return "messages" if further_conversation_key(fields) is not None else None
+
+
+def _prompt_turns(fields: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """The fields of a prompt and an answer of which one is messages; None where none is.
+
+    The prompt's is None where the answer is the whole conversation.
+    """
+    for key, layout in _PROMPTS:
+        answer = next((name for name in _ANSWERS[layout] if name in fields), None)
+        if answer is None or (key == "input" and "instruction" in fields):
+            continue
+        turns = decoded_turns(fields[answer])
+        if are_turns(turns) and opens(turns):
+            return answer, None
+        if key in fields and (are_turns(decoded_turns(fields[key])) or are_turns(turns)):
+            return answer, key
+    return None
+
+
+def opens(turns: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether messages are a conversation from its beginning, and not an answer."""
+    return str(turns[0].get("role", turns[0].get("from"))).lower() in ("system", "user", "human")
 
 
 def _has_segments(fields: Mapping[str, Any]) -> bool:
@@ -202,36 +240,65 @@ def _instructs(fields: Mapping[str, Any], key: str) -> bool:
 
 def _unknown(record: Record) -> LoramError:
     """Why a record has no layout: a null where its field should be, or other fields."""
-    nulls = [str(key) for key in record.fields if key not in present(record.fields)]
+    fields = present(record.fields)
+    nulls = [str(key) for key, value in record.fields.items() if is_absent(value)]
     if nulls and _layout(record.fields) is not None:
         return UnusableRecord(record.where, f"'{nulls[0]}' is null")
-    return LoramError(
-        f"{record.where}: no known layout (fields: {', '.join(map(str, record.fields)) or 'none'})",
-        f"layouts: {LAYOUTS}",
-    )
+    hint = f"rename the fields to one of: {LAYOUTS}"
+    if "role" in fields and {"text", "content"} & set(fields):
+        return LoramError(
+            f"{record.where}: one message of a conversation {names_of(record.fields)}",
+            'a record holds a whole conversation: {"messages": [{"role": .., "content": ..}, ..]}',
+        )
+    if {"chosen", "rejected"} <= set(fields):
+        hint = "from pairs of answers learn --objective dpo, orpo and kto"
+    elif "input_ids" in fields:
+        hint = "token ids are not read: give the text that they were made of"
+    return LoramError(f"{record.where}: no known layout {names_of(record.fields)}", hint)
+
+
+def _refuse_choices(fields: Fields) -> None:
+    key = fields.first_of(_CHOICES)
+    if key is not None and fields.value(key):
+        raise LoramError(
+            f"{fields.where}: a multiple-choice question: '{key}' would not be read",
+            f"write them into the question, and the answer as text; then leave '{key}' out",
+        )
 
 
 def _answer_of(fields: Fields, layout: Layout) -> str:
-    key = fields.first_of(_ANSWERS[layout])
+    of_problem = layout == "question" and "question" not in fields
+    key = fields.first_of(_SOLUTIONS if of_problem else _ANSWERS[layout])
     assert key is not None, "the layout is known by its answer"
     return key
 
 
 def _conversation(fields: Fields, chat: Chat, train_on: TrainOn) -> list[Example]:
-    key = fields.first_of(CONVERSATION_KEYS)
+    values = fields.values
+    key = conversation_key(values)
     given = 0
-    if key is not None:
+    pair = _prompt_turns(values) if key is None else None
+    if pair is None:
+        key = key or further_conversation_key(values)
+        assert key is not None, "the layout is known by it"
         turns = decoded(fields.value(key))
     else:
-        key = "prompt"
-        prompt = decoded_turns(fields.value("prompt"))
-        answer = decoded_turns(fields.value(_answer_of(fields, "prompt")))
-        if not isinstance(answer, list | Mapping):
-            answer = {"role": "assistant", "content": answer}
+        answer, key = pair
+        prompt = [] if key is None else _messages(fields, key, "user")
         given = len(prompt)
-        turns = [*prompt, *(answer if isinstance(answer, list) else [answer])]
-    conversation = read_conversation(fields, turns, key, given=given, train_on=train_on)
+        turns = [*prompt, *_messages(fields, answer, "assistant")]
+    conversation = read_conversation(
+        fields, turns, key or "completion", given=given, train_on=train_on
+    )
     return chat.render(conversation)
+
+
+def _messages(fields: Fields, key: str, role: str) -> list[Any]:
+    """A field's messages; a text is one of a role."""
+    found = decoded_turns(fields.value(key))
+    if isinstance(found, Mapping):
+        return [found]
+    return found if isinstance(found, list) else [{"role": role, "content": found}]
 
 
 def _instruction(fields: Fields, chat: Chat, train_on: TrainOn) -> Example:

@@ -9,17 +9,23 @@ import numpy as np
 from loram_cli.errors import LoramError
 from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.training.choices import Exhausted
-from loram_cli.training.data.chat import Chat
+from loram_cli.training.data.chat import Chat, shared_length
+from loram_cli.training.data.conversations import are_turns
 from loram_cli.training.data.examples import Example
-from loram_cli.training.data.fields import as_text, is_absent, present
+from loram_cli.training.data.fields import as_text, is_absent, names_of, present
 from loram_cli.training.data.json_text import decoded_turns
-from loram_cli.training.data.layouts import examples_of
+from loram_cli.training.data.layouts import Layout, examples_of, layout_of, opens
 from loram_cli.training.data.records import Record, read_records
 from loram_cli.training.data.sources import load_sources
 from loram_cli.training.data.tally import UnusableRecord
 from loram_cli.training.data.tokens import encode_examples
 
 SIDES = ("chosen", "rejected")
+# Of OpenAI's and LLaMA-Factory's files, and of others.
+_OTHER_SIDES = {
+    "chosen": ("chosen_response", "chosen_messages", "preferred_output"),
+    "rejected": ("rejected_response", "rejected_messages", "non_preferred_output"),
+}
 _PROMPTS = ("prompt", "question", "instruction", "input", "output", "messages", "conversations")
 _LAYOUTS = (
     "prompt, chosen and rejected, each text or a list of messages; the prompt may also be "
@@ -151,12 +157,44 @@ def tokenize_pairs(
 
 
 def with_sides(record: Record) -> Record:
-    """With ``chosen_response`` and ``rejected_response`` by their short names."""
+    """With the answers as ``chosen`` and ``rejected``, and the prompt beside them.
+
+    Of two texts without a prompt, what they begin with is the prompt, up to a space, as TRL has it.
+    """
     fields = dict(record.fields)
-    for side in SIDES:
-        if side not in fields and f"{side}_response" in fields:
-            fields[side] = fields.pop(f"{side}_response")
+    for side, others in _OTHER_SIDES.items():
+        for name in others:
+            if side not in fields and name in fields:
+                fields[side] = fields.pop(name)
+    asked = fields.get("input")
+    if isinstance(asked, Mapping) and "messages" in asked:
+        # OpenAI's: messages and tools in one field.
+        fields = {**{k: v for k, v in fields.items() if k != "input"}, **asked}
+    texts = [fields.get(side) for side in SIDES]
+    if all(isinstance(text, str) and not are_turns(decoded_turns(text)) for text in texts) and not (
+        set(_PROMPTS) & set(present(fields))
+    ):
+        prompt, *answers = _parted(*map(str, texts))
+        if prompt.strip():
+            fields |= {"prompt": prompt, **dict(zip(SIDES, answers, strict=True))}
     return Record(fields, record.where)
+
+
+def _parted(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The common beginning of two texts, up to its last space, and what follows in each."""
+    end = shared_length(chosen, rejected)
+    while end and not chosen[end - 1].isspace():
+        end -= 1
+    # The space belongs to the answer, as tokenizers have it.
+    end = len(chosen[:end].rstrip(" "))
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def preference_layout(record: Record) -> Layout | None:
+    """The layout of supervised tuning in which a preference is learnt; None where it is none."""
+    fields = present(with_sides(record).fields)
+    plain = _plain(fields, decoded_turns(fields["chosen"])) if "chosen" in fields else None
+    return None if plain is None else layout_of(plain)
 
 
 def preferred(record: Record, side: str, chat: Chat) -> Example:
@@ -170,8 +208,7 @@ def preferred(record: Record, side: str, chat: Chat) -> Example:
     for name in SIDES:
         if name not in fields:
             raise LoramError(
-                f"{record.where}: field '{name}' of a preference is missing "
-                f"(fields: {', '.join(map(str, fields)) or 'none'})",
+                f"{record.where}: field '{name}' of a preference is missing {names_of(fields)}",
                 f"layout: {_LAYOUTS}",
             )
         if is_absent(fields[name]):
@@ -182,8 +219,7 @@ def preferred(record: Record, side: str, chat: Chat) -> Example:
     plain = _plain(present(fields), answer)
     if plain is None:
         raise LoramError(
-            f"{record.where}: no prompt beside '{side}' "
-            f"(fields: {', '.join(map(str, fields)) or 'none'})",
+            f"{record.where}: no prompt beside '{side}' {names_of(fields)}",
             f"layout: {_LAYOUTS}",
         )
     # Only the last turn is an answer that was preferred; those before it are the prompt.
@@ -203,14 +239,16 @@ def _plain(fields: Mapping[str, Any], answer: Any) -> dict[str, Any] | None:
         if "instruction" in fields:
             kept = {k: fields[k] for k in ("instruction", "input") if k in fields}
             return {**rest, **kept, "output": answer}
+        if isinstance(fields.get("input"), str):
+            return {**rest, "input": fields["input"], "output": answer}
         turns = [{"role": "assistant", "content": answer}]
+    if are_turns(turns) and opens(turns):
+        # Both answers are whole conversations; what stands beside them repeats a part of them.
+        return {**rest, "messages": turns}
     for key in ("prompt", "messages", "conversations"):
         before = decoded_turns(fields.get(key))
         if isinstance(before, list):
             return {**rest, "messages": [*before, *turns]}
-    if len(turns) > 1:
-        # Both answers are whole conversations; a prompt beside them repeats their beginning.
-        return {**rest, "messages": turns}
     if isinstance(prompt, str):
         return {**rest, "messages": [{"role": "user", "content": prompt}, *turns]}
     return None

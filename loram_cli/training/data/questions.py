@@ -10,7 +10,7 @@ from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.training.choices import Exhausted
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.conversations import CONVERSATION_KEYS, SYSTEM_KEYS
-from loram_cli.training.data.fields import as_text, is_absent, present
+from loram_cli.training.data.fields import as_text, is_absent, names_of, present
 from loram_cli.training.data.json_text import decoded_turns
 from loram_cli.training.data.layouts import examples_of
 from loram_cli.training.data.records import Record, read_records
@@ -107,7 +107,7 @@ def _prompt(record: Record, chat: Chat, tokenizer: Any) -> str:
     asked = _asked(fields)
     if asked is None:
         raise LoramError(
-            f"{record.where}: no prompt (fields: {', '.join(map(str, fields)) or 'none'})",
+            f"{record.where}: no prompt {names_of(fields)}",
             "grpo takes prompt, question, instruction(+input) or messages",
         )
     kept = {k: fields[k] for k in (*SYSTEM_KEYS, "tools") if k in fields}
@@ -154,8 +154,7 @@ def _question(record: Record, chat: Chat) -> Question:
     for name in ("question", "answer"):
         if name not in fields:
             raise LoramError(
-                f"{record.where}: field '{name}' is missing "
-                f"(fields: {', '.join(map(str, fields)) or 'none'})",
+                f"{record.where}: field '{name}' is missing {names_of(fields)}",
                 f"{_LAYOUT}; to reward otherwise, pass --reward FILE.py:FUNCTION",
             )
         if is_absent(fields[name]):

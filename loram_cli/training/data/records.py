@@ -20,14 +20,17 @@ from loram_cli.training.data.files import (
     require_regular,
 )
 from loram_cli.training.data.json_text import json_file_records, json_line_records, kind_of
-from loram_cli.training.data.tables import csv_records, parquet_records
+from loram_cli.training.data.tables import arrow_records, csv_records, parquet_records
 
 DEMO_PREFIX = "demo:"
 _HUB_ID = re.compile(r"^(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[^@]+))?$")
 _FORMATS = (
-    "a .txt, .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a folder of those, or a "
-    "hub data set id"
+    "a .txt, .jsonl, .json, .csv, .tsv (each also .gz), .parquet or .arrow file, a folder of "
+    "those, or a hub data set id"
 )
+# What tools write beside data: of datasets, and LLaMA-Factory's list of data sets.
+_NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_HELD_OUT = re.compile(r"(^|[/._-])(test|validation|valid|val|dev|eval|evaluation)([/._-]|$)")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ def local_files(source: str) -> list[Path] | None:
     """The files behind a local source, or None when it names a hub data set.
 
     Raises:
-        LoramError: It can only be a local path, and is not there, holds no data file, or is a
-            pipe or a device.
+        LoramError: It can only be a local path, and is not there, holds no data file or files of
+            several splits, or is a pipe or a device.
     """
     kind = kind_at(Path(source))
     path = Path(source) if kind is None else Path(source).expanduser()
@@ -53,18 +56,34 @@ def local_files(source: str) -> list[Path] | None:
             raise LoramError(f"{source}: unknown kind of data file", f"expected {_FORMATS}")
         return [path]
     if kind == "folder":
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file() and has_suffix(file, RECORD_SUFFIXES + TEXT_SUFFIXES)
-        )
-        if not files:
-            raise LoramError(f"{source}: the folder holds no data file", f"expected {_FORMATS}")
-        return files
+        return _files_of(path, source)
     local_look = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
     if local_look or has_suffix(path, RECORD_SUFFIXES + TEXT_SUFFIXES):
         raise LoramError(f"{source}: no such file or folder", f"expected {_FORMATS}")
     return None
+
+
+def _files_of(folder: Path, source: str) -> list[Path]:
+    """The data files of a folder, all of one split; hidden ones and descriptions are no data."""
+    named = {
+        file: file.relative_to(folder).as_posix().lower()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and has_suffix(file, RECORD_SUFFIXES + TEXT_SUFFIXES)
+        and file.name not in _NO_DATA
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    }
+    if not named:
+        raise LoramError(f"{source}: the folder holds no data file", f"expected {_FORMATS}")
+    held_out = [file for file, name in named.items() if _HELD_OUT.search(name)]
+    if 0 < len(held_out) < len(named):
+        other = next(file for file in named if file not in held_out)
+        raise LoramError(
+            f"{source}: the folder holds several splits, such as "
+            f"{held_out[0].relative_to(folder)} beside {other.relative_to(folder)}",
+            f"name the files, by commas: {other}",
+        )
+    return list(named)
 
 
 def read_records(source: str, *, limit: int | None = None) -> Iterator[Record]:
@@ -99,10 +118,12 @@ def _file_records(path: Path) -> Iterator[Record]:
     if is_text_file(path):
         raise LoramError(
             f"{path}: plain text where records are expected",
-            "instruction data is .jsonl, .json, .csv, .tsv or .parquet",
+            "instruction data is .jsonl, .json, .csv, .tsv, .parquet or .arrow",
         )
     if has_suffix(path, (".parquet",)):
         found: Iterator[tuple[Any, str]] = parquet_records(path)
+    elif has_suffix(path, (".arrow",)):
+        found = arrow_records(path)
     elif has_suffix(path, (".csv", ".csv.gz", ".tsv", ".tsv.gz")):
         found = csv_records(path)
     elif has_suffix(path, (".json", ".json.gz")):

@@ -1,4 +1,4 @@
-"""Tables as records: CSV, TSV and Parquet."""
+"""Tables as records: CSV, TSV, Parquet and Arrow."""
 
 import csv
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from loram_cli.errors import LoramError
 from loram_cli.training.data.files import LONGEST_RECORD, has_suffix, read_lines, require_regular
 
 _ROWS_AT_A_TIME = 256
+_ARROW_FILE = b"ARROW1"
 
 
 def csv_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -55,20 +56,54 @@ def parquet_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     Raises:
         LoramError: It is not one, or a text in it is not UTF-8.
     """
-    import pyarrow
     import pyarrow.parquet
 
     require_regular(path)
-    number = 0
-    try:
+
+    def batches() -> Iterator[Any]:
         # A piece at a time, and no memory map: a file on a network may go away.
         file = pyarrow.parquet.ParquetFile(path)
-        for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME):
-            for fields in batch.to_pylist():
-                number += 1
-                yield fields, f"{path}, row {number}"
+        yield from file.iter_batches(batch_size=_ROWS_AT_A_TIME)
+
+    yield from _rows(path, batches(), "parquet")
+
+
+def arrow_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Rows of an Arrow file, as ``datasets`` saves them (a stream), or with a footer (Feather).
+
+    Raises:
+        LoramError: It is not one, or a text in it is not UTF-8.
+    """
+    import pyarrow.ipc
+
+    require_regular(path)
+
+    def batches() -> Iterator[Any]:
+        with path.open("rb") as file:
+            whole = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+            file.seek(0)
+            if whole:
+                reader = pyarrow.ipc.open_file(file)
+                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                yield from pyarrow.ipc.open_stream(file)
+
+    yield from _rows(path, batches(), "arrow")
+
+
+def _rows(path: Path, batches: Iterator[Any], kind: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Rows of record batches with their places; what goes wrong is an error of the file."""
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in batches:
+            for start in range(0, batch.num_rows, _ROWS_AT_A_TIME):
+                for fields in batch.slice(start, _ROWS_AT_A_TIME).to_pylist():
+                    number += 1
+                    yield fields, f"{path}, row {number}"
     except UnicodeDecodeError as error:
         raise LoramError(f"{path}: text after row {number} is not UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
-        raise LoramError(f"{path}: not a readable parquet file ({text[0][:160]})") from error
+        raise LoramError(f"{path}: not a readable {kind} file ({text[0][:160]})") from error

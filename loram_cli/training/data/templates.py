@@ -23,7 +23,15 @@ MOST_TEMPLATE_BYTES = 1 << 20
 
 
 class TemplateRefusal(LoramError):
-    """A template did not render a conversation: it refused it, failed or took too much."""
+    """A template did not render a conversation: it refused it, failed or took too much.
+
+    Attributes:
+        meant: The template itself says no, by ``raise_exception``.
+    """
+
+    def __init__(self, message: str, hint: str | None = None, *, meant: bool = False) -> None:
+        self.meant = meant
+        super().__init__(message, hint)
 
 
 class _TooLong(Exception):
@@ -145,8 +153,10 @@ def _within_limits(
 ) -> str:
     import jinja2
 
-    def refusal(what: str) -> TemplateRefusal:
-        return TemplateRefusal(f"{where}: the chat template {what}", template_file(tokenizer))
+    def refusal(what: str, *, meant: bool = False) -> TemplateRefusal:
+        return TemplateRefusal(
+            f"{where}: the chat template {what}", template_file(tokenizer), meant=meant
+        )
 
     try:
         if _has_power(template_text(tokenizer, tools)):
@@ -162,7 +172,9 @@ def _within_limits(
     except LoramError:
         raise
     except (jinja2.TemplateError, ValueError, TypeError) as error:
-        raise refusal(f"refuses it ({error})") from error
+        # raise_exception raises the class itself, and mistakes of a template those below it.
+        meant = type(error) is jinja2.TemplateError
+        raise refusal(f"refuses it ({error})", meant=meant) from error
     except Exception as error:
         # It is a program of a stranger, and may raise anything.
         raise refusal(f"fails on it ({error or type(error).__name__})") from error
