@@ -23,14 +23,20 @@ def without(monkeypatch, *names: str) -> None:
     )
 
 
+def words_of(run: Path, out: Path, data: object, trackers: str) -> list[str]:
+    """Two steps of training on a run's pruned model."""
+    words = ["train", "--in", run / "pruned", "--out", out, "--data", data]
+    words += ["--report-to", trackers, "--run", out.parent / "run", "--steps", "2"]
+    words += ["--batch", "2", "--micro-batch", "2", "--max-length", "64"]
+    return [str(word) for word in words]
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "swanlab"])
 def test_an_absent_package_is_named_before_any_work(
     name: str, finished_run: Path, instructions: Path, tmp_path: Path, monkeypatch, capsys
 ):
     without(monkeypatch, name)
-    words = ["train", "--in", finished_run / "pruned", "--out", tmp_path / "out"]
-    words += ["--data", instructions, "--report-to", name, "--run", tmp_path / "run"]
-    assert run_command([str(word) for word in words]) == 1
+    assert run_command(words_of(finished_run, tmp_path / "out", instructions, name)) == 1
     err = capsys.readouterr().err
     assert f"the package {name} is not installed" in err
     assert f"pip install 'loram[{name}]'" in err
@@ -38,9 +44,7 @@ def test_an_absent_package_is_named_before_any_work(
 
 
 def test_an_unknown_tracker_is_a_usage_error(finished_run: Path, tmp_path: Path, capsys):
-    words = ["train", "--in", finished_run / "pruned", "--out", tmp_path / "out"]
-    words += ["--data", "x", "--report-to", "tensorbord", "--run", tmp_path / "run"]
-    assert run_command([str(word) for word in words]) == 2
+    assert run_command(words_of(finished_run, tmp_path / "out", "x", "tensorbord")) == 2
     assert "did you mean 'tensorboard'" in capsys.readouterr().err
 
 
@@ -78,13 +82,29 @@ def test_losses_reach_the_tracker(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     monkeypatch.setattr(fit_run, "check_trackers", lambda names: None)
-    words = ["train", "--in", finished_run / "pruned", "--out", tmp_path / "out"]
-    words += ["--data", instructions, "--report-to", "tensorboard", "--run", tmp_path / "run"]
-    words += ["--eval-data", instructions]
-    words += ["--steps", "2", "--batch", "2", "--micro-batch", "2", "--max-length", "64"]
-    assert run_command([str(word) for word in words]) == 0
+    words = words_of(finished_run, tmp_path / "out", instructions, "tensorboard")
+    assert run_command([*words, "--eval-data", str(instructions)]) == 0
     assert {step for name, _, step in logged if name == "train/loss"} == {1, 2}
     assert (tmp_path / "out" / "tensorboard" / "events").is_file()
+
+
+def trained(
+    run: Path, instructions: Path, folder: Path, trackers: str, **environment: str
+) -> list[tuple[str, int, float]]:
+    """Train in a process of its own, with the trackers' own packages; gives the curve."""
+    for name in trackers.split(","):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install 'loram[{trackers}]'")
+    words = words_of(run, folder / "out", instructions, trackers)
+    done = subprocess.run(
+        [sys.executable, "-m", "loram_cli", *words, "--eval-data", str(instructions)],
+        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with (folder / "out" / "loss.csv").open() as file:
+        return [
+            (row["split"], int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)
+        ]
 
 
 @pytest.mark.slow
@@ -92,22 +112,7 @@ def test_the_real_packages_write_the_losses_of_the_curve(
     finished_run: Path, instructions: Path, tmp_path: Path
 ):
     """With tensorboard's and wandb's own files, offline; where both are installed."""
-    for name in ("tensorboard", "wandb"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install 'loram[tensorboard,wandb]'")
-    words = ["train", "--in", finished_run / "pruned", "--out", "out", "--data", instructions]
-    words += ["--eval-data", instructions, "--report-to", "tensorboard,wandb", "--steps", "2"]
-    words += ["--batch", "2", "--micro-batch", "2", "--max-length", "64"]
-    environment = {**os.environ, "WANDB_MODE": "offline", "LORAM_RUN": str(finished_run)}
-    done = subprocess.run(
-        [sys.executable, "-m", "loram_cli", *map(str, words)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    with (tmp_path / "out" / "loss.csv").open() as file:
-        curve = [
-            (row["split"], int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)
-        ]
+    curve = trained(finished_run, instructions, tmp_path, "tensorboard,wandb", WANDB_MODE="offline")
     assert len(curve) == 4
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -127,44 +132,40 @@ def test_the_real_packages_write_the_losses_of_the_curve(
         assert any(str(loss)[:6] in value for value in values), (split, loss, values)
 
 
-def test_what_wandb_refuses_is_one_line(monkeypatch):
-    """Such as an absent login; with a stand-in for its package."""
+def refused(monkeypatch, package: types.ModuleType, callback: str, error: Exception) -> LoramError:
+    """What the user sees where a stand-in for a tracker's package refuses to begin."""
     from transformers.integrations import integration_utils
 
+    def refuse(*args, **kwargs):
+        raise error
+
+    name = package.__name__
+    monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setattr(integration_utils, f"is_{name}_available", lambda: True)
+    monkeypatch.setattr(getattr(integration_utils, callback), "setup", refuse)
+    (made,) = tracking.tracking_callbacks((name,), Path("nowhere"))
+    with pytest.raises(LoramError) as caught:
+        made.setup(None, None, None)
+    return caught.value
+
+
+def test_what_wandb_refuses_is_one_line(monkeypatch):
+    """Such as an absent login."""
     fake = types.ModuleType("wandb")
     fake.Error = type("Error", (Exception,), {})
-
-    def refuse(*args, **kwargs):
-        raise fake.Error("No API key configured.\nmore")
-
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
-    monkeypatch.setattr(integration_utils.WandbCallback, "setup", refuse)
-    (callback,) = tracking.tracking_callbacks(("wandb",), Path("nowhere"))
-    with pytest.raises(LoramError, match=r"wandb: No API key configured\.\nrun 'wandb login'"):
-        callback.setup(None, None, None)
+    said = refused(monkeypatch, fake, "WandbCallback", fake.Error("No API key configured.\nmore"))
+    assert "wandb: No API key configured.\nrun 'wandb login'" in str(said)
 
 
 def test_what_mlflow_refuses_is_one_line(monkeypatch):
-    from transformers.integrations import integration_utils
-
     fake = types.ModuleType("mlflow")
-    fake.exceptions = types.SimpleNamespace(
-        MlflowException=type("MlflowException", (Exception,), {})
-    )
+    refusal = type("MlflowException", (Exception,), {})
+    fake.exceptions = types.SimpleNamespace(MlflowException=refusal)
     fake.utils = types.SimpleNamespace(
         validation=types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=9, MAX_PARAMS_TAGS_PER_BATCH=9)
     )
-
-    def refuse(*args, **kwargs):
-        raise fake.exceptions.MlflowException("no server at http://x\nmore")
-
-    monkeypatch.setitem(sys.modules, "mlflow", fake)
-    monkeypatch.setattr(integration_utils, "is_mlflow_available", lambda: True)
-    monkeypatch.setattr(integration_utils.MLflowCallback, "setup", refuse)
-    (callback,) = tracking.tracking_callbacks(("mlflow",), Path("nowhere"))
-    with pytest.raises(LoramError, match="mlflow: no server at http://x\nset MLFLOW_TRACKING_URI"):
-        callback.setup(None, None, None)
+    said = refused(monkeypatch, fake, "MLflowCallback", refusal("no server at http://x\nmore"))
+    assert "mlflow: no server at http://x\nset MLFLOW_TRACKING_URI" in str(said)
 
 
 def test_swanlab_begins_its_run_where_there_is_none(monkeypatch):
@@ -203,23 +204,11 @@ def test_mlflow_and_swanlab_write_the_losses(
     finished_run: Path, instructions: Path, tmp_path: Path
 ):
     """Their own files, offline; where both are installed."""
-    for name in ("mlflow", "swanlab"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install 'loram[mlflow,swanlab]'")
-    words = ["train", "--in", finished_run / "pruned", "--out", "out", "--data", instructions]
-    words += ["--report-to", "mlflow,swanlab", "--steps", "2"]
-    words += ["--batch", "2", "--micro-batch", "2", "--max-length", "64"]
-    environment = {
-        **os.environ, "SWANLAB_MODE": "offline", "LORAM_RUN": str(finished_run),
-        "MLFLOW_TRACKING_URI": f"file://{tmp_path / 'mlruns'}", "MLFLOW_ALLOW_FILE_STORE": "true",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "loram_cli", *map(str, words)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    curve = trained(
+        finished_run, instructions, tmp_path, "mlflow,swanlab", SWANLAB_MODE="offline",
+        MLFLOW_TRACKING_URI=f"file://{tmp_path / 'mlruns'}", MLFLOW_ALLOW_FILE_STORE="true",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    with (tmp_path / "out" / "loss.csv").open() as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["split"] == "train"]
+    losses = [loss for split, _, loss in curve if split == "train"]
     (file,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
     logged = [float(line.split()[1]) for line in file.read_text().splitlines()]
     assert logged == pytest.approx(losses, abs=1e-5)

@@ -2,20 +2,19 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from loram_cli.errors import LoramError
-from loram_cli.reporting import NullReporter, Reporter
-from loram_cli.training.choices import Exhausted
+from loram_cli.reporting import Reporter
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.examples import Example
 from loram_cli.training.data.fields import is_absent, names_of
 from loram_cli.training.data.layouts import examples_of
+from loram_cli.training.data.loading import Loading, load_each
 from loram_cli.training.data.preferences import SIDES, preferred, with_sides
-from loram_cli.training.data.records import Record, read_records
-from loram_cli.training.data.sources import load_sources
+from loram_cli.training.data.records import Record
 from loram_cli.training.data.tally import UnusableRecord
 from loram_cli.training.data.tokens import tokenize_rows
 
@@ -70,15 +69,7 @@ class JudgedRow:
     good: bool
 
 
-def load_judged(
-    source: str,
-    *,
-    tokenizer: Any | None = None,
-    limit: int | None = None,
-    reporter: Reporter | None = None,
-    seed: int = 0,
-    exhausted: Exhausted = "stop",
-) -> list[Judged]:
+def load_judged(source: str, **how: Unpack[Loading]) -> list[Judged]:
     """Judged answers, in the layouts of TRL's and LLaMA-Factory's data sets.
 
     ``source`` is as for :func:`.documents.load_instructions`, or ``demo:preferences``.
@@ -86,12 +77,8 @@ def load_judged(
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
-
-    def load(name: str) -> list[Judged]:
-        return _load(name, tokenizer, limit, reporter or NullReporter())
-
-    found = list(load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted))
-    if limit is None and len({answer.good for answer in found}) < 2:
+    found = load_each(source, _judged, "answers", f"layout: {_LAYOUT}", **how)
+    if how.get("limit") is None and len({answer.good for answer in found}) < 2:
         only = "good" if found[0].good else "bad"
         raise LoramError(
             f"{source}: all {len(found)} answers are {only}",
@@ -143,24 +130,8 @@ def side_weights(rows: Sequence[JudgedRow]) -> tuple[float, float]:
     return max(1.0, bad / good), max(1.0, good / bad)
 
 
-def _load(
-    source: str, tokenizer: Any | None, limit: int | None, reporter: Reporter
-) -> list[Judged]:
-    chat = Chat(tokenizer)
-    found: list[Judged] = []
-    for record in map(with_sides, read_records(source, limit=limit)):
-        try:
-            found += _judged(record, chat)
-        except UnusableRecord as unusable:
-            chat.tally.leave_out(unusable)
-    if not found:
-        raise chat.tally.nothing_left(source, "answers", f"layout: {_LAYOUT}")
-    chat.tally.tell(source, reporter)
-    chat.warn_of_fallback(reporter)
-    return found
-
-
 def _judged(record: Record, chat: Chat) -> Iterator[Judged]:
+    record = with_sides(record)
     fields = record.fields
     if all(side in fields for side in SIDES):
         for side in SIDES:

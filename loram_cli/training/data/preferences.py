@@ -1,22 +1,21 @@
 """Preference data: a prompt with an answer that is chosen and one that is rejected."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from loram_cli.errors import LoramError
-from loram_cli.reporting import NullReporter, Reporter
-from loram_cli.training.choices import Exhausted
+from loram_cli.reporting import Reporter
 from loram_cli.training.data.chat import Chat, shared_length
 from loram_cli.training.data.conversations import are_turns
 from loram_cli.training.data.examples import Example
 from loram_cli.training.data.fields import as_text, is_absent, names_of, present
 from loram_cli.training.data.json_text import decoded_turns
 from loram_cli.training.data.layouts import Layout, examples_of, layout_of, opens
-from loram_cli.training.data.records import Record, read_records
-from loram_cli.training.data.sources import load_sources
+from loram_cli.training.data.loading import Loading, load_each
+from loram_cli.training.data.records import Record
 from loram_cli.training.data.tally import UnusableRecord
 from loram_cli.training.data.tokens import encode_examples
 
@@ -61,15 +60,7 @@ class PairRow:
     rejected_ids: np.ndarray
 
 
-def load_preferences(
-    source: str,
-    *,
-    tokenizer: Any | None = None,
-    limit: int | None = None,
-    reporter: Reporter | None = None,
-    seed: int = 0,
-    exhausted: Exhausted = "stop",
-) -> list[Preference]:
+def load_preferences(source: str, **how: Unpack[Loading]) -> list[Preference]:
     """Preferences of a source, in the layouts of TRL's and LLaMA-Factory's data sets.
 
     ``source`` is as for :func:`.documents.load_instructions`, or ``demo:preferences``.
@@ -77,39 +68,15 @@ def load_preferences(
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
-
-    def load(name: str) -> list[Preference]:
-        return _load(name, tokenizer, limit, reporter or NullReporter())
-
-    return list(load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted))
+    return load_each(source, _pair, "preferences", f"layout: {_LAYOUTS}", **how)
 
 
-def _load(
-    source: str, tokenizer: Any | None, limit: int | None, reporter: Reporter
-) -> list[Preference]:
-    chat = Chat(tokenizer)
-    pairs: list[Preference] = []
-    equal: list[str] = []
-    for record in map(with_sides, read_records(source, limit=limit)):
-        try:
-            pair = Preference(*(preferred(record, side, chat) for side in SIDES))
-        except UnusableRecord as unusable:
-            chat.tally.leave_out(unusable)
-            continue
-        if pair.chosen.completion.strip() == pair.rejected.completion.strip():
-            equal.append(record.where)
-        else:
-            pairs.append(pair)
-    if equal:
-        reporter.warn(
-            f"{source}: {len(equal)} pairs left out, chosen and rejected are the same "
-            f"(the first: {equal[0]})"
-        )
-    if not pairs:
-        raise chat.tally.nothing_left(source, "preferences", f"layout: {_LAYOUTS}")
-    chat.tally.tell(source, reporter)
-    chat.warn_of_fallback(reporter)
-    return pairs
+def _pair(record: Record, chat: Chat) -> Iterator[Preference]:
+    record = with_sides(record)
+    pair = Preference(*(preferred(record, side, chat) for side in SIDES))
+    if pair.chosen.completion.strip() == pair.rejected.completion.strip():
+        raise UnusableRecord(record.where, "chosen and rejected are the same")
+    yield pair
 
 
 def tokenize_pairs(

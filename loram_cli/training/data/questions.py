@@ -1,20 +1,19 @@
 """Questions with an answer that can be checked: what a policy is rewarded for."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 from loram_cli.errors import LoramError
-from loram_cli.reporting import NullReporter, Reporter
-from loram_cli.training.choices import Exhausted
+from loram_cli.reporting import Reporter
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.conversations import CONVERSATION_KEYS, SYSTEM_KEYS
 from loram_cli.training.data.fields import as_text, is_absent, names_of, present
 from loram_cli.training.data.json_text import decoded_turns
 from loram_cli.training.data.layouts import examples_of
-from loram_cli.training.data.records import Record, read_records
-from loram_cli.training.data.sources import load_sources
+from loram_cli.training.data.loading import Loading, load_each
+from loram_cli.training.data.records import Record
 from loram_cli.training.data.tally import UnusableRecord
 
 _MARK = "####"
@@ -39,15 +38,7 @@ class Question:
 
 
 def load_questions(
-    source: str,
-    *,
-    tokenizer: Any | None = None,
-    numbers: bool = True,
-    own_rewards: bool = False,
-    limit: int | None = None,
-    reporter: Reporter | None = None,
-    seed: int = 0,
-    exhausted: Exhausted = "stop",
+    source: str, *, numbers: bool = True, own_rewards: bool = False, **how: Unpack[Loading]
 ) -> list[Question]:
     """Word problems in GSM8K's layout, or prompts in any layout where own functions reward.
 
@@ -55,50 +46,27 @@ def load_questions(
 
     Args:
         source: Where they come from.
-        tokenizer: Renders messages by its chat template.
         numbers: Whether an answer must hold a number to compare with.
         own_rewards: Whether all fields of a record are kept, for functions of the user's own.
-        limit: Read so many records only.
-        reporter: Told of what is left out.
-        seed: Of a mixture.
-        exhausted: Of a mixture.
+        how: See :class:`.loading.Loading`.
 
     Raises:
         LoramError: Missing, unreadable, malformed or empty; names file and line.
     """
+    tokenizer = how.get("tokenizer")
 
-    def load(name: str) -> list[Question]:
-        chat = Chat(tokenizer if own_rewards else None)
+    def read(record: Record, chat: Chat) -> Iterator[Question]:
+        found = _question(record, chat) if numbers else Question("", "")
+        if not own_rewards:
+            yield found
+            return
+        prompt = found.prompt or _prompt(record, chat, tokenizer)
+        yield Question(prompt, found.answer, _plain_fields(record))
 
-        def read(record: Record) -> Question:
-            found = _question(record, chat) if numbers else Question("", "")
-            if not own_rewards:
-                return found
-            prompt = found.prompt or _prompt(record, chat, tokenizer)
-            return Question(prompt, found.answer, _plain_fields(record))
-
-        return _load(name, read, chat, limit, reporter or NullReporter())
-
-    return list(load_sources(source, load, limit=limit, seed=seed, exhausted=exhausted))
-
-
-def _load(
-    source: str,
-    read: Callable[[Record], Question],
-    chat: Chat,
-    limit: int | None,
-    reporter: Reporter,
-) -> list[Question]:
-    questions: list[Question] = []
-    for record in read_records(source, limit=limit):
-        try:
-            questions.append(read(record))
-        except UnusableRecord as unusable:
-            chat.tally.leave_out(unusable)
-    if not questions:
-        raise chat.tally.nothing_left(source, "questions", _LAYOUT)
-    chat.tally.tell(source, reporter)
-    return questions
+    if not own_rewards:
+        # Word problems are no messages.
+        how["tokenizer"] = None
+    return load_each(source, read, "questions", _LAYOUT, **how)
 
 
 def _prompt(record: Record, chat: Chat, tokenizer: Any) -> str:

@@ -122,7 +122,7 @@ def test_an_answer_that_looks_like_json_is_text(write):
 def test_pairs_without_a_difference_are_left_out_with_a_warning(write, reporter):
     source = write({"prompt": "a", **SIDES}, {"prompt": "b", "chosen": "x", "rejected": "x "})
     assert len(load_preferences(source, reporter=reporter)) == 1
-    assert "1 pairs left out, chosen and rejected are the same" in reporter.warnings[0]
+    assert "1 left out: chosen and rejected are the same" in reporter.warnings[0]
     assert "line 2" in reporter.warnings[0]
     with pytest.raises(LoramError, match="no preferences"):
         load_preferences(write({"prompt": "b", "chosen": "x", "rejected": "x"}))

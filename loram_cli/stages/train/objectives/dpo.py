@@ -4,16 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.stages.train.objectives.objective import (
     Load,
-    Objective,
     Prepared,
-    check_policy,
-    import_trl,
+    check_pairs,
     loader,
-    reference_bytes,
+    policy_objective,
 )
 from loram_cli.stages.train.settings import POLICY_RATE, TrainSettings
 
@@ -24,12 +21,6 @@ if TYPE_CHECKING:
 def _settings(spec: TrainSettings) -> Mapping[str, Any]:
     # TRL's own, but for dropout, without which policy and reference differ only by training.
     return {"dropout": 0.0, "beta": 0.1, "learning_rate": POLICY_RATE}
-
-
-def _check(spec: TrainSettings) -> None:
-    check_policy(spec)
-    if spec.beta == 0:
-        raise UsageError(f"--beta must be above 0, not {spec.beta:g}")
 
 
 def _load(spec: TrainSettings, tokenizer: Any, reporter: Reporter) -> Load:
@@ -73,16 +64,13 @@ def prepare_pairs(
     return Prepared(len(train_rows), len(eval_rows), fit, lengths)
 
 
-OBJECTIVE = Objective(
+OBJECTIVE = policy_objective(
     title="Preference training (DPO)",
     learns_from="preferences",
     settings=_settings,
-    check=_check,
+    check=check_pairs,
     load=_load,
     prepare=prepare_pairs,
-    more_bytes=reference_bytes,
-    follows_sft=True,
     # A pair is two sequences in one pass.
     sequences_per_example=2,
-    warm_up=import_trl,
 )

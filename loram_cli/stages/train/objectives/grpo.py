@@ -12,11 +12,10 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import process_count
 from loram_cli.stages.train.objectives.objective import (
     Load,
-    Objective,
     Prepared,
     check_policy,
-    import_trl,
     loader,
+    policy_objective,
     reference_bytes,
 )
 from loram_cli.stages.train.settings import POLICY_RATE, TrainSettings
@@ -158,7 +157,7 @@ def _more_bytes(
     return reference_bytes(spec, memory) + max(0, drawn - passing)
 
 
-OBJECTIVE = Objective(
+OBJECTIVE = policy_objective(
     title="Training on verifiable rewards (GRPO)",
     learns_from="word problems",
     settings=_settings,
@@ -166,6 +165,4 @@ OBJECTIVE = Objective(
     load=_load,
     prepare=_prepare,
     more_bytes=_more_bytes,
-    follows_sft=True,
-    warm_up=import_trl,
 )

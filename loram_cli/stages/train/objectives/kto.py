@@ -9,12 +9,10 @@ from loram_cli.reporting import Reporter
 from loram_cli.stages.train.objectives import dpo
 from loram_cli.stages.train.objectives.objective import (
     Load,
-    Objective,
     Prepared,
-    check_policy,
-    import_trl,
+    check_pairs,
     loader,
-    reference_bytes,
+    policy_objective,
 )
 from loram_cli.stages.train.settings import TrainSettings
 
@@ -27,9 +25,7 @@ def _settings(spec: TrainSettings) -> Mapping[str, Any]:
 
 
 def _check(spec: TrainSettings) -> None:
-    check_policy(spec)
-    if spec.beta == 0:
-        raise UsageError(f"--beta must be above 0, not {spec.beta:g}")
+    check_pairs(spec)
     if spec.micro_batch < 2:
         raise UsageError(
             "--objective kto needs a --micro-batch of at least 2",
@@ -79,14 +75,11 @@ def _prepare(
     return Prepared(len(train_rows), len(eval_rows), fit)
 
 
-OBJECTIVE = Objective(
+OBJECTIVE = policy_objective(
     title="Training on judged answers (KTO)",
     learns_from="answers with a label",
     settings=_settings,
     check=_check,
     load=_load,
     prepare=_prepare,
-    more_bytes=reference_bytes,
-    follows_sft=True,
-    warm_up=import_trl,
 )

@@ -96,9 +96,26 @@ def check_policy(spec: TrainSettings) -> None:
             raise UsageError(f"{flag} {value} does not go with --objective {spec.objective}")
 
 
+def check_pairs(spec: TrainSettings, hint: str | None = None) -> None:
+    """What losses on pairs and on judged answers refuse alike.
+
+    Raises:
+        UsageError: As :func:`check_policy`, or a weight of nothing.
+    """
+    check_policy(spec)
+    if spec.beta == 0:
+        raise UsageError(f"--beta must be above 0, not {spec.beta:g}", hint)
+
+
 def loader(load: Load, spec: TrainSettings, reporter: Reporter, **more: Any) -> Load:
     """A function that reads data as the spec says."""
     return partial(load, reporter=reporter, seed=spec.seed, exhausted=spec.exhausted, **more)
+
+
+def policy_objective(**fields: Any) -> Objective:
+    """An objective of TRL's that follows supervised tuning; ``fields`` are those of the class."""
+    common = {"more_bytes": reference_bytes, "follows_sft": True, "warm_up": import_trl}
+    return Objective(**{**common, **fields})
 
 
 def reference_bytes(spec: TrainSettings, memory: TrainingMemory, *_: Any) -> int:

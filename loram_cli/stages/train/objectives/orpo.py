@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loram_cli.errors import UsageError
 from loram_cli.reporting import Reporter
 from loram_cli.stages.train.objectives import dpo
-from loram_cli.stages.train.objectives.objective import Prepared, check_policy
+from loram_cli.stages.train.objectives.objective import Prepared, check_pairs
 from loram_cli.stages.train.settings import TrainSettings
 
 
@@ -17,12 +16,7 @@ def _settings(spec: TrainSettings) -> Mapping[str, Any]:
 
 
 def _check(spec: TrainSettings) -> None:
-    check_policy(spec)
-    if spec.beta == 0:
-        raise UsageError(
-            f"--beta must be above 0, not {spec.beta:g}",
-            "without the odds ratio it is supervised tuning: --objective sft",
-        )
+    check_pairs(spec, "without the odds ratio it is supervised tuning: --objective sft")
 
 
 def _prepare(
