@@ -148,7 +148,8 @@ def train_spec(place: Place, values: Values) -> TrainSpec:
     objective = OBJECTIVES.get(name)
     follows_sft = objective is not None and objective.follows_sft
     out = run.path / f"{run.output('train').name}-{name}" if follows_sft else run.output("train")
-    filled = {**stage_defaults(place, "train", values), "out": out, **values}
+    own = objective.defaults(values) if objective else {}
+    filled = {**own, **stage_defaults(place, "train", values), "out": out, **values}
     if "source" not in filled:
         filled["source"] = trainable(run)
         if follows_sft and run.is_done("train"):

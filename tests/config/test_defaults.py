@@ -7,7 +7,10 @@ import pytest
 
 from loram_cli.cli.commands.table import COMMANDS, build, load
 from loram_cli.cli.from_spec import default_text, help_text
+from loram_cli.config.defaults import Place, train_spec
 from loram_cli.config.recipe import SPECS, load_recipe
+from loram_cli.errors import UsageError
+from loram_cli.runs.rundir import RunDirectory
 from loram_cli.schema import flag_of, plain, settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,3 +56,18 @@ def test_a_page_writes_no_default_beside_a_flag(page: Path):
         r"`(--[a-z-]+)`[^.\n|]{0,40}\(default:? `?([^)`]+)`?\)", page.read_text()
     ):
         assert name not in flags, f"{page.name} writes {name}'s default {default}"
+
+
+@pytest.mark.parametrize(
+    ("given", "batch"),
+    [({}, 64), ({"generations": 4}, 32), ({"generations": "x"}, 64), ({"batch": 16}, 16)],
+)
+def test_a_step_of_grpo_holds_eight_questions(tmp_path: Path, given: dict, batch: int):
+    values = {"objective": "grpo", "data": "x.jsonl", "source": tmp_path, **given}
+    place = Place(RunDirectory(tmp_path), str(tmp_path))
+    if given.get("generations") == "x":
+        with pytest.raises(UsageError):
+            train_spec(place, values)
+    else:
+        assert train_spec(place, values).batch == batch
+    assert train_spec(place, {**values, "objective": "sft", "generations": None}).batch != 64

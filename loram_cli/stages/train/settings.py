@@ -69,7 +69,12 @@ class TrainSettings(FitSpec):
     warmup_steps: int | None = setting(
         None, help="Steps of linear warm-up.", default_text="3% of the steps", at_least=0
     )
-    batch: int = redefined(FitSpec, "batch", 16, help="Examples per step.")
+    batch: int = redefined(
+        FitSpec,
+        "batch",
+        16,
+        help="Examples per step; of grpo completions, by default eight questions of --generations.",
+    )
     micro_batch: int = redefined(FitSpec, "micro_batch", 4, help="Examples per forward pass.")
     packing: Packing = setting(
         "auto",

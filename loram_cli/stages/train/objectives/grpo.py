@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from loram_cli.training.loop.options import FitResult
 
 _LONGEST_COMPLETION = 256
+_GENERATIONS = 8
+# Of a step: with fewer, many a step has no question that some completions solve and others do not.
+_QUESTIONS = 8
 
 
 def _settings(spec: TrainSettings) -> Mapping[str, Any]:
@@ -33,10 +36,15 @@ def _settings(spec: TrainSettings) -> Mapping[str, Any]:
         "dropout": 0.0,
         "learning_rate": POLICY_RATE,
         "beta": 0.0,
-        "generations": 8,
+        "generations": _GENERATIONS,
         "temperature": 1.0,
         "max_completion_length": min(_LONGEST_COMPLETION, max(1, spec.max_length // 2)),
     }
+
+
+def _defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    generations = values.get("generations")
+    return {"batch": _QUESTIONS * (generations if isinstance(generations, int) else _GENERATIONS)}
 
 
 def _check(spec: TrainSettings) -> None:
@@ -162,6 +170,7 @@ OBJECTIVE = policy_objective(
     learns_from="word problems",
     settings=_settings,
     check=_check,
+    defaults=_defaults,
     load=_load,
     prepare=_prepare,
     more_bytes=_more_bytes,

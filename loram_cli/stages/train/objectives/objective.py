@@ -57,6 +57,8 @@ class Objective:
         prepare: Makes tokens; called with the spec, training and held-out examples, tokenizer and
             reporter.
         check: Refuses settings that do not go together.
+        defaults: Of settings that commands and recipes leave open, where they differ from the
+            spec's own; from what they give.
         more_bytes: Memory that it takes beside a training by gradient steps.
         follows_sft: Whether it resumes from the supervised adapter where the run has one.
         sequences_per_example: In one forward pass.
@@ -69,6 +71,7 @@ class Objective:
     load: Callable[[TrainSettings, Any, Reporter], Load]
     prepare: Callable[[TrainSettings, list[Any], list[Any], Any, Reporter], Prepared]
     check: Callable[[TrainSettings], None] = lambda spec: None
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: {}
     more_bytes: Callable[
         [TrainSettings, TrainingMemory, Family, Mapping[str, Any], TrainingSetup], int
     ] = lambda *_: 0
