@@ -27,7 +27,8 @@ def losses(
     """Mean held-out losses of a setting over its seeds: small model, full model."""
     found = []
     for seed in range(1, asked.seeds + 1):
-        out = asked.run / f"rate-{rate:g}-rank-{rank}-warm-up-{warm_up:g}-seed-{seed}"
+        length = f"{asked.steps}x{asked.batch}"
+        out = asked.run / f"rate-{rate:g}-rank-{rank}-warm-up-{warm_up:g}-{length}-seed-{seed}"
         if not (out / MANIFEST_NAME).is_file():
             loram(
                 "train", "--run", asked.run, "--out", out, "--score-recovered", "--keep", "last",

@@ -77,7 +77,7 @@ def examples_of(record: Record, chat: Chat, *, train_on: TrainOn = "all") -> lis
         examples = [Example("", fields.text("text"))]
     else:
         asked = fields.first_of(("prompt",) if layout == "prompt" else _QUESTIONS)
-        assert asked is not None, "the layout is told by it"
+        assert asked is not None, "the layout is known by it"
         prompt = fields.text(asked)
         answer = fields.text(_answer_of(fields, layout))
         if layout == "question":
@@ -280,7 +280,7 @@ def _conversation(fields: Fields, chat: Chat, train_on: TrainOn) -> list[Example
     pair = _prompt_turns(values) if key is None else None
     if pair is None:
         key = key or further_conversation_key(values)
-        assert key is not None, "the layout is told by it"
+        assert key is not None, "the layout is known by it"
         turns = decoded(fields.value(key))
     else:
         answer, key = pair
