@@ -414,7 +414,7 @@ class _Axes:
 def _head_counts(probe: _Probe, layers: str) -> dict[str, str]:
     """Attributes inside a layer that hold a head count, by dotted name, with the width's."""
 
-    def numbers(**changes: int) -> dict[str, int]:
+    def numbers(**changes: Any) -> dict[str, int]:
         layer = probe.model(**changes).get_submodule(layers)[0]
         return {
             f"{path}.{name}" if path else name: value
