@@ -173,6 +173,7 @@ class PolishSpec(TrainSpec):
     )
     steps: int | None = redefined(TrainSpec, "steps", 10)
     warmup_steps: int | None = redefined(TrainSpec, "warmup_steps", 0, default_text="0")
+    batch: int = redefined(TrainSpec, "batch", help="Examples per step.")
     # A step on a model that comes and goes takes long, and a checkpoint little.
     save_steps: int = redefined(TrainSpec, "save_steps", 1)
     stream: bool = redefined(
