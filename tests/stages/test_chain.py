@@ -62,7 +62,7 @@ def keep_of(directory: Path) -> dict[int, LayerKeep]:
 @pytest.mark.parametrize(
     "changes",
     [{"strategy": "rand"}, {"strategy": "stru", "importance": "l2"}, {"strategy": "stru"}],
-    ids=["rand", "l2", "obs"],
+    ids=["rand", "l2", "taylor"],
 )
 def test_pruned_model_is_the_base_with_groups_zeroed(base, text_file, tmp_path, changes):
     if changes == {"strategy": "stru"}:

@@ -148,7 +148,7 @@ class PruneSpec(Spec):
     )
     importance: Importance | None = setting(
         None,
-        help="obs, taylor or wanda (stru), sparsegpt (unst, semi), cosine (depth), svd (lowrank), "
+        help="taylor, wanda or obs (stru), sparsegpt (unst, semi), cosine (depth), svd (lowrank), "
         "gptq (lowbit), or l2, nearest (no data).",
         default_text="the strategy's first",
     )
