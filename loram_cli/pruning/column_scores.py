@@ -63,7 +63,10 @@ def obs_scores(
             "the Hessian of the calibration activations cannot be inverted",
             "raise --dampening, or pass more calibration text",
         )
+    # Each of these is gigabytes in a wide MLP.
+    del damped
     inverse = torch.cholesky_inverse(lower)
+    del lower
     left = torch.arange(groups, device=w.device)
     scores = torch.zeros(groups, dtype=torch.double, device=w.device)
     at_once = -(-groups // _ROUNDS)

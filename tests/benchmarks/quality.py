@@ -98,6 +98,9 @@ def measure(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
         source = work / f"pruned-{cell.place}"
         keep = {"keep_first": options.keep_first, "keep_last": options.keep_last}
         text = options.calibration
+        if cell.strategy == "stru":
+            # The paper's ranking, which the page on it compares.
+            keep["importance"] = "taylor"
         if cell.strategy in ("semi", "unst"):
             # SparseGPT wants far more text than a ranking does.
             text = options.text

@@ -203,7 +203,8 @@ def test_the_whole_way(
     settings = {
         "rand": {"strategy": "rand"}, "reap": by_text(text_file),
         "both": {"strategy": "rand", **heads},
-        "taylor": {**heads, **by_text(text_file), "experts_importance": "taylor"},
+        "taylor": {**heads, **by_text(text_file), "importance": "taylor",
+                   "experts_importance": "taylor"},
         "global": {"scope": "global", **by_text(text_file)},
     }[how]  # fmt: skip
     base = variant.save(tmp_path / "base")

@@ -39,8 +39,8 @@ def pruned(base: Path, out: Path, strategy: str, text: Path) -> None:
     how = {
         "rand": {"strategy": "rand"},
         "l2": {"strategy": "stru", "importance": "l2"},
-        "taylor": {"strategy": "stru", "calibration": str(text), "calibration_samples": 2,
-                   "calibration_length": 24},
+        "taylor": {"strategy": "stru", "importance": "taylor", "calibration": str(text),
+                   "calibration_samples": 2, "calibration_length": 24},
     }[strategy]  # fmt: skip
     spec = prune.PruneSpec(model=base, out=out, ratio=0.5, keep_first=1, keep_last=1, **how)
     prune.run(spec, SILENT)

@@ -37,7 +37,7 @@ def write_frontier(done: Mapping[str, Figures], base: str, file: Path) -> None:
                 "align": align[align.index("--method") + 1] if align else None,
                 "quantize": train[train.index("--quantize") + 1] if "--quantize" in train else None,
                 "bytes": round(entry["bytes"], 4),
-                "kept": round(entry["kept"], 3),
+                "kept": round(entry["kept"], 5),
                 "seeds": entry["seeds"],
             }
         )

@@ -132,7 +132,7 @@ def draw(rows: Iterable[Figures], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [row for row in rows if row["name"] != FULL]
+    points = list(rows)
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     best = -math.inf
     frontier = []
@@ -152,10 +152,11 @@ def draw(rows: Iterable[Figures], file: Path) -> None:
         )  # fmt: skip
     axes.axhline(1, color="#888888", linewidth=0.8, linestyle=":")
     # Names stand to the right of their points.
-    axes.set_xlim(0, 1.3 * max((row["bytes"] for row in points), default=1))
+    axes.set_xlim(0, 1.15)
+    axes.set_ylim(0, 1.08)
     axes.set_xlabel("frozen decoder weights held while training, against bf16")
     axes.set_ylabel("share of full LoRA's gain kept")
     if frontier:
-        axes.legend(frameon=False, loc="center right")
+        axes.legend(frameon=False, loc="lower right")
     figure.savefig(file, dpi=140)
     pyplot.close(figure)

@@ -89,7 +89,7 @@ _MADE = (
     Row(name="nf4", label="NF4 (QLoRA)", train=_NF4, quick=True, decides=True),
     Row(
         name="stru-0.65-wiki-8k",
-        label="stru 0.65, reconstruct, 8k tokens of general text",
+        label="stru 0.65 by taylor, reconstruct, 8k tokens of general text",
         prune=(
             "--strategy",
             "stru",
@@ -104,13 +104,13 @@ _MADE = (
     ),
     Row(
         name="stru-0.65-mixed-32k",
-        label="stru 0.65, reconstruct, 32k tokens, half of them training data",
+        label="stru 0.65 by taylor, reconstruct, 32k tokens, half of them training data",
         prune=_stru(0.65, "taylor"),
         align=_MIXED_32K,
     ),
     Row(
         name="stru-0.65-distill",
-        label="stru 0.65, reconstruct, then distill, 115k tokens",
+        label="stru 0.65 by taylor, reconstruct, then distill, 115k tokens",
         prune=_stru(0.65, "taylor"),
         align=_BOTH,
     ),
@@ -142,7 +142,7 @@ _OTHERS = (
     ),
     Row(
         name="stru-0.65-train-32k",
-        label="stru 0.65, reconstruct, 32k tokens of training data",
+        label="stru 0.65 by taylor, reconstruct, 32k tokens of training data",
         prune=_stru(0.65, "taylor"),
         align=("--data", "{train}", *_MIXED_32K[2:]),
     ),
