@@ -337,19 +337,6 @@ class GgufFacts:
 
 
 @dataclass(frozen=True)
-class ActivationKeeps:
-    """What an MLP's activation function keeps for its backward pass, beside its input and output.
-
-    Attributes:
-        numbers: Per channel, in the computation's type.
-        masks: Per channel, of a byte each.
-    """
-
-    numbers: int = 0
-    masks: int = 0
-
-
-@dataclass(frozen=True)
 class VllmFacts:
     """What vLLM's LoRA loader takes for a family.
 
@@ -426,7 +413,6 @@ class Family:
         experts: What its experts are; None for a dense family.
         further_layers: Config key of how many layers files hold after the last one, which predict
             tokens further ahead; they are left out.
-        activation_keeps: What the MLP's activation keeps beside its input and output.
         gguf: How the family's GGUF files differ; None where llama.cpp does not know it.
         vllm: What vLLM's LoRA loader takes; None where nobody has looked.
     """
@@ -461,7 +447,6 @@ class Family:
     packs: bool = True
     experts: Experts | None = None
     further_layers: str | None = None
-    activation_keeps: ActivationKeeps = field(default_factory=ActivationKeeps)
     gguf: GgufFacts | None = None
     vllm: VllmFacts | None = None
 
@@ -496,7 +481,6 @@ class Family:
         classes: dict[str, Any] = {
             "gguf": GgufFacts,
             "vllm": VllmFacts,
-            "activation_keeps": ActivationKeeps,
         }
         facts = {
             key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data[key].items()})

@@ -126,9 +126,7 @@ def _layer_kept(
     modules = family.layer_modules(layer)
     branches = sum(module.rows.count("intermediate") for module in modules)
     if layer.has_mlp or not layer.has_experts:
-        keeps = family.activation_keeps
-        channel = (branches + 1 + keeps.numbers) * setup.compute_bytes + keeps.masks
-        per_token += layer.intermediate_size * channel
+        per_token += layer.intermediate_size * (branches + 1) * setup.compute_bytes
     per_token += _experts_kept(family, layer, hidden) * setup.compute_bytes
     shared: dict[str, int] = {}
     for module in modules:

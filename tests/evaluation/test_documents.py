@@ -24,7 +24,7 @@ def test_all_file_kinds_give_the_same_records(write_jsonl, tmp_path):
         ("a.jsonl", b"", "holds no record"),
         ("a.jsonl", b'{"question": "q", "answer": "a"}\n\n{"question":\n', "line 3: broken JSON"),
         ("a.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "q"}\n', "line 2: .*'answer'"),
-        ("a.jsonl", b"[1]\n", "line 1: expected an object"),
+        ("a.jsonl", b"[1]\n", "record 1: expected an object"),
         ("a.json", b'[\n{"question": }]', "line 2: broken JSON"),
         ("a.jsonl", b"\xff\xfe", "line 1: not UTF-8"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),

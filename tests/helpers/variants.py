@@ -149,7 +149,6 @@ VARIANTS = (
     Variant("phi4-mini", "phi3",
             {**TIED, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                          "partial_rotary_factor": 0.5}}),
-    Variant("apertus", "apertus", {"head_dim": 12}),
     Variant("arcee", "arcee", {"mlp_bias": True}),
     Variant("cohere", "cohere", {**TIED, "use_qk_norm": True}),
     Variant("cohere-plain", "cohere", {"attention_bias": True}),
