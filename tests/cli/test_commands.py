@@ -12,6 +12,7 @@ from helpers.slow import slow
 from loram_cli import pipeline
 from loram_cli.cli.app import run_command
 from loram_cli.config.recipe import load_recipe
+from loram_cli.memory.account import BF16_BYTES
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.rundir import RunDirectory
 
@@ -99,7 +100,7 @@ def test_recipes_open_with_their_launch_line_and_dry_run(recipe: Path, tmp_path,
     assert any("Memory:" in line for line in lines[:8])
     plan = pipeline.plan(load_recipe(recipe), RunDirectory(tmp_path / "run"), NullReporter())[0]
     pruned = plan.figures["result"]
-    assert pruned.pruned_params < pruned.base_params
+    assert pruned.weight_bytes < BF16_BYTES * pruned.base_params
     assert loram("run", recipe, "--dry-run") == 0
     assert "prune" in capsys.readouterr().out
 
