@@ -154,7 +154,7 @@ def test_what_wandb_refuses_is_one_line(monkeypatch):
     fake = types.ModuleType("wandb")
     fake.Error = type("Error", (Exception,), {})
     said = refused(monkeypatch, fake, "WandbCallback", fake.Error("No API key configured.\nmore"))
-    assert "wandb: No API key configured.\nrun 'wandb login'" in str(said)
+    assert "wandb: No API key configured. more\nrun 'wandb login'" in str(said)
 
 
 def test_what_mlflow_refuses_is_one_line(monkeypatch):
@@ -165,7 +165,7 @@ def test_what_mlflow_refuses_is_one_line(monkeypatch):
         validation=types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=9, MAX_PARAMS_TAGS_PER_BATCH=9)
     )
     said = refused(monkeypatch, fake, "MLflowCallback", refusal("no server at http://x\nmore"))
-    assert "mlflow: no server at http://x\nset MLFLOW_TRACKING_URI" in str(said)
+    assert "mlflow: no server at http://x more\nset MLFLOW_TRACKING_URI" in str(said)
 
 
 def test_swanlab_begins_its_run_where_there_is_none(monkeypatch):
