@@ -30,7 +30,6 @@ SMALL = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 4, "num_atte
 # Decoders of transformers that no file of ours knows. Dropout would differ from run to run.
 UNKNOWN = {
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 32, "dropout": 0.0},
-    "gptj": {"n_inner": 24, "rotary_dim": 4},
     "biogpt": {"intermediate_size": 24, "hidden_dropout_prob": 0.0, "activation_dropout": 0.0,
                "attention_probs_dropout_prob": 0.0},
 }  # fmt: skip

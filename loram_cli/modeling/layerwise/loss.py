@@ -32,9 +32,11 @@ def streamed_loss(
             for start, hidden in states.batches(progress):
                 tokens = hidden[:, :-1].reshape(1, -1, hidden.shape[-1])
                 targets = windows[start : start + len(hidden), 1:].to(stream.device).reshape(-1)
-                for begin in range(0, tokens.shape[1], _CHUNK_TOKENS):
-                    logits = logits_of(tokens[:, begin : begin + _CHUNK_TOKENS])[0].float()
-                    chunk = targets[begin : begin + _CHUNK_TOKENS]
+                # No longer than a window: a model that learns its positions has no more of them.
+                size = min(_CHUNK_TOKENS, hidden.shape[1] - 1)
+                for begin in range(0, tokens.shape[1], size):
+                    logits = logits_of(tokens[:, begin : begin + size])[0].float()
+                    chunk = targets[begin : begin + size]
                     loss = torch.nn.functional.cross_entropy(logits, chunk, reduction="sum")
                     total += loss.item()
     pool.release(states.boundary)
