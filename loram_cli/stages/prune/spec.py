@@ -193,7 +193,7 @@ class PruneSpec(Spec):
         if self.picks_way:
             return self
         if any(getattr(self, name) is not None for name in (*AMOUNTS, "experts_ratio")):
-            return replace(self, strategy=self.strategy_name)
+            return self if self.strategy else replace(self, strategy=self.strategy_name)
         return replace(self, strategy=self.strategy_name, ratio=self.chosen_strategy.ratio)
 
     @property
