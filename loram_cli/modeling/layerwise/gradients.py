@@ -71,8 +71,11 @@ def layer_gradients(
             with stream.layer(i) as layer, looks(i, layer) if looks else nullcontext():
                 wanted = layer.present(modules) if i in layers else ()
                 sums = _gradient_sums(layer, wanted)
+                into = i > layers.start or looks is not None
                 for start, hidden in kept[i].batches(progress):
-                    hidden.requires_grad_(i > layers.start or looks is not None)
+                    if not into and not wanted:
+                        continue  # a first layer of a kind that is not ranked
+                    hidden.requires_grad_(into)
                     torch.autograd.backward(layer(hidden), last.read(start))
                     if hidden.grad is not None:
                         last.boundary.write(start, hidden.grad)

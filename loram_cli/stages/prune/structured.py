@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from loram_cli.arch.spec import PRUNED_AXES, LinearModule
+from loram_cli.arch.spec import PRUNED_AXES, LayerGeometry, LinearModule
 from loram_cli.checkpoint.background import one_torch_thread, read_ahead
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.writer import ShardedWriter
@@ -75,13 +75,16 @@ def _choose_heads_and_channels(
     assert strategy.keep is not None
     layers = _layers(spec, work)
     scores: dict[int, LayerScores] = {}
+    before = work.before.layers
     if strategy.importances:
         assert spec.method is not None
         score = _SCORES[spec.method]
         scores = score(spec, work, layers, directory, reporter)
     if spec.scope == "global":
         return _rank_globally(work, scores, spec.multiple_of)
-    before = work.before.layers
+    if strategy.importances:
+        # A layer of a kind that has nothing to rank keeps what it has.
+        scores = {i: _no_scores(before[i]) for i in layers} | scores
     return {
         i: strategy.keep(LayerToPrune(i, before[i], work.after[i], scores.get(i), spec.seed))
         for i in layers
@@ -114,6 +117,13 @@ def write_kept(
             writer.write(name, rows)
             progress.advance(rows.nbytes / 2**20)
     return writer.digests
+
+
+def _no_scores(layer: LayerGeometry) -> LayerScores:
+    return {
+        "key_value": torch.zeros(layer.num_key_value_heads, dtype=torch.float64),
+        "intermediate": torch.zeros(layer.intermediate_size, dtype=torch.float64),
+    }
 
 
 def _layers(spec: PruneSpec, work: PruneWork) -> range:
@@ -180,13 +190,7 @@ def _column_scores(
     windows = load_windows(spec, work.calibration)
     family, before = work.model.family, work.before.layers
     axes = {m.name: axis for m in family.modules if (axis := _group_axis(m)) is not None}
-    scores = {
-        i: {
-            "key_value": torch.zeros(before[i].num_key_value_heads, dtype=torch.float64),
-            "intermediate": torch.zeros(before[i].intermediate_size, dtype=torch.float64),
-        }
-        for i in layers
-    }
+    scores = {i: _no_scores(before[i]) for i in layers}
 
     def rank(weights: dict[str, torch.Tensor], hessian: Hessian) -> dict[str, torch.Tensor]:
         for name, weight in weights.items():
