@@ -32,8 +32,10 @@ def recorded_products(layer: Any) -> Iterator[dict[Any, Any]]:
     """
     nodes: dict[Any, Any] = {}
 
-    def record(module: Any, _: Any, out: torch.Tensor) -> None:
-        nodes[module] = out.grad_fn
+    def record(module: Any, _: Any, out: Any) -> None:
+        # Llama 4's router is a linear that gives two tensors.
+        if isinstance(out, torch.Tensor):
+            nodes[module] = out.grad_fn
 
     linears = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
     handles = [m.register_forward_hook(record) for m in linears if not m.weight.requires_grad]
