@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.arch.spec import Family
-from loram_cli.errors import LoramError
+from loram_cli.errors import LoramError, reason_of
 
 FAMILIES_VARIABLE = "LORAM_FAMILIES"
 """Environment variable with a folder of family files of the user's own, for child processes too."""
@@ -43,7 +43,7 @@ def _from_file(file: Path) -> Family:
     try:
         return Family.from_data(json.loads(file.read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"no {error}" if isinstance(error, KeyError) else reason_of(error)
         raise LoramError(
             f"{file}: is no family file ({reason})",
             "'loram inspect MODEL --family' proposes one",

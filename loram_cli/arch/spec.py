@@ -203,6 +203,18 @@ class LayerGeometry:
         }
         return units[axis] if axis in units else dict(self.fixed)[axis]
 
+    def tensor_shape(self, tensor: LayerTensor, hidden: int) -> tuple[int, ...]:
+        """The shape of one of the layer's tensors that are no linear's.
+
+        Args:
+            tensor: As the family's file has it.
+            hidden: The residual stream's width.
+        """
+        return tuple(
+            a if isinstance(a, int) else hidden if a == "hidden" else self.axis_units(a)
+            for a in tensor.shape
+        )
+
 
 LOW_RANK = "low_rank"
 """The config's key of ranks by layer index and module name, where linears are two factors."""
@@ -478,10 +490,7 @@ class Family:
         if kinds:
             kinds = LayerKinds(**{**kinds, "keys": tuple(kinds.get("keys", ()))})
         experts = Experts.from_data(data["experts"]) if "experts" in data else None
-        classes: dict[str, Any] = {
-            "gguf": GgufFacts,
-            "vllm": VllmFacts,
-        }
+        classes: dict[str, Any] = {"gguf": GgufFacts, "vllm": VllmFacts}
         facts = {
             key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data[key].items()})
             for key, kind in classes.items()
@@ -621,7 +630,7 @@ class Family:
         Args:
             name: Such as ``model.layers.3.self_attn.q_proj`` (no ``.weight``).
         """
-        index, rest = self._split(name)
+        index, rest = self.layer_of(name)
         module = self._modules_by_name.get(rest)
         return None if index is None or module is None else (index, module)
 
@@ -631,7 +640,7 @@ class Family:
         Args:
             name: Such as ``model.layers.3.self_attn.q_norm.weight``.
         """
-        index, rest = self._split(name)
+        index, rest = self.layer_of(name)
         tensor = self._tensors_by_name.get(rest)
         return None if index is None or tensor is None else (index, tensor)
 
@@ -737,12 +746,7 @@ class Family:
                 shapes[f"{name}.bias"] = (rows,)
         for tensor in (*self.layer_norms, *self.layer_tensors):
             if _holds(tensor.when, full) and (not tensor.kinds or layer.kind in tensor.kinds):
-                shapes[f"{prefix}{tensor.name}"] = tuple(
-                    axis
-                    if isinstance(axis, int)
-                    else (hidden if axis == "hidden" else layer.axis_units(axis))
-                    for axis in tensor.shape
-                )
+                shapes[f"{prefix}{tensor.name}"] = layer.tensor_shape(tensor, hidden)
         return shapes
 
     @cached_property
@@ -767,8 +771,19 @@ class Family:
         Args:
             name: Such as ``model.layers.3.mlp.gate.weight``.
         """
-        index, rest = self._split(name)
+        index, rest = self.layer_of(name)
         return ("", "") if index is None else (self.layer_prefix(index), rest)
+
+    def layer_of(self, name: str) -> tuple[int | None, str]:
+        """A tensor's layer and its name inside it; None and an empty text outside a layer.
+
+        Args:
+            name: Such as ``model.layers.3.mlp.gate.weight``.
+        """
+        prefix = f"{self.layers}."
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        layer = whole_number(index) if name.startswith(prefix) else None
+        return (None, "") if layer is None else (layer, rest)
 
     def _axes_of(self, kind: str) -> frozenset[str]:
         """Axes that the modules of a kind of layer run over."""
@@ -780,12 +795,6 @@ class Family:
         return any(
             "experts" in t.shape and (not t.kinds or kind in t.kinds) for t in self.layer_tensors
         )
-
-    def _split(self, name: str) -> tuple[int | None, str]:
-        prefix = f"{self.layers}."
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        layer = whole_number(index) if name.startswith(prefix) else None
-        return (None, "") if layer is None else (layer, rest)
 
 
 def _rope_type(config: Mapping[str, Any]) -> str | None:

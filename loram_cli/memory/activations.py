@@ -155,10 +155,7 @@ def _experts_kept(family: Family, layer: LayerGeometry, hidden: int) -> int:
 def _expert_shape(family: Family, layer: LayerGeometry, hidden: int, name: str) -> tuple[int, ...]:
     """Of one of the experts' weights."""
     tensor = next(tensor for tensor in family.layer_tensors if tensor.name == name)
-    return tuple(
-        a if isinstance(a, int) else hidden if a == "hidden" else layer.axis_units(a)
-        for a in tensor.shape
-    )
+    return layer.tensor_shape(tensor, hidden)
 
 
 def _capped_weights(layer: LayerGeometry, config: Mapping[str, Any], setup: TrainingSetup) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from loram_cli.arch.spec import Family
+from loram_cli.checkpoint.index import CheckpointIndex
+from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.modeling.load import narrow_class
 
 _FLOAT_KEY = "__float__"
@@ -64,3 +66,27 @@ def meta_causal_lm(family: Family, config: Any, device: str, **settings: Any) ->
         if path in filled:
             model._init_weights(module)
     return model
+
+
+def fill_stored_buffers(
+    module: Any, prefix: str, index: CheckpointIndex, reader: TensorReader, device: str
+) -> None:
+    """Fill the buffers that a checkpoint holds, such as a router's biases: small, kept as stored.
+
+    Args:
+        module: A model, or one of its layers; changed in place.
+        prefix: Of its tensors' names in the checkpoint.
+        index: Of the checkpoint.
+        reader: Of the same.
+        device: Where they go.
+
+    Raises:
+        LoramError: One is of another shape.
+    """
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name, buffer in module.state_dict().items():
+        if name not in parameters and prefix + name in index.tensors:
+            index.entry_of(prefix + name, buffer.shape)
+            owner, _, kind = name.rpartition(".")
+            stored = reader.read(prefix + name).to(device)
+            module.get_submodule(owner)._buffers[kind] = stored

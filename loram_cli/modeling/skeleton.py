@@ -19,7 +19,7 @@ from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.memory.account import nf4_tensor_bytes
 from loram_cli.modeling.load import attention_kernel, load_config, load_generation_config, loading
 from loram_cli.modeling.low_bit_linear import LowBitLinear
-from loram_cli.modeling.meta_model import meta_causal_lm
+from loram_cli.modeling.meta_model import fill_stored_buffers, meta_causal_lm
 from loram_cli.modeling.quantize import (
     keep_standard_layout,
     nf4_linear,
@@ -112,7 +112,8 @@ class SkeletonModel:
         if generation is not None:
             self.model.generation_config = generation
         self._untie_other_head()
-        self._fill_buffers()
+        with TensorReader(self.index) as reader:
+            fill_stored_buffers(self.model, "", self.index, reader, self.device)
         self._low_bit = source.low_bit
         nf4 = nf4 and self._low_bit is None
         self.slots = self._take_places(
@@ -167,21 +168,6 @@ class SkeletonModel:
             pairs = zip(*(reader.read_chunks(name) for name in names), strict=True)
             if any(not torch.equal(mine, other) for (_, mine), (_, other) in pairs):
                 head.weight = torch.nn.Parameter(head.weight.detach(), requires_grad=False)
-
-    def _fill_buffers(self) -> None:
-        """Buffers that a checkpoint holds, such as routers' biases: small, and kept as stored."""
-        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        stored = [
-            (name, buffer)
-            for name, buffer in self.model.state_dict().items()
-            if name not in parameters and name in self.index.tensors
-        ]
-        with TensorReader(self.index) as reader:
-            for name, buffer in stored:
-                self.index.entry_of(name, buffer.shape)
-                owner, _, kind = name.rpartition(".")
-                held = reader.read(name).to(self.device)
-                self.model.get_submodule(owner)._buffers[kind] = held
 
     def _take_places(self, quantized: set[str], packed: set[str]) -> dict[str, Slot]:
         shapes = {name: p.shape for name, p in self.model.named_parameters()}

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.decode import Decoded, Decoder, Generation
 from loram_cli.evaluation.models import opened_model, row_tokenizer
@@ -16,7 +15,7 @@ from loram_cli.evaluation.perplexity import context_length
 from loram_cli.modeling.load import warn_of_unused_gpu
 from loram_cli.reporting import Reporter
 from loram_cli.stages.evaluate.generate import asking_layout, learnt_layout
-from loram_cli.stages.evaluate.rows import checked_row
+from loram_cli.stages.evaluate.rows import checked_models
 from loram_cli.stages.evaluate.spec import AnswersSpec
 from loram_cli.training.adapters import with_adapter
 from loram_cli.training.data.chat import Chat
@@ -179,11 +178,10 @@ def opened_rows(spec: AnswersSpec, reporter: Reporter) -> Iterator[dict[str, Ser
         LoramError: A row is not whole, does not fit, or has no tokenizer.
     """
     warn_of_unused_gpu(spec.device, reporter)
-    models: dict[Path, Model] = {}
+    models = checked_models(spec.rows, reporter)
     adapters: dict[Path, dict[str, Path]] = {}
     names: dict[str, str | None] = {}
     for place, (label, parts) in enumerate(spec.rows.items()):
-        models[parts[0]] = checked_row(parts, reporter, models.get(parts[0]))
         own = adapters.setdefault(parts[0], {})
         names[label] = f"row{place}" if parts[1:] else None
         if parts[1:]:

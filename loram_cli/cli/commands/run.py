@@ -47,9 +47,7 @@ def command(values: Values, options: RecipeOptions) -> None:
 
     elsewhere = settings()
     recipe = elsewhere.over(load_recipe(options.recipe))
-    from loram_cli import (
-        pipeline,
-    )  # with torch behind it: a mistake in the recipe is reported before
+    from loram_cli import pipeline  # with torch behind it: first comes what is wrong in the recipe
 
     if options.model is not None:
         recipe = replace(recipe, model=options.model)

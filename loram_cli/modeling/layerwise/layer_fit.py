@@ -271,7 +271,8 @@ class _Run:
                 self._progress.advance(1 / passes / steps.count)
                 return pair.small.read(starts[batch]), goals.read(starts[batch]).out
 
-            before = [p.detach().clone() for p in narrow.module.parameters()]
+            kept = narrow.module.parameters() if fewer_experts else ()
+            before = [parameter.detach().clone() for parameter in kept]
             take_block_steps(narrow, draw, len(starts), steps, seed=index)
             if fewer_experts and self._error(narrow, pair, goals, passes) > errors[0]:
                 # A few tokens an expert can mislead it: then the layer stays as it was.

@@ -20,7 +20,7 @@ from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError
 from loram_cli.modeling.layerwise.states import computed_dtype
 from loram_cli.modeling.load import loading, settle_calls, usable_device
-from loram_cli.modeling.meta_model import meta_causal_lm, native_config
+from loram_cli.modeling.meta_model import fill_stored_buffers, meta_causal_lm, native_config
 from loram_cli.quiet import quiet_libraries
 
 
@@ -133,7 +133,7 @@ class LayerStream:
             name: self._read(prefix + name, parameter.shape)
             for name, parameter in module.named_parameters()
         }
-        self._fill_buffers(module, prefix)
+        fill_stored_buffers(module, prefix, self._source.index, self._reader, self.device)
         with _parameters_set(module, weights):
             yield DecoderLayer(module, prefix, self._calls[index])
 
@@ -186,17 +186,6 @@ class LayerStream:
             if not name.startswith(tuple(f"{part}." for part in parts))
         }
         _set_parameters(self._model, small)
-
-    def _fill_buffers(self, module: Any, prefix: str) -> None:
-        """Buffers that a checkpoint holds, such as a router's biases: small, and kept as stored."""
-        parameters = dict(module.named_parameters())
-        for name, buffer in module.state_dict().items():
-            full = prefix + name
-            if name not in parameters and full in self._source.index.tensors:
-                self._source.index.entry_of(full, buffer.shape)
-                owner, _, kind = name.rpartition(".")
-                stored = self._reader.read(full).to(self.device)
-                module.get_submodule(owner)._buffers[kind] = stored
 
     def _read(self, name: str, shape: torch.Size) -> torch.Tensor:
         self._source.index.entry_of(name, shape)

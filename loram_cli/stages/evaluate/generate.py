@@ -1,6 +1,5 @@
 """Generate: what the models of a run answer to a prompt."""
 
-from pathlib import Path
 from typing import Any
 
 from loram_cli.checkpoint.model import Model
@@ -12,7 +11,7 @@ from loram_cli.evaluation.results import Answer
 from loram_cli.modeling.load import warn_of_unused_gpu
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.lineage import trained_layout
-from loram_cli.stages.evaluate.rows import checked_row, open_row
+from loram_cli.stages.evaluate.rows import checked_models, open_row
 from loram_cli.stages.evaluate.spec import AnswersSpec, GenerateSpec
 from loram_cli.training.data.chat import Chat
 from loram_cli.training.data.layouts import Layout, asked
@@ -28,9 +27,7 @@ def run(spec: GenerateSpec, reporter: Reporter) -> list[Answer]:
         LoramError: A model or an adapter is not whole or does not fit, or a prompt is too long.
     """
     warn_of_unused_gpu(spec.device, reporter)
-    models: dict[Path, Model] = {}
-    for parts in spec.rows.values():
-        models[parts[0]] = checked_row(parts, reporter, models.get(parts[0]))
+    models = checked_models(spec.rows, reporter)
     learnt = learnt_layout(spec)
     return [
         answer

@@ -30,6 +30,14 @@ from loram_cli.stages.evaluate.spec import EvalSpec, Rows, RowsSpec
 from loram_cli.training.data.records import read_records
 
 
+def checked_models(rows: Rows, reporter: Reporter) -> dict[Path, Model]:
+    """The models of rows by directory, each checked once; see :func:`checked_row`."""
+    models: dict[Path, Model] = {}
+    for parts in rows.values():
+        models[parts[0]] = checked_row(parts, reporter, models.get(parts[0]))
+    return models
+
+
 def checked_row(parts: Sequence[Path], reporter: Reporter, opened: Model | None = None) -> Model:
     """A row's model, once it and its adapters are whole, recorded and made for each other.
 

@@ -19,7 +19,7 @@ from loram_cli.stages.core.plan import StagePlan, find_finished, free_disk, is_d
 from loram_cli.stages.evaluate.results import write_results
 from loram_cli.stages.evaluate.rows import (
     as_chat,
-    checked_row,
+    checked_models,
     eval_inputs,
     score_row,
     warn_of_tokenizers,
@@ -60,11 +60,8 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
     usable_device(spec.device)
     look_up(spec.out, "eval", "", force=True)
     require_tokenizer(spec.model)
-    models: dict[Path, Model] = {}
-    params = {}
-    for label, parts in spec.rows.items():
-        models[parts[0]] = checked_row(parts, reporter, models.get(parts[0]))
-        params[label] = models[parts[0]].num_params
+    models = checked_models(spec.rows, reporter)
+    params = {label: models[parts[0]].num_params for label, parts in spec.rows.items()}
     for name, file in spec.task_data.items():
         _check_readable(f"--task-data {name}", file)
     requests = tuple(_requests(spec, reporter))

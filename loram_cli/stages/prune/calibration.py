@@ -20,9 +20,7 @@ from loram_cli.training.data.sources import data_files
 
 # Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults; fewer than GPTQ's 128 of
 # 2048: twice as many tokens as the widest linear of a 13B model has inputs.
-_DEFAULT_WINDOWS = {
-    "taylor": (10, 128), "sparsegpt": (128, 2048), "gptq": (64, 384),
-}  # fmt: skip
+_DEFAULT_WINDOWS = {"taylor": (10, 128), "sparsegpt": (128, 2048), "gptq": (64, 384)}
 _BY_HESSIAN = ("sparsegpt", "wanda", "obs", "svd", "gptq")
 _OTHER_WINDOWS = (32, 512)
 # A router spreads tokens over all experts: each must have seen some hundred.

@@ -175,10 +175,9 @@ class FullShapes:
             LoramError: It is of a layer that the small model does not have.
         """
         family = self.model.family
-        prefix, rest = family.split_layer(module)
-        if not prefix or self.layers is None:
+        layer, rest = family.layer_of(module)
+        if layer is None or self.layers is None:
             return module
-        layer = int(prefix.removeprefix(f"{family.layers}.").removesuffix("."))
         if layer >= len(self.layers):
             raise LoramError(
                 f"adapter module {module}: the model that it was trained on has "

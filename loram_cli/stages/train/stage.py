@@ -9,7 +9,6 @@ from typing import Any
 import peft  # noqa: F401 - imported here so that its memory is not charged to training
 import transformers
 
-from loram_cli.arch.experts import Experts
 from loram_cli.arch.registry import family_for
 from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets
@@ -328,7 +327,7 @@ def _fit(
             attention=spec.attention,
             nf4=spec.quantize == "nf4",
         )
-        model = _with_factors(skeleton.model, spec, work.targets, work.model.family.experts)
+        model = _with_factors(skeleton.model, spec, work)
         setup = _setup(spec, work.targets, work.model.config, device)
         memory = _streamed_memory(spec, work.model.family, work.model.config, setup)
         offload = spec.offload_activations
@@ -381,7 +380,7 @@ def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> 
             attention=spec.attention,
             nf4=spec.quantize == "nf4",
         )
-        model = _with_factors(shared.model, spec, work.targets, work.model.family.experts)
+        model = _with_factors(shared.model, spec, work)
         shared.load(model, reporter)
         return model
     experts = work.model.family.experts
@@ -389,13 +388,13 @@ def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> 
         model = load_low_bit(
             work.model, dtype=dtype, device=device, attention=spec.attention, reporter=reporter
         )
-        return _with_factors(model, spec, work.targets, experts)
+        return _with_factors(model, spec, work)
     if spec.quantize and experts is not None:
         skeleton = SkeletonModel(
             work.model, dtype=dtype, device=device, attention=spec.attention, nf4=True
         )
         # Factors first: PEFT tells 4-bit linears by the stand-ins.
-        model = _with_factors(skeleton.model, spec, work.targets, experts)
+        model = _with_factors(skeleton.model, spec, work)
         fill_quantized(skeleton, experts)
         return model
     skipped = (work.model.family.lm_head,)
@@ -409,21 +408,19 @@ def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> 
     )
     if spec.quantize:
         prepare_for_training(model)
-    return _with_factors(model, spec, work.targets, work.model.family.experts)
+    return _with_factors(model, spec, work)
 
 
-def _with_factors(
-    model: Any, spec: TrainSpec, targets: tuple[str, ...], experts: Experts | None
-) -> Any:
+def _with_factors(model: Any, spec: TrainSpec, work: TrainWork) -> Any:
     dropout = float(spec.dropout or 0)
     if spec.from_adapter is not None:
         return continue_lora(model, spec.from_adapter, dropout=dropout)
     lora = lora_config(
-        targets,
+        work.targets,
         rank=spec.rank,
         alpha=spec.alpha,
         dropout=dropout,
         rslora=spec.rslora,
-        experts=experts,
+        experts=work.model.family.experts,
     )
     return attach_lora(model, lora, seed=spec.seed)
