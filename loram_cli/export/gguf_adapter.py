@@ -10,11 +10,12 @@ from gguf import GGUFType, GGUFWriter, Keys
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
-from loram_cli.export.gguf_file import GgufFile, refuse_existing, whole_file
+from loram_cli.export.gguf_file import GgufFile
 from loram_cli.export.gguf_names import GgufNames, LayerHeads, gguf_facts
 from loram_cli.export.gguf_types import FLOATS, encode, type_named
 from loram_cli.lora.adapter import LoraAdapter, LoraPair
 from loram_cli.lora.wrapped import read_adapter
+from loram_cli.runs.output_file import refuse_existing, whole_file
 
 
 @dataclass(frozen=True)

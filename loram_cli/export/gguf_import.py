@@ -13,12 +13,13 @@ from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType
 from loram_cli.checkpoint.json_files import read_json
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError, reason_of
-from loram_cli.export.gguf_file import GgufFile, refuse_existing
+from loram_cli.export.gguf_file import GgufFile
 from loram_cli.export.gguf_merge import gguf_names
 from loram_cli.export.gguf_types import is_quantized
 from loram_cli.quiet import no_progress_bars, quiet_gguf, quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_records
+from loram_cli.runs.output_file import refuse_existing
 from loram_cli.runs.staging import followed
 from loram_cli.schema import unknown_name
 

@@ -15,8 +15,6 @@ from loram_cli.export.gguf_file import (
     GgufTensor,
     PlannedTensor,
     padding,
-    refuse_existing,
-    whole_file,
     write_header,
 )
 from loram_cli.export.gguf_names import (
@@ -39,6 +37,7 @@ from loram_cli.lora.adapter import LoraAdapter, LoraPair
 from loram_cli.lora.scatter import add_update
 from loram_cli.reading import read_text
 from loram_cli.reporting import Reporter
+from loram_cli.runs.output_file import refuse_existing, whole_file
 from loram_cli.units import MIB
 
 MODELFILE_SUFFIX = ".Modelfile"

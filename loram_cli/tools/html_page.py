@@ -12,6 +12,7 @@ from loram_cli.evaluation.comparison import score_text
 from loram_cli.evaluation.requests import TaskScore
 from loram_cli.evaluation.results import EvalResult
 from loram_cli.runs.manifest import Manifest
+from loram_cli.runs.output_file import whole_file
 from loram_cli.runs.rundir import OUTPUTS
 from loram_cli.runs.staging import followed
 from loram_cli.stages.core.results import PruneResult, TrainResult, result_of
@@ -34,21 +35,9 @@ def write_page(run: Path, out: Path) -> None:
     page = render_page(run)
     out = followed(out)
     _refuse_other(out)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists() and not out.is_file():
-            out.write_text(page, "utf-8")  # a pipe or a device has no other name
-            return
-        # An earlier page stays until the new one is whole.
-        partial.unlink(missing_ok=True)
-        try:
-            partial.write_text(page, "utf-8")
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise LoramError(f"{out}: cannot be written ({error.strerror})") from error
+    # An earlier page stays until the new one is whole.
+    with whole_file(out, replace=True) as file:
+        file.write(page.encode())
 
 
 def _refuse_other(out: Path) -> None:

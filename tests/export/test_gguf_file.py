@@ -7,8 +7,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from helpers.gguf_files import make_model, write_gguf
 
-from loram_cli.errors import LoramError, UsageError
-from loram_cli.export.gguf_file import GgufFile, whole_file
+from loram_cli.errors import LoramError
+from loram_cli.export.gguf_file import GgufFile
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +74,3 @@ def test_other_versions_are_refused(gguf, tmp_path, version, order):
     (tmp_path / "other.gguf").write_bytes(raw[:4] + struct.pack(f"{order}I", version) + raw[8:])
     with pytest.raises(LoramError, match="unknown GGUF version"):
         GgufFile.open(tmp_path / "other.gguf")
-
-
-def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
-    out = tmp_path / "deep" / "out.gguf"
-    with pytest.raises(RuntimeError), whole_file(out) as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert not any(out.parent.iterdir())
-    with whole_file(out) as file:
-        file.write(b"all")
-        assert not out.exists()
-    assert out.read_bytes() == b"all"
-    with pytest.raises(UsageError, match="exists"), whole_file(out):
-        raise AssertionError("opened")
-    with whole_file(out, replace=True) as file:
-        file.write(b"new")
-    assert [p.name for p in out.parent.iterdir()] == ["out.gguf"]
-    assert out.read_bytes() == b"new"
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    out = tmp_path / "file" / "x.gguf"
-    with pytest.raises(LoramError, match=r"x\.gguf: cannot write"), whole_file(out):
-        raise AssertionError("opened")
