@@ -63,8 +63,12 @@ def test_gain_kept_is_a_share_of_full_loras(monkeypatch):
         ("full", 1.0), ("stru-0.65-distill", 0.75),
     ]  # fmt: skip
     lines = table(rows).splitlines()
-    assert [line.count("|") for line in lines] == [13] * 5
+    assert [line.count("|") for line in lines] == [15] * 5
     assert "| 0.75 |" in lines[-1] and "| 115k |" in lines[-1]
+    # A scaled update counts where there is one.
+    scaled = {**small, "scale": 1.7, "loss_scaled": 0.96, "ppl_scaled": 21.0}
+    last = table(merged({"full@1": full, "small@1": scaled})).splitlines()[-1]
+    assert "| 1.050 | 1.70 | 0.960 | 0.90 | 21.0 |" in last
     # Ten exact steps alone keep a sixth.
     assert lines[-2].endswith("| 0.17 |")
 
@@ -75,6 +79,7 @@ def test_a_row_is_measured_no_further_than_it_has_to_be(monkeypatch):
     from gain.rows import named
 
     monkeypatch.setattr(command, "measure", lambda row, seed, bench: {"loss_recovered": 1.0})
+    monkeypatch.setattr(command, "measure_scaled", lambda row, seed, bench: {"loss_scaled": 1.0})
     monkeypatch.setattr(command, "measure_polished", lambda row, seed, bench, steps: {steps: 1.0})
     (decisive,), (plain,) = named(("lowbit-3",)), named(("stru-0.65-wanda",))
 
@@ -83,6 +88,8 @@ def test_a_row_is_measured_no_further_than_it_has_to_be(monkeypatch):
 
     assert found(plain, {}) == [{"loss_recovered": 1.0}]
     assert found(decisive, {}) == [{"loss_recovered": 1.0}, {2: 1.0}, {10: 1.0}]
+    (scaled,) = named(("stru-0.65-obs",))
+    assert found(scaled, {"loss_recovered": 1.0}) == [{"loss_scaled": 1.0}, {2: 1.0}, {10: 1.0}]
     known = {"loss_recovered": 1.0, "loss_polished_2": 1.2}
     assert found(decisive, known) == [{10: 1.0}]
 

@@ -24,6 +24,7 @@ class Point:
         prune: Settings of ``prune`` that make the small model; empty where the base is trained on.
         align: The method of ``align`` that followed; None without.
         quantize: What the frozen weights were held in while training; None in their own type.
+        fit_scale: Whether the recovered update was scaled (``recover --fit-scale``).
         bytes: The frozen decoder layers as training held them, against bf16.
         kept: Share of full LoRA's gain.
         seeds: That it is the mean of.
@@ -33,6 +34,7 @@ class Point:
     prune: dict[str, Any] = field(default_factory=dict)
     align: str | None = None
     quantize: Literal["nf4"] | None = None
+    fit_scale: bool = False
     bytes: float
     kept: float
     seeds: int = 1

@@ -225,6 +225,22 @@ def with_adapter(model: Any, name: str | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def lora_scaling(model: Any, scale: float) -> Iterator[None]:
+    """Multiply every update of a model's adapters by ``scale``, for the length of the block."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    kept = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update({name: value * scale for name, value in layer.scaling.items()})
+        yield
+    finally:
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling.update(scaling)
+
+
 def put_factors(model: Any, adapter_dir: Path) -> None:
     """Give an adapter that is on a model the factors of another one of the same shapes.
 

@@ -89,9 +89,12 @@ def measure(cell: Cell, options: argparse.Namespace) -> Row:
     if cell.importance is not None:
         recovered = work / "recovered"
         recover.run(
-            recover.RecoverSpec(adapter=adapter, model=options.base, out=recovered, force=True),
+            recover.RecoverSpec(
+                adapter=adapter, model=options.base, out=recovered, force=True,
+                fit_scale=options.fit_scale,
+            ),
             SILENT,
-        )
+        )  # fmt: skip
         adapter = recovered
     return {
         **asdict(cell),
@@ -177,6 +180,7 @@ def main() -> None:
     deciding = ("base", "text", "calibration", "train_data", "eval_data", "eval_examples")
     settings = digest_of(
         {key: str(getattr(options, key)) for key in deciding}
+        | ({"fit_scale": True} if options.fit_scale else {})
         | {"prune": options.prune, "align": options.align, "train": options.train}
     )
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
@@ -221,6 +225,8 @@ def _options() -> argparse.Namespace:
     add("--methods", default="none,reconstruct+pretrain")
     add("--targets", default="attention,experts", help="where the factors are")
     add("--seeds", default="1")
+    add("--align-steps", type=int, default=30, help="of pretrain and distill")
+    add("--fit-scale", action="store_true", help="scale recovered updates to the full model")
     add("--max-new-tokens", type=int, default=110)
     options = parser.parse_args()
     options.ratios = [float(word) for word in options.ratios.split(",")]
@@ -231,8 +237,8 @@ def _options() -> argparse.Namespace:
     options.no_exact = False
     options.prune = {"calibration_samples": 64, "calibration_length": 192}
     # As quality.py: fewer steps than the recipe's, so that the ways are still apart.
-    small = {"batch": 16, "micro_batch": 16, "steps": 30, "eval_steps": 30}
-    section = {**recipe.section("align"), **small}
+    small = {"batch": 16, "micro_batch": 16, "eval_steps": 1000}
+    section = {**recipe.section("align"), **small, "steps": options.align_steps}
     options.align = {k: v for k, v in section.items() if k not in ("data", "method")}
     section = {**recipe.section("train"), **small, "steps": 40, "eval_steps": 20, "dropout": 0.0}
     options.train = {k: v for k, v in section.items() if k not in ("data", "eval_data")}

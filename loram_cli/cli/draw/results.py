@@ -67,6 +67,23 @@ def _trained(result: TrainResult) -> list[str]:
 
 @result_lines.register
 def _recovered(result: RecoverResult) -> list[str]:
+    return [*_scattered(result), *_scaled(result)]
+
+
+def _scaled(result: RecoverResult) -> list[str]:
+    """What scaling the update brought, where it was asked for."""
+    if not result.scale_losses:
+        return []
+    before, after = (result.scale_losses[f"{scale:.4g}"] for scale in (1.0, result.scale))
+    if result.scale == 1:
+        return [f"update left as it is: no other scale lowers the full model's loss ({before:.4f})"]
+    return [
+        f"update scaled by {result.scale:g}: "
+        f"the full model's loss on training examples {before:.4f} -> {after:.4f}"
+    ]
+
+
+def _scattered(result: RecoverResult) -> list[str]:
     if result.unchanged:
         return [
             f"{result.modules} modules verified: they have the base's shapes as they were trained, "

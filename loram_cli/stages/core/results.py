@@ -186,12 +186,16 @@ class RecoverResult:
 
     Attributes:
         unchanged: The factors had the base's shapes before: only experts without factors went.
+        scale: What the update was multiplied by.
+        scale_losses: The full model's loss in nats a token on training examples, by scale.
     """
 
     modules: int
     small_params: int
     full_params: int
     unchanged: bool = False
+    scale: float = 1.0
+    scale_losses: Mapping[str, float] = field(default_factory=dict)
     training: TrainingCost | None = None
 
 

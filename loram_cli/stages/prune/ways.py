@@ -74,6 +74,7 @@ def choose_way(
             f"train on it as it is, '{on_full}', or pass --strategy and --ratio",
         )
     then = f"align --method {point.align}, {train}" if point.align else train
+    then += ", recover --fit-scale" if point.fit_scale else ""
     flags = (f"--{name.replace('_', '-')} {value}" for name, value in point.prune.items())
     why = f"why: it kept {point.kept:.2f} of full LoRA's gain on {base}, the most of what fits"
     if missed is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loram_cli.errors import UsageError
 from loram_cli.schema import Bytes, Spec, setting
-from loram_cli.stages.fit.spec import FORCE_HELP, OUT_HELP
+from loram_cli.stages.fit.spec import DEVICE_HELP, FORCE_HELP, OUT_HELP
 
 MERGE_BYTES_HELP = "Size of a shard of the merged checkpoint at most."
 
@@ -38,6 +38,17 @@ class RecoverSpec(Spec):
         default_text="the adapter itself",
         # The digest of its factors is in the key.
         in_key=False,
+    )
+    fit_scale: bool = setting(
+        False,
+        help="Scale the update to what lowers the full model's loss on training examples most.",
+        in_key="changed",
+    )
+    scale_examples: int = setting(
+        64, help="Training examples for --fit-scale.", at_least=1, in_key="changed"
+    )
+    device: str | None = setting(
+        None, help=f"For --fit-scale: {DEVICE_HELP}", in_key=False, private=True
     )
     merge: bool = setting(
         False, help="Also write the full merged checkpoint.", in_key=False, private=True

@@ -1,5 +1,6 @@
 """Training data read, split and made into tokens, as the objective says."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from loram_cli.training.data.template_names import (
     with_adapter_template,
     with_template,
 )
+from loram_cli.training.data.tokens import TokenRow
 
 
 def training_tokenizer(spec: TrainSpec) -> Any:
@@ -65,6 +67,25 @@ def prepare(spec: TrainSpec, tokenizer: Any, reporter: Reporter) -> Prepared:
         )
     evaluation = list(found[: spec.eval_examples])
     return objective.prepare(spec, examples, evaluation, tokenizer, reporter)
+
+
+def training_rows(
+    spec: TrainSpec, tokenizer: Any, count: int, reporter: Reporter
+) -> list[TokenRow]:
+    """Some of the examples that were trained on, as tokens; none of those that were held out.
+
+    Raises:
+        LoramError: As :func:`prepare`.
+    """
+    objective = spec.chosen_objective
+    examples: Any = objective.load(spec, tokenizer, reporter)(spec.data)
+    held = 0
+    if spec.eval_data is None:
+        held = held_out(spec.eval_examples, len(examples), "--eval-examples", reporter)
+    train, _ = split_eval(examples, held, spec.seed)
+    places = random.Random(spec.seed).sample(range(len(train)), min(count, len(train)))
+    drawn = [train[place] for place in sorted(places)]
+    return list(objective.prepare(spec, [], drawn, tokenizer, reporter).eval_rows)
 
 
 def tried(spec: TrainSpec, reporter: Reporter) -> Prepared | None:

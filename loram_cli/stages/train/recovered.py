@@ -17,18 +17,14 @@ from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.models import opened_model
 from loram_cli.lora.adapter import LoraAdapter
-from loram_cli.modeling.chunked_loss import chunked_loss
 from loram_cli.reporting import NullReporter, Reporter
+from loram_cli.stages.core.full_shapes import FullShapes, recover_adapter
 from loram_cli.stages.core.lineage import differences, model_record
 from loram_cli.stages.core.steps import STEPS_NAME
-from loram_cli.stages.recover.stage import FullShapes, recover_adapter
 from loram_cli.training.adapters import put_factors
-from loram_cli.training.data.tokens import IGNORED_LABEL, PadCollator, TokenRow
-from loram_cli.training.loop.job import pad_token_id
+from loram_cli.training.data.tokens import TokenRow
+from loram_cli.training.loop.mean_loss import mean_loss
 from loram_cli.training.loop.options import LossRow
-
-# Where layers are read as they run, each batch reads all of them.
-_ROWS_AT_A_TIME = 32
 
 
 def open_base(base: Mapping[str, Any]) -> Model:
@@ -92,28 +88,11 @@ def recovered_losses(
             reporter.progress("score", len(steps) + 1, "checkpoint") as progress,
         ):
             with model.disable_adapter():
-                found.append(LossRow(0, "recovered", _mean_loss(model, rows)))
+                found.append(LossRow(0, "recovered", mean_loss(model, rows)))
             progress.advance()
             for step in steps:
                 put_factors(model, full / str(step))
-                found.append(LossRow(step, "recovered", _mean_loss(model, rows)))
+                found.append(LossRow(step, "recovered", mean_loss(model, rows)))
                 progress.advance()
                 progress.detail(f"step {step}: loss {found[-1].loss:.3f}")
     return tuple(found)
-
-
-@torch.no_grad()
-def _mean_loss(model: Any, rows: Sequence[TokenRow]) -> float:
-    """Mean over all tokens that carry loss, in nats."""
-    device = next(model.parameters()).device
-    collate = PadCollator(pad_token_id(model))
-    order = sorted(rows, key=lambda row: len(row.input_ids))
-    total, count = 0.0, 0
-    with chunked_loss(model):
-        for begin in range(0, len(order), _ROWS_AT_A_TIME):
-            batch = collate(order[begin : begin + _ROWS_AT_A_TIME])
-            tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            total += float(model(**batch, use_cache=False).loss) * tokens
-            count += tokens
-    return total / count

@@ -21,7 +21,7 @@ from typing import Any
 from gain.frontier import write_frontier
 from gain.report import write_report
 from gain.rows import FULL, ROWS, Row, named
-from gain.work import Bench, measure, measure_polished
+from gain.work import Bench, measure, measure_polished, measure_scaled
 from loram_cli.schema import digest_of, plain
 
 Figures = dict[str, Any]
@@ -76,6 +76,8 @@ def _measured(
     """What of a row is not known yet, one training after the other."""
     if "loss_recovered" not in known:
         yield measure(row, seed, bench)
+    if row.scaled and "loss_scaled" not in known:
+        yield measure_scaled(row, seed, bench)
     for steps in polish if row.polish else ():
         if f"loss_polished_{steps}" not in known:
             yield measure_polished(row, seed, bench, steps)
@@ -90,7 +92,15 @@ def _todo(rows: tuple[Row, ...], seeds: int) -> list[tuple[Row, int]]:
 
 
 def _told(figures: Figures) -> str:
-    names = ("bytes", "loss_before", "loss_small", "loss_recovered", "align_seconds")
+    names = (
+        "bytes",
+        "loss_before",
+        "loss_small",
+        "loss_recovered",
+        "scale",
+        "loss_scaled",
+        "align_seconds",
+    )
     told = (*names, *(name for name in figures if name.startswith("loss_polished_")))
     return ", ".join(f"{name} {figures[name]}" for name in told if figures.get(name) is not None)
 

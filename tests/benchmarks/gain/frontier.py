@@ -36,6 +36,7 @@ def write_frontier(done: Mapping[str, Figures], base: str, file: Path) -> None:
                 "prune": _settings(row.prune or ()),
                 "align": align[align.index("--method") + 1] if align else None,
                 "quantize": train[train.index("--quantize") + 1] if "--quantize" in train else None,
+                "fit_scale": "loss_scaled" in entry,
                 "bytes": round(entry["bytes"], 4),
                 "kept": round(entry["kept"], 5),
                 "seeds": entry["seeds"],

@@ -13,7 +13,7 @@ Figures = Mapping[str, Any]
 _DOCS_MARKS = ("<!-- bench-gain -->", "<!-- /bench-gain -->")
 _HEADER = (
     "small model", "bytes", "peak", "align", "train", "align tokens", "before", "small",
-    "recovered", "kept", "text ppl",
+    "recovered", "scale", "scaled", "kept", "text ppl",
 )  # fmt: skip
 
 
@@ -54,7 +54,9 @@ def merged(done: Mapping[str, Figures]) -> list[dict[str, Any]]:
         names = {name for f in seeds for name in f if isinstance(f[name], int | float)}
         entry: dict[str, Any] = {n: mean(f[n] for f in seeds if n in f) for n in names}
         entry |= {"name": row.name, "label": row.label, "seeds": len(seeds)}
-        shares = [_kept(f, ends[f["seed"]], f["loss_recovered"]) for f in seeds]
+        # As a user would have it: with the update scaled, where the row says so.
+        best = "loss_scaled" if all("loss_scaled" in f for f in seeds) else "loss_recovered"
+        shares = [_kept(f, ends[f["seed"]], f[best]) for f in seeds]
         entry["kept"], entry["spread"] = mean(shares), max(shares) - min(shares)
         for name in names:
             if name.startswith("loss_polished_"):
@@ -107,8 +109,10 @@ def _cells(row: Figures, counts: list[int]) -> list[str]:
         f"{row['loss_before']:.3f}",
         "" if full else f"{row['loss_small']:.3f}",
         f"{row['loss_recovered']:.3f}",
+        f"{row['scale']:.2f}" if "scale" in row else "",
+        f"{row['loss_scaled']:.3f}" if "loss_scaled" in row else "",
         kept,
-        f"{row['ppl_recovered']:.1f}",
+        f"{row.get('ppl_scaled', row['ppl_recovered']):.1f}",
         *(f"{row[f'kept_{n}']:.2f}" if f"kept_{n}" in row else "" for n in counts),
     ]
 

@@ -19,7 +19,8 @@ class Row:
         then: What is done to that small model before training: a command (``prune`` rounds it,
             ``align`` fits it again) and its flags, each on what the one before it made.
         train: Further flags of ``loram train``.
-        polish: Whether exact steps on the full model follow recovery.
+        scaled: Whether the recovered update is scaled (``recover --fit-scale``) as well.
+        polish: Whether exact steps on the full model follow recovery, scaled where it is.
         quick: Whether ``--quick`` runs it.
         decides: Whether it runs with every seed; other rows run with the first.
     """
@@ -30,6 +31,7 @@ class Row:
     align: Flags | None = None
     then: tuple[tuple[str, Flags], ...] = ()
     train: Flags = ()
+    scaled: bool = False
     polish: bool = False
     quick: bool = False
     decides: bool = False
@@ -122,6 +124,7 @@ _OTHERS = (
         label="stru 0.65 by obs, reconstruct, 32k tokens, half of them training data",
         prune=_stru(0.65),
         align=_MIXED_32K,
+        scaled=True,
         polish=True,
         quick=True,
         decides=True,
@@ -131,6 +134,7 @@ _OTHERS = (
         label="stru 0.65 by obs, reconstruct, 131k tokens of training data",
         prune=_stru(0.65),
         align=_TRAIN_131K,
+        scaled=True,
         polish=True,
         decides=True,
     ),
@@ -184,6 +188,7 @@ _ROUNDED = tuple(
         label=f"{bits} bits, {said}",
         prune=_low_bit(bits),
         align=align,
+        scaled=bits == 2,
         polish=True,
         quick=bits == 3 and align is None,
         decides=True,
@@ -204,6 +209,7 @@ _NARROW_ROUNDED = tuple(
         prune=_stru(ratio),
         align=_MIXED_32K,
         then=(("prune", _low_bit(bits)), ("align", _BLOCKS)),
+        scaled=True,
         polish=True,
         decides=bits == 2,
     )

@@ -17,6 +17,7 @@ Figures = dict[str, Any]
 
 # Exact steps on the full model: fewer, and at a lower rate than the training before them.
 _POLISH_RATE = "2e-4"
+_SCALED = ("--fit-scale",)
 _TEXT_WINDOWS = 16
 _SCORED_AT_ONCE = 16
 
@@ -94,7 +95,16 @@ def measure(row: Row, seed: int, bench: Bench) -> Figures:
     if row.name == FULL:
         figures |= _scores(bench, "base", ())
         return figures | _scores(bench, "recovered", (trained.path,))
-    return figures | _scores(bench, "recovered", (_recovered(trained, bench),))
+    return figures | _scores(bench, "recovered", (_recovered(trained, bench).path,))
+
+
+def measure_scaled(row: Row, seed: int, bench: Bench) -> Figures:
+    """A row's recovery once more, with its update scaled to the full model."""
+    small, _ = _small_model(row, seed, bench)
+    train = ("--in", str(small), *_training(bench, seed), *row.train)
+    done = _recovered(_made("train", train, bench), bench, _SCALED)
+    scale = {"scale": done.manifest.results["scale"], "scale_seconds": done.seconds}
+    return scale | _scores(bench, "scaled", (done.path,))
 
 
 def measure_polished(row: Row, seed: int, bench: Bench, steps: int) -> Figures:
@@ -103,7 +113,8 @@ def measure_polished(row: Row, seed: int, bench: Bench, steps: int) -> Figures:
     if row.name != FULL:
         small, _ = _small_model(row, seed, bench)
         train = ("--in", str(small), *_training(bench, seed), *row.train)
-        start = _recovered(_made("train", train, bench), bench)
+        flags = _SCALED if row.scaled else ()
+        start = _recovered(_made("train", train, bench), bench, flags).path
     polished = _made("train", _polish(bench, seed, steps, start), bench)
     return _scores(bench, f"polished_{steps}", (polished.path,))
 
@@ -133,8 +144,9 @@ def _stage_flags(stage: str, small: Path, flags: Flags, seed: int, bench: Bench)
     return (*begun, *flags, "--seed", str(seed), "--block-length", str(bench.block_length))
 
 
-def _recovered(trained: _Done, bench: Bench) -> Path:
-    return _made("recover", ("--in", str(trained.path), "--model", str(bench.model)), bench).path
+def _recovered(trained: _Done, bench: Bench, flags: Flags = ()) -> _Done:
+    places = ("--in", str(trained.path), "--model", str(bench.model))
+    return _made("recover", (*places, *flags), bench)
 
 
 def _training(bench: Bench, seed: int) -> Flags:
