@@ -25,12 +25,15 @@ from quality import SILENT, parse_methods, score
 from loram_cli.config.recipe import demo_recipe
 from loram_cli.schema import digest_of
 from loram_cli.stages.align import stage as align
+from loram_cli.stages.core.lifecycle import StageResult
 from loram_cli.stages.prune import stage as prune
 from loram_cli.stages.recover import stage as recover
 from loram_cli.stages.train import stage as train
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SCORES = ("loss", "exact")
+# As recovered, and with --fit-scale.
+HOW = ("", "scaled_")
 Row = dict[str, Any]
 TARGETS = {"attention": (*ATTENTION, "lm_head"), "experts": (*ATTENTION, "lm_head", "experts")}
 
@@ -86,22 +89,25 @@ def measure(cell: Cell, options: argparse.Namespace) -> Row:
         targets=TARGETS[cell.targets], **options.train,
     )  # fmt: skip
     trained = train.run(spec, SILENT).manifest
-    if cell.importance is not None:
-        recovered = work / "recovered"
-        recover.run(
-            recover.RecoverSpec(
-                adapter=adapter, model=options.base, out=recovered, force=True,
-                fit_scale=options.fit_scale,
-            ),
-            SILENT,
-        )  # fmt: skip
-        adapter = recovered
-    return {
-        **asdict(cell),
-        "trained_on_params": trained.results["trained_on_params"],
-        **score(options, options.base, adapter),
-        "seconds": round(time.monotonic() - begun, 1),
-    }
+    figures = {**asdict(cell), "trained_on_params": trained.results["trained_on_params"]}
+    if cell.importance is None:
+        figures |= score(options, options.base, adapter)
+    else:
+        figures |= score(options, options.base, recovered(adapter, False, options).wrote)
+        scaled = recovered(adapter, True, options)
+        figures["scale"] = scaled.manifest.results["scale"]
+        again = score(options, options.base, scaled.wrote)
+        figures |= {f"scaled_{what}": value for what, value in again.items()}
+    return figures | {"seconds": round(time.monotonic() - begun, 1)}
+
+
+def recovered(adapter: Path, fit_scale: bool, options: argparse.Namespace) -> StageResult:
+    """An adapter at the base's shapes, as it is or scaled."""
+    out = options.out / "work" / "recovered"
+    spec = recover.RecoverSpec(
+        adapter=adapter, model=options.base, out=out, force=True, fit_scale=fit_scale
+    )
+    return recover.run(spec, SILENT)
 
 
 def small_model(cell: Cell, options: argparse.Namespace) -> Path:
@@ -128,7 +134,10 @@ def small_model(cell: Cell, options: argparse.Namespace) -> Path:
 
 
 def report(rows: list[Row], options: argparse.Namespace) -> str:
-    """The tables, by where the factors are: a row an importance and alignment, a column a ratio."""
+    """The tables, by where the factors are: a row an importance and alignment, a column a ratio.
+
+    A cell is the share kept of the gain in loss and in exact match, as recovered and scaled.
+    """
     return "\n\n".join(_table(rows, targets, options) for targets in options.targets)
 
 
@@ -140,7 +149,11 @@ def _table(rows: list[Row], targets: str, options: argparse.Namespace) -> str:
     for row in mine:
         if row["importance"] is not None and row["seed"] in full:
             best = full[row["seed"]]
-            shares = {what: _share(row[what], base[what], best[what]) for what in SCORES}
+            shares = {
+                f"{how}{what}": _share(row[f"{how}{what}"], base[what], best[what])
+                for how in HOW
+                for what in SCORES
+            }
             kept[row["importance"], tuple(row["method"]), row["ratio"]].append(shares)
     ratios = sorted(options.ratios)
     lines = [
@@ -150,13 +163,19 @@ def _table(rows: list[Row], targets: str, options: argparse.Namespace) -> str:
             for name, ends in (("base", {0: base}), ("full LoRA", full)) if ends
         ),
         "",
-        "| experts by | aligned by | " + " | ".join(f"{r:g} dropped" for r in ratios) + " |",
-        "| --- | --- |" + " --: |" * len(ratios),
+        "| experts by | aligned by | "
+        + " | ".join(f"{r:g} dropped | scaled" for r in ratios)
+        + " |",
+        "| --- | --- |" + " --: | --: |" * len(ratios),
     ]  # fmt: skip
     for importance in options.importances:
         for method in options.methods:
             found = [kept.get((importance, method, ratio), []) for ratio in ratios]
-            cells = [" / ".join(_mean(shares, what) for what in SCORES) for shares in found]
+            cells = [
+                " / ".join(_mean(shares, f"{how}{what}") for what in SCORES)
+                for shares in found
+                for how in HOW
+            ]
             aligned = ", then ".join(method) or "nothing"
             lines.append(f"| {importance} | {aligned} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -180,7 +199,6 @@ def main() -> None:
     deciding = ("base", "text", "calibration", "train_data", "eval_data", "eval_examples")
     settings = digest_of(
         {key: str(getattr(options, key)) for key in deciding}
-        | ({"fit_scale": True} if options.fit_scale else {})
         | {"prune": options.prune, "align": options.align, "train": options.train}
     )
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
@@ -222,11 +240,10 @@ def _options() -> argparse.Namespace:
     add("--out", type=Path, default=Path("bench-experts"), help="results and work; resumable")
     add("--ratios", default="0.5,0.25,0.75", help="shares of the experts, in this order")
     add("--importances", default="reap,frequency,taylor,rand")
-    add("--methods", default="none,reconstruct+pretrain")
+    add("--methods", default="none,reconstruct")
     add("--targets", default="attention,experts", help="where the factors are")
     add("--seeds", default="1")
-    add("--align-steps", type=int, default=30, help="of pretrain and distill")
-    add("--fit-scale", action="store_true", help="scale recovered updates to the full model")
+    add("--align-steps", type=int, default=30, help="of pretrain and distill, where chosen")
     add("--max-new-tokens", type=int, default=110)
     options = parser.parse_args()
     options.ratios = [float(word) for word in options.ratios.split(",")]

@@ -7,7 +7,7 @@ from typing import Literal
 from loram_cli.memory.setup import Packing
 from loram_cli.schema import redefined, setting
 from loram_cli.stages.fit.spec import RANK_HELP, FitSpec, Quantization
-from loram_cli.training.choices import Keep
+from loram_cli.training.choices import Keep, Precision
 
 # Where neither epochs nor steps are given.
 EPOCHS = 3.0
@@ -76,6 +76,11 @@ class TrainSettings(FitSpec):
         help="Examples per step; of grpo completions, by default eight questions of --generations.",
     )
     micro_batch: int = redefined(FitSpec, "micro_batch", 4, help="Examples per forward pass.")
+    precision: Precision = redefined(
+        FitSpec,
+        "precision",
+        help="auto (bf16 on a GPU that has it, and on AMX from 50M parameters), fp32 or bf16.",
+    )
     packing: Packing = setting(
         "auto",
         help="auto (examples of like length share a pass, and rows where more than 5% would be "

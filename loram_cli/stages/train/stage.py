@@ -114,6 +114,8 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     targets = lora_targets(
         model.family, tied_embeddings=model.tied_embeddings, targets=wanted or None
     )
+    told = spec
+    spec = _in_precision(spec, model, device)
     inputs: dict[str, Mapping[str, Any]] = {"source": source.record}
     if spec.from_adapter is not None:
         values = {"rank": spec.rank, "alpha": spec.alpha, "rslora": spec.rslora}
@@ -132,7 +134,7 @@ def plan(spec: TrainSpec, reporter: Reporter, *, count: bool = False) -> StagePl
         _check_scoring(source)
     return make_plan(
         "train",
-        spec,
+        told,
         inputs,
         TrainWork(model, targets),
         # The adapter, up to three checkpoints of it with the optimizer's moments, and what is kept
@@ -192,6 +194,8 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
         if stage.finished is not None:
             return stage.finished
         work = planned.work
+        # What the manifest records is what was asked for.
+        spec = _in_precision(spec, work.model, device)
         _tell_start(spec, work, reporter)
         tokenizer = training_tokenizer(spec)
         prepared = prepare(spec, tokenizer, reporter)
@@ -203,6 +207,12 @@ def run(spec: TrainSpec, reporter: Reporter) -> StageResult:
             save_template(tokenizer, stage.path)
             _name_for_wrapper(work.model, stage.path)
         return stage.commit(result)
+
+
+def _in_precision(spec: TrainSpec, model: Model, device: str) -> TrainSpec:
+    """The spec with the precision that ``auto`` means for a model on a device."""
+    params = count_params(model.family, model.config).total
+    return replace(spec, precision=resolve_precision(spec.precision, device, params))
 
 
 def _total_bytes(spec: TrainSpec, model: Model, setup: TrainingSetup) -> int:

@@ -24,6 +24,9 @@ FIGURES = {
 }
 
 
+# Of a CPU, as torch names it; and parameters from which these decide how long a step takes.
+_MATRIX_UNITS = "amx_bf16"
+_LARGE_PARAMS = 50_000_000
 _ONE_REWARD = re.compile(r"rewards/(?P<name>\w+)/mean")
 
 
@@ -43,7 +46,7 @@ class FitOptions:
         packing: Whether examples share rows, see :mod:`loram_cli.training.data.packing`.
         optimizer: ``adamw``, or ``paged_adamw_8bit`` of bitsandbytes, which keeps a quarter of
             the optimizer state.
-        precision: Of the computation; ``auto`` is bf16 on a GPU that has it, else fp32.
+        precision: Of the computation; see :func:`resolve_precision`.
         gradient_checkpointing: Recompute activations instead of keeping them.
         cross_entropy: ``chunked`` never holds all logits, ``full`` is transformers' own loss.
         checkpoint_steps: Write a checkpoint every so many steps.
@@ -225,16 +228,25 @@ def evaluations_since_best(history: Iterable[LossRow]) -> int:
     return sum(row.split == "eval" and best is not None and row.step > best for row in rows)
 
 
-def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf16"]:
+def resolve_precision(
+    precision: Precision, device: str, params: int = 0
+) -> Literal["fp32", "bf16"]:
     """What ``auto`` means on a device.
 
-    On a CPU it is fp32: bf16 there is slower unless the CPU has matrix units for it.
+    On a CPU it is fp32, but for a large model where the CPU has matrix units for bf16: without
+    them bf16 is slower, and a small model's step has little to multiply.
+
+    Args:
+        precision: As asked for.
+        device: To compute on.
+        params: Of the model.
     """
     if precision != "auto":
         return precision
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "fp32"
+    large = params >= _LARGE_PARAMS
+    return "bf16" if large and torch.cpu.get_capabilities().get(_MATRIX_UNITS, False) else "fp32"
 
 
 def weights_dtype(precision: Precision, device: str) -> torch.dtype:

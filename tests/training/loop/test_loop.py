@@ -350,8 +350,13 @@ def test_sequences_beyond_the_positions_and_long_warmup_are_told(
     assert any("warm-up cut from 100 to 0" in line for line in reporter.warnings)
 
 
-def test_precision():
+@pytest.mark.parametrize(("has_units", "large"), [(True, "bf16"), (False, "fp32")])
+def test_precision(monkeypatch, has_units, large):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_units})
     assert resolve_precision("auto", "cpu") == "fp32"
+    assert resolve_precision("auto", "cpu", 2_000_000) == "fp32"
+    assert resolve_precision("auto", "cpu", 135_000_000) == large
+    assert resolve_precision("fp32", "cpu", 135_000_000) == "fp32"
     assert resolve_precision("bf16", "cpu") == "bf16"
     assert weights_dtype("bf16", "cpu") == torch.bfloat16
     assert weights_dtype("fp32", "cuda") == torch.float32
