@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from loram_cli.training.data.tokens import TokenRow
 
 _STEP = 1.5
-# Of the search: an update that is best at a tenth or at ten times its size is not scaled but wrong.
+# Of the search, and its inverse the smallest.
 _LARGEST = 8.0
+# An update that is best smaller than this mostly made up for what the small model lacked.
+_SUSPICIOUS = 0.6
 # Passes over the examples that the search takes at most, for the progress line.
 _MOST_PASSES = 9
 
@@ -103,7 +105,14 @@ def fit_scale(
             progress.detail(f"scale {scale:g}: loss {loss:.3f}")
             return loss
 
-        return best_scale(loss_at)
+        scale, losses = best_scale(loss_at)
+    if scale < _SUSPICIOUS:
+        reporter.warn(
+            f"the update is best at {scale:.2g} of its size: it learnt what the small model lacked "
+            "more than what the data holds. Align the small model (loram align --method "
+            "reconstruct), and train again"
+        )
+    return scale, losses
 
 
 def best_scale(loss_at: Callable[[float], float]) -> tuple[float, dict[float, float]]:

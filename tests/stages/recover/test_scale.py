@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.recovery_chain import SILENT
+from helpers.reporters import WarningRecorder
 from safetensors.torch import load_file
 
 from loram_cli.errors import LoramError, UsageError
@@ -89,6 +90,27 @@ def test_the_update_is_scaled_to_what_lowers_the_loss_most(base: Path, trained: 
     assert held.isdisjoint(tuple(row.input_ids) for row in rows)
     stock = load_adapter(load_causal_lm(base), tmp_path / "out")
     assert mean_loss(stock, rows) == pytest.approx(losses[f"{result.scale:.4g}"], abs=2e-4)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("best", "told"), [(0.3, True), (0.9, False), (2.0, False)])
+def test_an_update_that_is_far_too_large_is_told(base, trained, tmp_path, monkeypatch, best, told):
+    from loram_cli.training.loop import mean_loss
+
+    recorder = WarningRecorder()
+    # By the factors that stock PEFT computes with.
+    losses = lambda model, rows: abs(math.log(scaling(model) / 2 / best))  # noqa: E731
+    monkeypatch.setattr(mean_loss, "mean_loss", losses)
+    spec = recover.RecoverSpec(
+        adapter=trained / "adapter", model=base, out=tmp_path / "out", fit_scale=True
+    )
+    assert recover.run(spec, recorder).result.scale == pytest.approx(best, rel=0.2)
+    assert any("of its size" in line for line in recorder.warnings) == told
+
+
+def scaling(model) -> float:
+    layer = next(m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict))
+    return layer.scaling["default"]
 
 
 @pytest.mark.integration
