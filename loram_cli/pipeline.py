@@ -23,6 +23,7 @@ from loram_cli.stages.recover import merge
 from loram_cli.stages.recover import stage as recover
 from loram_cli.stages.train import stage as train
 from loram_cli.stages.train.spec import TrainSpec
+from loram_cli.training.data.sources import data_files
 
 # A module for each stage: its ``plan`` and its ``run``.
 STAGES: dict[str, Any] = {
@@ -49,6 +50,7 @@ def run(
     Raises:
         LoramError: A stage failed; what was done before it stays done.
     """
+    _check_ahead(recipe, Place(directory, directory.settle_model(recipe.model, remember=False)))
     place = Place(directory, directory.settle_model(recipe.model))
     results: list[StageResult] = []
     before: Path | None = None
@@ -78,7 +80,24 @@ def plan(recipe: Recipe, directory: RunDirectory, reporter: Reporter) -> list[St
     place = Place(directory, directory.settle_model(recipe.model, remember=False))
     if recipe.preset is None:
         model_dir(place.model)
+        _check_ahead(recipe, place)
     return list(_plans(recipe, place, reporter))
+
+
+def _check_ahead(recipe: Recipe, place: Place) -> None:
+    """Refuse at the start what a later stage would refuse after hours.
+
+    Raises:
+        LoramError: Data of a stage is not there.
+        UsageError: A task is unknown, or its settings do not go together.
+    """
+    for stage in recipe.stages:
+        values = recipe.filled(stage)
+        for name in ("data", "eval_data", "calibration"):
+            if values.get(name):
+                data_files(values[name])
+    if recipe.eval is not None:
+        evaluate.check_tasks(_spec(recipe, "eval", place, None))
 
 
 def _kind(recipe: Recipe, stage: str) -> str:

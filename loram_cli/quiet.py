@@ -106,6 +106,29 @@ def quiet_gguf() -> Iterator[None]:
 
 
 @contextmanager
+def quiet_panics() -> Iterator[None]:
+    """Silence what a library in Rust writes of a panic, past Python's own standard error.
+
+    Nothing is checked by it: the panic is an exception as well. To be used where nothing else
+    writes.
+    """
+    sys.stderr.flush()
+    try:
+        before = os.dup(2)
+    except OSError:
+        yield
+        return
+    try:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 2)
+        os.close(nothing)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+@contextmanager
 def quiet_lm_eval() -> Iterator[None]:
     """Silence log lines, prints, bars and warnings of lm-eval while the block runs.
 

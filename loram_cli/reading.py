@@ -54,7 +54,7 @@ def read_yaml(file: Path) -> Any:
 
     Raises:
         UsageError: See :func:`read_text`; also no YAML, nested too deep, or aliases that expand
-            past 1 MiB.
+            past 1 MiB, or a key that stands twice in a mapping.
     """
     import yaml  # takes longer than the rest of a --help
 
@@ -67,6 +67,7 @@ def read_yaml(file: Path) -> Any:
                 return None
             if _expanded_bytes(node, {}) > _EXPANDED_BYTES:
                 raise UsageError(f"{file}: its aliases expand past {_EXPANDED_BYTES >> 20} MiB")
+            _refuse_repeated_keys(node, file, set())
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -116,6 +117,23 @@ def read_scalar(text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         return text
+
+
+def _refuse_repeated_keys(node: "yaml.Node", file: Path, seen: set[int]) -> None:
+    """Refuse a key that stands twice in a mapping: YAML readers keep the last without a word."""
+    if id(node) in seen or isinstance(node.value, str):
+        return
+    seen.add(id(node))
+    keys: set[str] = set()
+    for part in node.value:
+        items = part if isinstance(part, tuple) else (part,)
+        if len(items) == 2 and isinstance(key := items[0].value, str):
+            if key in keys:
+                line = items[0].start_mark.line + 1
+                raise UsageError(f"{file}, line {line}: '{key}' stands twice", "keep one of them")
+            keys.add(key)
+        for item in items:
+            _refuse_repeated_keys(item, file, seen)
 
 
 def _expanded_bytes(node: "yaml.Node", known: dict[int, int]) -> int:

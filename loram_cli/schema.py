@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from loram_cli.errors import UsageError
-from loram_cli.reading import read_scalar
+from loram_cli.reading import home_expanded, read_scalar
 from loram_cli.units import GIB, MIB, parse_bytes, parse_params
 
 T = TypeVar("T")
@@ -392,7 +392,9 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
             except UsageError as error:
                 raise UsageError(f"{where}: {error.message}", error.hint) from error
     if hint is Path and isinstance(value, str | Path) and "\0" not in str(value):
-        return Path(value)
+        if value == "":
+            raise UsageError(f"{where}: expected a path, and it is empty")
+        return home_expanded(str(value))
     # YAML 1.1 reads 1e-5 as text, since it lacks the dot that its float syntax demands.
     if hint is float and (is_whole or isinstance(value, float | str)):
         try:

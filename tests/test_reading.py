@@ -25,6 +25,8 @@ BOMB = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
         ("a: [1,\nb: }\n", "line 2: not valid YAML"),
         ("a: " + "9" * 5000, "not valid YAML"),
         ("a: 2020-99-99", "not valid YAML"),
+        ("a: {b: 1}\nc: [{d: 1,\n d: 2}]\n", "line 3: 'd' stands twice"),
+        ("a: 1\na: 1\n", "line 2: 'a' stands twice"),
         ("a: b\n" * 300_000, "larger than 1 MiB"),
         ("", None),
     ],

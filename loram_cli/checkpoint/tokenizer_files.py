@@ -1,18 +1,24 @@
 """What a directory's tokenizer files say, without loading a tokenizer."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from loram_cli.checkpoint.json_files import read_json
 from loram_cli.errors import LoramError
 
+SPECIAL_KEYS = (
+    "bos_token", "cls_token", "eos_token", "mask_token", "pad_token", "sep_token", "unk_token",
+)  # fmt: skip
+
 
 def check_tokenizer(directory: Path, vocab_size: int) -> None:
     """Refuse a tokenizer that knows tokens beyond the embedding: their text could not be embedded.
 
     Placeholders of images and the like are left out of account: text-only models lack them, and
-    no text turns into them.
+    no text turns into them. A special token that no vocabulary has gets the next id in
+    transformers.
 
     Args:
         directory: Holds the files; one without a tokenizer passes.
@@ -22,13 +28,41 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
         LoramError: There is such a token, or a file that is no tokenizer's.
     """
     highest, token, file = max(_tokens(directory), default=(-1, "", directory))
-    if highest >= vocab_size:
+    more = _new_specials(directory) if 0 <= highest < vocab_size else []
+    last = highest + len(more)
+    if last >= vocab_size:
+        if more:
+            highest, (file, token) = vocab_size, more[vocab_size - highest - 1]
         raise LoramError(
             f"{file}: token {highest} ({token[:40]!r}) is beyond the model's embedding of "
             f"{vocab_size} tokens",
             f"use the model's own tokenizer files, or resize the embedding and save the model: "
-            f"model.resize_token_embeddings({highest + 1})",
+            f"model.resize_token_embeddings({last + 1})",
         )
+
+
+@contextmanager
+def encoding(tokenizer: Any) -> Iterator[None]:
+    """Blame the tokenizer for a text that it cannot encode: one without an unknown token, say.
+
+    Args:
+        tokenizer: Loaded; knows its directory.
+
+    Raises:
+        LoramError: It failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # Of tokenizers' own, which are of no class of their own, and panics of Rust.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        where = getattr(tokenizer, "name_or_path", None) or "the tokenizer"
+        reason = " ".join(str(error).split())[:160]
+        raise LoramError(
+            f"{where}: its tokenizer cannot encode a text ({reason})",
+            "check its tokenizer.json and special tokens against those of the model's origin",
+        ) from error
 
 
 def _tokens(directory: Path) -> Iterator[tuple[int, str, Path]]:
@@ -75,6 +109,44 @@ def _of_tokenizer(data: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
         yield from ((str(entry[0]), i) for i, entry in enumerate(vocabulary))
     for token in data.get("added_tokens") or ():
         yield token["content"], token["id"]
+    yield from _set_around(data.get("post_processor") or {})
+
+
+def _set_around(processor: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Tokens that a post-processor sets before and behind every text, by ids of its own."""
+    for part in processor.get("processors") or ():
+        yield from _set_around(part)
+    for name, told in (processor.get("special_tokens") or {}).items():
+        yield from ((name, i) for i in told["ids"])
+    for key in ("cls", "sep"):
+        if processor.get(key) is not None:
+            yield tuple(processor[key])
+
+
+def _new_specials(directory: Path) -> list[tuple[Path, str]]:
+    """Special tokens that no vocabulary has, each with the file that names it."""
+    if not (directory / "tokenizer.json").is_file():
+        return []  # nothing here reads the other kinds whole
+    config = _read(directory / "tokenizer_config.json")
+    known = {str(token) for _, found in _vocabularies(directory, config) for token, _ in found}
+    known.update(_placeholders(config))
+    named = dict.fromkeys(_specials(config), directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        # The older file, which counts without the newer key only.
+        older = directory / "special_tokens_map.json"
+        named.update(dict.fromkeys(_specials(_read(older)), older))
+    return [(file, token) for token, file in named.items() if token not in known]
+
+
+def _specials(data: Mapping[str, Any]) -> Iterator[str]:
+    values = [value for key, value in data.items() if key in SPECIAL_KEYS]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = data.get(key)
+        values += more.values() if isinstance(more, Mapping) else more or ()
+    for value in values:
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(text, str) and text:
+            yield text
 
 
 def _placeholders(config: Mapping[str, Any]) -> Iterator[str]:

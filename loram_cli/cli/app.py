@@ -35,6 +35,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _ON_SEVERAL_PROCESSES = ("train", "align")
+# Characters of an error that are shown of one line; lists of known names are shorter.
+_LINE = 1200
 # Enough for the pauses between the operations of a small model.
 _SPINS = "1000"
 
@@ -207,7 +209,13 @@ def _check_surroundings(arguments: list[str] | None) -> None:
         )
 
 
+def _shortened(line: str) -> str:
+    """A line without the middle of what somebody has passed by the page."""
+    return line if len(line) <= _LINE else f"{line[: _LINE // 2]} ... {line[-_LINE // 4 :]}"
+
+
 def _fail(text: str, code: int) -> int:
+    text = "\n".join(map(_shortened, text.split("\n")))
     if may_speak(code):
         typer.echo(f"error: {text}", err=True)
         leave_word(text)

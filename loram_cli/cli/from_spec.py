@@ -144,8 +144,15 @@ def _parameter(field: "Field[Any]", told: Setting, hint: Any) -> inspect.Paramet
             name = f"{name}/--no-{name.removeprefix('--')}"
         completion = _completion(told, hint)
         info = typer.Option(
-            name, help=text, envvar=told.env, autocompletion=completion, rich_help_panel=panel
+            name,
+            help=text,
+            envvar=told.env,
+            autocompletion=completion,
+            rich_help_panel=panel,
+            metavar="PATH" if kind is Path else None,
         )
+        if kind is Path:
+            kind = str  # an empty path would come as the current folder
         default = False if told.switch else None
     annotation = kind if told.switch or default is inspect.Parameter.empty else kind | None
     return inspect.Parameter(

@@ -127,7 +127,8 @@ def settle(options: RunOptions, reporter: Reporter, *, at_hand: Path | None = No
     if elsewhere.sources:
         reporter.note(f"settings from {', '.join(elsewhere.sources)}")
     directory = RunDirectory(options.run or elsewhere.run or DEFAULT_RUN)
-    asked = getattr(options, "model", None) or elsewhere.model
+    asked = getattr(options, "model", None)
+    asked = elsewhere.model if asked is None else asked
     if asked is None and at_hand is not None:
         base = base_of(at_hand)
         if base is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loram_cli.checkpoint.tokenizer_files import encoding
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.code_tasks import score_code
 from loram_cli.evaluation.documents import perplexity_data
@@ -209,7 +210,8 @@ def _warn_of_cut_prompts(engine: "Engine", tasks: Any, reporter: Reporter) -> No
             prompts = ["".join(instance.args[:2]) for instance in task.instances]
         else:  # whole texts go in windows
             continue
-        lengths = map(len, engine.tokenizer(prompts, verbose=False)["input_ids"])
+        with encoding(engine.tokenizer):
+            lengths = map(len, engine.tokenizer(prompts, verbose=False)["input_ids"])
         cut = sum(length > room for length in lengths)
         if cut:
             reporter.warn(

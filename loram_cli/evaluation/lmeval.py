@@ -6,6 +6,7 @@ Imports lm-eval (about four seconds); :mod:`.harness` imports this module only w
 import contextlib
 import copy
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,28 @@ def _find(name: str) -> tuple[dict[str, Any] | None, TaskManager | None, bool]:
         return copy.deepcopy(HUMANEVAL_CONFIG), None, False
     if name in _FILES:
         return task_config(name), None, False
+    manager = _manager_of(name)
+    entry = manager.task_index[name]
+    if entry.kind.name == "PY_TASK":
+        return None, manager, True
+    if entry.kind.name != "TASK" or entry.yaml_path is None:
+        return None, manager, False
+    return load_yaml(entry.yaml_path, resolve_func=True), manager, False
+
+
+def require_task(name: str) -> None:
+    """Refuse a name that is no task of lm-eval's.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if name not in ("humaneval", *_FILES):
+        _manager_of(name)
+
+
+@cache
+def _manager_of(name: str) -> TaskManager:
+    """A manager that knows a task of lm-eval's."""
     # The whole index takes lm-eval ten seconds: first ask the folders that mention the name.
     folders = {
         path.relative_to(_TASKS_DIR).parts[0]
@@ -117,12 +140,7 @@ def _find(name: str) -> tuple[dict[str, Any] | None, TaskManager | None, bool]:
         manager = TaskManager()
     if name not in manager.all_tasks:
         raise unknown_name("task", name, [*CATALOG, *manager.all_tasks], "--tasks")
-    entry = manager.task_index[name]
-    if entry.kind.name == "PY_TASK":
-        return None, manager, True
-    if entry.kind.name != "TASK" or entry.yaml_path is None:
-        return None, manager, False
-    return load_yaml(entry.yaml_path, resolve_func=True), manager, False
+    return manager
 
 
 def _local_task(request: TaskRequest, config: dict[str, Any] | None) -> ConfigurableTask:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from loram_cli.checkpoint.tokenizer_files import encoding
 from loram_cli.errors import LoramError
 from loram_cli.evaluation.scoring import SpanScore, TokenSpan
 from loram_cli.reporting import NullReporter
@@ -109,7 +110,8 @@ def text_perplexity(
         raise LoramError(f"stride {stride} must lie between 0 and the window, {window} tokens")
     spans: list[TokenSpan] = []
     for text in texts:
-        ids = tokenizer(text, verbose=False)["input_ids"]
+        with encoding(tokenizer):
+            ids = tokenizer(text, verbose=False)["input_ids"]
         scored = 1
         for begin in range(0, len(ids), stride):
             end = min(begin + window, len(ids))

@@ -92,6 +92,8 @@ def import_gguf(
     partial, retired = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     if partial.is_symlink():
         raise UsageError(f"{partial}: is a symbolic link where the import belongs", "remove it")
+    if retired.is_dir() and not out.exists():
+        retired.rename(out)  # killed between the two renames
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
     try:

@@ -24,7 +24,7 @@ from loram_cli.checkpoint.mxfp4 import Mxfp4Entry, takes_mxfp4
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.errors import LoramError, UsageError, is_out_of_memory
 from loram_cli.modeling.low_rank import set_low_rank
-from loram_cli.quiet import no_progress_bars, quiet_libraries
+from loram_cli.quiet import no_progress_bars, quiet_libraries, quiet_panics
 from loram_cli.reporting import Reporter
 
 # Kinds of layer, and the config's key of how many tokens they see.
@@ -291,27 +291,47 @@ def load_tokenizer(model_dir: Path) -> Any:
     Raises:
         LoramError: The directory has no tokenizer that transformers can read.
     """
-    import transformers
-
     hint = "the directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json"
-    with loading(_damaged_json(model_dir), hint=hint), quiet_libraries(), no_progress_bars():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        # A damaged normalizer or template shows here, and not amid a stage.
-        tokenizer("a", verbose=False)
+    with quiet_libraries(), no_progress_bars(), quiet_panics():
+        try:
+            with loading(model_dir, hint=hint):
+                tokenizer = _tokenizer(model_dir)
+        except LoramError:
+            with loading(_damaged(model_dir), hint=hint):
+                tokenizer = _tokenizer(model_dir)
     return tokenizer
 
 
-def _damaged_json(model_dir: Path) -> Path:
-    """The tokenizer's file that is no JSON object; of several or none, the directory."""
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        if (model_dir / name).is_file():
+def _tokenizer(model_dir: Path) -> Any:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # A damaged normalizer or template shows here, and not amid a stage.
+    tokenizer("a", verbose=False)
+    return tokenizer
+
+
+def _damaged(model_dir: Path) -> Path:
+    """The file that a tokenizer cannot be read from; the directory where it may be any."""
+    import tokenizers
+
+    whole, config = model_dir / "tokenizer.json", model_dir / "tokenizer_config.json"
+    for file in (config, whole):
+        if file.is_file():
             try:
-                read_json(model_dir / name)
+                read_json(file)
             except LoramError:
-                return model_dir / name
-    return model_dir
+                return file
+    if not whole.is_file():
+        return model_dir
+    try:
+        with loading(whole, "tokenizers"):
+            tokenizers.Tokenizer.from_file(str(whole)).encode("a")
+    except LoramError:
+        return whole
+    return config if config.is_file() else model_dir
 
 
 def default_device() -> str:

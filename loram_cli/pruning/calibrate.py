@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from loram_cli.checkpoint.tokenizer_files import encoding
 from loram_cli.errors import LoramError
 
 
@@ -24,7 +25,8 @@ def calibration_windows(
     ids: list[int] = []
     # Four times the need leaves a real choice without tokenizing a whole corpus.
     for i in torch.randperm(len(texts), generator=generator).tolist():
-        ids.extend(tokenizer(texts[i], verbose=False)["input_ids"])
+        with encoding(tokenizer):
+            ids.extend(tokenizer(texts[i], verbose=False)["input_ids"])
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         if len(ids) >= 4 * samples * length:

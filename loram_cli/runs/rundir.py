@@ -63,7 +63,9 @@ class RunDirectory:
         file = self.path / STATE_NAME
         try:
             return str(read_json(file)["model"]) if file.exists() else None
-        except (LoramError, OSError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise LoramError(f"{file}: cannot be read ({error.strerror})") from error
+        except (LoramError, KeyError, TypeError) as error:
             raise LoramError(
                 f"{file}: names no model ({error})", "delete it and pass --model"
             ) from error
@@ -74,6 +76,8 @@ class RunDirectory:
         Raises:
             UsageError: Another model is asked for than the one this run is about.
         """
+        if requested is not None and not requested.strip():
+            raise UsageError("--model is empty", "pass a directory, a hub id or demo")
         remembered = self.remembered_model()
         if requested is not None and requested != DEMO_MODEL and Path(requested).is_dir():
             requested = str(Path(requested).resolve())

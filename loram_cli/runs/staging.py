@@ -1,5 +1,6 @@
 """Output directories that are either whole or not there."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -90,12 +91,10 @@ def staged_directory(
             ``force``) or no output of loram at all.
     """
     final = followed(final)
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LoramError(f"{final.parent}: cannot be created ({error.strerror})") from error
-    with exclusive_lock(_beside(final, "lock"), final):
+    with _parents(final), exclusive_lock(_beside(final, "lock"), final):
         retired = _beside(final, "old")
+        if retired.is_symlink() or (retired.exists() and not retired.is_dir()):
+            raise UsageError(f"{retired}: stands where an old output is put aside", "move it")
         if retired.exists() and not final.exists():
             retired.rename(final)  # killed between the two renames of a commit
         finished = _finished(final, stage, key, force)
@@ -117,6 +116,25 @@ def staged_directory(
         finally:
             if not staged.committed and not (resumable and _holds_work(work)):
                 shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _parents(final: Path) -> Iterator[None]:
+    """Have the folders above an output; those made for it go again where nothing got into them."""
+    made = list(itertools.takewhile(lambda folder: not folder.exists(), final.parents))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoramError(f"{final.parent}: cannot be created ({error.strerror})") from error
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            try:
+                folder.rmdir()
+            except OSError:
+                break  # not empty: the run's state, what a stage resumes from, or another's
+        raise
 
 
 def look_up(final: Path, stage: str, key: str, *, force: bool = False) -> Manifest | None:

@@ -66,7 +66,7 @@ def serve(
     """
     try:
         server = _Server(engine, spec, reporter)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, TypeError) as error:  # a type error for a null character
         reason = getattr(error, "strerror", None) or error
         raise LoramError(
             f"cannot listen on {spec.host} port {spec.port} ({reason})",

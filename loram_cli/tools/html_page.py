@@ -32,8 +32,10 @@ def write_page(run: Path, out: Path) -> None:
         LoramError: No stage of it is finished, or the file cannot be written.
         UsageError: The file is there already, and is no page.
     """
-    page = render_page(run)
     out = followed(out)
+    if out.is_dir():
+        raise UsageError(f"{out}: is a folder, expected a file", "pass another --out")
+    page = render_page(run)
     _refuse_other(out)
     # An earlier page stays until the new one is whole.
     with whole_file(out, replace=True) as file:

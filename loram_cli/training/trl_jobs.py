@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from loram_cli.checkpoint.tokenizer_files import encoding
 from loram_cli.reporting import Reporter
 from loram_cli.training.data.judged import JudgedRow
 from loram_cli.training.data.preferences import PairRow
@@ -145,7 +146,8 @@ def fit_rewards(
     texts = [[_plain_question(question) for question in part] for part in (train, evaluation)]
     digest = hashlib.sha256(_plain(how) + json.dumps(texts).encode()).hexdigest()
     prompts = [question.prompt for question in (*train, *evaluation)]
-    ids = [np.array(row) for row in tokenizer(prompts)["input_ids"]]
+    with encoding(tokenizer):
+        ids = [np.array(row) for row in tokenizer(prompts)["input_ids"]]
 
     def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[float]:
         pairs = zip(completions, answer, strict=True)

@@ -1,10 +1,11 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from loram_cli.checkpoint.model import Model
-from loram_cli.checkpoint.tokenizer_files import check_tokenizer
+from loram_cli.checkpoint.tokenizer_files import check_tokenizer, encoding
 from loram_cli.errors import LoramError
 
 
@@ -15,6 +16,7 @@ def write(directory: Path, **files: object) -> Path:
 
 
 WHOLE = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "<s>", "id": 2}]}
+TWO = {"model": {"vocab": {"a": 0, "b": 1}}}
 
 
 def test_a_tokenizer_that_fits_passes(tmp_path: Path):
@@ -30,8 +32,23 @@ def test_a_tokenizer_that_fits_passes(tmp_path: Path):
         {"vocab": {"a": 0, "<s>": 2}},
         {"vocab": {"a": 0}, "added_tokens": {"<s>": 2}},
         {"tokenizer_config": {"added_tokens_decoder": {"2": {"content": "<s>"}}}},
+        {"tokenizer": TWO, "tokenizer_config": {"eos_token": "<s>"}},
+        {"tokenizer": TWO, "tokenizer_config": {"extra_special_tokens": {"x": "a", "y": "<s>"}}},
+        {"tokenizer": TWO, "special_tokens_map": {"pad_token": {"content": "<s>"}}},
+        {"tokenizer": {**TWO, "post_processor": {"special_tokens": {"<s>": {"ids": [0, 2]}}}}},
+        {"tokenizer": {**TWO, "post_processor": {"processors": [{}, {"cls": ["<s>", 2]}]}}},
     ],
-    ids=["tokenizer", "vocab", "added", "config"],
+    ids=[
+        "tokenizer",
+        "vocab",
+        "added",
+        "config",
+        "special",
+        "extra",
+        "older file",
+        "template",
+        "cls",
+    ],
 )
 def test_a_token_beyond_the_embedding_is_named(files, tmp_path: Path):
     write(tmp_path, **files)
@@ -45,6 +62,25 @@ def test_a_placeholder_of_images_has_no_row_in_a_text_model(tmp_path: Path):
     check_tokenizer(tmp_path, 2)
     write(tmp_path, tokenizer_config={"extra_special_tokens": {"image_token": "<s>"}})
     check_tokenizer(tmp_path, 2)
+
+
+def test_special_tokens_that_a_vocabulary_has_are_no_new_ones(tmp_path: Path):
+    special = {"eos_token": "<s>", "additional_special_tokens": ["a"], "unk_token": None}
+    check_tokenizer(write(tmp_path, tokenizer=WHOLE, tokenizer_config=special), 3)
+    # Without tokenizer.json the vocabulary is in a file that nobody reads here.
+    (tmp_path / "tokenizer.json").unlink()
+    check_tokenizer(write(tmp_path, added_tokens={"<x>": 3}), 4)
+
+
+@pytest.mark.parametrize("error", [Exception("Missing [UNK] token"), ValueError("ours")])
+def test_a_text_that_a_tokenizer_cannot_encode_is_its_fault(error):
+    tokenizer = SimpleNamespace(name_or_path="model")
+    with (
+        pytest.raises(Exception, match=r"ours|model: its tokenizer .*Missing") as raised,
+        encoding(tokenizer),
+    ):
+        raise error
+    assert isinstance(raised.value, LoramError) == (type(error) is Exception)
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path: Path):

@@ -12,6 +12,7 @@ from helpers.slow import slow
 from loram_cli import pipeline
 from loram_cli.cli.app import run_command
 from loram_cli.config.recipe import load_recipe
+from loram_cli.evaluation import lmeval
 from loram_cli.memory.account import BF16_BYTES
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.rundir import RunDirectory
@@ -113,6 +114,56 @@ def test_unknown_recipe_keys_get_a_suggestion(tmp_path, capsys):
     file.write_text("model: demo\nprune:\n  ratio: high\n")
     assert loram("run", file) == 2
     assert "expected a number, not 'high'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("train: {data: gone.jsonl}", "gone.jsonl: no such file"),
+        ("eval: {tasks: perplexity, task_data: {perplexity: gone.txt}}", "gone.txt: no such file"),
+        ("eval: {tasks: 'lm_eval:gsm9k'}", "unknown task 'gsm9k'"),
+    ],
+)
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_a_recipe_is_refused_before_its_first_stage(
+    more, message, words, base, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(lmeval, "TaskManager", NoTasks)  # its whole index takes ten seconds
+    lmeval._manager_of.cache_clear()
+    file = tmp_path / "r.yaml"
+    file.write_text(f"model: {base}\nprune: {{strategy: rand, keep_first: 1}}\n{more}\n")
+    assert loram("run", file, "--run", tmp_path / "run", *words) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+class NoTasks:
+    """Of lm-eval's TaskManager what is asked of it, without a task."""
+
+    all_tasks = ()
+
+    def __init__(self, **options: object) -> None:
+        """Read nothing."""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("prune", "--out", ""), "--out: expected a path, and it is empty"),
+        (("prune", "--model", "", "--dry-run"), "--model is empty"),
+        (("prune", "--model", "x" * 5000), f"error: {'x' * 600} ... {'x' * 276}: no such"),
+    ],
+)
+def test_empty_and_endless_values_are_told_shortly(words, message, capsys):
+    assert loram(*words) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_link_to_itself_is_told(base, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    words = ["prune", "--model", base, "--strategy", "rand", *FLAGS, "--out", tmp_path / "loop"]
+    assert loram(*words) == 2
+    assert "loop: a symbolic link that leads to itself" in capsys.readouterr().err
 
 
 def test_interrupt_is_130_and_leaves_nothing_half_written(base, text_file, tmp_path):

@@ -67,6 +67,19 @@ def test_without_a_recovered_adapter_the_command_that_makes_one_is_named(files, 
     assert "loram recover" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("import .", ".: not a GGUF file"),
+        ("import /", "/: not a GGUF file"),
+        ("import gone.gguf", "gone.gguf: no such file"),
+    ],
+)
+def test_what_is_no_gguf_file_is_named(words, message, files, capsys):
+    code, _, err = told(capsys, words)
+    assert (code, err) == (1, f"error: {message}\n")
+
+
 def test_a_gguf_model_becomes_a_directory(files, capsys):
     code, out, _ = told(capsys, "import base.gguf")
     assert code == 0

@@ -109,3 +109,34 @@ def test_a_tokenizer_whose_template_cannot_be_used_loads(base, tmp_path):
     broken = shutil.copytree(base, tmp_path / "broken")
     (broken / "chat_template.jinja").write_text("{{ 1 / 0 }}")
     assert load_tokenizer(broken).pad_token is not None
+
+
+def damaged_tokenizer(model: Path, **changes: object) -> Path:
+    file = model / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return file
+
+
+PANIC = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<zz>", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+
+
+@pytest.mark.parametrize("changes", [{"normalizer": {"type": "Nope"}}, {"post_processor": PANIC}])
+def test_the_damaged_file_of_a_tokenizer_is_named(changes, base, tmp_path, capfd):
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    file = damaged_tokenizer(model, **changes)
+    with pytest.raises(LoramError, match=f"^{file}: transformers cannot use it"):
+        load_tokenizer(model)
+    assert capfd.readouterr().err == ""  # nor a word of Rust's
+
+
+def test_settings_of_a_tokenizer_are_blamed_in_their_own_file(base, tmp_path):
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": 3}))
+    with pytest.raises(LoramError, match=f"^{file}: transformers cannot use it"):
+        load_tokenizer(model)

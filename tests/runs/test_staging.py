@@ -38,6 +38,30 @@ def test_failure_leaves_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_made_for_an_output_go_with_its_failure(tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(LoramError), staged_directory(tmp_path / "mine/a/b", "prune", "k"):
+        raise LoramError("broken")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+    resumable = staged_directory(tmp_path / "mine/a/b", "prune", "k", resumable=True)
+    with pytest.raises(LoramError), resumable as staged:
+        (staged.path / "checkpoints").mkdir()
+        (staged.path / "checkpoints" / "one").write_text("x")
+        raise LoramError("broken")
+    assert (tmp_path / "mine/a/.b.partial/checkpoints/one").is_file()
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_what_is_no_old_output_is_never_taken_for_one(is_link, tmp_path: Path):
+    mine, old = tmp_path / "mine", tmp_path / ".out.old"
+    mine.write_text("x")
+    old.symlink_to(mine) if is_link else old.write_text("x")
+    with pytest.raises(UsageError, match=r"\.out\.old: stands where"):
+        fill(tmp_path / "out")
+    assert old.read_text() == mine.read_text() == "x"
+    assert not (tmp_path / "out").exists()
+
+
 def test_same_key_is_finished_and_other_keys_are_refused(tmp_path: Path):
     fill(tmp_path / "out")
     with staged_directory(tmp_path / "out", "prune", "k") as staged:
@@ -131,6 +155,8 @@ def test_run_directory_remembers_its_model(tmp_path: Path, base: Path):
     fill(run.output("prune"))
     with pytest.raises(UsageError, match="this run is about"):
         run.settle_model("demo")
+    with pytest.raises(UsageError, match="--model is empty"):
+        RunDirectory(tmp_path / "other").settle_model("")
 
 
 def test_force_replaces_outputs_of_loram_only(tmp_path: Path):

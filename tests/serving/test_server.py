@@ -179,6 +179,12 @@ def test_an_address_that_is_taken_is_told(rows, spec_of):
             serve(ServingEngine(rows), spec_of(port=port), NullReporter(), lambda url: None)
 
 
+@pytest.mark.parametrize("host", ["\0", "é" * 70, "999.1.1.1"])
+def test_a_host_that_is_none_is_told(host, rows, spec_of):
+    with pytest.raises(LoramError, match="cannot listen on"):
+        serve(ServingEngine(rows), spec_of(host=host), NullReporter(), lambda url: None)
+
+
 def test_the_official_client_is_served(served):
     openai = pytest.importorskip("openai", reason="pip install openai")
     _, url = served()

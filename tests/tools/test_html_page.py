@@ -60,6 +60,13 @@ def test_a_folder_without_a_finished_stage_is_refused(tmp_path: Path):
         render_page(tmp_path)
 
 
+def test_a_folder_is_no_place_for_a_page(finished_run: Path, tmp_path: Path):
+    for place in (tmp_path, Path(), Path("/")):
+        with pytest.raises(UsageError, match="is a folder, expected a file"):
+            write_page(finished_run, place)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_a_page_is_replaced(finished_run: Path, tmp_path: Path):
     file, link = tmp_path / "thesis.tex", tmp_path / "page.html"
     file.write_text("years of work")

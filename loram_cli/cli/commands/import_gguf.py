@@ -1,6 +1,7 @@
 """``loram import``."""
 
 from loram_cli.cli.options import JsonOption, Values, reporter_for
+from loram_cli.errors import LoramError
 from loram_cli.export.specs import ImportSpec
 
 NAME = "import"
@@ -13,7 +14,11 @@ def command(values: Values, options: JsonOption) -> None:
     from loram_cli.cli.draw.console import print_json, stdout_console
     from loram_cli.export.gguf_import import import_gguf
 
-    spec = ImportSpec(**{"out": values["file"].with_suffix(""), **values})
+    file = values["file"]
+    if not file.is_file():
+        # Before its name makes the output's: a folder such as "." has none.
+        raise LoramError(f"{file}: not a GGUF file" if file.exists() else f"{file}: no such file")
+    spec = ImportSpec(**{"out": file.with_suffix(""), **values})
     reporter = reporter_for(options.json_output)
     done = import_gguf(spec.file, spec.out, reporter, dtype=spec.dtype, force=spec.force)
     if options.json_output:

@@ -65,6 +65,11 @@ def _ask(
     with open_row(spec, label, model, reporter) as loaded:
         context = context_length(loaded)
         longest = max(map(len, ids))
+        if not all(ids):
+            raise LoramError(
+                f"{parts[0]}: its tokenizer makes no token of a prompt",
+                "pass a prompt that is not empty, or another --layout",
+            )
         if longest >= context:
             raise LoramError(
                 f"a prompt of {longest} tokens leaves no room in {label}'s context of {context}",

@@ -7,12 +7,13 @@ from pathlib import Path
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.errors import LoramError, UsageError
+from loram_cli.evaluation.catalog import CATALOG, CSR
 from loram_cli.evaluation.models import model_bytes
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 from loram_cli.evaluation.results import EvalResult
 from loram_cli.evaluation.vllm_backend import check_available
 from loram_cli.modeling.load import usable_device, warn_of_unused_gpu
-from loram_cli.reporting import Reporter
+from loram_cli.reporting import NullReporter, Reporter
 from loram_cli.runs.staging import look_up
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.plan import StagePlan, find_finished, free_disk, is_done
@@ -151,6 +152,18 @@ def _check_readable(flag: str, file: Path) -> None:
         raise LoramError(f"{flag}: {file} is empty")
 
 
+def check_tasks(spec: EvalSpec) -> None:
+    """Check every task's name, data and examples; no row need be there yet.
+
+    Raises:
+        LoramError: Data of a task cannot be read.
+        UsageError: A task is unknown, or has no such data.
+    """
+    for name, file in spec.task_data.items():
+        _check_readable(f"--task-data {name}", file)
+    _requests(spec, NullReporter())
+
+
 def _requests(spec: EvalSpec, reporter: Reporter) -> list[TaskRequest]:
     others = [task for task in spec.tasks if not (spec.demo_data and task in _DEMO_TASKS)]
     found: list[TaskRequest] = []
@@ -168,6 +181,11 @@ def _requests(spec: EvalSpec, reporter: Reporter) -> list[TaskRequest]:
                 f"{request.name}: the hub is out of reach and no --task-data {request.name}=FILE "
                 "is given: a small bundled sample stands in for it"
             )
+    for request in found:
+        if not request.group and request.name not in (*CATALOG, *CSR):
+            from loram_cli.evaluation.lmeval import require_task
+
+            require_task(request.lm_eval_name)
     if spec.demo_data:
         found = [*_demo_requests(spec), *found]
     return found

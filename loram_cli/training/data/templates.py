@@ -146,6 +146,30 @@ def _has_power(template: str) -> bool:
     return False
 
 
+def _check_is_one(tokenizer: Any, tools: list[dict[str, Any]] | None) -> None:
+    """Refuse what can render no conversation, naming its file and no record.
+
+    Raises:
+        TemplateRefusal: It is no text, or none of several is the default.
+    """
+    given = tokenizer.chat_template
+    text = template_text(tokenizer, tools)
+    problem = None
+    if isinstance(given, dict) and not text:
+        known = ", ".join(map(str, given)) or "none"
+        problem = f"no chat template is the default one (known: {known})"
+    elif not isinstance(given, str | dict):
+        problem = f"chat_template is {given!r:.40}, expected text"
+    if problem is not None:
+        raise _broken(tokenizer, problem)
+
+
+def _broken(tokenizer: Any, problem: str) -> TemplateRefusal:
+    return TemplateRefusal(
+        f"{template_file(tokenizer)}: {problem}", "--chat-template gives another one"
+    )
+
+
 def _within_limits(
     run: Any,
     tokenizer: Any,
@@ -160,6 +184,7 @@ def _within_limits(
             f"{where}: the chat template {what}", template_file(tokenizer), meant=meant
         )
 
+    _check_is_one(tokenizer, tools)
     try:
         if _has_power(template_text(tokenizer, tools)):
             raise refusal("raises numbers to a power (**), which is not allowed")
@@ -173,6 +198,9 @@ def _within_limits(
         raise refusal("calls itself without end") from None
     except LoramError:
         raise
+    except jinja2.TemplateSyntaxError as error:
+        problem = f"line {error.lineno}: the chat template does not parse ({error.message})"
+        raise _broken(tokenizer, problem) from error
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         # raise_exception raises the class itself, and mistakes of a template those below it.
         meant = type(error) is jinja2.TemplateError

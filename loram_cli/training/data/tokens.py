@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loram_cli.checkpoint.tokenizer_files import encoding
 from loram_cli.errors import LoramError
 from loram_cli.quiet import quiet_libraries
 from loram_cli.reporting import Reporter
@@ -91,7 +92,7 @@ def pack_tokens(texts: Iterable[str], tokenizer: Any, block_length: int) -> list
     """
     eos = tokenizer.eos_token_id
     parts: list[np.ndarray] = []
-    with quiet_libraries():
+    with quiet_libraries(), encoding(tokenizer):
         for chunk in _chunks(texts):
             for ids in tokenizer(chunk)["input_ids"]:
                 ids = ids[doubled_bos(ids, tokenizer) :]
@@ -216,7 +217,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any) -> Iterator[Enc
         if all(example.special_tokens == special for example in examples):
             several = any(example.given for example in examples)
             extra = {"return_offsets_mapping": True} if several else {}
-            with quiet_libraries():
+            with quiet_libraries(), encoding(tokenizer):
                 whole = tokenizer([e.text for e in examples], add_special_tokens=special, **extra)
                 prompts = tokenizer([e.prompt for e in examples], add_special_tokens=special)
             for i, example in enumerate(examples):
@@ -246,7 +247,8 @@ def encode_prompt(prompt: str, tokenizer: Any, *, special_tokens: bool = True) -
         raise LoramError(
             f"the prompt is not UTF-8: its character {error.start + 1} is half of one"
         ) from error
-    ids = list(tokenizer(prompt, add_special_tokens=special_tokens, verbose=False)["input_ids"])
+    with encoding(tokenizer):
+        ids = list(tokenizer(prompt, add_special_tokens=special_tokens, verbose=False)["input_ids"])
     return ids[doubled_bos(ids, tokenizer) :]
 
 

@@ -211,8 +211,11 @@ HOSTILE = {
     "{{ 'a' * 30000000 }}": "makes 30000000 characters of",
     "{{ ('%' ~ 9999999999 ~ 'd') % 1 }}": "takes more than 512 MiB|fails on it|refuses it",
     "{{ 'a' | center(10000000000) }}": "takes more than 512 MiB",
-    "{% for m in messages %}": "refuses it",
     "{{ messages.nothing.at_all }}": "refuses it",
+}
+BROKEN = {
+    "{% for m in messages %}": r"line 1: the chat template does not parse \(Unexpected end",
+    "\n{{ messages|nope }}": r"line 2: the chat template does not parse \(No filter",
 }
 
 
@@ -234,6 +237,14 @@ def test_a_hostile_template_ends_in_one_error_that_names_its_file(
         signal.getsignal(signal.SIGVTALRM),
         resource.getrlimit(resource.RLIMIT_AS),
     )
+
+
+@pytest.mark.parametrize("template", [*BROKEN, 3, {"tool_use": "{{ messages }}"}])
+def test_a_template_that_is_none_is_blamed_and_no_record(chatty, load, template):
+    message = BROKEN.get(template) if isinstance(template, str) else "expected text|the default one"
+    with pytest.raises(LoramError, match=message) as caught:
+        load(chatty(template), {"messages": TALK})
+    assert "a.jsonl" not in str(caught.value)
 
 
 def test_in_a_thread_a_template_is_ended_too_and_limits_no_other(chatty, load, monkeypatch):

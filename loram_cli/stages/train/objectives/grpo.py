@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loram_cli.arch.spec import Family
+from loram_cli.checkpoint.tokenizer_files import encoding
 from loram_cli.errors import UsageError
 from loram_cli.memory.setup import TrainingSetup
 from loram_cli.memory.training import TrainingMemory, generation_bytes
@@ -110,7 +111,8 @@ def _prepare(
     def fitting(questions: list[Any]) -> list[Any]:
         if not questions:
             return []
-        ids = tokenizer([question.prompt for question in questions])["input_ids"]
+        with encoding(tokenizer):
+            ids = tokenizer([question.prompt for question in questions])["input_ids"]
         return fitting_questions(questions, [len(row) for row in ids], room, reporter)
 
     train, evaluation = fitting(train), fitting(evaluation)
