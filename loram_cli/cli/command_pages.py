@@ -66,7 +66,7 @@ def _names(parameter: Any) -> str:
 
 def _value_name(parameter: Any) -> str:
     kind = parameter.type_descriptor.annotation
-    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+    return parameter.metavar or {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
 
 
 def _variable(parameter: Any) -> str:

@@ -151,7 +151,7 @@ class NoTasks:
     [
         (("prune", "--out", ""), "--out: expected a path, and it is empty"),
         (("prune", "--model", "", "--dry-run"), "--model is empty"),
-        (("prune", "--model", "x" * 5000), f"error: {'x' * 600} ... {'x' * 276}: no such"),
+        (("prune", "--model", "x" * 5000), f"error: {'x' * 600} ... {'x' * 200}"),
     ],
 )
 def test_empty_and_endless_values_are_told_shortly(words, message, capsys):
