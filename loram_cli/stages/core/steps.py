@@ -5,6 +5,8 @@ from pathlib import Path
 
 from loram_cli.errors import UsageError
 from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
+from loram_cli.reporting import Reporter
+from loram_cli.runs.whole import MARK_NAME, damage
 from loram_cli.training.loop.checkpoints import kept_path, kept_steps
 from loram_cli.units import whole_number
 
@@ -13,19 +15,27 @@ BEST = "best"
 _SCRATCH = "checkpoints"
 
 
-def put_steps(path: Path) -> list[int]:
+def put_steps(path: Path, reporter: Reporter) -> list[int]:
     """Copy the adapters that were kept while training into the output.
 
     Args:
         path: The output being made; its checkpoints are still there.
+        reporter: Told of an adapter that is no longer what was written, and left out.
 
     Returns:
         Their steps, in order.
     """
-    steps = kept_steps(path / _SCRATCH)
+    steps = []
     shutil.rmtree(path / STEPS_NAME, ignore_errors=True)
-    for step in steps:
-        shutil.copytree(kept_path(path / _SCRATCH, step), path / STEPS_NAME / str(step))
+    for step in kept_steps(path / _SCRATCH):
+        kept = kept_path(path / _SCRATCH, step)
+        wrong = damage(kept)
+        if wrong is not None:
+            reporter.warn(f"the adapter kept of step {step} is damaged ({wrong}): left out")
+            continue
+        steps.append(step)
+        unmarked = shutil.ignore_patterns(MARK_NAME)
+        shutil.copytree(kept, path / STEPS_NAME / str(step), ignore=unmarked)
     return steps
 
 

@@ -289,7 +289,7 @@ def _train(
     transformers.set_seed(spec.seed)
     start_meter()
     fitted = _fit(spec, work, prepared, device, path, reporter)
-    steps = put_steps(path) if is_main_process() else []
+    steps = put_steps(path, reporter) if is_main_process() else []
     best = fitted.best_step
     if spec.score_recovered and is_main_process():
         base = open_base(planned.base)

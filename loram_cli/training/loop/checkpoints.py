@@ -136,5 +136,5 @@ def newest_whole(folder: Path) -> int:
 def _fingerprint_of(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / _RUN).read_text("utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}

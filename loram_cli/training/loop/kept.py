@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process
-from loram_cli.runs.staging import sync, sync_tree
+from loram_cli.runs.staging import sync
+from loram_cli.runs.whole import mark_whole
 from loram_cli.training.loop.checkpoints import kept_path, kept_steps
 from loram_cli.training.loop.options import best_step, curve_rows, evaluations_since_best
 
@@ -63,7 +64,7 @@ class KeepAdapters(TrainerCallback):
         self._save(partial)
         if not is_main_process():
             return
-        sync_tree(partial)
+        mark_whole(partial)
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
         sync(place.parent)
