@@ -66,7 +66,11 @@ def quiet_libraries() -> Iterator[None]:
       all: ``checkpoint.config_values``.
     - torch: a GPU that it cannot use: ``modeling.load.warn_of_unused_gpu``.
 
-    Nothing takes over what transformers finds odd in a tokenizer.
+    - transformers: a tokenizer whose pattern splits words wrongly: ``checkpoint.oddities``;
+      special tokens that it adds beyond the embedding: ``checkpoint.tokenizer_files``.
+
+    Nothing takes over that a SentencePiece model converted while loading may lack byte fallback,
+    and that ``clean_up_tokenization_spaces`` is ignored for BPE.
     """
     with _loggers_silenced(_TRAINING):
         yield

@@ -4,6 +4,7 @@ transformers logs the like when it builds a model, and :mod:`loram_cli.quiet` si
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from loram_cli.checkpoint.config_values import rotary_settings, short
@@ -20,6 +21,9 @@ ROPE_KEYS = frozenset({
     "interleaved", "llama_4_scaling_beta", "max_position_embeddings", "mrope_interleaved",
     "mrope_section",
 })  # fmt: skip
+# Families whose tokenizers were once published with a wrong pattern; larger ones only.
+_MISTRAL = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
+_MISTRAL_TOKENS = 100_000
 _LENGTH = "max_position_embeddings"
 
 
@@ -34,7 +38,33 @@ def oddities(model: Model) -> Iterator[str]:
     if generation.is_file():
         found = _of_tokens(read_json(generation), model.geometry.vocab_size)
         yield from (f"{generation}: {line}" for line in found)
+    yield from _of_tokenizer(model.directory)
     yield from _of_head(model)
+
+
+def _of_tokenizer(directory: Path) -> Iterator[str]:
+    file, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    data = read_json(file) if file.is_file() else {}
+    model, splits = data.get("model"), data.get("pre_tokenizer")
+    if not isinstance(model, Mapping):
+        return  # told where it is loaded
+    if model.get("dropout"):
+        yield (
+            f"{file}: dropout is {short(model['dropout'])}: every text is split at random, and no "
+            "result can be repeated; set it to null"
+        )
+    # As transformers tells them from others that the same company has published since.
+    stated = read_json(directory / "config.json")
+    older = str(stated.get("transformers_version") or "0").partition(".")[0] in set("01234")
+    fixed = settings.is_file() and read_json(settings).get("fix_mistral_regex")
+    large = len(model.get("vocab") or ()) > _MISTRAL_TOKENS
+    # The pattern that they were trained with tells capitals from small letters.
+    split_wrongly = large and splits and "p{Lu}" not in str(splits.values())
+    if split_wrongly and stated.get("model_type") in _MISTRAL and older and not fixed:
+        yield (
+            f"{file}: splits words by another pattern than Mistral's models were trained with; "
+            f'put "fix_mistral_regex": true into {settings.name}'
+        )
 
 
 def _of_tokens(config: Mapping[str, Any], vocab_size: int) -> Iterator[str]:

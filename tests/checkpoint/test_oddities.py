@@ -7,7 +7,7 @@ from helpers.tiny_models import make_base
 from safetensors.torch import load_file, save_file
 
 from loram_cli.checkpoint.model import Model
-from loram_cli.checkpoint.oddities import ROPE_KEYS, oddities
+from loram_cli.checkpoint.oddities import ROPE_KEYS, _of_tokenizer, oddities
 from loram_cli.stages.core.lineage import warn_of_oddities
 
 
@@ -111,3 +111,33 @@ def test_transformers_knows_the_rotary_settings(caplog):
             assert "Unrecognized keys" in caplog.text and "factr" in caplog.text
     finally:
         theirs.disable_propagation()
+
+
+def test_a_tokenizer_that_splits_at_random_or_wrongly(plain, tmp_path):
+    model = json.loads((plain / "tokenizer.json").read_text())["model"]
+    [line] = found(plain, tmp_path, "tokenizer.json", model={**model, "dropout": 0.1})
+    assert line.startswith("tokenizer.json: dropout is 0.1: every text is split at random")
+
+
+def mistral(
+    directory: Path, pattern: str, version: str = "4.57.1", **settings: object
+) -> list[str]:
+    """What is told of the tokenizer of a large vocabulary that splits by a pattern."""
+    splits = {"type": "Split", "pattern": {"Regex": pattern}}
+    vocab = {str(number): number for number in range(100_001)}
+    files = {
+        "config.json": {"model_type": "mistral3", "transformers_version": version},
+        "tokenizer.json": {"model": {"vocab": vocab}, "pre_tokenizer": splits},
+        "tokenizer_config.json": settings,
+    }
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content))
+    return list(_of_tokenizer(directory))
+
+
+def test_the_wrong_pattern_of_mistrals_tokenizers_is_told_once_it_matters(tmp_path):
+    [line] = mistral(tmp_path, r"\p{L}+")
+    assert 'put "fix_mistral_regex": true into tokenizer_config.json' in line
+    assert mistral(tmp_path, r"\p{L}+", "5.1.0") == []
+    assert mistral(tmp_path, r"\p{L}+", fix_mistral_regex=True) == []
+    assert mistral(tmp_path, r"[\p{Lu}\p{Lt}]*[\p{Ll}]+") == []
