@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from loram_cli.evaluation.scoring import refuse_nan
+
 # Rows leave when at least a quarter has ended: dropping them copies the others' keys and values.
 _COMPACT_BELOW = 0.75
 
@@ -137,6 +139,7 @@ class Decoder:
                     use_cache=True,
                     logits_to_keep=1,
                 ).logits[:, -1]
+                refuse_nan(logits, self._model)
                 on_token()
                 # An ended row that has not left yet goes along; what it says is not read.
                 chosen = self._choose(logits, rows)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from loram_cli.errors import LoramError
 from loram_cli.evaluation.batching import GrowingBatch
 
 
@@ -49,6 +50,24 @@ def score_spans(
     return batching.run(order, lambda i: len(spans[i].ids), work)
 
 
+def refuse_nan(values: torch.Tensor, model: Any) -> None:
+    """Refuse what a model gives where it is no number: the likeliest of it would be any token.
+
+    Args:
+        values: Of any shape.
+        model: Gave them.
+
+    Raises:
+        LoramError: One is NaN.
+    """
+    if values.isnan().any():
+        name = getattr(model, "name_or_path", "") or "the model"
+        raise LoramError(
+            f"{name}: gives NaN where logits are expected",
+            "its weights, or those of its adapter, hold NaN or overflow in their type",
+        )
+
+
 def _score(model: Any, spans: Sequence[TokenSpan]) -> list[SpanScore]:
     """Right-padded, [batch, sequence]; causal attention never looks at the padding after a row."""
     width = max(len(span.ids) for span in spans) - 1
@@ -69,6 +88,7 @@ def _score(model: Any, spans: Sequence[TokenSpan]) -> list[SpanScore]:
         # Only scored positions are raised to float32: a vocabulary is wide.
         scored, chosen = logits[wanted].float(), targets[wanted]
         logprobs = -torch.nn.functional.cross_entropy(scored, chosen, reduction="none").double()
+        refuse_nan(logprobs, model)
         greedy = scored.argmax(-1) == chosen
     counts = wanted.sum(-1).tolist()
     return [

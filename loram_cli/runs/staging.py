@@ -232,7 +232,9 @@ def _prepare(work: Path, key: str, resumable: bool) -> None:
 def _holds_work(work: Path) -> bool:
     """Whether there is anything to resume from: what failed before that leaves nothing."""
     folders = (work / name for name in (*SCRATCH_NAMES, ANSWERS_NAME))
-    return any(path.is_file() for folder in folders for path in folder.rglob("*"))
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    # Of which run checkpoints are is told before there is one.
+    return any(path.relative_to(work).as_posix() != "checkpoints/run.json" for path in files)
 
 
 def _share_mode(root: Path) -> None:

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
+from loram_cli.errors import LoramError
+from loram_cli.evaluation.batching import GrowingBatch
 from loram_cli.evaluation.decode import Decoder, Generation, _filtered, stream_seed
+from loram_cli.evaluation.scoring import TokenSpan, score_spans
 
 pytestmark = pytest.mark.integration
 
@@ -155,3 +158,17 @@ def test_layers_of_uneven_width_decode(tiny_config, tokenizer, width):
     jobs = [Generation(p, (), 4 + 3 * i) for i, p in enumerate(prompts)]
     texts = Decoder(uneven.eval(), tokenizer).generate(ids_of(tokenizer, prompts), jobs)
     assert texts == [stock(uneven, tokenizer, j.prompt, j.max_new_tokens) for j in jobs]
+
+
+def test_logits_that_are_no_numbers_are_no_answer(tiny_config, tokenizer):
+    import transformers
+
+    broken = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny_config)).eval()
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(LoramError, match="gives NaN where logits are expected"):
+        Decoder(broken, tokenizer).generate([[3, 4]], [Generation("Hi", (), 2)])
+    with pytest.raises(LoramError, match="gives NaN where logits are expected"):
+        list(
+            score_spans(broken, [TokenSpan((3, 4, 5), 1)], GrowingBatch(1, torch.device("cpu"), 1))
+        )

@@ -248,6 +248,7 @@ def test_work_without_anything_to_resume_from_goes(tmp_path: Path):
     ):
         (staged.path / "loss.csv").write_text("nan")
         (staged.path / "checkpoints").mkdir()
+        (staged.path / "checkpoints" / "run.json").write_text("{}")
         raise LoramError("the loss is not finite")
     assert list(tmp_path.iterdir()) == []
 
