@@ -119,6 +119,12 @@ def test_mistakes_are_named(tmp_path: Path, text, environ, message):
 
 def test_every_setting_has_a_type():
     types = setting_types("recover")
-    assert types == {"merge": bool, "max_shard_bytes": Bytes, "checkpoint": str | None}
+    assert types == {
+        "merge": bool,
+        "max_shard_bytes": Bytes,
+        "checkpoint": str | None,
+        "fit_scale": bool,
+        "scale_examples": int,
+    }
     assert {"steps", "report_to", "seed"} <= set(setting_types("train"))
     assert "out" not in setting_types("train")
