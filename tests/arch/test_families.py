@@ -70,7 +70,7 @@ def test_absent_keys_mean_what_transformers_takes_them_for(family: Family, absen
 
 
 def test_unknown_model_type_lists_the_known():
-    with pytest.raises(LoramError, match=r"'gpt2' is not a known family \(known: arcee"):
+    with pytest.raises(LoramError, match=r"'gpt2' is not a known family \(known: afmoe"):
         family_for({"model_type": "gpt2"}, "somewhere")
 
 
