@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from loram_cli.arch.registry import families
-from loram_cli.arch.spec import Family
+from loram_cli.arch.spec import ActivationKeeps, Family
 from loram_cli.errors import LoramError
 from loram_cli.modeling.propose import propose_family, render_family
 
@@ -51,7 +51,8 @@ def meaning(family: Family) -> Family:
         # What other programs make of it, which transformers does not know.
         gguf=None,
         vllm=None,
-        # Checks of config classes, which no module shows.
+        # What an activation keeps, and checks of config classes, which no module shows.
+        activation_keeps=ActivationKeeps(),
         heads_stay=False,
         heads_stay_rope=(),
         modules=tuple(sorted(family.modules, key=lambda m: m.name)),
