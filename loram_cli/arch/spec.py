@@ -128,7 +128,7 @@ class LayerKinds:
             if config.get(key) is not None:
                 return [self.names.get(kind, kind) for kind in config[key]]
         count = config["num_hidden_layers"]
-        if self.first is None and self.every is None:
+        if self.first is None and self.every is None and config.get(self.but or "") is None:
             raise KeyError(self.keys[0])
         period = config[self.every] if self.every else 1
         first = config[self.first] if self.first else 0
@@ -444,7 +444,7 @@ class Family:
         layer_tensors: What else a layer holds: attention sinks, convolutions, learned scalars.
         outer_tensors: What else lies outside the layers, such as learned positions.
         ignored: Derived buffers that old checkpoints hold.
-        lm_head_bias: Whether the head has a bias.
+        lm_head_bias: Whether the head has a bias, or the config key that says so.
         heads_divide_hidden: Whether the config class refuses head counts that do not divide the
             hidden width.
         heads_stay: Whether stock layers take a width from the hidden size where the heads decide
@@ -490,7 +490,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     layer_tensors: tuple[LayerTensor, ...] = ()
     outer_tensors: tuple[LayerTensor, ...] = ()
-    lm_head_bias: bool = False
+    lm_head_bias: bool | str = False
     heads_divide_hidden: bool = False
     heads_stay: bool = False
     heads_stay_rope: tuple[str, ...] = ()
@@ -751,7 +751,8 @@ class Family:
             )  # fmt: skip
         if not geometry.tied_embeddings:
             shapes[f"{self.lm_head}.weight"] = (geometry.vocab_size, hidden)
-        if self.lm_head_bias:
+        bias = self.lm_head_bias
+        if full.get(bias, False) if isinstance(bias, str) else bias:
             shapes[f"{self.lm_head}.bias"] = (geometry.vocab_size,)
         return shapes
 

@@ -182,7 +182,7 @@ VARIANTS = (
     Variant("lfm2", "lfm2", {**_LFM2, "intermediate_size": 24}),
     Variant("lfm2-rounded", "lfm2", {**_LFM2, "block_ff_dim": 50, "block_multiple_of": 10,
             "block_ffn_dim_multiplier": 1.1, "full_attn_idxs": [1, 2], "conv_bias": True,
-            "layer_types": None}),
+            "layer_types": None}, drops=("layer_types",)),
     Variant("mellum", "mellum", {
         **MOE, "moe_intermediate_size": 16, "head_dim": 12, "sliding_window": 8,
         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
@@ -190,7 +190,9 @@ VARIANTS = (
         "ffn_dim": 24, "word_embed_proj_dim": 32, "dropout": 0.0}, drops=_NO_OPT_KEYS),
     Variant("persimmon", "persimmon"),
     Variant("persimmon-plain", "persimmon", {"qk_layernorm": False}),
-    Variant("phimoe", "phimoe", {**MOE, "router_jitter_noise": 0.0}),
+    Variant("phimoe", "phimoe", {
+        **MOE, "router_jitter_noise": 0.0, "attention_bias": True, "lm_head_bias": True}),
+    Variant("phimoe-plain", "phimoe", {**MOE, "router_jitter_noise": 0.0}),
     Variant("solar_open", "solar_open", {
         **MOE, "n_routed_experts": 6, "moe_intermediate_size": 16, "head_dim": 12}),
     Variant("xglm", "xglm", {
