@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from helpers.variants import VARIANTS, Variant
 
+import loram_cli
 from loram_cli.arch.registry import families, family_for
 from loram_cli.arch.spec import Family
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
@@ -76,9 +77,21 @@ def test_absent_keys_mean_what_transformers_takes_them_for(family: Family, absen
     assert shapes == family.tensor_shapes(config)
 
 
-def test_unknown_model_type_lists_the_known():
-    with pytest.raises(LoramError, match=r"'gpt2' is not a known family \(known: afmoe"):
-        family_for({"model_type": "gpt2"}, "somewhere")
+@pytest.mark.parametrize(
+    ("model_type", "near"), [("gpt2", "nearest: gptj, opt"), ("rwkv7", r"\d\d are known")]
+)
+def test_unknown_model_type_names_the_nearest(model_type: str, near: str):
+    with pytest.raises(LoramError, match=rf"'{model_type}' is not a known family \({near}") as said:
+        family_for({"model_type": model_type}, "somewhere")
+    assert "'loram inspect somewhere --family --out families/NAME.json' proposes" in said.value.hint
+
+
+def test_the_page_of_families_lists_them_all():
+    page = (Path(loram_cli.__file__).parent / "docs" / "families.md").read_text("utf-8")
+    rows = [row.split("|")[1:3] for row in page.splitlines() if row.startswith("| `")]
+    listed = [tuple(cell.strip() for cell in row) for row in rows]
+    expected = [(f"`{f.family}`", ", ".join(f"`{t}`" for t in f.model_types)) for f in families()]
+    assert listed == expected
 
 
 def test_an_unknown_multimodal_model_is_refused_with_the_way_out(tmp_path: Path):
