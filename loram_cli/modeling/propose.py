@@ -206,7 +206,7 @@ def _proposal(probe: _Probe, model: Any) -> tuple[dict[str, Any], list[str]]:
     layers = _stack_name(model, probe.model_type)
     if any(type(part).__name__ == "Conv1D" for part in model.get_submodule(layers).modules()):
         raise LoramError(
-            f"model_type {probe.model_type!r}: its linears are of transformers' Conv1D, which holds "
+            f"model_type {probe.model_type!r}: its linears are transformers' Conv1D, which holds "
             "weights transposed; such families are not supported"
         )
     embedding, head = (
