@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -78,9 +79,11 @@ def family_for(config: Mapping[str, Any], where: str) -> Family:
                 "x.model, x.lm_head = m.model.language_model, m.lm_head; "
                 "x.save_pretrained('TEXT')",
             )
-    known = ", ".join(name for family in families() for name in family.model_types)
+    known = [name for family in families() for name in family.model_types]
+    near = get_close_matches(str(model_type), known)
     raise LoramError(
-        f"{where}: model_type '{model_type}' is not a known family (known: {known})",
+        f"{where}: model_type '{model_type}' is not a known family "
+        f"({'nearest: ' + ', '.join(near) if near else f'{len(known)} are known'})",
         f"'loram inspect {where} --family --out families/NAME.json' proposes a family file, and "
         f"{FAMILIES_VARIABLE}=families reads it",
     )

@@ -128,7 +128,7 @@ class LayerKinds:
             if config.get(key) is not None:
                 return [self.names.get(kind, kind) for kind in config[key]]
         count = config["num_hidden_layers"]
-        if self.first is None and self.every is None:
+        if self.first is None and self.every is None and config.get(self.but or "") is None:
             raise KeyError(self.keys[0])
         period = config[self.every] if self.every else 1
         first = config[self.first] if self.first else 0
@@ -255,6 +255,8 @@ class Geometry:
             derive another head width from it.
         heads_divide_hidden: Whether stock configs refuse head counts that do not divide the
             hidden width.
+        aliases: Config keys that win over another one of the config's.
+        with_mlp_width: What a config says beside an MLP width of its own, for the MLP to have it.
     """
 
     hidden_size: int
@@ -266,6 +268,8 @@ class Geometry:
     own_keys: Mapping[str, str] = field(default_factory=dict)
     heads_stay: bool = False
     heads_divide_hidden: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    with_mlp_width: Mapping[str, Any] = field(default_factory=dict)
 
     def states_heads(self, layer: LayerGeometry) -> bool:
         """Whether a plain config, without ``per_layer_config``, can state a layer's head count.
@@ -349,6 +353,49 @@ class GgufFacts:
 
 
 @dataclass(frozen=True)
+class ActivationKeeps:
+    """What an MLP's activation function keeps for its backward pass, beside its input.
+
+    Attributes:
+        numbers: Per channel, in the computation's type.
+        masks: Per channel, of a byte each.
+    """
+
+    numbers: int = 0
+    masks: int = 0
+
+
+@dataclass(frozen=True)
+class RoundedWidth:
+    """An MLP width that is two thirds of the config's, times a factor, rounded up (LFM2).
+
+    Attributes:
+        switch: Config key that says whether it is; off, the config's width is the MLP's.
+        multiplier: Config key of the factor.
+        multiple_of: Config key of what the width is rounded up to a multiple of.
+    """
+
+    switch: str
+    multiplier: str
+    multiple_of: str
+
+    def of(self, config: Mapping[str, Any]) -> int:
+        """The MLP's width.
+
+        Args:
+            config: With its defaults, and with the switch on.
+
+        Raises:
+            KeyError: The config lacks one of the keys.
+        """
+        width = int(2 * config["intermediate_size"] / 3)
+        if config[self.multiplier] is not None:
+            width = int(config[self.multiplier] * width)
+        step = config[self.multiple_of]
+        return step * -(-width // step)
+
+
+@dataclass(frozen=True)
 class VllmFacts:
     """What vLLM's LoRA loader takes for a family.
 
@@ -397,7 +444,7 @@ class Family:
         layer_tensors: What else a layer holds: attention sinks, convolutions, learned scalars.
         outer_tensors: What else lies outside the layers, such as learned positions.
         ignored: Derived buffers that old checkpoints hold.
-        lm_head_bias: Whether the head has a bias.
+        lm_head_bias: Whether the head has a bias, or the config key that says so.
         heads_divide_hidden: Whether the config class refuses head counts that do not divide the
             hidden width.
         heads_stay: Whether stock layers take a width from the hidden size where the heads decide
@@ -425,6 +472,8 @@ class Family:
         experts: What its experts are; None for a dense family.
         further_layers: Config key of how many layers files hold after the last one, which predict
             tokens further ahead; they are left out.
+        activation_keeps: What the MLP's activation keeps beside its input.
+        rounded_mlp: How the MLP's width follows from the config's; None where it is the same.
         gguf: How the family's GGUF files differ; None where llama.cpp does not know it.
         vllm: What vLLM's LoRA loader takes; None where nobody has looked.
     """
@@ -441,7 +490,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     layer_tensors: tuple[LayerTensor, ...] = ()
     outer_tensors: tuple[LayerTensor, ...] = ()
-    lm_head_bias: bool = False
+    lm_head_bias: bool | str = False
     heads_divide_hidden: bool = False
     heads_stay: bool = False
     heads_stay_rope: tuple[str, ...] = ()
@@ -459,6 +508,8 @@ class Family:
     packs: bool = True
     experts: Experts | None = None
     further_layers: str | None = None
+    activation_keeps: ActivationKeeps = field(default_factory=ActivationKeeps)
+    rounded_mlp: RoundedWidth | None = None
     gguf: GgufFacts | None = None
     vllm: VllmFacts | None = None
 
@@ -490,7 +541,12 @@ class Family:
         if kinds:
             kinds = LayerKinds(**{**kinds, "keys": tuple(kinds.get("keys", ()))})
         experts = Experts.from_data(data["experts"]) if "experts" in data else None
-        classes: dict[str, Any] = {"gguf": GgufFacts, "vllm": VllmFacts}
+        classes: dict[str, Any] = {
+            "gguf": GgufFacts,
+            "vllm": VllmFacts,
+            "activation_keeps": ActivationKeeps,
+            "rounded_mlp": RoundedWidth,
+        }
         facts = {
             key: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data[key].items()})
             for key, kind in classes.items()
@@ -577,6 +633,8 @@ class Family:
             or self.attributes is not None
             or _rope_type(full) in self.heads_stay_rope,
             heads_divide_hidden=self.heads_divide_hidden,
+            aliases=self.config_aliases,
+            with_mlp_width={self.rounded_mlp.switch: False} if self.rounded_mlp else {},
         )
 
     def full_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -606,6 +664,9 @@ class Family:
         for rule in self.config_rules:
             if _holds(rule["when"], full):
                 full.update(rule["set"])
+        rounded = self.rounded_mlp
+        if rounded is not None and full.get(rounded.switch):
+            full |= {"intermediate_size": rounded.of(full), rounded.switch: False}
         return full
 
     def layer_prefix(self, layer: int) -> str:
@@ -690,7 +751,8 @@ class Family:
             )  # fmt: skip
         if not geometry.tied_embeddings:
             shapes[f"{self.lm_head}.weight"] = (geometry.vocab_size, hidden)
-        if self.lm_head_bias:
+        bias = self.lm_head_bias
+        if full.get(bias, False) if isinstance(bias, str) else bias:
             shapes[f"{self.lm_head}.bias"] = (geometry.vocab_size,)
         return shapes
 

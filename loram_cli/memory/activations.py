@@ -8,7 +8,7 @@ A product with a frozen weight keeps nothing of its input; what is kept is:
 - LoRA linears: the input of ``lora_A`` (after dropout, so one of its own for every linear), the
   dropout's mask, the input of ``lora_B``, and factors cast to bf16;
 - attention: queries, keys, values and output (``sdpa``, ``flash``), or the weights (``eager``);
-- gated MLPs: the activation's input and output, and what it is multiplied with;
+- MLPs: the activation's input; in gated ones its output as well, and what it is multiplied with;
 - cross-entropy: log-probabilities in fp32.
 """
 
@@ -122,11 +122,13 @@ def _layer_kept(
         heads = layer.num_attention_heads + layer.num_key_value_heads
         per_token += (heads * layer.head_dim + heads) * FP32_BYTES
     per_token += _attention_kept(layer, setup)
-    # The activation's input and output, and in gated MLPs what it is multiplied with.
+    # The activation's input, and in gated MLPs its output and what that is multiplied with.
     modules = family.layer_modules(layer)
     branches = sum(module.rows.count("intermediate") for module in modules)
     if layer.has_mlp or not layer.has_experts:
-        per_token += layer.intermediate_size * (branches + 1) * setup.compute_bytes
+        keeps = family.activation_keeps
+        numbers = (branches + 1 if branches > 1 else 1) + keeps.numbers
+        per_token += layer.intermediate_size * (numbers * setup.compute_bytes + keeps.masks)
     per_token += _experts_kept(family, layer, hidden) * setup.compute_bytes
     shared: dict[str, int] = {}
     for module in modules:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from loram_cli.arch.spec import LOW_RANK, Family, LayerGeometry
+from loram_cli.arch.spec import ATTENTION_AXES, LOW_RANK, Family, LayerGeometry
 from loram_cli.arch.wrappers import text_view, wrapper_of
 from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.low_bit import PackedEntry
@@ -114,7 +114,8 @@ def _cut_to_size(
     """
     for path, width in (family.attributes or {}).items():
         owner, _, name = path.rpartition(".")
-        setattr(layer.get_submodule(owner), name, getattr(widths, width))
+        value = widths.axis_units(width) if width in ATTENTION_AXES else getattr(widths, width)
+        setattr(layer.get_submodule(owner), name, value)
     shapes = family.layer_shapes(0, widths, config)
     for module in family.layer_modules(widths):
         rows, columns = shapes[f"{family.layer_prefix(0)}{module.name}.weight"]

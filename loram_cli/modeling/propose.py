@@ -15,6 +15,7 @@ import torch
 
 from loram_cli.arch.spec import Family
 from loram_cli.errors import LoramError, reason_of
+from loram_cli.modeling.probe_groups import narrow_failure, told_apart, with_interleaved
 from loram_cli.quiet import quiet_libraries
 
 Shapes = dict[str, tuple[int, ...]]
@@ -41,6 +42,7 @@ _MLP_WIDTH = re.compile("ffn|ff_dim|inner|mlp_dim")
 # What a config may leave to be derived from other widths.
 _DERIVED = ("head_dim", "num_key_value_heads")
 _POSITIONS = "max_position_embeddings"
+_NARROW = ("rotary_dim",)
 _DEFAULTED = ("tie_word_embeddings", "head_dim", "num_key_value_heads")
 _LOGIT_SCALE = 3.5
 _LONG_LINE = 80
@@ -52,10 +54,12 @@ class _Probe:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.model_type: str = config["model_type"]
         self.own_keys: dict[str, str] = {}
-        default = self._native({})
+        default = self.default = self._native({})
         names = dict(getattr(type(default), "attribute_map", None) or {})
         self.own_keys |= {width: names[width] for width in _WIDTHS if width in names}
         self.positions = names.get(_POSITIONS, _POSITIONS)
+        # What must be no wider than a head for a tiny model to run.
+        self.narrow = {key: 4 for key in _NARROW if hasattr(default, key)}
         self.switches = sorted(k for k, v in default.to_dict().items() if isinstance(v, bool))
         self.scales = sorted(
             k for k, v in default.to_dict().items() if "logit" in k and isinstance(v, float)
@@ -186,8 +190,25 @@ def propose_family(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
             f"model_type {config.get('model_type')!r}: transformers builds no small causal LM "
             f"of it ({reason_of(error)})"
         ) from error
+    try:
+        return _proposal(probe, model)
+    except (KeyError, IndexError, StopIteration, AttributeError) as error:
+        raise LoramError(
+            f"model_type {probe.model_type!r}: its modules are not those of a plain decoder "
+            f"({reason_of(error)})",
+            "nothing can be proposed: write the family file by hand",
+        ) from error
+
+
+def _proposal(probe: _Probe, model: Any) -> tuple[dict[str, Any], list[str]]:
+    """See :func:`propose_family`; the model is the plain probe."""
     remarks: list[str] = []
     layers = _stack_name(model, probe.model_type)
+    if any(type(part).__name__ == "Conv1D" for part in model.get_submodule(layers).modules()):
+        raise LoramError(
+            f"model_type {probe.model_type!r}: its linears are transformers' Conv1D, which holds "
+            "weights transposed; such families are not supported"
+        )
     embedding, head = (
         next(name for name, module in model.named_modules() if module is part)
         for part in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -235,6 +256,10 @@ def propose_family(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     elif probe.refuses_odd_heads():
         data["heads_divide_hidden"] = True
     defaults = probe.defaults(list(dict.fromkeys(switch for switch, _, _ in conditions.values())))
+    if any(
+        probe.positions in str(axis) for t in data.get("outer_tensors", {}).values() for axis in t
+    ):
+        defaults[probe.positions] = getattr(probe.default, _POSITIONS)
     if probe.mlp_width_times_hidden:
         defaults["intermediate_size"] = f"{probe.mlp_width_times_hidden}*hidden_size"
     if defaults:
@@ -387,10 +412,14 @@ class _Axes:
             shapes = grown[width]
             return 0 if shapes is None or name not in shapes else shapes[name][axis] - size
 
-        if not self.own_head_width and growth("hidden") and _is_attention(name):
+        narrows = growth("query") < 0
+        if not self.own_head_width and growth("hidden") and _is_attention(name) and not narrows:
             return _by_name(name, axis)
         head = _PROBE["head_dim"]
-        if growth("query") < 0:
+        if narrows and not self.own_head_width:
+            # Its layers are built at the base's widths, so that the norm keeps its own.
+            return ["head"]
+        if narrows:
             self._remarks.append(
                 f"{name} narrows as heads are added: a pruned layer would not have its width; "
                 "refuse the config that has it by 'requires'"
@@ -528,7 +557,8 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
         # As wide as the residual stream: some layers cannot do without.
         head = {"head_dim": _PROBE["hidden_size"] // _PROBE["num_attention_heads"]}
         widths = head if "head_dim" in probe.widths else {}
-        model = probe.model("cpu", **{**widths, **scales, **dict.fromkeys(caps)})
+        changes = {**widths, **probe.narrow, **scales, **dict.fromkeys(caps)}
+        model = probe.model("cpu", **changes)
 
         ids = torch.arange(1, 13)[None]
         packs = _packs(model, ids)
@@ -536,10 +566,15 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
         def keep(name: str) -> Callable[..., None]:
             return lambda _module, _args, out: seen.update({name: out})
 
-        model.get_submodule(data["lm_head"]).register_forward_hook(keep("head"))
-        model.get_submodule(data["layers"])[0].register_forward_hook(keep("layer"))
+        watched = (model.get_submodule(data["lm_head"]), model.get_submodule(data["layers"])[0])
+        hooks = [
+            module.register_forward_hook(keep(name))
+            for name, module in zip(("head", "layer"), watched, strict=True)
+        ]
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
+        for hook in hooks:
+            hook.remove()
     except Exception as error:
         # A model that cannot be run is no reason to propose nothing.
         remarks.append(f"the probe could not be run ({reason_of(error, most=80)}): check the "
@@ -547,6 +582,7 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
         return
     finally:
         torch.random.set_rng_state(torch_state)
+    _tell_groups(probe.config(**changes), data, model, ids, remarks)
     if isinstance(seen["layer"], tuple):
         data["tuple_output"] = True
     if not packs:
@@ -564,6 +600,44 @@ def _add_what_running_tells(probe: _Probe, data: dict[str, Any], remarks: list[s
                 data["logits_divisor"] = key
                 return
         remarks.append(f"the logits are {ratio:.4g} times the head's output: no key told why")
+
+
+def _tell_groups(
+    config: Mapping[str, Any],
+    data: dict[str, Any],
+    model: Any,
+    ids: torch.Tensor,
+    remarks: list[str],
+) -> None:
+    """Whether heads and channels stand for themselves, and how fused modules order them."""
+    for axis, name in (("query", "heads"), ("intermediate", "channels")):
+        fused = [m for m in data["modules"] if len(m.get("rows", ())) > 1 and axis in m["rows"]]
+        try:
+            family = Family.from_data(data)
+            if told_apart(model, family, config, ids, axis):
+                continue
+            other = with_interleaved(family, axis) if fused else None
+            if other is not None and told_apart(model, other, config, ids, axis):
+                for module in fused:
+                    module["interleaved"] = True
+                continue
+        except (KeyError, IndexError, RuntimeError, LoramError, AttributeError):
+            # Of a proposal whose shapes do not hold either, which is said elsewhere.
+            pass
+        remarks.append(
+            f"{name} were not told apart: a change of one reached others, so that the rows or the "
+            f"order of segments are wrong, or {name} work together and none may be dropped"
+        )
+    try:
+        failure = narrow_failure(Family.from_data(data), config, ids)
+    except (KeyError, LoramError, ZeroDivisionError):
+        # As above.
+        return
+    if failure is not None:
+        remarks.append(
+            f"a layer with fewer heads and channels does not run ({reason_of(failure, most=80)}): "
+            "its class takes a width from elsewhere; complete 'attributes', or do not prune heads"
+        )
 
 
 def _packs(model: Any, ids: torch.Tensor) -> bool:
@@ -586,13 +660,6 @@ def _packs(model: Any, ids: torch.Tensor) -> bool:
 
 def _check(probe: _Probe, data: dict[str, Any], remarks: list[str]) -> None:
     """Hold the proposal against models of other widths, and say where it is off."""
-    for module in data["modules"]:
-        rows = module.get("rows", [])
-        if len(rows) > 1:
-            remarks.append(
-                f"{module['name']}: the order of its segments ({', '.join(rows)}) was assumed, and "
-                "that they do not alternate from head to head"
-            )
     axes = {m["name"]: (*m.get("rows", ()), *m.get("columns", ())) for m in data["modules"]}
     numbers = sorted(name for name, found in axes.items() if any(a.isdigit() for a in found))
     if numbers:

@@ -175,7 +175,7 @@ def _common_experts(
     return counts, replace(geometry, layers=layers), after
 
 
-def _plain_widths(geometry: Geometry, widths: tuple[LayerGeometry, ...]) -> dict[str, int] | None:
+def _plain_widths(geometry: Geometry, widths: tuple[LayerGeometry, ...]) -> dict[str, Any] | None:
     """What a plain config states of widths that all layers share; None where it cannot.
 
     Layers of a kind that has no heads, or no channels, say nothing of them.
@@ -199,7 +199,10 @@ def _plain_widths(geometry: Geometry, widths: tuple[LayerGeometry, ...]) -> dict
             stated |= {name: getattr(after, name) for name in names}
     if channels:
         stated["intermediate_size"] = channels.pop()
-    return {geometry.own_keys.get(name, name): value for name, value in stated.items()}
+    others = geometry.with_mlp_width if channels else {}
+    # A key that wins over a width must say the same.
+    others = {**others, **{a: stated[k] for a, k in geometry.aliases.items() if k in stated}}
+    return {geometry.own_keys.get(name, name): value for name, value in stated.items()} | others
 
 
 def per_layer_config(

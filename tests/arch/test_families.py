@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from helpers.variants import VARIANTS, Variant
 
+import loram_cli
 from loram_cli.arch.registry import families, family_for
 from loram_cli.arch.spec import Family
 from loram_cli.checkpoint.index import CheckpointIndex, read_config
@@ -26,6 +27,13 @@ def test_every_family_has_a_variant():
     assert tried == {name for family in families() for name in family.model_types}
 
 
+# What configs of a family have, and the class has no use without.
+STATED = {
+    "gpt_neo": {"attention_types": [[["global"], 1]]},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+}
+
+
 # What older tools left out of config.json means what the family's config class takes it for.
 @pytest.mark.parametrize("family", families(), ids=lambda f: f.family)
 @pytest.mark.parametrize("absent", ["tie_word_embeddings", "head_dim", "num_key_value_heads"])
@@ -39,7 +47,7 @@ def test_absent_keys_mean_what_transformers_takes_them_for(family: Family, absen
         "num_key_value_heads": 16, "head_dim": 10, "tie_word_embeddings": False,
         "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
-    config |= family.requires
+    config |= family.requires | STATED.get(family.family, {})
     if family.layer_kinds is not None and family.layer_kinds.keys:
         named = [m for m in family.modules if m.kinds]
         kind = next((m.kinds[0] for m in named if "query" in m.rows), named[0].kinds[0])
@@ -69,9 +77,21 @@ def test_absent_keys_mean_what_transformers_takes_them_for(family: Family, absen
     assert shapes == family.tensor_shapes(config)
 
 
-def test_unknown_model_type_lists_the_known():
-    with pytest.raises(LoramError, match=r"'gpt2' is not a known family \(known: arcee"):
-        family_for({"model_type": "gpt2"}, "somewhere")
+@pytest.mark.parametrize(
+    ("model_type", "near"), [("gpt2", "nearest: gptj"), ("rwkv7", r"\d\d are known")]
+)
+def test_unknown_model_type_names_the_nearest(model_type: str, near: str):
+    with pytest.raises(LoramError, match=rf"'{model_type}' is not a known family \({near}") as said:
+        family_for({"model_type": model_type}, "somewhere")
+    assert "'loram inspect somewhere --family --out families/NAME.json' proposes" in said.value.hint
+
+
+def test_the_page_of_families_lists_them_all():
+    page = (Path(loram_cli.__file__).parent / "docs" / "families.md").read_text("utf-8")
+    rows = [row.split("|")[1:3] for row in page.splitlines() if row.startswith("| `")]
+    listed = [tuple(cell.strip() for cell in row) for row in rows]
+    expected = [(f"`{f.family}`", ", ".join(f"`{t}`" for t in f.model_types)) for f in families()]
+    assert listed == expected
 
 
 def test_an_unknown_multimodal_model_is_refused_with_the_way_out(tmp_path: Path):

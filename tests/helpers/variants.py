@@ -35,6 +35,18 @@ _GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 8}
 _FALCON = {"ffn_hidden_size": 24, "num_kv_heads": 2, "new_decoder_architecture": True}
 _NO_FALCON_KEYS = ("intermediate_size", "num_key_value_heads")
 
+_LFM2 = {
+    "block_auto_adjust_ff_dim": True, "block_multiple_of": 8,
+    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+}  # fmt: skip
+# GPT's own names of widths.
+_GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256}
+_NO_GPT_KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "intermediate_size", "num_key_value_heads",
+)  # fmt: skip
+_NO_OPT_KEYS = ("intermediate_size", "num_key_value_heads")
+
 
 def _spread_routers(model: Any) -> None:
     """Let routers choose clearly: near ties would fall differently in another order of sums."""
@@ -149,7 +161,47 @@ VARIANTS = (
     Variant("phi4-mini", "phi3",
             {**TIED, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                          "partial_rotary_factor": 0.5}}),
+    Variant("afmoe", "afmoe", {
+        **MOE, "moe_intermediate_size": 16, "head_dim": 12, "num_dense_layers": 2,
+        "sliding_window": 8, "global_attn_every_n_layers": 2, "mup_enabled": True}),
+    Variant("apertus", "apertus", {"head_dim": 12}),
+    Variant("dots1", "dots1", {
+        **MOE, **_GROUPS, "moe_intermediate_size": 16, "head_dim": 12, "n_shared_experts": 2,
+        "first_k_dense_replace": 1, "num_key_value_heads": 2}),
+    Variant("exaone_moe", "exaone_moe", {
+        **MOE, "moe_intermediate_size": 16, "head_dim": 12, "sliding_window": 8,
+        "first_k_dense_replace": 2}),
+    Variant("flex_olmo", "flex_olmo", MOE),
+    Variant("gpt_bigcode", "gpt_bigcode", {**_GPT, "n_inner": 24}, drops=_NO_GPT_KEYS),
+    Variant("gpt_neo", "gpt_neo", {
+        "num_heads": 4, "num_layers": 4, "attention_types": [[["global", "local"], 2]],
+        "window_size": 8}),
+    Variant("gptj", "gptj", {**_GPT, "n_inner": 24, "rotary_dim": 4}, drops=_NO_GPT_KEYS),
+    Variant("granitemoe", "granitemoe", {**MOE, "logits_scaling": 3.0, "head_dim": 12}),
+    Variant("hunyuan_v1_moe", "hunyuan_v1_moe", {"num_experts": 6, "moe_topk": 2, "head_dim": 12}),
+    Variant("lfm2", "lfm2", {**_LFM2, "intermediate_size": 24}),
+    Variant("lfm2-rounded", "lfm2", {**_LFM2, "block_ff_dim": 50, "block_multiple_of": 10,
+            "block_ffn_dim_multiplier": 1.1, "full_attn_idxs": [1, 2], "conv_bias": True,
+            "layer_types": None}, drops=("layer_types",)),
+    Variant("mellum", "mellum", {
+        **MOE, "moe_intermediate_size": 16, "head_dim": 12, "sliding_window": 8,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
+    Variant("opt", "opt", {
+        "ffn_dim": 24, "word_embed_proj_dim": 32, "dropout": 0.0}, drops=_NO_OPT_KEYS),
+    Variant("persimmon", "persimmon"),
+    Variant("persimmon-plain", "persimmon", {"qk_layernorm": False}),
+    Variant("phimoe", "phimoe", {
+        **MOE, "router_jitter_noise": 0.0, "attention_bias": True, "lm_head_bias": True}),
+    Variant("phimoe-plain", "phimoe", {**MOE, "router_jitter_noise": 0.0}),
+    Variant("solar_open", "solar_open", {
+        **MOE, "n_routed_experts": 6, "moe_intermediate_size": 16, "head_dim": 12}),
+    Variant("xglm", "xglm", {
+        "d_model": 32, "ffn_dim": 24, "num_layers": 4, "attention_heads": 4, "dropout": 0.0,
+        "attention_dropout": 0.0}, drops=_NO_GPT_KEYS[:3] + _NO_GPT_KEYS[4:]),
+    Variant("youtu", "youtu", {k: v for k, v in _LATENT.items() if "expert" not in k}),
     Variant("arcee", "arcee", {"mlp_bias": True}),
+    Variant("biogpt", "biogpt", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+            drops=("num_key_value_heads",)),
     Variant("cohere", "cohere", {**TIED, "use_qk_norm": True}),
     Variant("cohere-plain", "cohere", {"attention_bias": True}),
     Variant("cohere2", "cohere2", {**TIED, "sliding_window": 8}),

@@ -128,8 +128,10 @@ def test_predicted_peak_is_the_highest_mark_of_live_storage(setup):
     assert predicted == pytest.approx(live.peak, rel=0.06)
 
 
-# LayerNorms, two-matrix and parallel blocks keep other tensors than the account's gated layers.
-ROUGH = {"arcee", "cohere", "cohere2", "jais2", "nanochat", "nemotron", "olmo", "phi", "starcoder2"}
+# LayerNorms and parallel blocks keep other tensors than the account's; nanochat's norms have no
+# weights, so that its file does not list them.
+ROUGH = dict.fromkeys(("cohere", "cohere2", "jais2", "nemotron", "olmo", "phi", "starcoder2"), 0.1)
+ROUGH["nanochat"] = 0.26
 # Dropout on the residuals; no sdpa kernel; hidden and head widths that must agree.
 NOT_COUNTED = {"seed_oss", "granite_swa", "helium"}
 
@@ -149,12 +151,14 @@ def test_every_family_keeps_what_is_predicted(family):
         del config["attn_logit_softcapping"], config["final_logit_softcapping"]
     if family.family == "gemma3":
         config["attn_logit_softcapping"] = None
+    if family.family == "apertus":
+        config["hidden_act"] = "xielu"
     attention = "eager" if config.get("attn_logit_softcapping") else "sdpa"
     setup = replace(SETUP, attention=attention)
     model = build(setup, config)
     with SavedTensors(model) as saved:
         forward(model, setup, batch(setup))
-    within = 0.2 if family.family in ROUGH else 0.02
+    within = ROUGH.get(family.family, 0.02)
     assert activations(family, config, setup).saved == pytest.approx(saved.num_bytes, rel=within)
 
 
