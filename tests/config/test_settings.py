@@ -125,6 +125,7 @@ def test_every_setting_has_a_type():
         "checkpoint": str | None,
         "fit_scale": bool,
         "scale_examples": int,
+        "device": str | None,
     }
     assert {"steps", "report_to", "seed"} <= set(setting_types("train"))
     assert "out" not in setting_types("train")
