@@ -316,7 +316,7 @@ def _tokenizer(model_dir: Path) -> Any:
 
 def _damaged(model_dir: Path) -> Path:
     """The file that a tokenizer cannot be read from; the directory where it may be any."""
-    import tokenizers
+    import transformers
 
     whole, config = model_dir / "tokenizer.json", model_dir / "tokenizer_config.json"
     for file in (config, whole):
@@ -329,7 +329,7 @@ def _damaged(model_dir: Path) -> Path:
         return model_dir
     try:
         with loading(whole, "tokenizers"):
-            tokenizers.Tokenizer.from_file(str(whole)).encode("a")
+            transformers.PreTrainedTokenizerFast(tokenizer_file=str(whole))("a")
     except LoramError:
         return whole
     return config if config.is_file() else model_dir

@@ -93,7 +93,9 @@ def test_what_is_known_without_a_tensor(variant, tmp_path):
     assert model.tied_embeddings is (head is None or variant.stores_head)
     assert model.stored_head_params == (head.numel() if variant.stores_head else 0)
     # CWM's defaults are those of a longer context than the tests' models have.
-    assert len(list(oddities(model))) == (variant.stores_head or variant.model_type == "cwm")
+    assert len(list(oddities(model))) == (
+        variant.stores_head or variant.model_type in ("apertus", "cwm")
+    )
     assert set(model.linear_names) <= set(tensors)
     layers = model.geometry.layers
     assert len(model.linear_names) == sum(len(family.layer_modules(layer)) for layer in layers)

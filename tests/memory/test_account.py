@@ -83,7 +83,9 @@ def test_every_family_counts_as_transformers_does(family, tied):
             transformers.AutoConfig.for_model(**config)
         )
     count = count_params(family, config)
-    assert count.total == sum(weight.numel() for weight in model.parameters())
+    # With what lies in the file beside the parameters, such as an activation's constants.
+    stored = [buffer for name, buffer in model.named_buffers() if name in model.state_dict()]
+    assert count.total == sum(weight.numel() for weight in (*model.parameters(), *stored))
     linears = {
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
     }
