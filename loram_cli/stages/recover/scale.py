@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _STEP = 1.5
 # Of the search, and its inverse the smallest.
 _LARGEST = 8.0
+# Two factors whose logarithms differ by less need not both be tried.
+_SAME = 0.03
 # An update that is best smaller than this mostly made up for what the small model lacked.
 _SUSPICIOUS = 0.6
 # Passes over the examples that the search takes at most, for the progress line.
@@ -128,8 +130,11 @@ def best_scale(loss_at: Callable[[float], float]) -> tuple[float, dict[float, fl
     """
     losses: dict[float, float] = {}
 
+    def scale_of(power: float) -> float:
+        return round(_STEP**power, 2)
+
     def tried(power: int) -> float:
-        scale = _STEP**power
+        scale = scale_of(power)
         if scale not in losses:
             loss = loss_at(scale)
             losses[scale] = loss if math.isfinite(loss) else math.inf
@@ -143,9 +148,9 @@ def best_scale(loss_at: Callable[[float], float]) -> tuple[float, dict[float, fl
             break
         best += direction
     # Neighbours on both sides are known but where the search came to its end.
-    if _STEP ** (best + 1) in losses and _STEP ** (best - 1) in losses:
-        vertex = round(_STEP ** (best + _vertex([tried(best + i) for i in (-1, 0, 1)])), 2)
-        if vertex not in losses:
+    if scale_of(best + 1) in losses and scale_of(best - 1) in losses:
+        vertex = scale_of(best + _vertex([tried(best + i) for i in (-1, 0, 1)]))
+        if all(abs(math.log(vertex / scale)) > _SAME for scale in losses):
             loss = loss_at(vertex)
             losses[vertex] = loss if math.isfinite(loss) else math.inf
     # The one nearest to 1 where two are alike, so that noise does not scale.
