@@ -55,7 +55,7 @@ def base_with_groups_zeroed(base: Path, keep: dict[int, LayerKeep]):
 def _route_among(block, kept: torch.Tensor, top_k: int) -> None:
     """Let a block's router see some of its experts only, which all stay where they are."""
     router = block.get_submodule("gate" if hasattr(block, "gate") else "router")
-    count = router.weight.shape[0]
+    count = next(router.parameters()).shape[0]
     for module in (block, *router.modules()):
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
