@@ -38,7 +38,7 @@ _ON_SEVERAL_PROCESSES = ("train", "align")
 # Characters of an error that are shown of one line; lists of known names are shorter.
 _LINE = 1200
 # Enough for the pauses between the operations of a small model.
-_SPINS = "1000"
+_SPINS = "10000"
 
 
 def _version(wanted: bool) -> None:
@@ -82,7 +82,9 @@ def bound_spinning() -> None:
     """Have threads that wait for each other sleep soon; read when torch is loaded.
 
     GNU's OpenMP lets them spin for milliseconds. Beside another busy process that stops training
-    all but altogether, see ``tests/benchmarks/spinning.py``. What the user has set stays.
+    all but altogether. Fewer spins share better and cost more alone: on two cores 1000 took 1.4 to
+    1.5 times as long alone and 3 times beside, 10000 0.8 to 1.1 and 5 to 7, torch's own 1 and 6 to 22
+    (``tests/benchmarks/spinning.py``). What the user has set stays.
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = _SPINS

@@ -26,7 +26,10 @@ AS_IT_COMES = "as it comes"
 SETTINGS: dict[str, dict[str, str]] = {
     AS_IT_COMES: {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 1000, 3000, 10000)},
+    **{
+        f"spin {count}": {"GOMP_SPINCOUNT": str(count)}
+        for count in (1000, 3000, 10000, 30000, 100000)
+    },
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")

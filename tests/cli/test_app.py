@@ -19,7 +19,7 @@ print(*(os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")))
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({}, "1000 None"),
+        ({}, "10000 None"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE"),
         ({"GOMP_SPINCOUNT": "7"}, "7 None"),
     ],
