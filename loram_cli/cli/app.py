@@ -83,8 +83,8 @@ def bound_spinning() -> None:
 
     GNU's OpenMP lets them spin for milliseconds. Beside another busy process that stops training
     all but altogether. Fewer spins share better and cost more alone: on two cores 1000 took 1.4 to
-    1.5 times as long alone and 3 times beside, 10000 0.8 to 1.1 and 5 to 7, torch's own 1 and 6 to 22
-    (``tests/benchmarks/spinning.py``). What the user has set stays.
+    1.5 times as long alone and 3 times beside, 10000 0.8 to 1.1 and 5 to 7, torch's own 1 and 6 to
+    22 (``tests/benchmarks/spinning.py``). What the user has set stays.
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
         os.environ["GOMP_SPINCOUNT"] = _SPINS
