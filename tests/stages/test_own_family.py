@@ -71,8 +71,9 @@ def pruned(base: Path, out: Path, strategy: str) -> None:
     )
 
 
+@pytest.mark.slow
 @EVERY
-@pytest.mark.parametrize("strategy", ["stru", pytest.param("rand", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["stru", "rand"])
 def test_a_proposed_family_goes_the_whole_way(
     name: str, strategy: str, proposed, text_file: Path, instructions: Path, tmp_path: Path
 ):

@@ -106,6 +106,7 @@ recover: {{}}
 """
 
 
+@pytest.mark.slow
 def test_one_recipe_does_sft_then_dpo_then_grpo_with_rewards_of_ones_own(
     base, instructions, preferences, tmp_path, capsys
 ):
