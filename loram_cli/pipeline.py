@@ -12,6 +12,7 @@ from loram_cli.reporting import Reporter
 from loram_cli.runs.manifest import MANIFEST_NAME
 from loram_cli.runs.rundir import OUTPUTS, RunDirectory
 from loram_cli.stages.align import stage as align
+from loram_cli.stages.core.data_digests import DATA_SETTINGS
 from loram_cli.stages.core.lifecycle import StageResult
 from loram_cli.stages.core.plan import StagePlan, free_disk
 from loram_cli.stages.evaluate import stage as evaluate
@@ -93,7 +94,7 @@ def _check_ahead(recipe: Recipe, place: Place) -> None:
     """
     for stage in recipe.stages:
         values = recipe.filled(stage)
-        for name in ("data", "eval_data", "calibration"):
+        for name in DATA_SETTINGS:
             if values.get(name):
                 data_files(values[name])
     if recipe.eval is not None:

@@ -133,26 +133,25 @@ def best_scale(loss_at: Callable[[float], float]) -> tuple[float, dict[float, fl
     def scale_of(power: float) -> float:
         return round(_STEP**power, 2)
 
-    def tried(power: int) -> float:
-        scale = scale_of(power)
+    def tried(scale: float) -> float:
         if scale not in losses:
             loss = loss_at(scale)
             losses[scale] = loss if math.isfinite(loss) else math.inf
         return losses[scale]
 
     best, direction = 0, 1
-    if tried(1) >= tried(0):
+    if tried(scale_of(1)) >= tried(scale_of(0)):
         direction = -1
     while 1 / _LARGEST < _STEP ** (best + direction) < _LARGEST:
-        if tried(best + direction) >= tried(best):
+        if tried(scale_of(best + direction)) >= tried(scale_of(best)):
             break
         best += direction
+    around = [scale_of(best + step) for step in (-1, 0, 1)]
     # Neighbours on both sides are known but where the search came to its end.
-    if scale_of(best + 1) in losses and scale_of(best - 1) in losses:
-        vertex = scale_of(best + _vertex([tried(best + i) for i in (-1, 0, 1)]))
+    if all(scale in losses for scale in around):
+        vertex = scale_of(best + _vertex([losses[scale] for scale in around]))
         if all(abs(math.log(vertex / scale)) > _SAME for scale in losses):
-            loss = loss_at(vertex)
-            losses[vertex] = loss if math.isfinite(loss) else math.inf
+            tried(vertex)
     # The one nearest to 1 where two are alike, so that noise does not scale.
     scale = min(losses, key=lambda scale: (losses[scale], abs(math.log(scale))))
     return scale, dict(sorted(losses.items()))
