@@ -6,6 +6,6 @@ STRATEGY = Strategy(
     summary="weights of 2 to 4 bits",
     ratio=None,
     paper_ratios=(),
-    importances=("gptq", "nearest"),
+    importances=("gptq", "yaqa", "nearest"),
     rounds=True,
 )

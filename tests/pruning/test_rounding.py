@@ -8,11 +8,13 @@ import torch
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import STEPS, ZEROS, dequantize
 from loram_cli.errors import LoramError
+from loram_cli.pruning import rounding
 from loram_cli.pruning.rounding import (
     Grid,
     choose_grid,
     grouped,
     round_nearest,
+    round_on_both_sides,
     round_to_grid,
     round_with_feedback,
 )
@@ -117,3 +119,58 @@ def test_inputs_that_are_not_finite_are_named():
     hessian.total[0, 0] = torch.nan
     with pytest.raises(LoramError, match="layer 3: its inputs"):
         round_with_feedback(weight, hessian, LowBit(2, 8), 0.01, "layer 3")
+
+
+def both_sided_problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weight of three blocks of rows, inputs, and gradients with few large directions."""
+    generator = torch.Generator().manual_seed(1)
+    rows = 80
+    weight = torch.randn(rows, COLUMNS, generator=generator)
+    mixing = torch.randn(12, rows, generator=generator)
+    gradients = torch.randn(300, 12, generator=generator) @ mixing
+    gradients += 0.2 * torch.randn(300, rows, generator=generator)
+    return weight, problem()[1], 1e-7 * gradients
+
+
+def moment_of(gradients: torch.Tensor, dampening: float) -> torch.Tensor:
+    total = gradients.double().T @ gradients.double()
+    return total + dampening * total.diagonal().mean() * torch.eye(len(total), dtype=total.dtype)
+
+
+def test_both_sides_is_gptq_on_rows_that_make_up_for_the_rows_before():
+    """Rows that are left take the best continuous answer to all errors so far, made anew each time."""
+    low_bit, (weight, inputs, gradients) = LowBit(2, 8), both_sided_problem()
+    moment = moment_of(gradients, rounding._OUTPUT_DAMPENING)
+    order = torch.argsort(gradients.square().sum(0), descending=True, stable=True).tolist()
+    expected = torch.empty_like(weight)
+    for begin in range(0, len(weight), 32):
+        done, now = order[:begin], order[begin : begin + 32]
+        rest = order[begin:]
+        errors = weight[done].double() - expected[done].double()
+        moved = torch.linalg.solve(moment[rest][:, rest], moment[rest][:, done] @ errors)
+        block = weight[now] + moved[: len(now)].float()
+        codes = round_with_feedback(block, hessian_of(inputs), low_bit, 0.01, "here")
+        expected[now] = floating(codes, low_bit)
+    codes = round_on_both_sides(weight, hessian_of(inputs), gradients, low_bit, 0.01, "here")
+    # A tie may fall the other way in fp32, and moves all that follows it.
+    assert (floating(codes, low_bit) - expected).abs().lt(1e-4).float().mean() > 0.97
+
+
+def test_both_sides_changes_the_loss_less():
+    low_bit, (weight, inputs, gradients) = LowBit(2, 8), both_sided_problem()
+
+    def change(codes) -> float:
+        error = floating(codes, low_bit) - weight
+        return float((gradients @ error @ inputs.T).square().sum())
+
+    hessian = hessian_of(inputs)
+    both = round_on_both_sides(weight, hessian, gradients, low_bit, 0.01, "here")
+    assert change(both) < 0.5 * change(round_with_feedback(weight, hessian, low_bit, 0.01, "here"))
+
+
+def test_gradients_of_nothing_are_gptq():
+    low_bit, (weight, inputs) = LowBit(2, 8), problem()
+    nothing = torch.zeros(5, ROWS, dtype=torch.bfloat16)
+    both = round_on_both_sides(weight, hessian_of(inputs), nothing, low_bit, 0.01, "here")
+    fed = round_with_feedback(weight, hessian_of(inputs), low_bit, 0.01, "here")
+    assert torch.equal(both.codes, fed.codes)

@@ -1,12 +1,13 @@
 """What calibrated pruning reads and holds: windows of text, and hidden states between layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
+from loram_cli.memory.account import BF16_BYTES
 from loram_cli.modeling.layerwise.gradients import boundaries_kept
 from loram_cli.modeling.layerwise.states import BoundaryPool, computed_dtype
 from loram_cli.modeling.layerwise.stream import LayerStream
@@ -20,9 +21,16 @@ from loram_cli.training.data.sources import data_files
 
 # Windows and tokens a window: LLM-Pruner's and SparseGPT's own defaults; fewer than GPTQ's 128 of
 # 2048: twice as many tokens as the widest linear of a 13B model has inputs.
-_DEFAULT_WINDOWS = {"taylor": (10, 128), "sparsegpt": (128, 2048), "gptq": (64, 384)}
-_BY_HESSIAN = ("sparsegpt", "wanda", "obs", "svd", "gptq")
+_DEFAULT_WINDOWS = {
+    "taylor": (10, 128),
+    "sparsegpt": (128, 2048),
+    "gptq": (64, 384),
+    "yaqa": (64, 384),
+}
+_BY_HESSIAN = ("sparsegpt", "wanda", "obs", "svd", "gptq", "yaqa")
 _OTHER_WINDOWS = (32, 512)
+# Tokens whose gradients "yaqa" keeps by the outputs of all linears, on the output's disk.
+_GRADIENT_TOKENS = 2048
 # A router spreads tokens over all experts: each must have seen some hundred.
 _EXPERT_WINDOWS = (128, 512)
 
@@ -39,6 +47,8 @@ class CalibrationNeeds:
         memory_bytes: How much of them stays in memory.
         disk_bytes: How much of them goes to the output's disk meanwhile.
         hessian_bytes: What SparseGPT's Hessians of one layer, and their inverses, take.
+        gradients: What a pass before that one holds, forward and backward over some of the
+            windows; None where there is none.
     """
 
     samples: int
@@ -48,6 +58,7 @@ class CalibrationNeeds:
     memory_bytes: int
     disk_bytes: int
     hessian_bytes: int = 0
+    gradients: "CalibrationNeeds | None" = None
 
     @property
     def held_bytes(self) -> int:
@@ -106,18 +117,34 @@ def calibration_needs(
         if of_experts:
             first = [layer.has_experts for layer in model.geometry.layers].index(True)
         boundaries = boundaries_kept(model.num_layers, first)
+    needs = _held(spec, model, samples, length, boundaries)
+    if method not in _BY_HESSIAN:
+        return needs
+    widest = hessian_bytes(model.family, config)
+    if method != "yaqa":
+        return replace(needs, hessian_bytes=widest)
+    some = min(samples, max(1, _GRADIENT_TOKENS // length))
+    gradients = _held(spec, model, some, length, boundaries_kept(model.num_layers, 0))
+    rows = [model.shapes[name][0] for name in model.linear_names]
+    return replace(
+        needs,
+        memory_bytes=max(needs.memory_bytes, gradients.memory_bytes),
+        disk_bytes=max(needs.disk_bytes, gradients.disk_bytes)
+        + some * length * sum(rows) * BF16_BYTES,
+        hessian_bytes=widest + 4 * 4 * max(rows) ** 2,
+        gradients=gradients,
+    )
+
+
+def _held(
+    spec: PruneSpec, model: Model, samples: int, length: int, boundaries: int
+) -> CalibrationNeeds:
+    """Hidden states of windows at so many boundaries, in memory as far as it may be."""
     item_bytes = computed_dtype(model.dtype.to_torch()).itemsize
     each = samples * length * model.geometry.hidden_size * item_bytes
     in_memory = min(boundaries, spec.calibration_memory // each)
-    return CalibrationNeeds(
-        samples,
-        length,
-        boundaries,
-        each,
-        in_memory * each,
-        (boundaries - in_memory) * each,
-        hessian_bytes(model.family, config) if method in _BY_HESSIAN else 0,
-    )
+    on_disk = boundaries - in_memory
+    return CalibrationNeeds(samples, length, boundaries, each, in_memory * each, on_disk * each)
 
 
 def load_windows(spec: PruneSpec, needs: CalibrationNeeds) -> torch.Tensor:

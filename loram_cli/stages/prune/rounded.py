@@ -9,9 +9,14 @@ from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import Codes, dequantize, pack
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.memory.account import BF16_BYTES
+from loram_cli.modeling.layerwise.output_gradients import OutputGradients
 from loram_cli.modeling.layerwise.sparsegpt_pass import changed_layers
 from loram_cli.modeling.layerwise.stream import LayerStream
-from loram_cli.pruning.rounding import round_nearest, round_with_feedback
+from loram_cli.pruning.rounding import (
+    round_nearest,
+    round_on_both_sides,
+    round_with_feedback,
+)
 from loram_cli.pruning.sparsegpt import Hessian
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.results import PruneResult
@@ -96,26 +101,36 @@ def _by_feedback(
     spec: PruneSpec, work: PruneWork, directory: Path, reporter: Reporter
 ) -> Changes[_Row]:
     assert work.low_bit is not None and work.calibration is not None
-    low_bit = work.low_bit
+    low_bit, needs = work.low_bit, work.calibration
     rows: dict[str, _Row] = {}
-
-    def change(weights: dict[str, torch.Tensor], hessian: Hessian) -> dict[str, torch.Tensor]:
-        changed = {}
-        for name, weight in weights.items():
-            codes = round_with_feedback(
-                weight, hessian, low_bit, spec.dampening, name, spec.block_columns
-            )
-            rows[name], changed[name] = _row(weight, codes, low_bit)
-        return changed
-
-    windows = load_windows(spec, work.calibration)
+    windows = load_windows(spec, needs)
     modules = [module.name for module in work.model.family.modules]
-    with (
-        LayerStream(work.model, spec.device) as stream,
-        open_pool(spec, work.calibration, stream, directory) as pool,
-    ):
-        for changed in changed_layers(stream, windows, modules, change, pool, reporter):
-            yield {name: rows.pop(name) for name in changed}
+    with OutputGradients(directory / "gradients") as gradients:
+        if needs.gradients is not None:
+            with (
+                LayerStream(work.model, spec.device) as stream,
+                open_pool(spec, needs.gradients, stream, directory) as pool,
+            ):
+                part = windows[: needs.gradients.samples]
+                gradients.collect(stream, part, modules, pool, reporter)
+
+        def change(weights: dict[str, torch.Tensor], hessian: Hessian) -> dict[str, torch.Tensor]:
+            changed = {}
+            for name, weight in weights.items():
+                how = (low_bit, spec.dampening, name, spec.block_columns)
+                if needs.gradients is None:
+                    codes = round_with_feedback(weight, hessian, *how)
+                else:
+                    codes = round_on_both_sides(weight, hessian, gradients.take(name), *how)
+                rows[name], changed[name] = _row(weight, codes, low_bit)
+            return changed
+
+        with (
+            LayerStream(work.model, spec.device) as stream,
+            open_pool(spec, needs, stream, directory) as pool,
+        ):
+            for changed in changed_layers(stream, windows, modules, change, pool, reporter):
+                yield {name: rows.pop(name) for name in changed}
 
 
 def _row(weight: torch.Tensor, codes: Codes, low_bit: LowBit) -> tuple[_Row, torch.Tensor]:

@@ -25,7 +25,7 @@ from loram_cli.units import GIB
 # The ways to say how much goes; one of them is given, or the strategy's own ratio is taken.
 AMOUNTS = ("ratio", "plan", "target_params", "fit_memory")
 Importance = Literal[
-    "taylor", "l2", "wanda", "obs", "sparsegpt", "cosine", "svd", "gptq", "nearest"
+    "taylor", "l2", "wanda", "obs", "sparsegpt", "cosine", "svd", "gptq", "yaqa", "nearest"
 ]
 
 # What needs text, and what for.
@@ -36,6 +36,7 @@ CALIBRATED = {
     "cosine": "ranks by hidden states on text",
     "sparsegpt": "updates on text",
     "gptq": "updates on text",
+    "yaqa": "updates on text, by gradients as well",
     "svd": "weighs errors by activations on text",
 }
 # How experts may be ranked on text.
@@ -149,7 +150,7 @@ class PruneSpec(Spec):
     importance: Importance | None = setting(
         None,
         help="taylor, wanda or obs (stru), sparsegpt (unst, semi), cosine (depth), svd (lowrank), "
-        "gptq (lowbit), or l2, nearest (no data).",
+        "gptq, yaqa (lowbit), or l2, nearest (no data).",
         default_text="the strategy's first",
     )
     calibration: str | None = setting(
@@ -160,13 +161,13 @@ class PruneSpec(Spec):
     calibration_samples: int | None = setting(
         None,
         help="Windows of text.",
-        default_text="taylor 10, sparsegpt 128, gptq 64, others 32",
+        default_text="taylor 10, sparsegpt 128, gptq and yaqa 64, others 32",
         at_least=1,
     )
     calibration_length: int | None = setting(
         None,
         help="Tokens per window.",
-        default_text="taylor 128, sparsegpt 2048, gptq 384, others 512",
+        default_text="taylor 128, sparsegpt 2048, gptq and yaqa 384, others 512",
         at_least=2,
     )
     calibration_memory: Bytes = setting(
@@ -176,7 +177,9 @@ class PruneSpec(Spec):
         in_key=False,
     )
     dampening: float = setting(
-        0.01, help="sparsegpt, gptq, obs, svd: share of the Hessian's mean diagonal.", at_least=0
+        0.01,
+        help="sparsegpt, gptq, yaqa, obs, svd: share of the Hessian's mean diagonal.",
+        at_least=0,
     )
     block_columns: int = setting(128, help="sparsegpt: columns per update.", at_least=1)
     max_shard_bytes: Bytes = setting(

@@ -71,10 +71,10 @@ def _stru(ratio: float, importance: str = "obs") -> Flags:
     )  # fmt: skip
 
 
-def _low_bit(bits: int) -> Flags:
+def _low_bit(bits: int, *further: str) -> Flags:
     return (
         "--strategy", "lowbit", "--bits", str(bits), "--group-size", "48", "--calibration", "{train}",
-        "--calibration-samples", "24", "--calibration-length", "256",
+        "--calibration-samples", "24", "--calibration-length", "256", *further,
     )  # fmt: skip
 
 
@@ -201,6 +201,24 @@ _ROUNDED = tuple(
     )
 )
 
+# Rounded so that errors cancel in what comes back as well.
+_BOTH_SIDES = tuple(
+    Row(
+        name=f"lowbit-{bits}-yaqa{suffix}",
+        label=f"{bits} bits by yaqa, {said}",
+        prune=_low_bit(bits, "--importance", "yaqa"),
+        align=align,
+        scaled=bits == 2,
+        polish=True,
+        decides=align is None,
+    )
+    for bits in (3, 2)
+    for suffix, said, align in (
+        ("", "not aligned", None),
+        ("-distill", "distill, 82k tokens", _DISTILLED),
+    )
+)
+
 # Narrow and of few bits: pruned and fitted first, then rounded.
 _NARROW_ROUNDED = tuple(
     Row(
@@ -237,7 +255,7 @@ _RATIOS = tuple(
     )
 )
 
-ROWS: tuple[Row, ...] = (*_MADE, *_OTHERS, *_ROUNDED, *_NARROW_ROUNDED, *_RATIOS)
+ROWS: tuple[Row, ...] = (*_MADE, *_OTHERS, *_ROUNDED, *_BOTH_SIDES, *_NARROW_ROUNDED, *_RATIOS)
 
 
 def named(names: tuple[str, ...]) -> tuple[Row, ...]:

@@ -1,6 +1,7 @@
 """Weights of few bits: prune, align, train on what is packed, recover as it is; narrow ones too."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,23 @@ def test_a_tied_head_with_odd_widths_goes_the_whole_way(
     train.run(train_spec(tmp_path / "aligned", tmp_path / "adapter", instructions), SILENT)
     config = json.loads((tmp_path / "aligned" / "config.json").read_text())
     assert config[CONFIG_KEY]["bits"] == 3
+
+
+def test_yaqa_is_another_rounding_and_leaves_nothing_behind(base, text_file, tmp_path: Path):
+    out, again, gptq = (tmp_path / name for name in ("yaqa", "again", "gptq"))
+    spec = prune_spec(base, out, text_file, importance="yaqa", bits=2)
+    needs = prune.plan(spec, SILENT).work.calibration
+    assert (needs.gradients.samples, needs.gradients.length) == (12, 32)
+    linears = Model.open(base).linear_names
+    rows = sum(Model.open(base).shapes[name][0] for name in linears)
+    assert needs.disk_bytes == 2 * 12 * 32 * rows
+    prune.run(spec, SILENT)
+    prune.run(replace(spec, out=again, calibration_memory=0), SILENT)
+    prune.run(prune_spec(base, gptq, text_file, bits=2), SILENT)
+    files = {path.name for path in gptq.iterdir()}
+    assert {path.name for path in out.iterdir()} == files
+    yaqa, same, other = (load_file(d / "model.safetensors") for d in (out, again, gptq))
+    assert all(torch.equal(yaqa[name], same[name]) for name in yaqa)
+    # Weights of one block of rows are rounded alike.
+    assert any(not torch.equal(yaqa[name], other[name]) for name in linears)
+    assert Manifest.read(out).results["rounding_error"] > 0
