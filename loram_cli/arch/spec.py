@@ -20,7 +20,7 @@ said in *widths*:
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from loram_cli.arch.experts import AdaptedWeight, Experts
@@ -315,12 +315,15 @@ class Geometry:
             groups_chosen=_count(config, experts.groups_chosen if experts else None),
         )
         overrides = {int(i): widths for i, widths in (config.get("per_layer_config") or {}).items()}
+        # Most layers are alike, and a model has many.
+        alike = {str(stated): stated for stated in overrides.values()}
+        widths = {text: _overridden(base, stated, keys) for text, stated in alike.items()}
         return cls(
             hidden_size=config["hidden_size"],
             vocab_size=config["vocab_size"],
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             layers=tuple(
-                _overridden(base, overrides.get(i, {}), keys)
+                widths[str(overrides[i])] if i in overrides else base
                 for i in range(config["num_hidden_layers"])
             ),
             keys=keys,
@@ -612,17 +615,25 @@ class Family:
         fixed = tuple((axis, _product(axis, full)) for axis in self._products)
         absent = tuple(module.name for module in self.modules if not _holds(module.when, full))
         ranks = full.get(LOW_RANK) or {}
-        layers = tuple(
-            replace(
+
+        # Most layers are alike, and a model has many.
+        @cache
+        def filled_in(
+            layer: LayerGeometry, kind: str, ranks: tuple[tuple[str, int], ...]
+        ) -> LayerGeometry:
+            return replace(
                 layer,
                 kind=kind,
                 has_attention=bool(self._axes_of(kind) & ATTENTION_AXES),
                 has_mlp="intermediate" in self._axes_of(kind),
                 has_experts=self.experts is not None and self._has_experts(kind),
                 fixed=fixed,
-                ranks=tuple(ranks.get(str(i), {}).items()),
+                ranks=ranks,
                 absent=absent,
             )
+
+        layers = tuple(
+            filled_in(layer, kind, tuple(ranks.get(str(i), {}).items()))
             for i, (layer, kind) in enumerate(zip(geometry.layers, kinds, strict=True))
         )
         return replace(
@@ -740,10 +751,12 @@ class Family:
         shapes: dict[str, tuple[int, ...]] = {
             f"{self.embedding}.weight": (geometry.vocab_size, hidden)
         }
-        for i, layer in enumerate(geometry.layers):
-            shapes.update(self.layer_shapes(i, layer, config))
-        shapes.update(dict.fromkeys(self.norms, (hidden,)))
         full = self.full_config(config)
+        inside = {layer: self._shapes_inside(layer, full) for layer in set(geometry.layers)}
+        for i, layer in enumerate(geometry.layers):
+            prefix = self.layer_prefix(i)
+            shapes.update({prefix + name: shape for name, shape in inside[layer].items()})
+        shapes.update(dict.fromkeys(self.norms, (hidden,)))
         for tensor in self.outer_tensors:
             shapes[tensor.name] = tuple(
                 axis if isinstance(axis, int) else hidden if axis == "hidden" else
@@ -790,15 +803,20 @@ class Family:
             layer: Its widths.
             config: The parsed ``config.json``.
         """
-        full = self.full_config(config)
+        prefix, full = self.layer_prefix(index), self.full_config(config)
+        return {prefix + name: shape for name, shape in self._shapes_inside(layer, full).items()}
+
+    def _shapes_inside(
+        self, layer: LayerGeometry, full: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a decoder layer by its name inside it, with its shape."""
         hidden = full["hidden_size"]
-        prefix = self.layer_prefix(index)
         shapes: dict[str, tuple[int, ...]] = {}
         ranks = dict(layer.ranks)
         for module in self.layer_modules(layer):
             rows = sum(layer.axis_units(axis) for axis in module.rows) or hidden
             columns = sum(layer.axis_units(axis) for axis in module.columns) or hidden
-            name, rank = f"{prefix}{module.name}", ranks.get(module.name)
+            name, rank = module.name, ranks.get(module.name)
             if rank is None:
                 shapes[f"{name}.weight"] = (rows, columns)
             else:
@@ -808,7 +826,7 @@ class Family:
                 shapes[f"{name}.bias"] = (rows,)
         for tensor in (*self.layer_norms, *self.layer_tensors):
             if _holds(tensor.when, full) and (not tensor.kinds or layer.kind in tensor.kinds):
-                shapes[f"{prefix}{tensor.name}"] = layer.tensor_shape(tensor, hidden)
+                shapes[tensor.name] = layer.tensor_shape(tensor, hidden)
         return shapes
 
     @cached_property
