@@ -171,7 +171,8 @@ def round_on_both_sides(
     Args:
         weight: Shape (rows, columns).
         hessian: Of the module's inputs; left as it is.
-        gradients: Of the loss by the module's outputs, shape (tokens, rows).
+        gradients: Of the loss by the module's outputs, shape (tokens, rows), or what stands for
+            them: only the sum of ``g g^T`` counts.
         low_bit: Bits and groups.
         dampening: Added to the inputs' Hessian's diagonal, as a share of its mean.
         where: What to name in an error.
@@ -183,7 +184,7 @@ def round_on_both_sides(
     columns = _Columns.of(hessian, dampening, where)
     outputs = Hessian(len(weight), weight.device)
     largest = gradients.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny)
-    outputs.add(gradients.to(weight.device).float() / largest)
+    outputs.add(gradients.to(weight.device, torch.float32) / largest)
     order, upper = _in_order(outputs, _OUTPUT_DAMPENING, f"{where}: its outputs")
     left = weight.float()[order]
     size = max(_LEAST_BLOCK_ROWS, -(-len(weight) // _MOST_ROW_BLOCKS))

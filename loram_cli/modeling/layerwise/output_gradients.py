@@ -1,52 +1,56 @@
-"""Gradients of the loss by what linear modules give out, in files until they are needed."""
+"""How the loss's gradients by what linear modules give out vary, in files until it is needed."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from loram_cli.errors import LoramError
 from loram_cli.modeling.layerwise.gradients import layer_gradients
-from loram_cli.modeling.layerwise.states import Boundary, BoundaryPool
+from loram_cli.modeling.layerwise.states import BoundaryPool
 from loram_cli.modeling.layerwise.stream import DecoderLayer, LayerStream
 from loram_cli.reporting import Reporter
 
-# Gradients are tiny; bf16 has the range of fp32.
+MOST_KEPT = 2048
+"""Rows that stand for all tokens of a module whose outputs are more than so many."""
+
+# Of a factor's diagonal, as a share of its mean, so that it has one.
+_JITTER = 1e-6
+# Numbers are tiny; bf16 has the range of fp32.
 _KEPT_AS = torch.bfloat16
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One layer's gradients, side by side, and where each module's lie among them."""
-
-    kept: Boundary
-    places: Mapping[str, slice]
+def kept_params(outputs: int) -> int:
+    """Numbers that are kept for a module, in two bytes each."""
+    return min(outputs, MOST_KEPT) * outputs
 
 
 class OutputGradients:
-    """Keeps them by tensor name. Use as a context manager, which drops what is left.
+    """Keeps, for each linear, a matrix ``R`` with ``R^T R`` the sum of ``g g^T`` over all tokens.
+
+    ``g`` is the loss's gradient by the module's outputs. Up to ``MOST_KEPT`` outputs the sum is
+    exact, and ``R`` its Cholesky factor; of more, ``R`` is the gradients themselves, mixed by
+    random signs into so many rows. Use as a context manager, which drops everything at its end.
 
     Args:
-        directory: Where the files go: for each layer one of two bytes a token and row of its
-            modules.
+        directory: Where the files go, of :func:`kept_params` for each module in two bytes.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._layers: dict[str, _Layer] = {}
+        self._files: dict[str, Path] = {}
 
     def __enter__(self) -> "OutputGradients":
         self._directory.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for layer in self._layers.values():
-            layer.kept.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def collect(
@@ -67,55 +71,30 @@ class OutputGradients:
             reporter: Progress.
 
         Raises:
-            LoramError: The loss is not finite, or the disk is full.
+            LoramError: The loss is not finite, its gradient does not reach a module, or the disk
+                is full.
         """
-        watch = partial(self._watched, modules=modules, shape=windows.shape)
+        watch = partial(self._watched, modules=modules)
         layers = range(stream.num_layers)
         # Yields only what is ranked, and nothing is.
         for _ in layer_gradients(stream, windows, layers, (), pool, reporter, watch):
             raise AssertionError("no weight's gradient was asked for")
 
     def take(self, name: str) -> torch.Tensor:
-        """A module's gradients by its weight's name, shape (tokens, rows)."""
-        prefix, module = next(
-            (prefix, name.removeprefix(prefix).removesuffix(".weight"))
-            for prefix in self._layers
-            if name.startswith(prefix)
-        )
-        layer = self._layers[prefix]
-        found = layer.kept.read(0, layer.kept.shape[0])
-        return found[..., layer.places[module]].flatten(0, 1)
+        """A module's ``R`` by its weight's name, fp32, shape (kept, outputs)."""
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name).float()
 
     @contextmanager
     def _watched(
-        self, index: int, layer: DecoderLayer, *, modules: Sequence[str], shape: torch.Size
+        self, index: int, layer: DecoderLayer, *, modules: Sequence[str]
     ) -> Iterator[None]:
         names = layer.present(modules)
-        places, begin = {}, 0
-        for name in names:
-            rows = len(layer.module.get_submodule(name).weight)
-            places[name] = slice(begin, begin + rows)
-            begin += rows
-        file = self._directory / f"{index}"
-        kept = Boundary((*shape, begin), _KEPT_AS, file)
-        self._layers[layer.prefix] = _Layer(kept, places)
-        found: dict[str, torch.Tensor] = {}
-        start = 0
-
-        def collect(gradient: torch.Tensor, name: str) -> None:
-            nonlocal start
-            flat = gradient.detach().to("cpu", _KEPT_AS)
-            found[name] = flat.reshape(-1, shape[1], flat.shape[-1])
-            if len(found) == len(names):
-                batch = torch.cat([found.pop(name) for name in names], dim=-1)
-                kept.write(start, batch)
-                start += len(batch)
-
-        def watch(module: Any, args: Any, output: torch.Tensor, name: str) -> None:
-            output.register_hook(partial(collect, name=name))
-
+        sums = {
+            name: _Sum(len(layer.module.get_submodule(name).weight), seed=index) for name in names
+        }
         hooks = [
-            layer.module.get_submodule(name).register_forward_hook(partial(watch, name=name))
+            layer.module.get_submodule(name).register_forward_hook(_watching(sums[name].add))
             for name in names
         ]
         try:
@@ -123,8 +102,84 @@ class OutputGradients:
         finally:
             for hook in hooks:
                 hook.remove()
-        if start != shape[0]:
+        self._keep(layer.prefix, sums)
+
+    def _keep(self, prefix: str, sums: dict[str, "_Sum"]) -> None:
+        unreached = [name for name, found in sums.items() if not found.tokens]
+        if unreached:
             raise LoramError(
-                f"{layer.prefix}: the loss's gradient does not reach all of its linear modules",
+                f"{prefix}{unreached[0]}: the loss's gradient does not reach it",
                 "pass --importance gptq",
             )
+        file = self._directory / f"{prefix}safetensors"
+        tensors = {
+            f"{prefix}{name}.weight": found.kept(prefix + name) for name, found in sums.items()
+        }
+        try:
+            save_file(tensors, file)
+        except (OSError, SafetensorError) as error:
+            raise LoramError(
+                f"{file}: gradients cannot be kept on disk ({error})",
+                "free some of it, or pass --importance gptq",
+            ) from error
+        self._files |= dict.fromkeys(tensors, file)
+
+
+def _watching(add: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+    """A forward hook that hands on the gradient by what a module gives out."""
+
+    def watch(module: Any, args: Any, output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: add(gradient.detach().flatten(0, -2).float()))
+
+    return watch
+
+
+class _Sum:
+    """The sum of ``g g^T`` over tokens, whole or mixed by random signs."""
+
+    def __init__(self, outputs: int, seed: int) -> None:
+        self.tokens = 0
+        self._outputs = outputs
+        self._whole = outputs <= MOST_KEPT
+        self._total: torch.Tensor | None = None
+        self._drawn = torch.Generator().manual_seed(seed)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Count gradients, fp32, shape (tokens, outputs)."""
+        if self._total is None:
+            shape = (min(self._outputs, MOST_KEPT), self._outputs)
+            self._total = torch.zeros(shape, device=gradient.device)
+        self.tokens += len(gradient)
+        left = gradient if self._whole else self._signs(len(gradient)).to(gradient.device)
+        self._total.addmm_(left.T, gradient)
+
+    def kept(self, where: str) -> torch.Tensor:
+        """``R``, on the CPU.
+
+        Raises:
+            LoramError: The sum is not finite.
+        """
+        assert self._total is not None
+        if not self._total.isfinite().all():
+            raise LoramError(
+                f"{where}: the loss's gradients on the calibration text are not finite",
+                "check the base model and the calibration text",
+            )
+        if self._whole:
+            diagonal = self._total.diagonal()
+            diagonal.add_(diagonal.mean() * _JITTER + torch.finfo(torch.float32).tiny)
+            self._total = _factor(self._total)
+        return self._total.to("cpu", _KEPT_AS).contiguous()
+
+    def _signs(self, tokens: int) -> torch.Tensor:
+        drawn = torch.randint(2, (tokens, MOST_KEPT), generator=self._drawn)
+        return (2 * drawn - 1).float() / MOST_KEPT**0.5
+
+
+def _factor(total: torch.Tensor) -> torch.Tensor:
+    """Upper triangular, its square the matrix; from the eigenvectors where rounding broke it."""
+    factor, failed = torch.linalg.cholesky_ex(total, upper=True)
+    if not failed:
+        return factor
+    values, vectors = torch.linalg.eigh(total)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T

@@ -7,8 +7,9 @@ import torch
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
-from loram_cli.memory.account import BF16_BYTES
+from loram_cli.memory.account import BF16_BYTES, FP32_BYTES
 from loram_cli.modeling.layerwise.gradients import boundaries_kept
+from loram_cli.modeling.layerwise.output_gradients import kept_params
 from loram_cli.modeling.layerwise.states import BoundaryPool, computed_dtype
 from loram_cli.modeling.layerwise.stream import LayerStream
 from loram_cli.modeling.load import load_tokenizer
@@ -29,8 +30,8 @@ _DEFAULT_WINDOWS = {
 }
 _BY_HESSIAN = ("sparsegpt", "wanda", "obs", "svd", "gptq", "yaqa")
 _OTHER_WINDOWS = (32, 512)
-# Tokens whose gradients "yaqa" keeps by the outputs of all linears, on the output's disk.
-_GRADIENT_TOKENS = 2048
+# Tokens of the windows that "yaqa" takes gradients on: more tell little more.
+_GRADIENT_TOKENS = 16384
 # A router spreads tokens over all experts: each must have seen some hundred.
 _EXPERT_WINDOWS = (128, 512)
 
@@ -125,13 +126,14 @@ def calibration_needs(
         return replace(needs, hessian_bytes=widest)
     some = min(samples, max(1, _GRADIENT_TOKENS // length))
     gradients = _held(spec, model, some, length, boundaries_kept(model.num_layers, 0))
-    rows = [model.shapes[name][0] for name in model.linear_names]
+    outputs = [model.shapes[name][0] for name in model.linear_names]
+    kept = [kept_params(rows) for rows in outputs]
+    summed = FP32_BYTES * sum(kept[: len(model.family.modules)])
     return replace(
         needs,
         memory_bytes=max(needs.memory_bytes, gradients.memory_bytes),
-        disk_bytes=max(needs.disk_bytes, gradients.disk_bytes)
-        + some * length * sum(rows) * BF16_BYTES,
-        hessian_bytes=widest + 4 * 4 * max(rows) ** 2,
+        disk_bytes=max(needs.disk_bytes, gradients.disk_bytes) + BF16_BYTES * sum(kept),
+        hessian_bytes=max(widest + 4 * FP32_BYTES * max(outputs) ** 2, summed),
         gradients=gradients,
     )
 

@@ -71,10 +71,18 @@ def _stru(ratio: float, importance: str = "obs") -> Flags:
     )  # fmt: skip
 
 
-def _low_bit(bits: int, *further: str) -> Flags:
+def _low_bit(bits: int) -> Flags:
     return (
         "--strategy", "lowbit", "--bits", str(bits), "--group-size", "48", "--calibration", "{train}",
-        "--calibration-samples", "24", "--calibration-length", "256", *further,
+        "--calibration-samples", "24", "--calibration-length", "256",
+    )  # fmt: skip
+
+
+def _both_sides(bits: int) -> Flags:
+    """More text: gradients tell more of it than inputs do."""
+    return (
+        "--strategy", "lowbit", "--bits", str(bits), "--group-size", "48", "--calibration", "{train}",
+        "--importance", "yaqa", "--calibration-samples", "64", "--calibration-length", "256",
     )  # fmt: skip
 
 
@@ -206,7 +214,7 @@ _BOTH_SIDES = tuple(
     Row(
         name=f"lowbit-{bits}-yaqa{suffix}",
         label=f"{bits} bits by yaqa, {said}",
-        prune=_low_bit(bits, "--importance", "yaqa"),
+        prune=_both_sides(bits),
         align=align,
         scaled=bits == 2,
         polish=True,
@@ -223,18 +231,15 @@ _BOTH_SIDES = tuple(
 _NARROW_ROUNDED = tuple(
     Row(
         name=f"stru-{ratio:g}-lowbit-{bits}",
-        label=f"stru {ratio:g} by obs, reconstruct; then {bits} bits, {said}",
+        label=f"stru {ratio:g} by obs, reconstruct; then {bits} bits by yaqa",
         prune=_stru(ratio),
         align=_MIXED_32K,
-        then=(("prune", _low_bit(bits)), ("align", _BLOCKS)),
+        then=(("prune", _both_sides(bits)),),
         scaled=True,
         polish=True,
         decides=bits == 2,
     )
-    for ratio, bits, said in (
-        (0.35, 2, "reconstruct again"),
-        (0.65, 3, "reconstruct again"),
-    )
+    for ratio, bits in ((0.35, 2), (0.65, 3))
 )
 
 # Every ratio of stru and rand: as pruned, fitted, and in NF4 as well.
