@@ -244,6 +244,7 @@ def _options() -> argparse.Namespace:
     add("--targets", default="attention,experts", help="where the factors are")
     add("--seeds", default="1")
     add("--align-steps", type=int, default=30, help="of pretrain and distill, where chosen")
+    add("--expert-steps", type=int, help="of reconstruct (default: align's)")
     add("--max-new-tokens", type=int, default=110)
     options = parser.parse_args()
     options.ratios = [float(word) for word in options.ratios.split(",")]
@@ -257,6 +258,8 @@ def _options() -> argparse.Namespace:
     small = {"batch": 16, "micro_batch": 16, "eval_steps": 1000}
     section = {**recipe.section("align"), **small, "steps": options.align_steps}
     options.align = {k: v for k, v in section.items() if k not in ("data", "method")}
+    if options.expert_steps is not None:
+        options.align["expert_steps"] = options.expert_steps
     section = {**recipe.section("train"), **small, "steps": 40, "eval_steps": 20, "dropout": 0.0}
     options.train = {k: v for k, v in section.items() if k not in ("data", "eval_data")}
     return options
