@@ -1,11 +1,15 @@
 """A small random model of any family, and token windows for it."""
 
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 
+from helpers.slow import slow
 from loram_cli.arch.registry import families
+from loram_cli.arch.spec import Family
 
 SAMPLES, LENGTH = 5, 24
 SMALL = {
@@ -25,6 +29,24 @@ PLAIN_FAMILIES = tuple(
     and family.experts is None
     and not family.config_keys
 )
+
+
+# Tests that run a model of every family send these through the default tier, and all others through
+# the slow one.
+DISTINCT_FAMILIES = ("llama", "gemma3", "phi3", "falcon")
+
+
+def mostly_slow_families(families: Iterable[Family] = PLAIN_FAMILIES) -> pytest.MarkDecorator:
+    """Parametrize ``family``: those of DISTINCT_FAMILIES plain, all others behind the slow marker."""
+    return pytest.mark.parametrize(
+        "family",
+        [
+            pytest.param(f, id=f.family)
+            if f.family in DISTINCT_FAMILIES
+            else slow(f, name=f.family)
+            for f in families
+        ],
+    )
 
 
 def make_model(family, directory: Path, dtype=torch.float32, **changes) -> Path:

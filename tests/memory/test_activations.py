@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.checkpointing import enable_checkpointing
-from helpers.family_models import PLAIN_FAMILIES
+from helpers.family_models import PLAIN_FAMILIES, mostly_slow_families
 from helpers.tensor_storage import LiveStorage, SavedTensors
 
 from loram_cli.arch.registry import family_for
@@ -136,11 +136,7 @@ ROUGH["nanochat"] = 0.26
 NOT_COUNTED = {"seed_oss", "granite_swa", "helium"}
 
 
-@pytest.mark.parametrize(
-    "family",
-    [f for f in PLAIN_FAMILIES if f.family not in NOT_COUNTED],
-    ids=lambda f: f.family,
-)
+@mostly_slow_families(f for f in PLAIN_FAMILIES if f.family not in NOT_COUNTED)
 def test_every_family_keeps_what_is_predicted(family):
     config = {
         **CONFIG, "model_type": family.model_types[0], "hidden_activation": "gelu_pytorch_tanh",

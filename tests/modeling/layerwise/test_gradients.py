@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.family_models import LENGTH, PLAIN_FAMILIES, SAMPLES, make_model, windows
+from helpers.family_models import LENGTH, SAMPLES, make_model, mostly_slow_families, windows
 from helpers.tiny_models import make_base
 from helpers.whole_model_gradients import whole_model_gradients
 from safetensors.torch import load_file, save_file
@@ -48,7 +48,7 @@ def check_equal(model: Path, found, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", PLAIN_FAMILIES, ids=lambda f: f.family)
+@mostly_slow_families()
 def test_equal_to_the_whole_model_in_every_family(family, tied, tmp_path, monkeypatch):
     # Two windows a batch and several chunks of logits, with a rest in both.
     monkeypatch.setattr(walk, "BATCH_TOKENS", 2 * LENGTH)

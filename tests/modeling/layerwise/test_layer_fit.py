@@ -5,8 +5,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from helpers.family_models import LENGTH, PLAIN_FAMILIES, SAMPLES, make_model, windows
-from helpers.slow import slow
+from helpers.family_models import LENGTH, SAMPLES, make_model, mostly_slow_families, windows
 from helpers.tiny_models import save_tokenizer
 
 from loram_cli.modeling.layerwise.layer_fit import Reconstruction, reconstruct_layers
@@ -19,8 +18,6 @@ from loram_cli.stages.prune import stage as prune
 
 pytestmark = pytest.mark.integration
 
-# A fused and a plain layout, and norms on both sides: the others wait for the slow tier.
-DISTINCT = ("llama", "phi3", "gemma3")
 SILENT = NullReporter()
 
 
@@ -44,13 +41,7 @@ def reconstructed(base, small_dir, tmp_path, **changes):
         )
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(f, id=f.family) if f.family in DISTINCT else slow(f, name=f.family)
-        for f in PLAIN_FAMILIES
-    ],
-)
+@mostly_slow_families()
 def test_every_family_comes_nearer_to_its_full_layers(family, tmp_path):
     base = make_model(family, tmp_path / "base")
     save_tokenizer(base)
