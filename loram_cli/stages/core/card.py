@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loram_cli.arch.spec import LOW_RANK
+from loram_cli.checkpoint.low_bit import CONFIG_KEY as LOW_BIT
 from loram_cli.checkpoint.sources import hub_id
 from loram_cli.schema import plain, settings_of
 from loram_cli.units import format_params
@@ -22,8 +24,14 @@ model = PeftModel.from_pretrained(base, "{this}")
 
 vLLM serves it with `vllm serve {base} --enable-lora --lora-modules name={this}`.
 """
-_LOAD_NARROW = """\
-Its layers differ in width (`per_layer_config` in `config.json`):
+# What only loram's own loader reads, by its key in config.json.
+_OWN_FORMATS = {
+    "per_layer_config": "Its layers differ in width",
+    LOW_BIT: "Its linears are rows of few bits, which loram's loader expands",
+    LOW_RANK: "Its linears are products of two factors",
+}
+_LOAD_OWN = """\
+{what} (`{key}` in `config.json`):
 
 ```python
 from pathlib import Path
@@ -86,7 +94,7 @@ def model_card(
     base: Mapping[str, Any],
     results: Mapping[str, Any],
     *,
-    narrow: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> str | None:
     """The card of a stage's output, without times or local paths; None for evaluations.
 
@@ -95,7 +103,7 @@ def model_card(
         spec: The stage's spec.
         base: The manifest's record of the base.
         results: What the stage measured.
-        narrow: Whether its layers differ in width.
+        config: The output's ``config.json``, where it is a model.
     """
     if stage not in _KINDS:
         return None
@@ -104,8 +112,10 @@ def model_card(
     as_recovered = stage == "train" and spec.source.resolve() == path.resolve()
     kind, library, relation, usage = _KINDS["recover" if as_recovered else stage]
     if stage in ("prune", "align"):
-        others = "" if narrow else _BY_ANY_TRAINER
-        usage = (_LOAD_NARROW if narrow else usage) + _TRAIN_ON_IT.replace("{others}", others)
+        key = next((key for key in _OWN_FORMATS if key in (config or {})), None)
+        if key is not None:
+            usage = _LOAD_OWN.replace("{what}", _OWN_FORMATS[key]).replace("{key}", key)
+        usage += _TRAIN_ON_IT.replace("{others}", "" if key else _BY_ANY_TRAINER)
     published = hub_id(path)
     name = published or path.name or "the base"
     this = f"./{spec.out.name}"

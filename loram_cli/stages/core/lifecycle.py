@@ -97,7 +97,7 @@ class StageRun:
         """
         planned, results = self._planned, plain(result)
         card = model_card(
-            planned.stage, self._spec, planned.base, results, narrow=_is_narrow(self.path)
+            planned.stage, self._spec, planned.base, results, config=_config(self.path)
         )
         if card is not None:
             (self.path / CARD_NAME).write_text(card, "utf-8")
@@ -130,10 +130,10 @@ class StageRun:
         return StageResult(stage, self._read, final, manifest, result_of(manifest), fresh)
 
 
-def _is_narrow(directory: Path) -> bool:
-    """Whether a directory is a checkpoint whose layers differ in width."""
+def _config(directory: Path) -> Mapping[str, Any] | None:
+    """The ``config.json`` of a checkpoint; None of an adapter."""
     file = directory / "config.json"
-    return file.is_file() and "per_layer_config" in read_json(file)
+    return read_json(file) if file.is_file() else None
 
 
 class FollowingRun:

@@ -1,9 +1,11 @@
 from pathlib import Path
 
+import pytest
 import yaml
 
 from loram_cli.checkpoint.sources import hub_id
 from loram_cli.stages.core.card import model_card
+from loram_cli.stages.prune.spec import PruneSpec
 from loram_cli.stages.recover.spec import RecoverSpec
 from loram_cli.stages.train.spec import TrainSpec
 
@@ -59,3 +61,13 @@ def test_hub_ids_are_told_from_cache_paths_alone():
     assert hub_id(Path(CACHED)) == "meta-llama/Llama-2-13b-hf"
     assert hub_id(Path("/x/models--gpt2/snapshots/1")) == "gpt2"
     assert hub_id(Path("/models/base")) is None
+
+
+@pytest.mark.parametrize("key", ["per_layer_config", "loram_low_bit", "low_rank"])
+def test_what_only_our_loader_reads_is_not_said_to_load_everywhere(key: str):
+    spec = PruneSpec(model=Path("/models/base"), out=Path("pruned"), strategy="rand")
+    ours = model_card("prune", spec, {"path": "/models/base"}, {}, config={key: {}})
+    assert f"(`{key}` in `config.json`)" in ours and "load_causal_lm" in ours
+    assert "AutoModelForCausalLM" not in ours and "any other trainer" not in ours.lower()
+    plain = model_card("prune", spec, {"path": "/models/base"}, {}, config={})
+    assert "AutoModelForCausalLM" in plain and "Any other trainer" in plain
