@@ -13,6 +13,19 @@ EXPERTS_TARGET = "experts"
 _WRAPPED = ".base_layer"
 
 
+def reached_share(experts: int, top_k: int, tokens: int) -> float:
+    """The share of a layer's experts that some tokens reach, were all of them as likely.
+
+    Routers have their favourites: fewer are reached.
+
+    Args:
+        experts: How many there are.
+        top_k: How many of them a token has.
+        tokens: How many pass the layer together.
+    """
+    return 1.0 - (1.0 - top_k / experts) ** tokens
+
+
 def plain_target(module: str) -> str:
     """The LoRA target behind a module's name in an adapter: the last part, or the experts'."""
     while module.endswith(_WRAPPED):

@@ -48,14 +48,16 @@ class TensorReader:
     Args:
         index: Which tensor is where.
         once: Nothing will be read a second time soon, so that the page cache is of no use.
+        often: Parts will be read over and over, so that the page cache is to have them, however
+            large the whole is.
     """
 
-    def __init__(self, index: CheckpointIndex, *, once: bool = False) -> None:
+    def __init__(self, index: CheckpointIndex, *, once: bool = False, often: bool = False) -> None:
         self.index = index
         self._files: dict[str, _OpenFile] = {}
         self._buffers = BufferPool(CHUNK_BYTES + 2 * BLOCK_BYTES)
         self._reads = ThreadPoolExecutor(_REQUESTS, "read")
-        self._unbuffered = once or exceeds_cache(index.num_bytes)
+        self._unbuffered = not often and (once or exceeds_cache(index.num_bytes))
 
     def __enter__(self) -> "TensorReader":
         return self

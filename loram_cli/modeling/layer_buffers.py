@@ -44,6 +44,11 @@ class Layout:
             found.append(_with_parts(weight, tensors))
         return found
 
+    def start_of(self, weight: int) -> int:
+        """Where a weight's first tensor lies, or the end of them all."""
+        before = sum(len(_parts(each)) for each in self.weights[:weight])
+        return self.offsets[before] if before < len(self.offsets) else self.num_bytes
+
 
 def buffer_bytes(slots: Iterable[Slot]) -> int:
     """Bytes of a buffer that holds the weights of these slots."""
@@ -51,12 +56,16 @@ def buffer_bytes(slots: Iterable[Slot]) -> int:
 
 
 def write_weights(weights: Iterable[Weight], buffer: torch.Tensor) -> Layout:
-    """Copy weights into a buffer, one by one, so that each may go before the next one is made."""
+    """Copy weights into a buffer, one by one, so that each may go before the next one is made.
+
+    Of those on ``meta`` nothing is copied, and they get their place.
+    """
     shapes, offsets, end = [], [], 0
     for weight in weights:
         parts = _parts(weight)
         for tensor in parts:
-            _view(buffer, end, tensor).copy_(tensor)
+            if not tensor.is_meta:
+                _view(buffer, end, tensor).copy_(tensor)
             offsets.append(end)
             end = _aligned(end + tensor.nbytes)
         shapes.append(_with_parts(weight, [tensor.to("meta") for tensor in parts]))

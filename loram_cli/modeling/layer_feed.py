@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,13 +16,44 @@ from loram_cli.modeling.skeleton import SkeletonModel, Slot, Weight, fill
 from loram_cli.reporting import Reporter
 
 
+@dataclass(frozen=True)
+class Readers:
+    """Of one checkpoint.
+
+    Attributes:
+        layers: For whole layers, which come from the first to the last.
+        outside: For what layers hold beside experts that only tokens bring.
+        experts: For those, from the thread that computes.
+    """
+
+    layers: TensorReader
+    outside: TensorReader
+    experts: TensorReader
+
+
 class LayerSource(Protocol):
     """Gives layers by their index. The feed asks for no more than two at a time."""
 
-    loaded_bytes: int
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of weights that were brought so far, in the device's form."""
 
-    def load(self, index: int) -> list[Weight]:
-        """A layer's weights, in its slots' order; called by the feed's thread."""
+    def load(self, index: int, whole: bool = True) -> list[Weight]:
+        """A layer's weights, in its slots' order; called by the feed's thread.
+
+        Args:
+            index: The layer.
+            whole: Whether experts are to have values.
+        """
+
+    def bring_experts(self, index: int, wanted: Sequence[int], weights: Sequence[Weight]) -> None:
+        """Give some experts of a layer their values, which is ready; called by what computes.
+
+        Args:
+            index: The layer.
+            wanted: Rising indices of the experts.
+            weights: From :meth:`load`; filled there.
+        """
 
     def ready(self, index: int) -> None:
         """The computation is about to read the layer, which has been loaded."""
@@ -39,42 +71,60 @@ class WeightSource:
     Args:
         skeleton: The model.
         layers: What each layer is filled with, by its index.
-        reader: Of the checkpoint.
+        readers: Of the checkpoint.
         host_bytes: Memory of the machine for copies in the form that the device holds. The first
             layers to be loaded take it; 0 reads from the checkpoint each time.
-
-    Attributes:
-        loaded_bytes: Bytes of weights that were brought so far, in the device's form.
     """
 
     def __init__(
         self,
         skeleton: SkeletonModel,
         layers: Sequence[Sequence[Slot]],
-        reader: TensorReader,
+        readers: Readers,
         host_bytes: int = 0,
     ) -> None:
-        self._skeleton, self._layers, self._reader = skeleton, layers, reader
+        self._skeleton, self._layers, self._readers = skeleton, layers, readers
         self._free_bytes = host_bytes
         self._host: dict[int, list[Weight]] = {}
-        self.loaded_bytes = 0
+        self._layers_bytes = self._experts_bytes = 0
 
-    def load(self, index: int) -> list[Weight]:
-        """A layer's weights, in its slots' order.
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of weights that were brought so far, in the device's form."""
+        return self._layers_bytes + self._experts_bytes
+
+    def load(self, index: int, whole: bool = True) -> list[Weight]:
+        """A layer's weights, in its slots' order; of one in the machine's memory always all.
 
         Raises:
             LoramError: A tensor is absent or of another shape.
         """
-        slots = self._layers[index]
-        layer_bytes = sum(slot.num_bytes for slot in slots)
-        self.loaded_bytes += layer_bytes
-        if index in self._host:
-            return [_moved(weight, self._skeleton.device) for weight in self._host[index]]
-        weights = [self._skeleton.read(slot, self._reader) for slot in slots]
-        if layer_bytes <= self._free_bytes:
-            self._free_bytes -= layer_bytes
+        slots, kept = self._layers[index], self._host.get(index)
+        self._layers_bytes += _num_bytes(slots, whole or kept is not None)
+        if kept is not None:
+            return [_moved(weight, self._skeleton.device) for weight in kept]
+        if not whole:
+            reader = self._readers.outside
+            return [
+                self._skeleton.unread(slot) if slot.experts else self._skeleton.read(slot, reader)
+                for slot in slots
+            ]
+        weights = [self._skeleton.read(slot, self._readers.layers) for slot in slots]
+        if _num_bytes(slots) <= self._free_bytes:
+            self._free_bytes -= _num_bytes(slots)
             self._host[index] = [_moved(weight, "cpu") for weight in weights]
         return weights
+
+    def bring_experts(self, index: int, wanted: Sequence[int], weights: Sequence[Weight]) -> None:
+        """Read some experts of a layer, but for one that came from the machine's memory.
+
+        Raises:
+            LoramError: A tensor is absent or of another shape.
+        """
+        if index not in self._host:
+            slots = self._layers[index]
+            _read_experts(self._skeleton, slots, self._readers.experts, wanted, weights)
+            self._experts_bytes += _experts_bytes(slots, len(wanted))
 
     def ready(self, index: int) -> None:
         """Nothing to wait for: what computes and what loads do so in one order."""
@@ -92,58 +142,82 @@ class BufferedSource:
 
     A layer's weights are views of the buffer that it was copied into. Events keep the order: the
     computation waits for the copy, and the next copy into the same buffer for the computation.
+    Single experts are copied by the computation itself, into the place that their layer has for
+    them.
 
     Args:
         skeleton: The model.
         layers: What each layer is filled with, by its index.
-        reader: Of the checkpoint.
+        readers: Of the checkpoint.
         copies: How they get to the device.
         host_bytes: As for :class:`WeightSource`; the copies there are pinned.
-
-    Attributes:
-        loaded_bytes: As for :class:`WeightSource`.
     """
 
     def __init__(
         self,
         skeleton: SkeletonModel,
         layers: Sequence[Sequence[Slot]],
-        reader: TensorReader,
+        readers: Readers,
         copies: Copies,
         host_bytes: int = 0,
     ) -> None:
-        self._skeleton, self._layers, self._reader = skeleton, layers, reader
+        self._skeleton, self._layers, self._readers = skeleton, layers, readers
         self._copies, self._free_bytes = copies, host_bytes
-        self._host: dict[int, tuple[torch.Tensor, Layout]] = {}
+        # By layer, and whether its experts are there.
+        self._host: dict[tuple[int, bool], tuple[torch.Tensor, Layout]] = {}
         self._pinned: list[torch.Tensor] = []
         self._num_bytes = max(map(buffer_bytes, layers))
         # Buffers that no layer is in, each with the computation that read it last.
         self._idle: list[tuple[torch.Tensor, Any]] = []
         self._taken: dict[int, torch.Tensor] = {}
         self._copied: dict[int, Any] = {}
-        self.loaded_bytes = 0
+        self._layers_bytes = self._experts_bytes = 0
 
-    def load(self, index: int) -> list[Weight]:
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of weights that were brought so far, in the device's form."""
+        return self._layers_bytes + self._experts_bytes
+
+    def load(self, index: int, whole: bool = True) -> list[Weight]:
         """A layer's weights, in its slots' order; their copy may still be under way.
 
         Raises:
             LoramError: A tensor is absent or of another shape.
         """
+        slots = self._layers[index]
+        kept = self._host.get((index, True))
+        if kept is None and not whole:
+            kept = self._host.get((index, False))
         buffer, free = self._idle.pop() if self._idle else self._new_buffer()
         self._taken[index] = buffer
         with self._copies.stream(free):
-            if index in self._host:
-                host, layout = self._host[index]
-                buffer[: len(host)].copy_(host, non_blocking=True)
+            if kept is not None:
+                host, layout = kept
+                count = self._copied_bytes(index, layout, whole)
+                buffer[:count].copy_(host[:count], non_blocking=True)
             else:
-                slots = self._layers[index]
-                read = (self._skeleton.read(slot, self._reader) for slot in slots)
-                layout = write_weights(read, buffer)
-                self._keep(index, buffer, layout)
+                layout = write_weights(self._read(slots, whole), buffer)
+                self._keep(index, buffer, layout, whole)
             weights = layout.views(buffer)
             self._copied[index] = self._copies.copied()
-        self.loaded_bytes += sum(slot.num_bytes for slot in self._layers[index])
+        self._layers_bytes += _num_bytes(slots, whole)
         return weights
+
+    def bring_experts(self, index: int, wanted: Sequence[int], weights: Sequence[Weight]) -> None:
+        """Copy some experts of a layer from the machine's memory, else read them.
+
+        Raises:
+            LoramError: A tensor is absent or of another shape.
+        """
+        slots, kept = self._layers[index], self._host.get((index, True))
+        if kept is None:
+            _read_experts(self._skeleton, slots, self._readers.experts, wanted, weights)
+        else:
+            host, layout = kept
+            for slot, weight, copy_of in zip(slots, weights, layout.views(host), strict=True):
+                for expert in wanted if slot.experts else ():
+                    weight.data[expert].copy_(copy_of.data[expert], non_blocking=True)
+        self._experts_bytes += _experts_bytes(slots, len(wanted))
 
     def ready(self, index: int) -> None:
         """Let the computation wait for the layer's copy."""
@@ -170,15 +244,30 @@ class BufferedSource:
         buffer = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._skeleton.device)
         return buffer, self._copies.computed()
 
-    def _keep(self, index: int, buffer: torch.Tensor, layout: Layout) -> None:
-        if layout.num_bytes > self._free_bytes:
+    def _read(self, slots: Sequence[Slot], whole: bool) -> Iterator[Weight]:
+        reader = self._readers.layers if whole else self._readers.outside
+        for slot in slots:
+            if slot.experts and not whole:
+                yield self._skeleton.unread(slot, "meta")
+            else:
+                yield self._skeleton.read(slot, reader)
+
+    def _copied_bytes(self, index: int, layout: Layout, whole: bool) -> int:
+        """From the start of a buffer, which experts are at the end of."""
+        if whole:
+            return layout.num_bytes
+        return layout.start_of(sum(not slot.experts for slot in self._layers[index]))
+
+    def _keep(self, index: int, buffer: torch.Tensor, layout: Layout, whole: bool) -> None:
+        num_bytes = self._copied_bytes(index, layout, whole)
+        if num_bytes > self._free_bytes:
             return
-        self._free_bytes -= layout.num_bytes
-        host = torch.empty(layout.num_bytes, dtype=torch.uint8)
-        host.copy_(buffer[: layout.num_bytes])
+        self._free_bytes -= num_bytes
+        host = torch.empty(num_bytes, dtype=torch.uint8)
+        host.copy_(buffer[:num_bytes])
         if self._copies.pin(host):
             self._pinned.append(host)
-        self._host[index] = host, layout
+        self._host[index, whole] = host, layout
 
 
 class LayerFeed:
@@ -192,13 +281,17 @@ class LayerFeed:
     def __init__(self, source: LayerSource, thread: Executor) -> None:
         self._source, self._thread = source, thread
         self._held: dict[int, Future[list[Weight]]] = {}
+        # Those of them whose experts have no values but what is brought by itself.
+        self._partial: set[int] = set()
 
-    def take(self, index: int, then: int | None = None) -> list[Weight]:
+    def take(self, index: int, then: int | None = None, *, whole: bool = True) -> list[Weight]:
         """A layer's weights; whatever is neither it nor the next one is given up first.
 
         Args:
             index: The layer.
             then: The layer that is needed after it.
+            whole: Whether their experts are to have values; else :meth:`bring_experts` is to be
+                called before they are run.
 
         Raises:
             LoramError: A tensor is absent or of another shape.
@@ -208,13 +301,27 @@ class LayerFeed:
         if index in self._held and self._held[index].exception() is not None:
             # What failed ahead of its turn is tried again.
             self._drop(index)
-        if index not in self._held:
-            self._held[index] = self._thread.submit(self._source.load, index)
+        if index in self._partial and whole:
+            self._drop(index)
+        self._ask_for(index, whole)
         weights = self._held[index].result()
         self._source.ready(index)
-        if then is not None and then not in self._held:
-            self._held[then] = self._thread.submit(self._source.load, then)
+        if then is not None:
+            self._ask_for(then, whole)
         return weights
+
+    def bring_experts(self, index: int, wanted: Sequence[int]) -> None:
+        """Give some experts their values, of a layer that was taken; nothing where all have them.
+
+        Args:
+            index: The layer.
+            wanted: Rising indices of the experts.
+
+        Raises:
+            LoramError: A tensor is absent or of another shape.
+        """
+        if index in self._partial:
+            self._source.bring_experts(index, wanted, self._held[index].result())
 
     def close(self) -> None:
         """Give up what is held, and wait for what is on its way."""
@@ -222,8 +329,15 @@ class LayerFeed:
             self._drop(index)
         self._source.close()
 
+    def _ask_for(self, index: int, whole: bool) -> None:
+        if index not in self._held:
+            self._held[index] = self._thread.submit(self._source.load, index, whole)
+            if not whole:
+                self._partial.add(index)
+
     def _drop(self, index: int) -> None:
         ahead = self._held.pop(index)
+        self._partial.discard(index)
         if not ahead.cancel():
             ahead.exception()  # waits for its end
         self._source.release(index)
@@ -256,19 +370,41 @@ def fed_layers(
     later = {slot.tensor for slots in layers[stay:] for slot in slots}
     now = [slot for name, slot in skeleton.slots.items() if name not in later]
     with ExitStack() as stack:
-        reader = stack.enter_context(TensorReader(skeleton.index))
+        opened = [TensorReader(skeleton.index, often=each) for each in (False, True, True)]
+        readers = Readers(*map(stack.enter_context, opened))
         with reporter.progress("load", sum(s.num_bytes for s in now) / 2**20, "MiB") as progress:
             for slot in now:
-                fill(slot, skeleton.read(slot, reader))
+                fill(slot, skeleton.read(slot, readers.layers))
                 progress.advance(slot.num_bytes / 2**20)
         thread = stack.enter_context(ThreadPoolExecutor(1, "layers"))
-        source: LayerSource = WeightSource(skeleton, layers, reader, host_bytes)
+        source: LayerSource = WeightSource(skeleton, layers, readers, host_bytes)
         if copies is not None and layers:
-            source = BufferedSource(skeleton, layers, reader, copies, host_bytes)
+            source = BufferedSource(skeleton, layers, readers, copies, host_bytes)
         feed = LayerFeed(source, thread)
         # What is under way ends before the thread does, and that before files are closed.
         stack.callback(feed.close)
         yield source, feed
+
+
+def _num_bytes(slots: Sequence[Slot], whole: bool = True) -> int:
+    return sum(slot.num_bytes for slot in slots if whole or not slot.experts)
+
+
+def _experts_bytes(slots: Sequence[Slot], count: int) -> int:
+    """What so many experts of a layer take."""
+    return sum(slot.num_bytes // slot.experts * count for slot in slots if slot.experts)
+
+
+def _read_experts(
+    skeleton: SkeletonModel,
+    slots: Sequence[Slot],
+    reader: TensorReader,
+    wanted: Sequence[int],
+    weights: Sequence[Weight],
+) -> None:
+    for slot, weight in zip(slots, weights, strict=True):
+        if slot.experts:
+            skeleton.read_experts(slot, reader, wanted, weight.data)
 
 
 def _moved(weight: Weight, device: str) -> Weight:

@@ -4,9 +4,13 @@ The first layers stay, as many as fit. Each of the others is brought when its tu
 one read meanwhile by a thread, and its weights go when it has run: every forward pass reads them
 anew, from the machine's memory where they fit in there, else from the checkpoint. On a GPU they
 come from pinned memory on a stream of their own, so that the next layer is copied while this one
-runs. What is computed is the same to the bit. accelerate can offload as well, but PEFT (0.21) loads
-an adapter onto such a model by writing the checkpoint anew with the factors in it: over the
-original where its path is relative, else below the working directory. Hence this way.
+runs. Where few tokens pass, as when a text is continued, a layer comes without its routed experts,
+and those that its router picks are read once it has picked them. What is computed is the same to
+the bit.
+
+accelerate can offload as well, but PEFT (0.21) loads an adapter onto such a model by writing the
+checkpoint anew with the factors in it: over the original where its path is relative, else below the
+working directory. Hence this way.
 """
 
 from collections.abc import Iterator
@@ -14,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
+from loram_cli.arch.experts import reached_share
 from loram_cli.errors import LoramError
 from loram_cli.memory.streaming import HELD_LAYERS
 from loram_cli.modeling.copies import Copies, usual_copies
@@ -21,6 +26,10 @@ from loram_cli.modeling.layer_feed import fed_layers
 from loram_cli.modeling.skeleton import SkeletonModel, drain, fill
 from loram_cli.reporting import Reporter
 from loram_cli.units import format_bytes
+
+# Of a layer's experts, as :func:`.reached_share` counts them: above it the whole layer is read, and
+# the next one meanwhile.
+_MOST_SHARE = 0.9
 
 
 def weight_bytes(skeleton: SkeletonModel) -> int:
@@ -52,6 +61,18 @@ def resident_layers(skeleton: SkeletonModel, budget_bytes: int) -> int:
         f"{skeleton.index.directory}: embedding, head and two decoder layers take "
         f"{format_bytes(least)}, and there are {format_bytes(budget_bytes)} for weights"
     )
+
+
+def reaches_most(skeleton: SkeletonModel, tokens: int) -> bool:
+    """Whether so many tokens reach so many of a layer's experts that it is read whole.
+
+    Args:
+        skeleton: The model; where it has no experts that come by themselves, it is so.
+        tokens: How many pass a layer together.
+    """
+    # As many in all layers, but where they lost different numbers of them.
+    experts = max((slot.experts for slot in skeleton.slots.values()), default=0)
+    return not experts or reached_share(experts, skeleton.top_k, tokens) > _MOST_SHARE
 
 
 @contextmanager
@@ -91,19 +112,33 @@ def loaded_within(
         ExitStack() as stack,
     ):
 
-        def bring(position: int, *_: Any) -> None:
+        def bring(position: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # After the last one comes the first one again, with the next token or batch.
             then = (position + 1) % len(passing) if len(passing) > 1 else None
-            for slot, weight in zip(passing[position], feed.take(position, then), strict=True):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            whole = reaches_most(skeleton, hidden.shape[:-1].numel())
+            weights = feed.take(position, then, whole=whole)
+            for slot, weight in zip(passing[position], weights, strict=True):
                 fill(slot, weight)
+
+        def bring_reached(
+            position: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
+            _, reached, _ = (*args, *kwargs.values())
+            feed.bring_experts(position, reached.unique().tolist())
 
         def take_away(position: int, *_: Any) -> None:
             for slot in passing[position]:
                 drain(slot)
 
-        for position, (layer, _) in enumerate(layers[stay:]):
-            before = layer.register_forward_pre_hook(partial(bring, position))
+        for position, (layer, slots) in enumerate(layers[stay:]):
+            before = layer.register_forward_pre_hook(partial(bring, position), with_kwargs=True)
             stack.callback(before.remove)
+            if skeleton.experts is not None and any(slot.experts for slot in slots):
+                inside = layer.get_submodule(skeleton.experts.module).register_forward_pre_hook(
+                    partial(bring_reached, position), with_kwargs=True
+                )
+                stack.callback(inside.remove)
             # After a layer that failed as well.
             after = layer.register_forward_hook(partial(take_away, position), always_call=True)
             stack.callback(after.remove)

@@ -5,7 +5,7 @@ be attached to it, and parts can then be filled one by one, or for a while only,
 ever holds a model that exceeds the memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Slot:
         shape: Of the tensor.
         quantized: Whether it is held in NF4.
         packed: Whether it is held as rows of few bits, as it is stored.
+        experts: How many routed experts lie along its first axis, if its layer can run with only
+            those there that tokens reach; else 0.
         stand_in: What is there while the weight is not.
         num_bytes: What the weight takes.
     """
@@ -51,6 +53,7 @@ class Slot:
     stand_in: torch.nn.Parameter
     num_bytes: int
     packed: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class SkeletonModel:
         dtype: As asked for.
         device: As asked for.
         slots: By tensor name, what is to be filled.
+        experts: What the family's experts are; None where it has none.
+        top_k: How many of its layer's experts a token has at most.
         nf4_storage: The type that packed weights are held as; the bits are the same in any.
 
     Raises:
@@ -98,6 +103,8 @@ class SkeletonModel:
         source = Model.of(model)
         directory = source.directory
         self._family, self.index = source.family, source.index
+        self.experts = source.family.experts
+        self.top_k = max(layer.top_k for layer in source.geometry.layers)
         self.dtype, self.device = dtype, device
         if nf4:
             require_bitsandbytes()
@@ -126,9 +133,10 @@ class SkeletonModel:
             self.model.is_loaded_in_4bit = True
 
     def layers(self) -> Iterator[tuple[Any, list[Slot]]]:
-        """Each decoder layer, and what it is filled with."""
+        """Each decoder layer, and what it is filled with, experts last."""
         for i, layer in enumerate(self.model.get_submodule(self._family.layers)):
-            yield layer, self._slots_under(self._family.layer_prefix(i))
+            slots = self._slots_under(self._family.layer_prefix(i))
+            yield layer, sorted(slots, key=lambda slot: slot.experts)
 
     def untied_embedding(self) -> tuple[Any, list[Slot]] | None:
         """An embedding that is not the head as well, and what it is filled with."""
@@ -154,6 +162,34 @@ class SkeletonModel:
             return Weight(tensor)
         packed = nf4_weight(tensor, self.nf4_storage)
         return Weight(packed.data.as_subclass(torch.Tensor), packed.quant_state)
+
+    def unread(self, slot: Slot, device: str | None = None) -> Weight:
+        """Memory for the weights of experts, with anything in it.
+
+        Args:
+            slot: Whose weights.
+            device: Where; None for the model's.
+        """
+        return Weight(torch.empty(slot.shape, dtype=self.dtype, device=device or self.device))
+
+    def read_experts(
+        self, slot: Slot, reader: TensorReader, wanted: Sequence[int], into: torch.Tensor
+    ) -> None:
+        """Some experts' weights from the checkpoint, as :meth:`read` gives them.
+
+        Args:
+            slot: Whose weights.
+            reader: Of the checkpoint.
+            wanted: Rising indices of the experts.
+            into: Filled there; of the slot's shape.
+
+        Raises:
+            LoramError: The tensor is absent or of another shape.
+        """
+        self.index.entry_of(slot.tensor, slot.shape)
+        for done, rows in reader.read_chunks(slot.tensor, wanted):
+            for place, row in zip(wanted[done : done + len(rows)], rows, strict=True):
+                into[place] = row
 
     def _slots_under(self, prefix: str) -> list[Slot]:
         return [slot for name, slot in self.slots.items() if name.startswith(prefix)]
@@ -197,12 +233,16 @@ class SkeletonModel:
                 num_bytes = shape.numel() * self.dtype.itemsize
             slot = Slot(
                 name, tuple(places[name]), shape, name in quantized, stand_in, num_bytes,
-                name in packed,
+                name in packed, self._experts_in(name, shape),
             )  # fmt: skip
             for module, kind in slot.places:
                 module._parameters[kind] = stand_in
             slots[name] = slot
         return slots
+
+    def _experts_in(self, name: str, shape: torch.Size) -> int:
+        parameters = self.experts.parameters if self.experts is not None else ()
+        return shape[0] if self._family.split_layer(name)[1] in parameters else 0
 
     def _replace(self, weight_name: str, made_of: Callable[[Any], Any]) -> None:
         owner, _, attribute = weight_name.removesuffix(".weight").rpartition(".")

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from loram_cli.modeling.layer_feed import LayerFeed, WeightSource
+from loram_cli.modeling.layer_feed import LayerFeed, Readers, WeightSource
 from loram_cli.modeling.skeleton import SkeletonModel, Weight
 
 
@@ -24,7 +24,7 @@ class Loads:
     def close(self):
         self.closed = not self.there
 
-    def load(self, index):
+    def load(self, index, whole=True):
         self.order.append(index)
         self.there.add(index)
         assert len(self.there) <= 2
@@ -72,7 +72,9 @@ def test_layers_are_kept_in_memory_as_far_as_it_goes(base, monkeypatch):
         return Weight(torch.zeros(slot.shape))
 
     monkeypatch.setattr(skeleton, "read", reading)
-    source = WeightSource(skeleton, slots, reader=None, host_bytes=int(2.5 * layer_bytes))
+    source = WeightSource(
+        skeleton, slots, readers=Readers(None, None, None), host_bytes=int(2.5 * layer_bytes)
+    )
     for _ in range(2):
         for index in range(4):
             source.load(index)
