@@ -22,7 +22,7 @@ from loram_cli.arch.experts import reached_share
 from loram_cli.errors import LoramError
 from loram_cli.memory.streaming import HELD_LAYERS
 from loram_cli.modeling.copies import Copies, usual_copies
-from loram_cli.modeling.layer_feed import fed_layers
+from loram_cli.modeling.layer_feed import LayerSource, fed_layers
 from loram_cli.modeling.skeleton import SkeletonModel, drain, fill
 from loram_cli.reporting import Reporter
 from loram_cli.units import format_bytes
@@ -83,7 +83,7 @@ def loaded_within(
     *,
     host_bytes: int = 0,
     copies: Copies | Literal["auto"] | None = "auto",
-) -> Iterator[None]:
+) -> Iterator[LayerSource]:
     """Fill a model, all but the last layers; those are brought as they run, within the block.
 
     After it the model cannot be run any more, and nothing here keeps it.
@@ -97,6 +97,9 @@ def loaded_within(
         copies: How layers get to the device while it computes; None copies from pageable memory
             on the stream that computes, and ``auto`` does so on anything but a GPU.
 
+    Yields:
+        What brings the layers; it counts their bytes.
+
     Raises:
         LoramError: A tensor is absent or of another shape.
     """
@@ -106,7 +109,7 @@ def loaded_within(
         copies = usual_copies(skeleton.device)
     with (
         fed_layers(skeleton, passing, 0, reporter, host_bytes=host_bytes, copies=copies) as (
-            _,
+            source,
             feed,
         ),
         ExitStack() as stack,
@@ -142,7 +145,7 @@ def loaded_within(
             # After a layer that failed as well.
             after = layer.register_forward_hook(partial(take_away, position), always_call=True)
             stack.callback(after.remove)
-        yield
+        yield source
 
 
 def _turned_bytes(skeleton: SkeletonModel) -> int:

@@ -5,6 +5,7 @@ python tests/benchmarks/generate.py adapter PRUNED DIRECTORY
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -31,8 +32,8 @@ def checkpoint(config_file: str, target: str, max_shard_bytes: str) -> None:
     noise = (torch.randn(2 * _BLOCK) * 0.02).bfloat16()
     with ShardedWriter(directory, plan, int(max_shard_bytes)) as writer:
         for name, tensor in plan.items():
-            width = tensor.shape[-1]
-            rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
+            rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+            width = math.prod(tensor.shape) // rows
             most = max(1, _BLOCK // width)
             for done in range(0, rows, most):
                 count = min(most, rows - done) * width

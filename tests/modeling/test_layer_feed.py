@@ -14,6 +14,7 @@ class Loads:
 
     def __init__(self):
         self.order, self.failing, self.there, self.closed = [], set(), set(), False
+        self.brought = []
 
     def ready(self, index):
         assert index in self.there
@@ -32,6 +33,10 @@ class Loads:
             raise RuntimeError(f"layer {index} cannot be read")
         return [Weight(torch.full((1,), float(index)))]
 
+    def bring_experts(self, index, wanted, weights):
+        assert weights[0].data.item() == index
+        self.brought.append((index, wanted))
+
 
 @pytest.fixture
 def fed():
@@ -49,6 +54,18 @@ def test_the_next_layer_is_loaded_meanwhile_and_what_is_held_is_not_loaded_again
         assert feed.take(index, then)[0].data.item() == index
     feed.take(2)
     assert loads.order == [0, 1, 2, 0, 2]
+
+
+def test_a_layer_without_experts_is_loaded_again_where_all_of_it_is_wanted(fed):
+    loads, feed = fed
+    feed.take(0, 1, whole=False)
+    feed.bring_experts(0, [2, 5])
+    feed.take(1, 0)
+    assert loads.order == [0, 1, 1]
+    # The one that is there whole is used, and nothing of it is brought.
+    feed.take(1, 0, whole=False)
+    feed.bring_experts(1, [3])
+    assert loads.order == [0, 1, 1] and loads.brought == [(0, [2, 5])]
 
 
 def test_what_failed_ahead_is_tried_again_at_its_turn(fed):
