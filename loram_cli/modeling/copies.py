@@ -40,7 +40,7 @@ class Copies(Protocol):
         """Hold up this thread's computation, not the thread, until a copy is done."""
 
     def finish(self) -> None:
-        """Hold up this thread until every copy is done."""
+        """Hold up this thread until every copy is done, and all that its computation asked for."""
 
 
 class CudaCopies:
@@ -91,8 +91,9 @@ class CudaCopies:
         torch.cuda.current_stream(self._device).wait_event(event)
 
     def finish(self) -> None:
-        """Wait for the stream of copies."""
+        """Wait for the stream of copies, and for the one that this thread computes on."""
         self._stream.synchronize()
+        torch.cuda.current_stream(self._device).synchronize()
 
 
 def usual_copies(device: str) -> Copies | None:

@@ -137,6 +137,21 @@ class WeightSource:
         self._host.clear()
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A layer in the machine's memory.
+
+    Attributes:
+        host: Its buffer.
+        layout: Where its weights lie there.
+        experts: Those that have values there.
+    """
+
+    host: torch.Tensor
+    layout: Layout
+    experts: set[int]
+
+
 class BufferedSource:
     """Layers that are copied to a GPU while it computes, into two buffers that take turns.
 
@@ -163,8 +178,7 @@ class BufferedSource:
     ) -> None:
         self._skeleton, self._layers, self._readers = skeleton, layers, readers
         self._copies, self._free_bytes = copies, host_bytes
-        # By layer, and whether its experts are there.
-        self._host: dict[tuple[int, bool], tuple[torch.Tensor, Layout]] = {}
+        self._host: dict[int, _Kept] = {}
         self._pinned: list[torch.Tensor] = []
         self._num_bytes = max(map(buffer_bytes, layers))
         # Buffers that no layer is in, each with the computation that read it last.
@@ -184,17 +198,14 @@ class BufferedSource:
         Raises:
             LoramError: A tensor is absent or of another shape.
         """
-        slots = self._layers[index]
-        kept = self._host.get((index, True))
-        if kept is None and not whole:
-            kept = self._host.get((index, False))
+        slots, kept = self._layers[index], self._host.get(index)
         buffer, free = self._idle.pop() if self._idle else self._new_buffer()
         self._taken[index] = buffer
         with self._copies.stream(free):
-            if kept is not None:
-                host, layout = kept
-                count = self._copied_bytes(index, layout, whole)
-                buffer[:count].copy_(host[:count], non_blocking=True)
+            if kept is not None and not (whole and kept.experts != _all_experts(slots)):
+                layout = kept.layout
+                count = layout.num_bytes if whole else _start_of_experts(slots, layout)
+                buffer[:count].copy_(kept.host[:count], non_blocking=True)
             else:
                 layout = write_weights(self._read(slots, whole), buffer)
                 self._keep(index, buffer, layout, whole)
@@ -204,17 +215,22 @@ class BufferedSource:
         return weights
 
     def bring_experts(self, index: int, wanted: Sequence[int], weights: Sequence[Weight]) -> None:
-        """Copy some experts of a layer from the machine's memory, else read them.
+        """Copy some experts of a layer from the machine's memory, and read those absent there.
 
         Raises:
             LoramError: A tensor is absent or of another shape.
         """
-        slots, kept = self._layers[index], self._host.get((index, True))
+        slots, kept = self._layers[index], self._host.get(index)
+        reader = self._readers.experts
         if kept is None:
-            _read_experts(self._skeleton, slots, self._readers.experts, wanted, weights)
+            _read_experts(self._skeleton, slots, reader, wanted, weights)
         else:
-            host, layout = kept
-            for slot, weight, copy_of in zip(slots, weights, layout.views(host), strict=True):
+            copies = kept.layout.views(kept.host)
+            new = [expert for expert in wanted if expert not in kept.experts]
+            if new:
+                _read_experts(self._skeleton, slots, reader, new, copies)
+                kept.experts.update(new)
+            for slot, weight, copy_of in zip(slots, weights, copies, strict=True):
                 for expert in wanted if slot.experts else ():
                     weight.data[expert].copy_(copy_of.data[expert], non_blocking=True)
         self._experts_bytes += _experts_bytes(slots, len(wanted))
@@ -252,22 +268,21 @@ class BufferedSource:
             else:
                 yield self._skeleton.read(slot, reader)
 
-    def _copied_bytes(self, index: int, layout: Layout, whole: bool) -> int:
-        """From the start of a buffer, which experts are at the end of."""
-        if whole:
-            return layout.num_bytes
-        return layout.start_of(sum(not slot.experts for slot in self._layers[index]))
-
     def _keep(self, index: int, buffer: torch.Tensor, layout: Layout, whole: bool) -> None:
-        num_bytes = self._copied_bytes(index, layout, whole)
-        if num_bytes > self._free_bytes:
-            return
-        self._free_bytes -= num_bytes
-        host = torch.empty(num_bytes, dtype=torch.uint8)
-        host.copy_(buffer[:num_bytes])
-        if self._copies.pin(host):
-            self._pinned.append(host)
-        self._host[index, whole] = host, layout
+        """Keep what was read in the machine's memory, with room for the layer's other experts."""
+        if index not in self._host:
+            if layout.num_bytes > self._free_bytes:
+                return
+            self._free_bytes -= layout.num_bytes
+            host = torch.empty(layout.num_bytes, dtype=torch.uint8)
+            if self._copies.pin(host):
+                self._pinned.append(host)
+            self._host[index] = _Kept(host, layout, set())
+        slots, kept = self._layers[index], self._host[index]
+        count = layout.num_bytes if whole else _start_of_experts(slots, layout)
+        kept.host[:count].copy_(buffer[:count])
+        if whole:
+            kept.experts.update(_all_experts(slots))
 
 
 class LayerFeed:
@@ -388,6 +403,15 @@ def fed_layers(
 
 def _num_bytes(slots: Sequence[Slot], whole: bool = True) -> int:
     return sum(slot.num_bytes for slot in slots if whole or not slot.experts)
+
+
+def _all_experts(slots: Sequence[Slot]) -> set[int]:
+    return set(range(max((slot.experts for slot in slots), default=0)))
+
+
+def _start_of_experts(slots: Sequence[Slot], layout: Layout) -> int:
+    """Bytes of a buffer before its experts, which stand last."""
+    return layout.start_of(sum(not slot.experts for slot in slots))
 
 
 def _experts_bytes(slots: Sequence[Slot], count: int) -> int:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,6 +89,18 @@ class FakeCopies:
     def _check(self, kept: bool, rule: str) -> None:
         if not kept:
             self.broken.append(rule)
+
+
+def watched_by(copies: FakeCopies, skeleton: Any, stay: int) -> None:
+    """Every layer that is brought tells which weights it reads."""
+
+    def tell(slots: Any, *_: Any) -> None:
+        for slot in slots:
+            for module, kind in slot.places:
+                copies.reading(module._parameters[kind])
+
+    for layer, slots in list(skeleton.layers())[stay:]:
+        layer.register_forward_pre_hook(partial(tell, slots))
 
 
 class _Writes(TorchDispatchMode):

@@ -5,12 +5,11 @@ import os
 import shutil
 import time
 import weakref
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.fake_copies import FakeCopies
+from helpers.fake_copies import FakeCopies, watched_by
 from helpers.slow import slow
 from helpers.variants import mostly_slow
 
@@ -53,18 +52,6 @@ def whole_logits(directory: Path, adapter: Path | None, nf4: bool) -> torch.Tens
 def held_bytes(model) -> int:
     """All weights that are no stand-ins, which are one number over and over."""
     return sum(p.nbytes for p in model.parameters() if any(p.stride()))
-
-
-def watched_by(copies: FakeCopies, skeleton: SkeletonModel, stay: int) -> None:
-    """Every layer that is brought tells which weights it reads."""
-
-    def tell(slots, *_):
-        for slot in slots:
-            for module, kind in slot.places:
-                copies.reading(module._parameters[kind])
-
-    for layer, slots in list(skeleton.layers())[stay:]:
-        layer.register_forward_pre_hook(partial(tell, slots))
 
 
 def open_files() -> set[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.fake_copies import FakeCopies
+from helpers.fake_copies import FakeCopies, watched_by
 from helpers.mxfp4_files import save_twins
 from helpers.slow import slow
 from helpers.variants import VARIANTS
@@ -59,7 +59,10 @@ def check(directory, monkeypatch, *, stay=0, host_bytes=0, copies=None) -> Exper
     skeleton = SkeletonModel(directory, **HOW)
     reads = ExpertReads(skeleton, monkeypatch)
     with loaded_within(skeleton, stay, SILENT, host_bytes=host_bytes, copies=copies):
+        if copies is not None:
+            watched_by(copies, skeleton, stay)
         assert torch.equal(continued(skeleton.model), continued(load_causal_lm(directory, **HOW)))
+    assert copies is None or copies.broken == []
     for slot, wanted in reads.wanted:
         assert 0 < len(wanted) <= len(IDS) * skeleton.top_k < slot.experts
     return reads
@@ -71,9 +74,7 @@ def check(directory, monkeypatch, *, stay=0, host_bytes=0, copies=None) -> Exper
 def test_only_the_experts_that_tokens_reach_are_read(variant, tmp_path, monkeypatch):
     directory = variant.save(tmp_path)
     assert check(directory, monkeypatch).wanted
-    copies = FakeCopies()
-    assert check(directory, monkeypatch, copies=copies).wanted
-    assert copies.broken == []
+    assert check(directory, monkeypatch, copies=FakeCopies()).wanted
 
 
 def test_experts_come_from_the_machines_memory_where_their_layer_is(tmp_path, monkeypatch):
@@ -95,6 +96,9 @@ def test_what_stands_beside_experts_is_kept_in_the_machines_memory(tmp_path, mon
     with loaded_within(skeleton, 0, SILENT, host_bytes=10**9, copies=copies):
         assert torch.equal(continued(skeleton.model, IDS[:, :1]), expected)
     assert len(seen) == len(skeleton.slots) - len({slot.tensor for slot, _ in reads.wanted})
+    # Each expert once.
+    brought = [(slot.tensor, expert) for slot, wanted in reads.wanted for expert in wanted]
+    assert len(brought) == len(set(brought))
     assert copies.broken == [] and copies.pinned == set()
 
 
