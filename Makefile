@@ -47,6 +47,7 @@ bench: $(VENV)/installed ## streaming against cp, Taylor, SparseGPT, decoding, o
 	$(BIN)/python $(BENCHMARKS)/decode.py
 	$(BIN)/python $(BENCHMARKS)/quantized_load.py
 	$(BIN)/python $(BENCHMARKS)/offload.py
+	$(BIN)/python $(BENCHMARKS)/experts_reached.py
 	$(BIN)/python $(BENCHMARKS)/stream_training.py
 	$(BIN)/python $(BENCHMARKS)/packing.py
 

@@ -90,11 +90,14 @@ def opened_model(
         raise LoramError(f"row {label}: {error.message}", error.hint or ways) from error
     layers = len(list(skeleton.layers()))
     if stay < layers:
-        smaller = "" if nf4 else "; --quantize nf4 makes it about a quarter"
+        mixture = any(slot.experts for slot in skeleton.slots.values())
+        reached = " (while few tokens pass, only the experts that they reach)" if mixture else ""
+        # Experts stay in 16 bits.
+        smaller = "" if nf4 or mixture else "; --quantize nf4 makes it about a quarter"
         reporter.warn(
             f"{label}: its weights take {format_bytes(weight_bytes(skeleton))}, and there are "
             f"{format_bytes(budget_bytes)} for them on {place}: {layers - stay} of {layers} "
-            f"layers are read anew at every pass, which is slow{smaller}"
+            f"layers are read anew at every pass{reached}, which is slow{smaller}"
         )
     on_gpu = place.startswith("cuda")
     host_bytes = int(_HOST_SHARE * free_memory_bytes("cpu")) if on_gpu else 0

@@ -117,6 +117,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("folder", nargs="?", type=Path, help="where to work, instead of /tmp")
     parser.add_argument("--base", type=Path, help="a trained mixture")
+    parser.add_argument("--texts", type=int, nargs="+", default=TEXTS, help="at a time")
     asked = parser.parse_args()
     if asked.base is not None:
         for what, share in told_by(SHARES, asked.base).items():
@@ -128,7 +129,7 @@ def main() -> None:
         print(f"checkpoint: {folder_bytes(model) / GIB:.2f} GiB in bf16, run in fp32")
         for cold in (0, 1):
             print("from the disk:" if cold else "from the page cache:")
-            for texts in TEXTS:
+            for texts in asked.texts:
                 _compare(model, texts, cold)
 
 
