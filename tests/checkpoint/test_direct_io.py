@@ -207,3 +207,16 @@ def test_a_container_has_what_its_group_may_have(monkeypatch, tmp_path):
     files = (str(tmp_path / "none"), str(tmp_path / "memory.max"), str(tmp_path / "absent"))
     monkeypatch.setattr(unbuffered, "_CGROUP_LIMITS", files)
     assert unbuffered.usable_memory_bytes() == 4096
+
+
+def test_a_checkpoint_larger_than_the_cache_goes_through_it_where_parts_are_read_often(
+    stored, always, monkeypatch
+):
+    index, tensors = stored
+    asked = []
+    monkeypatch.setattr(reader, "exceeds_cache", lambda _: True)
+    monkeypatch.setattr(reader, "stop_buffering", lambda _: asked.append(1))
+    for often, times in ((True, 0), (False, 1)):
+        with TensorReader(index, often=often) as opened:
+            assert torch.equal(opened.read("wide"), tensors["wide"])
+        assert len(asked) == times
