@@ -165,8 +165,9 @@ def _open_streams() -> None:
 def _keep_kernels_out_of_tmp() -> None:
     """Have torch keep what it compiles in the user's cache: it makes a folder even for nothing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache")
-    if cache.is_absolute() and os.access(existing_parent(cache / "any"), os.W_OK):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
+    with contextlib.suppress(UsageError):  # a link that leads nowhere
+        if cache.is_absolute() and os.access(existing_parent(cache / "any"), os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
 
 
 def _flushed(code: int) -> int:
