@@ -132,6 +132,10 @@ def test_settings_that_expand_or_nest(capsys):
     [
         (("--seed", "9" * 400), "--seed is larger than 2^63"),
         (("--ratio", "9" * 400), "--ratio inf is not a finite number"),
+        (("--ratio", "1e-300"), "--ratio 1e-300 is too small to be told from 0"),
+        (("--multiple-of", str(2**40)), "--multiple-of is larger than 2^31"),
+        (("--device", "cuda:x"), "--device cuda:x: unknown"),
+        (("--device", "a\nb"), "--device 'a\\nb': unknown"),
         (("--target-params", "1e999999999"), "not a count of parameters"),
         (("--fit-memory", "9" * 400), "not an amount of memory"),
     ],
