@@ -54,8 +54,8 @@ def read_yaml(file: Path) -> Any:
 
     Raises:
         UsageError: See :func:`read_text`; also no YAML, nested too deep, or aliases that expand
-            past 1 MiB, a key that stands twice in a mapping, or a number such as 010, which YAML takes
-        for 8.
+            past 1 MiB, a key that stands twice in a mapping, or a number such as 010, which YAML
+            takes for 8.
     """
     import yaml  # takes longer than the rest of a --help
 
