@@ -8,7 +8,7 @@ from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation.catalog import CATALOG, CSR
-from loram_cli.evaluation.models import model_bytes
+from loram_cli.evaluation.models import check_weights_memory, model_bytes
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 from loram_cli.evaluation.results import EvalResult
 from loram_cli.evaluation.vllm_backend import check_available
@@ -62,6 +62,10 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
     look_up(spec.out, "eval", "", force=True)
     require_tokenizer(spec.model)
     models = checked_models(spec.rows, reporter)
+    nf4 = spec.quantize is not None
+    if spec.weights_memory is not None:
+        for model, label in {models[parts[0]]: label for label, parts in spec.rows.items()}.items():
+            check_weights_memory(label, model, spec.weights_memory, device=spec.device, nf4=nf4)
     params = {label: models[parts[0]].num_params for label, parts in spec.rows.items()}
     for name, file in spec.task_data.items():
         _check_readable(f"--task-data {name}", file)
@@ -81,8 +85,7 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
         done=is_done("eval", spec, inputs),
         free_bytes=free_disk(spec.out),
         memory_bytes=max(
-            model_bytes(model, device=spec.device, nf4=spec.quantize is not None)
-            for model in models.values()
+            model_bytes(model, device=spec.device, nf4=nf4) for model in models.values()
         ),
         figures={"rows": params, "tasks": list(spec.tasks), "limit": spec.limit},
     )

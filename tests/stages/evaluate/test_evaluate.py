@@ -211,6 +211,13 @@ def test_senseless_settings_are_refused(spec_of, changes, message, monkeypatch):
         evaluate.run(spec_of(**changes), SILENT)
 
 
+def test_a_dry_run_refuses_memory_that_no_layer_fits(spec_of):
+    with pytest.raises(LoramError, match="embedding, head and two decoder layers take") as caught:
+        evaluate.plan(spec_of(weights_memory=1000), SILENT)
+    assert caught.value.hint == "pass a larger --weights-memory, or --quantize nf4"
+    assert evaluate.plan(spec_of(weights_memory=160_000), SILENT).work is not None
+
+
 def test_rows_are_chosen_and_added(base, other, instructions, tmp_path, capsys):
     words = ["eval", "--run", tmp_path, "--model", base, "--tasks", "perplexity", "--limit", 4]
     words += ["--task-data", f"perplexity={instructions}", "--json"]
