@@ -8,6 +8,7 @@ from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation.catalog import CATALOG, CSR
+from loram_cli.evaluation.documents import check_documents
 from loram_cli.evaluation.models import check_weights_memory, model_bytes
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 from loram_cli.evaluation.results import EvalResult
@@ -45,7 +46,7 @@ class EvalWork:
 
 
 def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[EvalWork]:
-    """Check every row's model and adapter and every file of data.
+    """Check every row's model and adapter and every file of data; a dry run reads the documents.
 
     The memory is that of the largest row's weights; rows are scored one after another. Of a model
     that takes more than there is, layers are read anew at every pass.
@@ -70,6 +71,9 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
     for name, file in spec.task_data.items():
         _check_readable(f"--task-data {name}", file)
     requests = tuple(_requests(spec, reporter))
+    if count:
+        for request in requests:
+            check_documents(request)
     inputs = eval_inputs(spec.rows, models, requests)
     for label, parts in spec.rows.items():
         if as_chat(spec, parts):
