@@ -54,7 +54,8 @@ def read_yaml(file: Path) -> Any:
 
     Raises:
         UsageError: See :func:`read_text`; also no YAML, nested too deep, or aliases that expand
-            past 1 MiB, or a key that stands twice in a mapping.
+            past 1 MiB, a key that stands twice in a mapping, or a number such as 010, which YAML
+            takes for 8.
     """
     import yaml  # takes longer than the rest of a --help
 
@@ -67,7 +68,7 @@ def read_yaml(file: Path) -> Any:
                 return None
             if _expanded_bytes(node, {}) > _EXPANDED_BYTES:
                 raise UsageError(f"{file}: its aliases expand past {_EXPANDED_BYTES >> 20} MiB")
-            _refuse_repeated_keys(node, file, set())
+            _refuse_misleading(node, file, set())
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -110,6 +111,8 @@ def read_scalar(text: str) -> Any:
     """A flag's or a variable's text as YAML reads a number, a switch or ``null``; else the text."""
     import yaml  # takes longer than the rest of a --help
 
+    if re.fullmatch(r"[+-]?[0-9]{1,100}", text):
+        return int(text)  # YAML takes 010 for 8
     # Short and plain: nothing here can nest, alias or take long.
     if len(text) > 100 or not re.fullmatch(r"[\w.+~-]*", text):
         return text
@@ -119,11 +122,24 @@ def read_scalar(text: str) -> Any:
         return text
 
 
-def _refuse_repeated_keys(node: "yaml.Node", file: Path, seen: set[int]) -> None:
-    """Refuse a key that stands twice in a mapping: YAML readers keep the last without a word."""
-    if id(node) in seen or isinstance(node.value, str):
+def _refuse_misleading(node: "yaml.Node", file: Path, seen: set[int]) -> None:
+    """Refuse what YAML reads otherwise than most people, without a word.
+
+    Of a key that stands twice in a mapping it keeps the last; 010 is 8 to it, and 1:30 is 90.
+    """
+    if id(node) in seen:
         return
     seen.add(id(node))
+    if isinstance(node.value, str):
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        octal = kind == "int" and re.match(r"[+-]?0[0-9_]", node.value)
+        if octal or (kind in ("int", "float") and ":" in node.value):
+            line = node.start_mark.line + 1
+            raise UsageError(
+                f"{file}, line {line}: {node.value} is another number in YAML than it looks",
+                "write it in decimal digits, without a zero in front",
+            )
+        return
     keys: set[str] = set()
     for part in node.value:
         items = part if isinstance(part, tuple) else (part,)
@@ -133,7 +149,7 @@ def _refuse_repeated_keys(node: "yaml.Node", file: Path, seen: set[int]) -> None
                 raise UsageError(f"{file}, line {line}: '{key}' stands twice", "keep one of them")
             keys.add(key)
         for item in items:
-            _refuse_repeated_keys(item, file, seen)
+            _refuse_misleading(item, file, seen)
 
 
 def _expanded_bytes(node: "yaml.Node", known: dict[int, int]) -> int:

@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +33,8 @@ _MOST_NAMES = 16
 _METADATA = "loram"
 # Heading of ``--help`` for where things lie and how a command speaks.
 RUN_PANEL = "Run and output"
-_LARGEST = 2**63
+# What is smaller is 0 in single precision, sooner or later.
+_SMALLEST = 2.0**-100
 # Of a value that is quoted in an error.
 _QUOTED = 60
 
@@ -99,6 +101,7 @@ class Setting:
         env: A variable of its own, besides ``LORAM_<STAGE>_<SETTING>``.
         argument: Stands on the command line without a flag.
         choices: Gives the words that are allowed, where a table and not the type tells them.
+        form: A pattern that a text must match, and what to pass.
         panel: Heading of ``--help`` that it stands under; None is among the first.
     """
 
@@ -117,6 +120,7 @@ class Setting:
     env: str | None = None
     argument: bool = False
     choices: Callable[[], Iterable[str]] | None = None
+    form: tuple[str, str] | None = None
     panel: str | None = None
 
 
@@ -185,6 +189,7 @@ class Spec:
             value, name = getattr(self, field.name), flag_of(field.name, told)
             check_range(value, name, told)
             check_choice(value, name, told)
+            check_form(value, name, told)
         self.check()
 
     def check(self) -> None:
@@ -213,8 +218,11 @@ def check_range(value: Any, name: str, told: Setting) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} {value} is not a finite number")
-    if abs(value) > _LARGEST:
-        raise UsageError(f"{name} is larger than 2^63, which nothing here can be")
+    power = 31 if type(value) is int and told.at_most is None else 63
+    if abs(value) > 2**power:
+        raise UsageError(f"{name} is larger than 2^{power}, which nothing here can be")
+    if 0 < abs(value) < _SMALLEST:
+        raise UsageError(f"{name} {value:g} is too small to be told from 0")
     if _inside(value, told):
         return
     shown = value.text if isinstance(value, Bytes | Params) else f"{value:g}"
@@ -250,6 +258,20 @@ def check_choice(value: Any, name: str, told: Setting) -> None:
     for word in value if isinstance(value, tuple | list) else (value,):
         if word not in known:
             raise unknown_name("value", str(word), known, name)
+
+
+def check_form(value: Any, name: str, told: Setting) -> None:
+    """Refuse a text that is not of the setting's form.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if told.form is None or value is None:
+        return
+    pattern, hint = told.form
+    if not re.fullmatch(pattern, value):
+        shown = value if re.fullmatch(r"[!-~]{1,60}", value) else _quoted(value)
+        raise UsageError(f"{name} {shown}: unknown", hint)
 
 
 def _inside(value: float, told: Setting) -> bool:

@@ -27,6 +27,8 @@ BOMB = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
         ("a: 2020-99-99", "not valid YAML"),
         ("a: {b: 1}\nc: [{d: 1,\n d: 2}]\n", "line 3: 'd' stands twice"),
         ("a: 1\na: 1\n", "line 2: 'a' stands twice"),
+        ("steps: 010\n", "line 1: 010 is another number in YAML than it looks"),
+        ("a: 1\nb: [2, 1:30]\n", "line 2: 1:30 is another number"),
         ("a: b\n" * 300_000, "larger than 1 MiB"),
         ("", None),
     ],
@@ -75,8 +77,8 @@ def test_only_regular_files_are_read(make, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3", 3), ("-1e-5", "-1e-5"), ("0.5", 0.5), ("true", True), ("", None), ("[[1]]", "[[1]]"),
-     ("9" * 5000, "9" * 5000), ("*a", "*a")],
+    [("3", 3), ("010", 10), ("-1e-5", "-1e-5"), ("0.5", 0.5), ("true", True), ("", None),
+     ("[[1]]", "[[1]]"), ("9" * 5000, "9" * 5000), ("*a", "*a")],
 )  # fmt: skip
 def test_a_scalar_is_read_and_nothing_else(text, value):
     assert read_scalar(text) == value

@@ -74,8 +74,12 @@ def unpack(packed: torch.Tensor, low_bit: LowBit, columns: int) -> Codes:
     for bit in range(1, low_bit.bits):
         codes |= ((planes[:, bit] >> place) & 1) << bit
     group = packed[:, codes_end:-SCALE_BYTES]
-    scale = packed[:, -SCALE_BYTES:].contiguous().view(torch.float16)[:, 0]
-    return Codes(codes.reshape(rows, -1), group & 15, group >> 4, scale)
+    return Codes(codes.reshape(rows, -1), group & 15, group >> 4, row_scales(packed))
+
+
+def row_scales(packed: torch.Tensor) -> torch.Tensor:
+    """The scale of each row of bytes, fp16, shape (rows,)."""
+    return packed[:, -SCALE_BYTES:].contiguous().view(torch.float16)[:, 0]
 
 
 def weight_of(

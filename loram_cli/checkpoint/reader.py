@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from threading import Lock
 from types import TracebackType
 
 import torch
@@ -23,10 +24,11 @@ from loram_cli.checkpoint.direct_io import (
     is_cached,
     stop_buffering,
 )
+from loram_cli.checkpoint.finite import check_finite
 from loram_cli.checkpoint.header import TensorEntry
 from loram_cli.checkpoint.index import CheckpointIndex
 from loram_cli.checkpoint.low_bit import PackedEntry
-from loram_cli.checkpoint.low_bit_codes import weight_of
+from loram_cli.checkpoint.low_bit_codes import row_scales, weight_of
 from loram_cli.checkpoint.mxfp4 import Mxfp4Entry
 from loram_cli.checkpoint.mxfp4_codes import dequantize
 from loram_cli.errors import LoramError
@@ -50,11 +52,21 @@ class TensorReader:
         once: Nothing will be read a second time soon, so that the page cache is of no use.
         often: Parts will be read over and over, so that the page cache is to have them, however
             large the whole is.
+        finite: Refuse what has NaN or infinity.
     """
 
-    def __init__(self, index: CheckpointIndex, *, once: bool = False, often: bool = False) -> None:
+    def __init__(
+        self,
+        index: CheckpointIndex,
+        *,
+        once: bool = False,
+        often: bool = False,
+        finite: bool = True,
+    ) -> None:
         self.index = index
+        self._finite = finite
         self._files: dict[str, _OpenFile] = {}
+        self._opening = Lock()  # transformers reads by several threads
         self._buffers = BufferPool(CHUNK_BYTES + 2 * BLOCK_BYTES)
         self._reads = ThreadPoolExecutor(_REQUESTS, "read")
         self._unbuffered = not often and (once or exceeds_cache(index.num_bytes))
@@ -77,7 +89,7 @@ class TensorReader:
         """The whole tensor, as stored; a weight of few bits as floating numbers.
 
         Raises:
-            LoramError: The shard ends early.
+            LoramError: The shard ends early, or there are NaN or infinite values.
         """
         entry = self.index.tensors[name]
         if entry.parts:
@@ -88,11 +100,11 @@ class TensorReader:
         """The bytes of a weight of few bits, uint8, shape (rows, row_bytes).
 
         Raises:
-            LoramError: The shard ends early.
+            LoramError: The shard ends early, or there are NaN or infinite values.
         """
         entry = self.index.tensors[name]
         assert isinstance(entry, PackedEntry)
-        return self._load(entry.stored, 0, entry.stored.shape)
+        return self._load_packed(entry, 0, entry.stored.shape[0])
 
     def read_chunks(
         self, name: str, rows: Sequence[int] | None = None
@@ -108,7 +120,7 @@ class TensorReader:
             scalar or an empty tensor, the tensor itself.
 
         Raises:
-            LoramError: The shard ends early.
+            LoramError: The shard ends early, or there are NaN or infinite values.
         """
         entry = self.index.tensors[name]
         if entry.num_bytes == 0 or not entry.shape:
@@ -173,7 +185,7 @@ class TensorReader:
             for place, index in enumerate(indices):
                 pair = [self._load_index(part, index) for part in entry.parts[0]]
                 stack[place] = dequantize(pair[0], pair[1], stack.dtype).T
-            return stack
+            return self._checked(entry, stack)
         for place, index in enumerate(indices):
             start = 0
             for part in entry.parts[index]:
@@ -196,7 +208,7 @@ class TensorReader:
     ) -> torch.Tensor:
         """A tensor of the entry's type from the bytes after ``start``."""
         if isinstance(entry, PackedEntry):
-            stored = self._load(entry.stored, start, (shape[0], entry.stored.shape[1]), buffers)
+            stored = self._load_packed(entry, start, shape[0], buffers)
             return weight_of(stored, entry.low_bit, shape[1], entry.dtype.to_torch())
         dtype = entry.dtype.to_torch()
         count_bytes = math.prod(shape) * dtype.itemsize
@@ -205,7 +217,20 @@ class TensorReader:
         raw = self._raw(entry, entry.offset_bytes + start, count_bytes, buffers)
         if raw.storage_offset() % dtype.itemsize:
             raw = raw.clone()
-        return raw.view(dtype).reshape(shape)
+        return self._checked(entry, raw.view(dtype).reshape(shape))
+
+    def _load_packed(
+        self, entry: PackedEntry, start: int, rows: int, buffers: BufferPool | None = None
+    ) -> torch.Tensor:
+        """Rows of bytes after the first ``start`` bytes."""
+        stored = self._load(entry.stored, start, (rows, entry.stored.shape[1]), buffers)
+        self._checked(entry, row_scales(stored))
+        return stored
+
+    def _checked(self, entry: TensorEntry, tensor: torch.Tensor) -> torch.Tensor:
+        if self._finite:
+            check_finite(entry.file, entry.name, tensor)
+        return tensor
 
     def _raw(
         self,
@@ -238,13 +263,14 @@ class TensorReader:
 
     def _open(self, entry: TensorEntry) -> "_OpenFile":
         key = str(entry.file)
-        if key not in self._files:
-            try:
-                descriptor = os.open(entry.file, os.O_RDONLY)
-            except OSError as error:
-                raise LoramError(f"{entry.file}: cannot be read ({error.strerror})") from error
-            self._files[key] = _past_the_cache(descriptor, self._unbuffered)
-        return self._files[key]
+        with self._opening:
+            if key not in self._files:
+                try:
+                    descriptor = os.open(entry.file, os.O_RDONLY)
+                except OSError as error:
+                    raise LoramError(f"{entry.file}: cannot be read ({error.strerror})") from error
+                self._files[key] = _past_the_cache(descriptor, self._unbuffered)
+            return self._files[key]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 
 from loram_cli.checkpoint.background import WriteBehind
+from loram_cli.checkpoint.finite import is_finite
 from loram_cli.checkpoint.header import DTYPES, Piece, TensorEntry
 from loram_cli.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from loram_cli.errors import LoramError
@@ -152,9 +153,11 @@ class ShardedWriter:
         fits = rows.dtype == want.dtype and rows.shape[1:] == want.shape[1:]
         if name != planned or not fits or rows.nbytes > left_bytes:
             raise RuntimeError(f"{name}: does not match the plan for {planned}: {want}")
-        if not _is_finite(rows):
+        if not is_finite(rows):
             raise LoramError(
-                f"tensor {name} has NaN or infinite values", "the checkpoint is damaged"
+                f"tensor {name} has NaN or infinite values",
+                "what was computed for it may be beyond what "
+                f"{str(rows.dtype).removeprefix('torch.')} holds",
             )
         try:
             if shard != self._open_shard:
@@ -208,14 +211,6 @@ class ShardedWriter:
         total_bytes = sum(plan.num_bytes for plan in self._plan.values())
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # Lowest and highest carry any NaN along, at a fiftieth of the cost of asking every element.
-    # Types of one byte have no infinity that a checkpoint could mean by mistake.
-    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or tensor.numel() == 0:
-        return True
-    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def _split(plan: Mapping[str, TensorPlan], max_shard_bytes: int) -> list[list[str]]:

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,35 @@ def run_command(arguments: list[str] | None) -> int:
             return _fail("another process of this command has ended; it says why above", 1)
         if os.environ.get("LORAM_DEBUG"):
             raise
+        variable = _misread_variable(error)
+        if variable is not None:
+            reason = one_line(str(error).strip().partition("\n")[0])
+            return _fail(
+                f"the environment variable {variable}: a library cannot use its value ({reason})\n"
+                f"correct it, or unset {variable}",
+                2,
+            )
         return _fail(_told(error), 1)
+
+
+def _misread_variable(error: Exception) -> str | None:
+    """The environment variable that a library failed to read, such as a timeout that is no number.
+
+    An error that names a variable is about it; one raised while a library is imported is about a
+    variable whose value it quotes.
+    """
+    text = str(error)
+    own = str(Path(__file__).parents[1])
+    importing = any(
+        frame.f_code.co_name == "<module>" and not frame.f_code.co_filename.startswith(own)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    for name, value in os.environ.items():
+        if re.fullmatch(r"[A-Z]+(_[A-Z0-9]+)+", name) and re.search(rf"\b{name}\b", text):
+            return name
+        if importing and value and isinstance(error, ValueError) and repr(value) in text:
+            return name
+    return None
 
 
 def _told(error: Exception) -> str:
@@ -165,8 +195,9 @@ def _open_streams() -> None:
 def _keep_kernels_out_of_tmp() -> None:
     """Have torch keep what it compiles in the user's cache: it makes a folder even for nothing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache")
-    if cache.is_absolute() and os.access(existing_parent(cache / "any"), os.W_OK):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
+    with contextlib.suppress(UsageError):  # a link that leads nowhere
+        if cache.is_absolute() and os.access(existing_parent(cache / "any"), os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torchinductor"))
 
 
 def _flushed(code: int) -> int:

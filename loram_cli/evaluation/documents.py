@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loram_cli.errors import LoramError
+from loram_cli.evaluation.requests import TaskRequest
 from loram_cli.reading import read_text
 from loram_cli.training.data.documents import load_instructions, load_text
 from loram_cli.training.data.examples import Example, single_turns
@@ -57,6 +58,30 @@ def task_documents(source: str, task: str, flag: str) -> list[dict[str, Any]]:
                     f"(fields: {', '.join(map(str, record.fields)) or 'none'})"
                 )
     return [dict(record.fields) for record in records]
+
+
+def check_documents(request: TaskRequest) -> None:
+    """Read a task's local files as a dry run does: every document has the fields that it needs.
+
+    Raises:
+        LoramError: As :func:`task_documents`; for perplexity, records of no known layout.
+    """
+    if request.name != "perplexity":
+        train = "" if request.train_file is None else str(request.train_file)
+        for flag, path in ((request.name, request.documents), (f"{request.name}:train", train)):
+            if path:
+                task_documents(path, request.lm_eval_name, flag)
+        return
+    file = request.data_file
+    if file is None or is_text_file(file):
+        return
+    try:
+        first = next(iter(read_records(str(file), limit=1)), None)
+    except LoramError as error:
+        raise LoramError(f"--task-data perplexity: {error.message}", error.hint) from error
+    if first is None or layout_of(first.fields) is None:
+        where = f"{file}: holds no record" if first is None else f"{first.where}: no known layout"
+        raise LoramError(f"--task-data perplexity: {where}", "expected text or instructions")
 
 
 def perplexity_data(

@@ -26,6 +26,7 @@ _LEFT_BYTES = 768 * MIB
 # Of the machine's free memory, for weights that are brought to a GPU from there.
 _HOST_SHARE = 0.5
 _FP32_BYTES = 4
+_MORE_MEMORY = "pass a larger --weights-memory"
 
 
 def precision(device: str | None) -> str:
@@ -76,18 +77,12 @@ def opened_model(
     if not nf4 and model_bytes(model, device=place, nf4=False) <= budget_bytes:
         yield _adapted(load_causal_lm(model, dtype=precision(place), device=place), adapters)
         return
-    dtype = model.dtype.to_torch() if precision(place) == "auto" else torch.float32
-    skeleton = SkeletonModel(model, dtype=dtype, device=place, nf4=nf4)
+    skeleton = _skeleton(model, place, nf4=nf4)
     loaded = _adapted(skeleton.model, adapters)
-    try:
-        stay = resident_layers(skeleton, budget_bytes)
-    except LoramError as error:
-        ways = "pass --device cpu" if place.startswith("cuda") else "free some memory"
-        if weights_memory is not None:
-            ways = "pass a larger --weights-memory"
-        if not nf4:
-            ways += ", or --quantize nf4"
-        raise LoramError(f"row {label}: {error.message}", error.hint or ways) from error
+    ways = "pass --device cpu" if place.startswith("cuda") else "free some memory"
+    if weights_memory is not None:
+        ways = _MORE_MEMORY
+    stay = _layers_that_stay(label, skeleton, budget_bytes, ways, nf4=nf4)
     layers = len(list(skeleton.layers()))
     if stay < layers:
         mixture = any(slot.experts for slot in skeleton.slots.values())
@@ -103,6 +98,42 @@ def opened_model(
     host_bytes = int(_HOST_SHARE * free_memory_bytes("cpu")) if on_gpu else 0
     with loaded_within(skeleton, stay, reporter, host_bytes=host_bytes):
         yield loaded
+
+
+def check_weights_memory(
+    label: str, model: Model, weights_memory: int, *, device: str | None, nf4: bool
+) -> None:
+    """Check that a model can be run within an amount of memory, without reading its weights.
+
+    Args:
+        label: The row's name, for messages.
+        model: The model.
+        weights_memory: Bytes for weights.
+        device: As for :func:`opened_model`.
+        nf4: Hold the decoder linears in 4 bits.
+
+    Raises:
+        LoramError: It does not fit even layer by layer.
+    """
+    place = usable_device(device)
+    if nf4 or model_bytes(model, device=place, nf4=False) > weights_memory:
+        skeleton = _skeleton(model, place, nf4=nf4)
+        _layers_that_stay(label, skeleton, weights_memory, _MORE_MEMORY, nf4=nf4)
+
+
+def _skeleton(model: Model, place: str, *, nf4: bool) -> SkeletonModel:
+    dtype = model.dtype.to_torch() if precision(place) == "auto" else torch.float32
+    return SkeletonModel(model, dtype=dtype, device=place, nf4=nf4)
+
+
+def _layers_that_stay(
+    label: str, skeleton: SkeletonModel, budget_bytes: int, ways: str, *, nf4: bool
+) -> int:
+    try:
+        return resident_layers(skeleton, budget_bytes)
+    except LoramError as error:
+        hint = error.hint or (ways if nf4 else f"{ways}, or --quantize nf4")
+        raise LoramError(f"row {label}: {error.message}", hint) from error
 
 
 def check_row(parts: Sequence[Path], opened: Model | None = None) -> Model:

@@ -127,20 +127,21 @@ def _scratch_folder() -> Iterator[Path]:
     """A folder for one program, removed by a shell that outlives this process.
 
     The shell waits for its input to end: at the end of the block, or when this process is killed.
+    It is there before the folder is, so that no kill comes in between.
     """
-    with tempfile.TemporaryDirectory(prefix="loram-sandbox-", ignore_cleanup_errors=True) as name:
-        directory = Path(name).resolve()
+    directory = Path(tempfile.gettempdir()).resolve() / f"loram-sandbox-{secrets.token_hex(8)}"
+    janitor = subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r _; chmod -R u+rwX "$1"; rm -rf "$1"', "sh", directory],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
+    with janitor:
+        directory.mkdir(0o700)
         directory.chmod(0o777)  # the program may have to run as another user
-        janitor = subprocess.Popen(
-            ["/bin/sh", "-c", 'read -r _; chmod -R u+rwX "$1"; rm -rf "$1"', "sh", directory],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd="/",
-        )
-        with janitor:
-            yield directory
+        yield directory
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """A GGUF model as a Hugging Face directory, through transformers' own reader."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType
 
+from loram_cli.checkpoint.finite import check_finite
 from loram_cli.checkpoint.json_files import read_json
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import LoramError, UsageError, reason_of
@@ -20,7 +20,7 @@ from loram_cli.quiet import no_progress_bars, quiet_gguf, quiet_libraries
 from loram_cli.reporting import Reporter
 from loram_cli.runs.digests import file_records
 from loram_cli.runs.output_file import refuse_existing
-from loram_cli.runs.staging import followed
+from loram_cli.runs.staging import whole_directory
 from loram_cli.schema import unknown_name
 
 _ROTARY_FACTORS = (
@@ -74,7 +74,6 @@ def import_gguf(
     """
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES, "--dtype")
-    out = followed(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file, expected a directory", "pass another --out")
     refuse_existing(out, force=force, is_ours=_is_imported(out))
@@ -89,17 +88,9 @@ def import_gguf(
             "Use the original checkpoint where you can."
         )
     chosen = dtype or dtype_of(kinds)
-    partial, retired = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
-    if partial.is_symlink():
-        raise UsageError(f"{partial}: is a symbolic link where the import belongs", "remove it")
-    if retired.is_dir() and not out.exists():
-        retired.rename(out)  # killed between the two renames
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(retired, ignore_errors=True)
-    try:
+    with whole_directory(out) as partial:
         _convert(source, partial, chosen)
         made = Model.open(partial)
-        family = made.family
         if scales_rotation(file) and not _keeps_scaling(made.config):
             reporter.warn(
                 f"{source}: scales its rotary frequencies, which transformers' reader leaves out. "
@@ -107,18 +98,7 @@ def import_gguf(
             )
         record = {"file": str(source), "outputs": file_records(partial)}
         (partial / RECORD_NAME).write_text(json.dumps(record, indent=2), "utf-8")
-        if out.exists():
-            out.rename(retired)
-        partial.rename(out)
-        shutil.rmtree(retired, ignore_errors=True)
-    except OSError as error:
-        raise LoramError(
-            f"{out}: cannot write ({error.strerror or error})",
-            "free some space, or pass another --out",
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return GgufImport(out, family.family, chosen, quantized)
+    return GgufImport(out, made.family.family, chosen, quantized)
 
 
 def _is_imported(out: Path) -> bool:
@@ -181,6 +161,8 @@ def _convert(source: Path, out: Path, dtype: str) -> None:
             f"{source}: {len(missing)} tensors are missing, such as {missing[0]}",
             "take a whole GGUF file, or the original checkpoint",
         )
+    for name, weight in model.named_parameters():
+        check_finite(source, name, weight.detach())
     # Its weights are plain now.
     for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, name):

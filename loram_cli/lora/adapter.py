@@ -71,6 +71,8 @@ class LoraAdapter:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        from loram_cli.checkpoint.finite import check_finite
+
         try:
             tensors = load_file(directory / WEIGHTS_NAME)
         except (SafetensorError, ValueError, OSError) as error:
@@ -86,8 +88,7 @@ class LoraAdapter:
                 raise LoramError(
                     f"{directory / WEIGHTS_NAME}: tensor {name} is no matrix of floating numbers"
                 )
-            if not tensor.isfinite().all():
-                raise LoramError(f"{directory / WEIGHTS_NAME}: tensor {name} has NaN or infinity")
+            check_finite(directory / WEIGHTS_NAME, name, tensor)
             factors.setdefault(module, {})[kind] = tensor
         for module, pair in factors.items():
             if len(pair) != 2:

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 
 from loram_cli.arch.spec import ATTENTION_AXES, LOW_RANK, Family, LayerGeometry
 from loram_cli.arch.wrappers import text_view, wrapper_of
+from loram_cli.checkpoint.finite import check_finite
+from loram_cli.checkpoint.header import TensorEntry
 from loram_cli.checkpoint.index import read_json
 from loram_cli.checkpoint.low_bit import PackedEntry
 from loram_cli.checkpoint.model import Model
@@ -162,7 +165,7 @@ def load_causal_lm(
     source = Model.of(model)
     directory, family = source.directory, source.family
     config = load_config(directory)
-    load_generation_config(directory)
+    generation = load_generation_config(directory)
     kwargs: dict[str, Any] = {}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
@@ -172,12 +175,15 @@ def load_causal_lm(
         kwargs["attn_implementation"] = attention_kernel(attention)
     place = usable_device(device)
     stored: Path | None = directory
-    read_here = (PackedEntry, Mxfp4Entry)
-    if any(isinstance(entry, read_here) for entry in source.index.tensors.values()):
+    entries = source.index.tensors
+    reader = TensorReader(source.index, once=True)
+    # What is quantized as it is read shows no NaN afterwards.
+    if quantization_config is not None or any(map(_is_read_here, entries.values())):
         stored = None
-        with TensorReader(source.index, once=True) as reader:
-            kwargs["state_dict"] = {name: reader.read(name) for name in source.index.tensors}
-    with loading(directory), quiet_libraries(), no_progress_bars():
+        kwargs["state_dict"] = {name: _Stored(reader, name) for name in entries}
+        if dtype == "auto":
+            dtype = config.dtype or source.dtype.to_torch()
+    with reader, loading(directory), quiet_libraries(), no_progress_bars():
         loaded, report = narrow_class(family).from_pretrained(
             stored,
             config=config,
@@ -188,6 +194,8 @@ def load_causal_lm(
             output_loading_info=True,
             **kwargs,
         )
+    if generation is not None:
+        loaded.generation_config = generation
     problems = [name for key in ("missing_keys", "mismatched_keys") for name in report[key]]
     unexpected = [name for name in report["unexpected_keys"] if not family.is_ignored(name)]
     if source.wrapper is not None:
@@ -199,8 +207,26 @@ def load_causal_lm(
             f"{directory}: tensor {first} does not fit config.json "
             f"({len(problems)} missing or misshapen, {len(unexpected)} unexpected)"
         )
+    for name, tensor in chain(loaded.named_parameters(), loaded.named_buffers()):
+        if name in entries:
+            check_finite(entries[name].file, entries[name].name, tensor.detach())
     loaded.wrapper = source.wrapper
     return loaded.eval()
+
+
+def _is_read_here(entry: TensorEntry) -> bool:
+    """Whether transformers cannot read a tensor as it is stored."""
+    return isinstance(entry, PackedEntry | Mxfp4Entry)
+
+
+class _Stored:
+    """A tensor that is read when transformers asks for it, as it does of a file of its own."""
+
+    def __init__(self, reader: TensorReader, name: str) -> None:
+        self._reader, self._name = reader, name
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        return self._reader.read(self._name)[key]
 
 
 def load_config(directory: Path) -> Any:

@@ -199,7 +199,7 @@ def _plain_widths(geometry: Geometry, widths: tuple[LayerGeometry, ...]) -> dict
             stated |= {name: getattr(after, name) for name in names}
     if channels:
         stated["intermediate_size"] = channels.pop()
-    others = geometry.with_mlp_width if channels else {}
+    others = geometry.with_mlp_width if "intermediate_size" in stated else {}
     # A key that wins over a width must say the same.
     others = {**others, **{a: stated[k] for a, k in geometry.aliases.items() if k in stated}}
     return {geometry.own_keys.get(name, name): value for name, value in stated.items()} | others

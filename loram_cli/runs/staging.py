@@ -59,14 +59,7 @@ class StagedDirectory:
         (self.path / _KEY_NAME).unlink(missing_ok=True)
         for name in SCRATCH_NAMES:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        sync_tree(self.path)
-        retired = _beside(self.final, "old")
-        shutil.rmtree(retired, ignore_errors=True)
-        if self.final.exists():
-            self.final.rename(retired)
-        self.path.rename(self.final)
-        sync(self.final.parent)
-        shutil.rmtree(retired, ignore_errors=True)
+        _move_into_place(self.path, self.final)
         self.committed = True
         return manifest
 
@@ -92,14 +85,10 @@ def staged_directory(
     """
     final = followed(final)
     with _parents(final), exclusive_lock(_beside(final, "lock"), final):
-        retired = _beside(final, "old")
-        if retired.is_symlink() or (retired.exists() and not retired.is_dir()):
-            raise UsageError(f"{retired}: stands where an old output is put aside", "move it")
-        if retired.exists() and not final.exists():
-            retired.rename(final)  # killed between the two renames of a commit
+        _put_back(final)
         finished = _finished(final, stage, key, force)
         work = partial_directory(final)
-        shutil.rmtree(retired, ignore_errors=True)  # killed between the last rename and its end
+        shutil.rmtree(_beside(final, "old"), ignore_errors=True)  # killed after the last rename
         if finished is not None:
             if not resumable or _key_of(work) in (key, None):
                 shutil.rmtree(work, ignore_errors=True)  # killed while doing it once more
@@ -116,6 +105,63 @@ def staged_directory(
         finally:
             if not staged.committed and not (resumable and _holds_work(work)):
                 shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def whole_directory(final: Path) -> Iterator[Path]:
+    """Fill a directory aside and move it into place at the end: an output without a manifest.
+
+    What stands there is replaced, and stays until then.
+
+    Args:
+        final: The output directory; a symbolic link is followed.
+
+    Yields:
+        Where to write; it is not there yet.
+
+    Raises:
+        LoramError: Another process is writing it, or the place cannot be written.
+        UsageError: Something that no killed run left stands beside it.
+    """
+    final = followed(final)
+    with _parents(final), exclusive_lock(_beside(final, "lock"), final):
+        _put_back(final)
+        work = partial_directory(final)
+        if work.is_symlink():
+            raise UsageError(f"{work}: is a symbolic link where the output is made", "remove it")
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            yield work
+            _share_mode(work)
+            _move_into_place(work, final)
+        except OSError as error:
+            raise LoramError(
+                f"{final}: cannot write ({error.strerror or error})",
+                "free some space, or pass another --out",
+            ) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _put_back(final: Path) -> None:
+    """Undo half a move into place: a kill between the two renames left the old output aside."""
+    retired = _beside(final, "old")
+    if retired.is_symlink() or (retired.exists() and not retired.is_dir()):
+        raise UsageError(f"{retired}: stands where an old output is put aside", "move it")
+    if retired.exists() and not final.exists():
+        retired.rename(final)
+
+
+def _move_into_place(work: Path, final: Path) -> None:
+    """Give a finished directory its name; one that has it stands aside until then."""
+    sync_tree(work)
+    retired = _beside(final, "old")
+    shutil.rmtree(retired, ignore_errors=True)
+    if final.exists():
+        final.rename(retired)
+    work.rename(final)
+    sync(final.parent)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 @contextmanager
@@ -162,17 +208,32 @@ def partial_directory(final: Path) -> Path:
 
 def followed(final: Path) -> Path:
     """Where an output really goes: what a symbolic link in its place points to."""
+    return resolved(final) if final.is_symlink() else final
+
+
+def resolved(path: Path) -> Path:
+    """A path without symbolic links, of the folders above it as well.
+
+    Raises:
+        UsageError: One of them leads to itself.
+    """
     try:
-        return final.resolve() if final.is_symlink() else final
+        return path.resolve()
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "a symbolic link that leads to itself"
-        raise UsageError(f"{final}: {reason}", "pass another --out") from error
+        raise UsageError(f"{path}: {reason}", "pass another path") from error
 
 
 def existing_parent(final: Path) -> Path:
-    """The nearest folder above an output that is there already."""
+    """The nearest folder above an output that is there already.
+
+    Raises:
+        UsageError: A symbolic link above it leads nowhere, or to itself.
+    """
     place = followed(final).parent
     while not place.exists():
+        if place.is_symlink():
+            raise UsageError(f"{place}: a symbolic link that leads nowhere", "pass another path")
         place = place.parent
     return place
 
@@ -239,7 +300,10 @@ def _holds_work(work: Path) -> bool:
 
 def _share_mode(root: Path) -> None:
     """Give every file the mode that the umask gives; safetensors makes its own private."""
-    mode = (root / MANIFEST_NAME).stat().st_mode & 0o777
+    probe = root / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
     for path in root.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)

@@ -207,7 +207,7 @@ def _keep_problems(
 
 def _value_problems(index: CheckpointIndex, reporter: Reporter) -> Iterator[str]:
     with (
-        TensorReader(index, once=True) as reader,
+        TensorReader(index, once=True, finite=False) as reader,
         reporter.progress("values", index.num_bytes / 2**20, "MiB") as progress,
     ):
         for name, entry in index.tensors.items():

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loram_cli.schema import Spec, redefined, setting
+from loram_cli.errors import UsageError
+from loram_cli.schema import Spec, flag, redefined, setting
 from loram_cli.stages.train.settings import TrainSettings
 from loram_cli.stages.train.spec import TrainSpec
 from loram_cli.training.choices import Exhausted
@@ -30,3 +31,15 @@ class DataSpec(Spec):
     limit: int | None = setting(
         None, help="Read the first records only.", default_text="all, as training does", at_least=1
     )
+
+    def check(self) -> None:
+        """Refuse what training would.
+
+        Raises:
+            UsageError: Rewards for an objective that has none.
+        """
+        if self.reward and self.objective != "grpo":
+            raise UsageError(
+                f"{flag(self, 'reward')} does not go with --objective {self.objective}",
+                "it is for grpo",
+            )

@@ -16,6 +16,7 @@ from loram_cli.schema import Bytes, Spec, setting
 from loram_cli.stages.fit.spec import (
     CHECKPOINTING_HELP,
     CROSS_ENTROPY_HELP,
+    DEVICE_FORM,
     DEVICE_HELP,
     HIGHEST_SEED,
     OPTIMIZER_HELP,
@@ -187,7 +188,7 @@ class BenchSpec(StepSpec):
     )
     steps: int = setting(8, help="Timed steps.", at_least=1)
     attention: Literal["sdpa", "flash", "eager"] = setting("sdpa", help="sdpa, flash or eager.")
-    device: str | None = setting(None, help=DEVICE_HELP)
+    device: str | None = setting(None, help=DEVICE_HELP, form=DEVICE_FORM)
     seed: int = setting(0, help=SEED_HELP, at_least=0, at_most=HIGHEST_SEED)
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from loram_cli.arch.experts import EXPERTS_TARGET, Experts
 from loram_cli.arch.spec import Family
 from loram_cli.arch.targets import lora_targets as chosen_targets
+from loram_cli.checkpoint.finite import check_finite
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 from loram_cli.lora.wrapped import RENAMED, read_adapter
@@ -166,7 +167,15 @@ def _loaded(
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             name = keys[0].removeprefix("base_model.model.").replace(f".{name}", "")
             raise LoramError(f"{adapter_dir / WEIGHTS_NAME}: {fault} {name}{more}", _OTHER_MODEL)
+    for key, factor in model.named_parameters():
+        if ".lora_" in key and f".{name}." in key:
+            check_finite(adapter_dir / WEIGHTS_NAME, _name_in_file(key, name), factor.detach())
     return model
+
+
+def _name_in_file(key: str, adapter: str) -> str:
+    """A factor's name in the adapter's file, from that in the model."""
+    return key.replace(f".{adapter}", "")
 
 
 def _without_input_copies(model: Any) -> Any:

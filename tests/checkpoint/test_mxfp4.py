@@ -1,6 +1,7 @@
 """Experts in MXFP4: the numbers, how they are read, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,15 @@ def test_other_families_and_formats_stay_refused(twins, tmp_path: Path):
         assert "quantization_config" in read_config(tmp_path)
         with pytest.raises(LoramError, match="says that the weights are quantized"):
             Model.open(tmp_path)
+
+
+def test_an_exponent_that_is_no_number_is_named(twins, tmp_path: Path):
+    packed = Path(shutil.copytree(twins[0], tmp_path / "packed"))
+    weights = load_file(packed / "model.safetensors")
+    weights[f"{GATE}_scales"][0, 0, 0] = 255
+    save_file(weights, packed / "model.safetensors")
+    with (
+        TensorReader(CheckpointIndex.open(packed)) as reader,
+        pytest.raises(LoramError, match=f"tensor {GATE} has NaN or infinite values"),
+    ):
+        reader.read(GATE)

@@ -62,7 +62,7 @@ def theirs(file: Path) -> dict[str, tuple]:
 
 
 def ours(directory: Path) -> dict[str, tuple]:
-    with TensorReader(CheckpointIndex.open(directory)) as opened:
+    with TensorReader(CheckpointIndex.open(directory), finite=False) as opened:
         return {name: bits(opened.read(name)) for name in opened.index.tensors}
 
 
@@ -81,7 +81,7 @@ def test_what_safetensors_writes_is_read_as_it_reads_it(stored, metadata, chunk_
         save_file(stored, file, metadata=metadata if stored else None)
         assert ours(path) == theirs(file) == {name: bits(t) for name, t in stored.items()}
         patch.setattr(reader, "CHUNK_BYTES", chunk_bytes)
-        with TensorReader(CheckpointIndex.open(path)) as opened:
+        with TensorReader(CheckpointIndex.open(path), finite=False) as opened:
             for name, tensor in stored.items():
                 pieces = [piece for _, piece in opened.read_chunks(name)]
                 joined = torch.cat(pieces) if tensor.dim() else pieces[0]
@@ -105,7 +105,7 @@ def test_tensors_on_many_shards_are_all_found(data, stored, count):
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    return tensor.dtype.itemsize == 1 or bool(tensor.isfinite().all())
+    return bool(tensor.double().isfinite().all())
 
 
 @BUDGET

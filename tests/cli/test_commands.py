@@ -166,6 +166,16 @@ def test_an_output_that_is_a_link_to_itself_is_told(base, tmp_path, capsys):
     assert "loop: a symbolic link that leads to itself" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("target", "told"), [("link", "to itself"), ("nowhere", "nowhere")])
+def test_a_run_directory_that_is_a_link_to_nothing_is_told(base, tmp_path, capsys, target, told):
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    words = ["prune", "--model", base, "--strategy", "rand", *FLAGS, "--run", link]
+    for more in ([], ["--dry-run"]):
+        assert loram(*words, *more) == 2
+        assert f"a symbolic link that leads {told}" in capsys.readouterr().err
+
+
 def test_interrupt_is_130_and_leaves_nothing_half_written(base, text_file, tmp_path):
     run = tmp_path / "run"
     assert loram("prune", "--run", run, "--model", base, "--strategy", "rand", *FLAGS) == 0

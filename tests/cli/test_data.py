@@ -48,3 +48,8 @@ def test_answers_of_other_objectives_are_shown_with_what_is_unlearnt(tmp_path, c
     assert run_command(words) == 0
     out = capsys.readouterr().out
     assert "Count to 3" in out and "0 learnt" in out
+
+
+def test_a_setting_that_training_would_refuse_is_refused(capsys):
+    assert run_command(["data", "demo:train", "--reward", "nonsense"]) == 2
+    assert "--reward does not go with --objective sft" in capsys.readouterr().err

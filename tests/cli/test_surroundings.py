@@ -1,5 +1,6 @@
 """What a command is started in: streams, encodings, directories, limits."""
 
+import importlib
 import os
 import resource
 import subprocess
@@ -128,10 +129,35 @@ def test_settings_that_expand_or_nest(capsys):
 
 
 @pytest.mark.parametrize(
+    "source",
+    [
+        "int(os.environ['FAULTY_TIMEOUT'])",
+        "def check(): raise KeyError('FAULTY_TIMEOUT must be a number')\ncheck()",
+    ],
+)
+def test_a_variable_that_a_library_cannot_read_is_named(source, tmp_path, monkeypatch, capsys):
+    (tmp_path / "faulty_library.py").write_text(f"import os\n{source}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("FAULTY_TIMEOUT", "1 hour")
+    words = ["inspect", "."]
+    with monkeypatch.context() as patch:
+        found = "loram_cli.cli.app._check_surroundings"
+        patch.setattr(found, lambda _: importlib.import_module("faulty_library"))
+        assert run_command(words) == 2
+    told = capsys.readouterr().err
+    assert "the environment variable FAULTY_TIMEOUT: a library cannot use its value" in told
+    assert "correct it, or unset FAULTY_TIMEOUT" in told
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--seed", "9" * 400), "--seed is larger than 2^63"),
         (("--ratio", "9" * 400), "--ratio inf is not a finite number"),
+        (("--ratio", "1e-300"), "--ratio 1e-300 is too small to be told from 0"),
+        (("--multiple-of", str(2**40)), "--multiple-of is larger than 2^31"),
+        (("--device", "cuda:x"), "--device cuda:x: unknown"),
+        (("--device", "a\nb"), "--device 'a\\nb': unknown"),
         (("--target-params", "1e999999999"), "not a count of parameters"),
         (("--fit-memory", "9" * 400), "not an amount of memory"),
     ],

@@ -386,3 +386,20 @@ def test_a_killed_caller_leaves_no_folder_behind(tmp_path):
     while list(tmp_path.iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_caller_killed_as_it_makes_the_folder_leaves_none_behind(tmp_path):
+    code = (
+        "import os, pathlib\n"
+        "make = pathlib.Path.mkdir\n"
+        "pathlib.Path.mkdir = lambda path, mode: (make(path, mode), os.kill(os.getpid(), 9))\n"
+        "from loram_cli.evaluation.sandbox import run_program\n"
+        "run_program('pass')\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment)
+    assert ended.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while list(tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

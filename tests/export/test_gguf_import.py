@@ -81,6 +81,7 @@ def test_only_what_an_import_wrote_is_replaced(tmp_path):
     _, base = made(tmp_path, Type.F32)
     out, mine = tmp_path / "out", tmp_path / "out" / "mine"
     import_gguf(base, out, NullReporter())
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
     with pytest.raises(UsageError, match="exists\npass --force"):
         import_gguf(base, out, NullReporter())
     import_gguf(base, out, NullReporter(), force=True)

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.runs.manifest import MANIFEST_NAME, Manifest
-from loram_cli.runs.staging import existing_parent, followed, look_up
+from loram_cli.runs.staging import existing_parent, look_up, resolved
 from loram_cli.schema import Spec, digest_of, plain, settings_of, spec_to_mapping
 from loram_cli.stages.core.data_digests import data_records
 from loram_cli.training.data.sources import data_files
@@ -162,7 +162,7 @@ def check_out_of_tree(out: Path, *inputs: Path) -> None:
         UsageError: The output would overwrite an input.
     """
     for directory in inputs:
-        mine, theirs = followed(out).resolve(), directory.resolve()
+        mine, theirs = resolved(out), resolved(directory)
         if mine == theirs or mine in theirs.parents or theirs in mine.parents:
             raise UsageError(f"--out {out} and the input {directory} overlap", "pass another --out")
 

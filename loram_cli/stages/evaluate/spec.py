@@ -8,6 +8,7 @@ from typing import Literal
 from loram_cli.errors import UsageError
 from loram_cli.schema import Bytes, Spec, flag, setting
 from loram_cli.stages.fit.spec import (
+    DEVICE_FORM,
     DEVICE_HELP,
     HIGHEST_SEED,
     OUT_HELP,
@@ -45,7 +46,9 @@ class RowsSpec(Spec):
         in_key=False,
     )
     max_new_tokens: int | None = setting(None, help="Generated tokens at most.", at_least=1)
-    device: str | None = setting(None, help=DEVICE_HELP, in_key=False, private=True)
+    device: str | None = setting(
+        None, help=DEVICE_HELP, form=DEVICE_FORM, in_key=False, private=True
+    )
     seed: int = setting(1234, help=SEED_HELP, at_least=0, at_most=HIGHEST_SEED)
 
 

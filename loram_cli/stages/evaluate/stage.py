@@ -8,7 +8,8 @@ from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.sources import require_tokenizer
 from loram_cli.errors import LoramError, UsageError
 from loram_cli.evaluation.catalog import CATALOG, CSR
-from loram_cli.evaluation.models import model_bytes
+from loram_cli.evaluation.documents import check_documents
+from loram_cli.evaluation.models import check_weights_memory, model_bytes
 from loram_cli.evaluation.requests import TaskRequest, resolve_tasks
 from loram_cli.evaluation.results import EvalResult
 from loram_cli.evaluation.vllm_backend import check_available
@@ -45,7 +46,7 @@ class EvalWork:
 
 
 def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePlan[EvalWork]:
-    """Check every row's model and adapter and every file of data.
+    """Check every row's model and adapter and every file of data; a dry run reads the documents.
 
     The memory is that of the largest row's weights; rows are scored one after another. Of a model
     that takes more than there is, layers are read anew at every pass.
@@ -62,10 +63,17 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
     look_up(spec.out, "eval", "", force=True)
     require_tokenizer(spec.model)
     models = checked_models(spec.rows, reporter)
+    nf4 = spec.quantize is not None
+    if spec.weights_memory is not None:
+        for model, label in {models[parts[0]]: label for label, parts in spec.rows.items()}.items():
+            check_weights_memory(label, model, spec.weights_memory, device=spec.device, nf4=nf4)
     params = {label: models[parts[0]].num_params for label, parts in spec.rows.items()}
     for name, file in spec.task_data.items():
         _check_readable(f"--task-data {name}", file)
     requests = tuple(_requests(spec, reporter))
+    if count:
+        for request in requests:
+            check_documents(request)
     inputs = eval_inputs(spec.rows, models, requests)
     for label, parts in spec.rows.items():
         if as_chat(spec, parts):
@@ -81,8 +89,7 @@ def plan(spec: EvalSpec, reporter: Reporter, *, count: bool = False) -> StagePla
         done=is_done("eval", spec, inputs),
         free_bytes=free_disk(spec.out),
         memory_bytes=max(
-            model_bytes(model, device=spec.device, nf4=spec.quantize is not None)
-            for model in models.values()
+            model_bytes(model, device=spec.device, nf4=nf4) for model in models.values()
         ),
         figures={"rows": params, "tasks": list(spec.tasks), "limit": spec.limit},
     )

@@ -16,6 +16,7 @@ Attention = Literal["auto", "sdpa", "flash", "eager"]
 HIGHEST_SEED = 2**32 - 1
 
 SEED_HELP = "Seed of all random choices."
+DEVICE_FORM = (r"cpu|(cuda|mps)(:\d{1,3})?", "pass cpu, cuda or cuda:1")
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; a GPU when there is one."
 OUT_HELP = "Output directory, instead of the run's own."
 FORCE_HELP = "Replace an existing output."
@@ -71,7 +72,9 @@ class FitSpec(Spec):
         private=True,
     )
     fsdp: bool = setting(False, help="Under torchrun: share the model out (FSDP).", in_key=False)
-    device: str | None = setting(None, help=DEVICE_HELP, in_key=False, private=True)
+    device: str | None = setting(
+        None, help=DEVICE_HELP, form=DEVICE_FORM, in_key=False, private=True
+    )
     seed: int = setting(42, help=SEED_HELP, at_least=0, at_most=HIGHEST_SEED)
     force: bool = setting(
         False, help=FORCE_HELP, place=True, switch=True, in_key=False, private=True

@@ -12,6 +12,7 @@ from loram_cli.pruning.strategy import Strategy
 from loram_cli.schema import Bytes, Params, Spec, flag, setting
 from loram_cli.stages.fit.spec import (
     CHECKPOINTING_HELP,
+    DEVICE_FORM,
     DEVICE_HELP,
     FORCE_HELP,
     HIGHEST_SEED,
@@ -185,7 +186,9 @@ class PruneSpec(Spec):
     max_shard_bytes: Bytes = setting(
         Bytes(5 * 10**9), help="Size of a shard of the output at most.", at_least=1, private=True
     )
-    device: str | None = setting(None, help=DEVICE_HELP, in_key=False, private=True)
+    device: str | None = setting(
+        None, help=DEVICE_HELP, form=DEVICE_FORM, in_key=False, private=True
+    )
     seed: int = setting(42, help=SEED_HELP, at_least=0, at_most=HIGHEST_SEED)
     force: bool = setting(
         False, help=FORCE_HELP, place=True, switch=True, in_key=False, private=True

@@ -146,12 +146,6 @@ def _uniform_ratio(spec: PruneSpec, family: Family, config: Mapping[str, Any]) -
     Raises:
         UsageError: There is none.
     """
-    if family.rounded_mlp is not None:
-        raise UsageError(
-            f"--uniform: the MLP width of {family.family} follows from its config by rounding, "
-            "which shares of all layers do not meet",
-            "leave out --uniform, or pass --keep-first 0 --keep-last 0 and a lower --ratio",
-        )
     geometry = family.geometry(config)
     assert spec.ratio is not None
     keeps = (spec.keep_first, spec.keep_last)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loram_cli.errors import UsageError
 from loram_cli.schema import Bytes, Spec, setting
-from loram_cli.stages.fit.spec import DEVICE_HELP, FORCE_HELP, OUT_HELP
+from loram_cli.stages.fit.spec import DEVICE_FORM, DEVICE_HELP, FORCE_HELP, OUT_HELP
 
 MERGE_BYTES_HELP = "Size of a shard of the merged checkpoint at most."
 
@@ -48,7 +48,11 @@ class RecoverSpec(Spec):
         64, help="Training examples for --fit-scale.", at_least=1, in_key="changed"
     )
     device: str | None = setting(
-        None, help=f"For --fit-scale: {DEVICE_HELP}", in_key=False, private=True
+        None,
+        help=f"For --fit-scale: {DEVICE_HELP}",
+        form=DEVICE_FORM,
+        in_key=False,
+        private=True,
     )
     merge: bool = setting(
         False, help="Also write the full merged checkpoint.", in_key=False, private=True

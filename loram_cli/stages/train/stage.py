@@ -168,7 +168,7 @@ def foresee(spec: TrainSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     family = family_for(config, "the model")
     tied = family.geometry(config).tied_embeddings
     targets = lora_targets(family, tied_embeddings=tied, targets=spec.targets or None)
-    setup = replace(_setup(spec, targets, config, "cpu"), device="cuda", precision="bf16")
+    setup = replace(_setup(replace(spec, precision="bf16"), targets, config, "cpu"), device="cuda")
     memory = _memory(spec, family, config, setup)
     more_bytes = spec.chosen_objective.more_bytes(spec, memory, family, config, setup)
     return {
@@ -229,7 +229,11 @@ def _setup(
     device: str,
     prepared: Prepared | None = None,
 ) -> TrainingSetup:
-    """What the memory account has to know of a spec, and of the data where it is at hand."""
+    """What the memory account has to know of a spec, and of the data where it is at hand.
+
+    The spec's precision is no longer ``auto``: see :func:`_in_precision`.
+    """
+    assert spec.precision != "auto"
     sequences = spec.micro_batch * spec.chosen_objective.sequences_per_example
     longest = tuple(heapq.nlargest(sequences, prepared.lengths)) if prepared else ()
     packing: Packing = "off"
@@ -248,7 +252,7 @@ def _setup(
         attention=usual_attention(config) if spec.attention == "auto" else spec.attention,
         cross_entropy=spec.cross_entropy,
         optimizer=spec.optimizer,
-        precision=resolve_precision(spec.precision, device),
+        precision=spec.precision,
         device="cpu" if device == "cpu" else "cuda",
         processes=process_count() if spec.fsdp else 1,
     )

@@ -23,11 +23,13 @@ from loram_cli.training.data.json_text import json_file_records, json_line_recor
 from loram_cli.training.data.tables import arrow_records, csv_records, parquet_records
 
 DEMO_PREFIX = "demo:"
-_HUB_ID = re.compile(r"^(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[^@]+))?$")
+_HUB_ID = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[^@]+))?")
 _FORMATS = (
     "a .txt, .jsonl, .json, .csv, .tsv (each also .gz), .parquet or .arrow file, a folder of "
     "those, or a hub data set id"
 )
+# No data set has more; the root of a disk does.
+_MOST_FILES = 100_000
 # What tools write beside data: of datasets, and LLaMA-Factory's list of data sets.
 _NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _HELD_OUT = re.compile(r"(^|[/._-])(test|validation|valid|val|dev|eval|evaluation)([/._-]|$)")
@@ -45,8 +47,8 @@ def local_files(source: str) -> list[Path] | None:
     """The files behind a local source, or None when it names a hub data set.
 
     Raises:
-        LoramError: It can only be a local path, and is not there, holds no data file or files of
-            several splits, or is a pipe or a device.
+        LoramError: It can only be a local path, and is not there, holds no data file, too many or
+            files of several splits, or is a pipe or a device; or no hub data set has such a name.
     """
     kind = kind_at(Path(source))
     path = Path(source) if kind is None else Path(source).expanduser()
@@ -60,14 +62,21 @@ def local_files(source: str) -> list[Path] | None:
     local_look = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
     if local_look or has_suffix(path, RECORD_SUFFIXES + TEXT_SUFFIXES):
         raise LoramError(f"{source}: no such file or folder", f"expected {_FORMATS}")
+    _hub_match(source)
     return None
 
 
 def _files_of(folder: Path, source: str) -> list[Path]:
     """The data files of a folder, all of one split; hidden ones and descriptions are no data."""
+    entries = sorted(islice(folder.rglob("*"), _MOST_FILES + 1))
+    if len(entries) > _MOST_FILES:
+        raise LoramError(
+            f"{source}: the folder holds more than {_MOST_FILES:,} files",
+            "name the data files, or a folder of these",
+        )
     named = {
         file: file.relative_to(folder).as_posix().lower()
-        for file in sorted(folder.rglob("*"))
+        for file in entries
         if file.is_file()
         and has_suffix(file, RECORD_SUFFIXES + TEXT_SUFFIXES)
         and file.name not in _NO_DATA
@@ -136,10 +145,15 @@ def _file_records(path: Path) -> Iterator[Record]:
         yield Record(value, where)
 
 
-def _hub_records(source: str, *, streaming: bool) -> Iterator[Record]:
-    match = _HUB_ID.match(source)
+def _hub_match(source: str) -> re.Match[str]:
+    match = _HUB_ID.fullmatch(source)
     if match is None:
         raise LoramError(f"{source}: neither a file nor a hub data set id", f"expected {_FORMATS}")
+    return match
+
+
+def _hub_records(source: str, *, streaming: bool) -> Iterator[Record]:
+    match = _hub_match(source)
     split = match["split"] or "train"
     silence = unreachable()
     with (

@@ -211,6 +211,29 @@ def test_senseless_settings_are_refused(spec_of, changes, message, monkeypatch):
         evaluate.run(spec_of(**changes), SILENT)
 
 
+def test_a_dry_run_refuses_memory_that_no_layer_fits(spec_of):
+    with pytest.raises(LoramError, match="embedding, head and two decoder layers take") as caught:
+        evaluate.plan(spec_of(weights_memory=1000), SILENT)
+    assert caught.value.hint == "pass a larger --weights-memory, or --quantize nf4"
+    assert evaluate.plan(spec_of(weights_memory=160_000), SILENT).work is not None
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "told"),
+    [
+        ("gsm8k", {"question": "q"}, "field 'answer' of gsm8k_cot is missing"),
+        ("hellaswag", {"endings": "["}, "is not in the layout of hellaswag"),
+        ("perplexity", {"foo": 1}, "no known layout"),
+    ],
+)
+def test_a_dry_run_reads_the_documents(spec_of, tmp_path, task, record, told):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(record) + "\n")
+    spec = spec_of(tasks=(task,), task_data={task: data})
+    with pytest.raises(LoramError, match=f"--task-data {task}: .*{told}"):
+        evaluate.plan(spec, SILENT, count=True)
+
+
 def test_rows_are_chosen_and_added(base, other, instructions, tmp_path, capsys):
     words = ["eval", "--run", tmp_path, "--model", base, "--tasks", "perplexity", "--limit", 4]
     words += ["--task-data", f"perplexity={instructions}", "--json"]

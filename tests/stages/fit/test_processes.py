@@ -96,7 +96,7 @@ def test_paged_optimizer_is_refused_on_a_cpu(tmp_path):
     [
         ("cuda", "no such GPU; torch finds 0"),
         ("cuda:1", "no such GPU"),
-        ("abacus", "cannot train there"),
+        ("mps", "cannot train there"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(monkeypatch, tmp_path, device, reason):

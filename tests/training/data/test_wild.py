@@ -10,6 +10,7 @@ from loram_cli.errors import LoramError
 from loram_cli.training.data.documents import load_instructions, source_layout
 from loram_cli.training.data.judged import load_judged
 from loram_cli.training.data.preferences import load_preferences
+from loram_cli.training.data.records import local_files
 
 HI, YO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
@@ -238,6 +239,23 @@ def test_arrow_files_of_a_saved_data_set(write, kind):
     assert len(load_instructions(folder)) == 300
     with pytest.raises(LoramError, match="not a readable arrow file"):
         load_instructions(write(sink.getvalue()[:200], "cut.arrow"))
+
+
+def test_a_folder_of_more_files_than_a_data_set_has_is_refused(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("loram_cli.training.data.records._MOST_FILES", 3)
+    for i in range(3):
+        write(LINE, f"many/{i}.jsonl")
+    assert len(load_instructions(str(tmp_path / "many"))) == 3
+    write(LINE, "many/3.jsonl")
+    with pytest.raises(LoramError, match="many: the folder holds more than 3 files"):
+        load_instructions(str(tmp_path / "many"))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\0a", "\udcff", "a b", "owner/name\n"])
+def test_what_no_data_set_on_the_hub_can_be_called_is_told_before_it_is_asked(name):
+    with pytest.raises(LoramError, match="neither a file nor a hub data set id"):
+        local_files(name)
+    assert local_files("owner/name:main@train") is None
 
 
 def test_a_folder_of_several_splits_is_refused(write, tmp_path):
