@@ -187,7 +187,7 @@ class Spec:
     def __post_init__(self) -> None:
         for field, told in settings_of(self):
             value, name = getattr(self, field.name), flag_of(field.name, told)
-            check_range(value, name, told)
+            check_range(value, name, told, most=_largest(field.type, told))
             check_choice(value, name, told)
             check_form(value, name, told)
         self.check()
@@ -204,29 +204,41 @@ class Spec:
         return self
 
 
-def check_range(value: Any, name: str, told: Setting) -> None:
+def check_range(value: Any, name: str, told: Setting, *, most: float) -> None:
     """Refuse a number outside its range, NaN and infinity included.
+
+    Args:
+        value: Of the setting; what is no number passes.
+        name: Of its flag.
+        told: Its range.
+        most: Beyond any range.
 
     Raises:
         UsageError: It is outside.
     """
     if isinstance(value, tuple | list):
         for item in value:
-            check_range(item, name, told)
+            check_range(item, name, told, most=most)
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} {value} is not a finite number")
-    power = 31 if type(value) is int and told.at_most is None else 63
-    if abs(value) > 2**power:
-        raise UsageError(f"{name} is larger than 2^{power}, which nothing here can be")
+    if abs(value) > most:
+        raise UsageError(f"{name} is larger than 2^{math.log2(most):g}, which nothing here can be")
     if 0 < abs(value) < _SMALLEST:
         raise UsageError(f"{name} {value:g} is too small to be told from 0")
     if _inside(value, told):
         return
     shown = value.text if isinstance(value, Bytes | Params) else f"{value:g}"
     raise UsageError(f"{name} {_range_text(told, shown)}")
+
+
+def _largest(kind: Any, told: Setting) -> float:
+    """What no number of a field's type can be above: counts are far below amounts."""
+    parts = {kind, *typing.get_args(kind)}
+    counts = int in parts and not parts & {Bytes, Params} and told.at_most is None
+    return 2.0**31 if counts else 2.0**63
 
 
 def _range_text(told: Setting, shown: str) -> str:

@@ -59,5 +59,6 @@ def test_copies_and_computation_wait_for_each_other_on_a_gpu(monkeypatch):
     assert told == [
         ("pin", 16), ("pin", 400),
         ("copies", "waits for", "event of computing"), ("enter", "copies"),
-        ("computing", "waits for", "event of copies"), ("copies", "is finished"), ("unpin",),
+        ("computing", "waits for", "event of copies"), ("copies", "is finished"),
+        ("computing", "is finished"), ("unpin",),
     ]  # fmt: skip

@@ -225,8 +225,8 @@ class Counted:
         self.loads, self._there = [], []
         load = passes.source.load
 
-        def counted(index):
-            weights = load(index)
+        def counted(index, *how):
+            weights = load(index, *how)
             self.loads.append(index)
             self._there += [(index, weakref.ref(weight.data)) for weight in weights]
             return weights
