@@ -12,10 +12,15 @@ from loram_cli.stages.prune.spec import PruneSpec
 
 # What depends on the user's data, not on the way.
 _NOT_THE_WAY = ("calibration", "calibration_samples", "calibration_length")
+# Shares nearer than this are the same, by what another seed changes.
+_NOISE = 0.01
 
 
 def write_frontier(done: Mapping[str, Figures], base: str, file: Path) -> None:
     """Write every way that one ``prune`` makes, with what it kept.
+
+    Of rows that hold the same bytes, a later one must have kept more than those before it, which
+    are made in less time.
 
     Args:
         done: Figures by row and seed.
@@ -28,6 +33,9 @@ def write_frontier(done: Mapping[str, Figures], base: str, file: Path) -> None:
         row = rows[entry["name"]]
         # Two prunings, one after the other, are more than one command can choose.
         if row.then:
+            continue
+        alike = [p["kept"] for p in points if p["bytes"] == round(entry["bytes"], 4)]
+        if alike and entry["kept"] < max(alike) + _NOISE:
             continue
         align, train = row.align or (), row.train
         points.append(
