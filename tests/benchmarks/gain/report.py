@@ -148,12 +148,16 @@ def draw(rows: Iterable[Figures], file: Path) -> None:
         [row["bytes"] for row in frontier], [row["kept"] for row in frontier],
         color="#2f5d8a", linewidth=1, zorder=1, label="frontier",
     )  # fmt: skip
-    for row in points:
+    names: list[tuple[float, float]] = []
+    for row in sorted(points, key=lambda row: -row["kept"]):
         axes.scatter(row["bytes"], row["kept"], color="#c8553d", s=22, zorder=2)
-        axes.annotate(
-            row["name"], (row["bytes"], row["kept"]), fontsize=7, xytext=(4, 3),
-            textcoords="offset points",
-        )  # fmt: skip
+        place = row["bytes"] + 0.008, row["kept"] + 0.004
+        # Below the name of a neighbour that it would lie on.
+        for other in names:
+            if abs(place[0] - other[0]) < 0.2 and other[1] - place[1] < 0.024:
+                place = place[0], other[1] - 0.024
+        names.append(place)
+        axes.annotate(row["name"], (row["bytes"], row["kept"]), fontsize=7, xytext=place)
     axes.axhline(1, color="#888888", linewidth=0.8, linestyle=":")
     # Names stand to the right of their points.
     axes.set_xlim(0, 1.15)
