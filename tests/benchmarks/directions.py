@@ -4,7 +4,9 @@
 
 prints, for each small model that ``prune`` or ``align`` made of the base, its loss on the examples
 and the cosine between its gradient and the base's, over the weights that both have: of all layers,
-and of those that were changed. Two measures. The gradient of the fine-tuning loss by each kept weight, before any training: what
+and of those that were changed.
+
+Two measures. The gradient of the fine-tuning loss by each kept weight, before any training: what
 LoRA sees first, without the chance of its random start. And the finished updates B A: recovered
 against full LoRA's, over the entries that were kept.
 """
@@ -49,8 +51,7 @@ class _Sums:
     def cosines(self) -> dict[str, float]:
         """By layer, and over all of them."""
         found = {str(i): _cosine(sums) for i, sums in sorted(self._sums.items())}
-        total = [sum(sums[i] for sums in self._sums.values()) for i in range(3)]
-        return {**found, "all": _cosine(total)}
+        return {**found, "all": self.over(self._sums)}
 
 
 def _cosine(sums: list[float]) -> float:

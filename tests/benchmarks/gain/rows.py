@@ -71,19 +71,16 @@ def _stru(ratio: float, importance: str = "obs") -> Flags:
     )  # fmt: skip
 
 
-def _low_bit(bits: int) -> Flags:
+def _low_bit(bits: int, *how: str, samples: int = 24) -> Flags:
     return (
         "--strategy", "lowbit", "--bits", str(bits), "--group-size", "48", "--calibration", "{train}",
-        "--calibration-samples", "24", "--calibration-length", "256",
+        *how, "--calibration-samples", str(samples), "--calibration-length", "256",
     )  # fmt: skip
 
 
 def _both_sides(bits: int) -> Flags:
     """More text: gradients tell more of it than inputs do."""
-    return (
-        "--strategy", "lowbit", "--bits", str(bits), "--group-size", "48", "--calibration", "{train}",
-        "--importance", "yaqa", "--calibration-samples", "64", "--calibration-length", "256",
-    )  # fmt: skip
+    return _low_bit(bits, "--importance", "yaqa", samples=64)
 
 
 def _depth(ratio: float) -> Flags:
