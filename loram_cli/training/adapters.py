@@ -158,19 +158,24 @@ def _loaded(
                     model.add_adapter(name, config)
                 found = set_peft_model_state_dict(model, renamed.tensors(), adapter_name=name)
     # Weights of the model itself are missing from every adapter, and so are other adapters.
-    missing = [key for key in found.missing_keys if ".lora_" in key and f".{name}." in key]
+    missing = [key for key in found.missing_keys if _is_factor(key, name)]
     for keys, fault in (
         (found.unexpected_keys, "the model has no module for its factor"),
         (missing, f"it has no factors for a module that {CONFIG_NAME} targets:"),
     ):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            name = keys[0].removeprefix("base_model.model.").replace(f".{name}", "")
-            raise LoramError(f"{adapter_dir / WEIGHTS_NAME}: {fault} {name}{more}", _OTHER_MODEL)
+            first = _name_in_file(keys[0].removeprefix("base_model.model."), name)
+            raise LoramError(f"{adapter_dir / WEIGHTS_NAME}: {fault} {first}{more}", _OTHER_MODEL)
     for key, factor in model.named_parameters():
-        if ".lora_" in key and f".{name}." in key:
+        if _is_factor(key, name):
             check_finite(adapter_dir / WEIGHTS_NAME, _name_in_file(key, name), factor.detach())
     return model
+
+
+def _is_factor(key: str, adapter: str) -> bool:
+    """Whether a tensor of the model is a factor of one of its adapters."""
+    return ".lora_" in key and f".{adapter}." in key
 
 
 def _name_in_file(key: str, adapter: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from loram_cli.checkpoint.finite import is_finite
 from loram_cli.errors import LoramError
 from loram_cli.modeling.layerwise.gradients import layer_gradients
 from loram_cli.modeling.layerwise.states import BoundaryPool
@@ -105,7 +106,7 @@ class OutputGradients:
         self._keep(layer.prefix, sums)
 
     def _keep(self, prefix: str, sums: dict[str, "_Sum"]) -> None:
-        unreached = [name for name, found in sums.items() if not found.tokens]
+        unreached = [name for name, found in sums.items() if not found.reached]
         if unreached:
             raise LoramError(
                 f"{prefix}{unreached[0]}: the loss's gradient does not reach it",
@@ -138,18 +139,21 @@ class _Sum:
     """The sum of ``g g^T`` over tokens, whole or mixed by random signs."""
 
     def __init__(self, outputs: int, seed: int) -> None:
-        self.tokens = 0
         self._outputs = outputs
         self._whole = outputs <= MOST_KEPT
         self._total: torch.Tensor | None = None
         self._drawn = torch.Generator().manual_seed(seed)
+
+    @property
+    def reached(self) -> bool:
+        """Whether any gradient was counted."""
+        return self._total is not None
 
     def add(self, gradient: torch.Tensor) -> None:
         """Count gradients, fp32, shape (tokens, outputs)."""
         if self._total is None:
             shape = (min(self._outputs, MOST_KEPT), self._outputs)
             self._total = torch.zeros(shape, device=gradient.device)
-        self.tokens += len(gradient)
         left = gradient if self._whole else self._signs(len(gradient)).to(gradient.device)
         self._total.addmm_(left.T, gradient)
 
@@ -160,7 +164,7 @@ class _Sum:
             LoramError: The sum is not finite.
         """
         assert self._total is not None
-        if not self._total.isfinite().all():
+        if not is_finite(self._total):
             raise LoramError(
                 f"{where}: the loss's gradients on the calibration text are not finite",
                 "check the base model and the calibration text",
