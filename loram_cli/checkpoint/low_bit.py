@@ -2,9 +2,10 @@
 
 A row holds the codes of its weights, then one byte for each group of neighbours, then one fp16
 scale. Codes lie in planes: first the lowest bit of every weight, eight weights a byte, then the
-next bit. A group's byte is two numbers of four bits: the low one says how much smaller its step is
-than the row's scale, the high one where its zero lies. Uneven groups are no case of their own: the
-row is filled up to whole groups.
+next bit. On a grid, a group's byte is two numbers of four bits: the low one says how much smaller
+its step is than the row's scale, the high one where its zero lies. On a trellis
+(:mod:`.trellis`) the byte says how much smaller the step is, and nothing else. Uneven groups are no
+case of their own: the row is filled up to whole groups.
 
 A row by itself can be read, so that a tensor streams as any other does.
 """
@@ -12,7 +13,7 @@ A row by itself can be read, so that a tensor streams as any other does.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from loram_cli.checkpoint.header import DTYPES, DType, TensorEntry
 from loram_cli.errors import LoramError
@@ -26,7 +27,10 @@ GROUP_MULTIPLE = 8
 GROUP_SIZE = 64
 SCALE_BYTES = 2
 _NUMBERS = ("bits", "group_size")
+_CODES = "codes"
 LARGEST_GROUP = 1024
+CodeKind = Literal["grid", "trellis"]
+"""What a code stands for: one of equal steps, or a value that the codes before it tell as well."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,12 @@ class LowBit:
     Attributes:
         bits: Of a code.
         group_size: Neighbours in a row that share a step and a zero; a multiple of 8.
+        codes: What a code stands for.
     """
 
     bits: int
     group_size: int
+    codes: CodeKind = "grid"
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], where: str) -> Self | None:
@@ -53,16 +59,20 @@ class LowBit:
             return None
         numbers = [said.get(key) for key in _NUMBERS] if isinstance(said, Mapping) else [None, None]
         bits, group = (number if type(number) is int else 0 for number in numbers)
-        if bits not in BITS or group % GROUP_MULTIPLE or not 0 < group <= LARGEST_GROUP:
+        codes: Any = said.get(_CODES, "grid") if isinstance(said, Mapping) else None
+        sizes_fit = bits in BITS and group % GROUP_MULTIPLE == 0 and 0 < group <= LARGEST_GROUP
+        if not sizes_fit or codes not in get_args(CodeKind):
             raise LoramError(
                 f"{where}: {CONFIG_KEY} is {str(said)[:60]}, expected bits of "
-                f"{', '.join(map(str, BITS))} and a group_size that is a multiple of 8"
+                f"{', '.join(map(str, BITS))}, a group_size that is a multiple of 8 and codes of "
+                f"{' or '.join(get_args(CodeKind))}"
             )
-        return cls(bits, group)
+        return cls(bits, group, codes)
 
-    def to_mapping(self) -> dict[str, int]:
+    def to_mapping(self) -> dict[str, Any]:
         """As the config says it."""
-        return dict(zip(_NUMBERS, (self.bits, self.group_size), strict=True))
+        numbers = dict(zip(_NUMBERS, (self.bits, self.group_size), strict=True))
+        return numbers if self.codes == "grid" else {**numbers, _CODES: self.codes}
 
     def groups(self, columns: int) -> int:
         """Groups of a row, the last one filled up."""

@@ -5,21 +5,22 @@ from dataclasses import dataclass
 import torch
 
 from loram_cli.checkpoint.low_bit import SCALE_BYTES, LowBit
+from loram_cli.checkpoint.trellis import values_of, values_of_planes
 
-STEPS = 16
-"""Steps that a group can have, as shares of its row's scale."""
+STEPS = {"grid": 16, "trellis": 256}
+"""Steps that a group can have, as shares of its row's scale, by what codes stand for."""
 ZEROS = 16
 """Places that a group's zero can have."""
-# Each step is a twelfth of a factor of two below the one before it, and a little more: the
-# smallest is 0.29 of the row's scale.
-_STEP_RATIO = 0.12
+# How much smaller a step is than the one before it, in powers of two. On a grid the smallest is
+# 0.29 of the row's scale; on a trellis, which has no zeros to store, 0.005.
+STEP_RATIO = {"grid": 0.12, "trellis": 0.03}
 # How far a zero moves from the middle of the codes, in codes. Fewer codes move it less.
 _ZERO_REACH = {2: 0.6, 3: 1.0, 4: 1.6}
 
 
-def step_of(index: torch.Tensor) -> torch.Tensor:
+def step_of(index: torch.Tensor, low_bit: LowBit) -> torch.Tensor:
     """Steps by index as shares of the row's scale, falling, fp32."""
-    return torch.exp2(-_STEP_RATIO * index.float())
+    return torch.exp2(-STEP_RATIO[low_bit.codes] * index.float())
 
 
 def zero_of(index: torch.Tensor, low_bit: LowBit) -> torch.Tensor:
@@ -31,12 +32,12 @@ def zero_of(index: torch.Tensor, low_bit: LowBit) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Codes:
-    """A rounded weight: ``(code - zero) * step`` of each group.
+    """A rounded weight: ``(code - zero) * step`` of each group, or a trellis' value times it.
 
     Attributes:
         codes: uint8, shape (rows, padded columns).
         step: Index of each group's step, uint8, shape (rows, groups).
-        zero: Index of each group's zero, uint8, shape (rows, groups).
+        zero: Index of each group's zero, uint8, shape (rows, groups); 0 on a trellis.
         scale: Of each row, fp16, shape (rows,).
     """
 
@@ -54,7 +55,7 @@ def pack(weight: Codes, low_bit: LowBit) -> torch.Tensor:
     planes = [
         (((eights >> bit) & 1) << place).sum(-1, dtype=torch.uint8) for bit in range(low_bit.bits)
     ]
-    group = weight.step | (weight.zero << 4)
+    group = weight.step if low_bit.codes == "trellis" else weight.step | (weight.zero << 4)
     scale = weight.scale.to(torch.float16).reshape(rows, 1).view(torch.uint8)
     return torch.cat([*planes, group, scale], dim=1)
 
@@ -74,7 +75,8 @@ def unpack(packed: torch.Tensor, low_bit: LowBit, columns: int) -> Codes:
     for bit in range(1, low_bit.bits):
         codes |= ((planes[:, bit] >> place) & 1) << bit
     group = packed[:, codes_end:-SCALE_BYTES]
-    return Codes(codes.reshape(rows, -1), group & 15, group >> 4, row_scales(packed))
+    step, zero = (group & 15, group >> 4) if low_bit.codes == "grid" else (group, group * 0)
+    return Codes(codes.reshape(rows, -1), step, zero, row_scales(packed))
 
 
 def row_scales(packed: torch.Tensor) -> torch.Tensor:
@@ -86,19 +88,33 @@ def weight_of(
     packed: torch.Tensor, low_bit: LowBit, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """The floating weight of rows of bytes, shape (rows, columns)."""
-    return dequantize(unpack(packed, low_bit, columns), low_bit, columns, dtype)
+    if low_bit.codes == "grid":
+        return dequantize(unpack(packed, low_bit, columns), low_bit, columns, dtype)
+    rows, codes_end = packed.shape[0], low_bit.code_bytes(columns)
+    planes = packed[:, :codes_end].reshape(rows, low_bit.bits, -1)
+    values = values_of_planes(planes, low_bit.bits, low_bit.groups(columns), dtype)
+    steps = group_steps(packed[:, codes_end:-SCALE_BYTES], row_scales(packed), low_bit)
+    return _stepped(values, steps, columns)
 
 
 def dequantize(weight: Codes, low_bit: LowBit, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """The floating weight of codes, shape (rows, columns)."""
-    step = group_steps(weight.step, weight.scale)
-    zero = zero_of(weight.zero, low_bit)
-    codes = weight.codes.reshape(*weight.step.shape, -1).to(dtype)
+    step = group_steps(weight.step, weight.scale, low_bit)
+    codes = weight.codes.reshape(*weight.step.shape, -1)
     # In place, and rounded once in the type asked for: this runs at every use of the weight.
-    codes.sub_(zero.to(dtype).unsqueeze(-1)).mul_(step.to(dtype).unsqueeze(-1))
-    return codes.reshape(weight.codes.shape)[:, :columns]
+    if low_bit.codes == "trellis":
+        values = values_of(codes, low_bit.bits, dtype)
+    else:
+        values = codes.to(dtype).sub_(zero_of(weight.zero, low_bit).to(dtype).unsqueeze(-1))
+    return _stepped(values, step, columns)
 
 
-def group_steps(step: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _stepped(values: torch.Tensor, steps: torch.Tensor, columns: int) -> torch.Tensor:
+    """Values by group times the groups' steps, without what fills up the last group."""
+    values.mul_(steps.to(values.dtype).unsqueeze(-1))
+    return values.view(len(values), -1)[:, :columns]
+
+
+def group_steps(step: torch.Tensor, scale: torch.Tensor, low_bit: LowBit) -> torch.Tensor:
     """Each group's step in fp32, from its index and its row's scale, shape (rows, groups)."""
-    return step_of(step) * scale.float().unsqueeze(1)
+    return step_of(step, low_bit) * scale.float().unsqueeze(1)

@@ -4,6 +4,7 @@ Every number that is stored as a small whole one has a real one beside it that i
 weight is made of the rounded ones, and gradients pass the rounding unchanged (the straight-through
 estimator), as in EfficientQAT (arXiv 2407.11062, section 3.2); what is trained is therefore what
 will be stored. The real ones are counted in codes, so that one rate suits weights of any size.
+On a trellis only steps and scales move: another code would change the values of those after it.
 """
 
 from collections.abc import Iterable
@@ -13,11 +14,14 @@ import torch
 
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import STEPS, ZEROS, Codes, pack, step_of, unpack, zero_of
+from loram_cli.checkpoint.trellis import values_of
 
 # The rate that moves norms and biases moves codes, steps and zeros so many times as fast. On one
 # layer of SmolLM2-135M in 2 bits, 64 steps at 1e-3 take the held-out error from 0.0107 to 0.0091
 # at this pace, to 0.0094 at a quarter of it, and to 0.033 at three times it.
 PACE = 20.0
+# Steps of a trellis lie four times as close as those of a grid.
+_STEP_PACE = {"grid": 1.0, "trellis": 4.0}
 # A row's scale moves this much as fast as its codes, in powers of two.
 _SCALE_SHARE = 0.05
 
@@ -48,12 +52,14 @@ class TrainedLowBitLinear(torch.nn.Module):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.low_bit, self.bias, self._pace = low_bit, plain.bias, pace
         start = unpack(packed.to(device), low_bit, plain.in_features)
+        grid = low_bit.codes == "grid"
         for name in ("codes", "step", "zero", "scale"):
             stored = getattr(start, name)
             self.register_buffer(f"_{name}", stored, persistent=False)
-            # How far it has moved; it starts where rounding put it.
-            moved = torch.zeros(stored.shape, dtype=torch.float32, device=device)
-            self.register_parameter(f"{name}_moved", torch.nn.Parameter(moved))
+            if grid or name in ("step", "scale"):
+                # How far it has moved; it starts where rounding put it.
+                moved = torch.zeros(stored.shape, dtype=torch.float32, device=device)
+                self.register_parameter(f"{name}_moved", torch.nn.Parameter(moved))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As a linear."""
@@ -77,9 +83,12 @@ class TrainedLowBitLinear(torch.nn.Module):
 
     def _weight(self) -> torch.Tensor:
         codes, step, zero, scale = self._numbers()
-        width = step_of(step) * scale.float().unsqueeze(1)
-        centred = codes - zero_of(zero, self.low_bit).unsqueeze(-1)
-        weight = centred * width.unsqueeze(-1)
+        width = step_of(step, self.low_bit) * scale.float().unsqueeze(1)
+        if self.low_bit.codes == "trellis":
+            values = values_of(codes, self.low_bit.bits, torch.float32)
+        else:
+            values = codes - zero_of(zero, self.low_bit).unsqueeze(-1)
+        weight = values * width.unsqueeze(-1)
         return weight.reshape(self.out_features, -1)[:, : self.in_features]
 
     def _numbers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -90,11 +99,19 @@ class TrainedLowBitLinear(torch.nn.Module):
         moved: torch.Tensor = self.get_parameter("scale_moved")
         scale = stored.float() * torch.exp2(_SCALE_SHARE * self._pace * moved)
         scale = scale + (scale.to(torch.float16).float() - scale).detach()
-        return codes, self._moved("step", STEPS - 1), self._moved("zero", ZEROS - 1), scale
+        return (
+            codes,
+            self._moved("step", STEPS[self.low_bit.codes] - 1),
+            self._moved("zero", ZEROS - 1),
+            scale,
+        )
 
     def _moved(self, name: str, most: int) -> torch.Tensor:
-        moved: torch.Tensor = self.get_parameter(f"{name}_moved")
-        real = (self.get_buffer(f"_{name}") + self._pace * moved).clamp(0, most)
+        stored: torch.Tensor = self.get_buffer(f"_{name}")
+        if f"{name}_moved" not in self._parameters:
+            return stored
+        pace = self._pace * (_STEP_PACE[self.low_bit.codes] if name == "step" else 1.0)
+        real = (stored + pace * self.get_parameter(f"{name}_moved")).clamp(0, most)
         return real + (real.round() - real).detach()
 
 

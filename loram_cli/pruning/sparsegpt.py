@@ -76,6 +76,24 @@ def inverse_factor(hessian: Hessian, dampening: float, where: str) -> InverseFac
     return InverseFactor(upper, dead)
 
 
+def falling(costs: torch.Tensor) -> torch.Tensor:
+    """Places by falling cost; of equal ones the first first."""
+    return torch.argsort(costs, descending=True, stable=True)
+
+
+def factor_in_order(
+    hessian: Hessian, order: torch.Tensor, dampening: float, where: str
+) -> torch.Tensor:
+    """The factor of a Hessian's inverse with its columns in another order; the Hessian stays.
+
+    Raises:
+        LoramError: It is not finite, or not positive definite.
+    """
+    ordered = Hessian(len(order), hessian.total.device)
+    ordered.total = hessian.total[order][:, order]
+    return inverse_factor(ordered, dampening, where).upper
+
+
 def working_bytes(inputs: Sequence[tuple[int, int]]) -> int:
     """Memory at its peak while one layer's modules are dealt with, the layer itself aside.
 

@@ -9,7 +9,12 @@ from loram_cli.modeling.low_bit_linear import LowBitLinear
 from loram_cli.modeling.low_bit_training import TrainedLowBitLinear
 from loram_cli.pruning.rounding import round_nearest
 
-LOW_BIT = LowBit(3, 8)
+KINDS = (LowBit(3, 8), LowBit(2, 8, "trellis"))
+
+
+@pytest.fixture(params=KINDS, ids=lambda low_bit: low_bit.codes)
+def low_bit(request: pytest.FixtureRequest) -> LowBit:
+    return request.param
 
 
 @pytest.fixture
@@ -19,19 +24,21 @@ def plain() -> torch.nn.Linear:
 
 
 @pytest.fixture
-def rows(plain: torch.nn.Linear) -> torch.Tensor:
-    return pack(round_nearest(plain.weight, LOW_BIT), LOW_BIT)
+def rows(plain: torch.nn.Linear, low_bit: LowBit) -> torch.Tensor:
+    return pack(round_nearest(plain.weight, low_bit), low_bit)
 
 
-def packed_linear(plain: torch.nn.Linear, rows: torch.Tensor) -> LowBitLinear:
-    linear = LowBitLinear(plain, LOW_BIT, torch.float32)
+def packed_linear(plain: torch.nn.Linear, rows: torch.Tensor, low_bit: LowBit) -> LowBitLinear:
+    linear = LowBitLinear(plain, low_bit, torch.float32)
     linear.weight = torch.nn.Parameter(rows, requires_grad=False)
     return linear
 
 
-def test_it_computes_as_the_floating_weight(plain: torch.nn.Linear, rows: torch.Tensor):
-    linear = packed_linear(plain, rows)
-    weight = weight_of(rows, LOW_BIT, 20, torch.float32)
+def test_it_computes_as_the_floating_weight(
+    plain: torch.nn.Linear, rows: torch.Tensor, low_bit: LowBit
+):
+    linear = packed_linear(plain, rows, low_bit)
+    weight = weight_of(rows, low_bit, 20, torch.float32)
     inputs = torch.randn(2, 5, 20, requires_grad=True)
     expected = torch.nn.functional.linear(inputs, weight, plain.bias)
     assert torch.equal(linear(inputs), expected)
@@ -41,8 +48,10 @@ def test_it_computes_as_the_floating_weight(plain: torch.nn.Linear, rows: torch.
     torch.testing.assert_close(mine, theirs)
 
 
-def test_autograd_keeps_the_bytes_alone(plain: torch.nn.Linear, rows: torch.Tensor):
-    linear, kept = packed_linear(plain, rows), []
+def test_autograd_keeps_the_bytes_alone(
+    plain: torch.nn.Linear, rows: torch.Tensor, low_bit: LowBit
+):
+    linear, kept = packed_linear(plain, rows, low_bit), []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept.append(tensor)
@@ -53,16 +62,16 @@ def test_autograd_keeps_the_bytes_alone(plain: torch.nn.Linear, rows: torch.Tens
     assert [tensor.dtype for tensor in kept] == [torch.uint8]
 
 
-def test_autocast_decides_the_type(plain: torch.nn.Linear, rows: torch.Tensor):
-    linear = packed_linear(plain, rows)
+def test_autocast_decides_the_type(plain: torch.nn.Linear, rows: torch.Tensor, low_bit: LowBit):
+    linear = packed_linear(plain, rows, low_bit)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(torch.randn(3, 20)).dtype == torch.bfloat16
 
 
 def test_what_is_trained_starts_and_ends_as_it_is_stored(
-    plain: torch.nn.Linear, rows: torch.Tensor
+    plain: torch.nn.Linear, rows: torch.Tensor, low_bit: LowBit
 ):
-    trained = TrainedLowBitLinear(plain, rows, LOW_BIT, "cpu")
+    trained = TrainedLowBitLinear(plain, rows, low_bit, "cpu")
     assert torch.equal(trained.packed(), rows)
     inputs, wanted = torch.randn(64, 20), torch.randn(64, 12)
     optimizer = torch.optim.Adam(trained.own_parameters(), lr=2e-3)
@@ -76,6 +85,6 @@ def test_what_is_trained_starts_and_ends_as_it_is_stored(
         error().backward()
         optimizer.step()
     assert error().item() < 0.9 * before
-    stored = weight_of(trained.packed(), LOW_BIT, 20, torch.float32)
+    stored = weight_of(trained.packed(), low_bit, 20, torch.float32)
     again = torch.nn.functional.linear(inputs, stored, plain.bias)
     torch.testing.assert_close(trained(inputs), again)

@@ -9,15 +9,8 @@ from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import STEPS, ZEROS, dequantize
 from loram_cli.errors import LoramError
 from loram_cli.pruning import rounding
-from loram_cli.pruning.rounding import (
-    Grid,
-    choose_grid,
-    grouped,
-    round_nearest,
-    round_on_both_sides,
-    round_to_grid,
-    round_with_feedback,
-)
+from loram_cli.pruning.grid import Grid, choose_grid, grouped, round_to_grid
+from loram_cli.pruning.rounding import round_nearest, round_on_both_sides, round_with_feedback
 from loram_cli.pruning.sparsegpt import Hessian
 
 ROWS, COLUMNS = 6, 40
@@ -47,7 +40,7 @@ def test_the_grid_is_near_the_best_of_all_steps_and_zeros(bits: int):
     ones = torch.ones(COLUMNS)
     grid = choose_grid(weight, low_bit, ones)
     best = torch.full((ROWS, 1), torch.inf)
-    for step, zero in itertools.product(range(STEPS), range(ZEROS)):
+    for step, zero in itertools.product(range(STEPS["grid"]), range(ZEROS)):
         tried = Grid(torch.full_like(grid.step, step), torch.full_like(grid.zero, zero), grid.scale)
         error = floating(round_to_grid(weight, tried, low_bit), low_bit) - weight
         best = torch.minimum(best, grouped(error, low_bit).square().sum(-1))
@@ -62,7 +55,7 @@ def plain_gptq(weight, hessian, grid, low_bit: LowBit, dampening: float) -> torc
     total = hessian.total.double()
     order = torch.argsort(hessian.total.diagonal(), descending=True, stable=True).tolist()
     total = total + dampening * total.diagonal().mean() * torch.eye(COLUMNS, dtype=total.dtype)
-    left, steps, zeros = weight.double(), grid.steps().double(), grid.zeros(low_bit).double()
+    left, steps, zeros = weight.double(), grid.steps(low_bit).double(), grid.zeros(low_bit).double()
     out = torch.empty_like(left)
     for place, column in enumerate(order):
         rest = order[place:]

@@ -89,8 +89,9 @@ def prune_line(result: PruneResult) -> str:
     left, share = format_params(result.pruned_params), result.removed_share
     on_disk = format_bytes(result.weight_bytes)
     if result.bits is not None:
+        on = " on a trellis" if result.codes == "trellis" else ""
         return (
-            f"{left} parameters, those of the decoder linears in {result.bits} bits (groups of "
+            f"{left} parameters, those of the decoder linears in {result.bits} bits{on} (groups of "
             f"{result.group_size}): {on_disk} on disk; shapes stay, so that an adapter is "
             "recovered as it is"
         )

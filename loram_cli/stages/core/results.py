@@ -43,7 +43,8 @@ class PruneResult:
         zeros: Zeros counted in the decoder linears of a sparse model.
         measured_sparsity: Their share of ``decoder_linear_params``.
         bits: Of a weight of the decoder linears, where they are rounded; else None.
-        group_size: Weights that share a step and a zero.
+        group_size: Weights that share a step.
+        codes: What their codes stand for: steps of a grid, or values of a trellis.
         linear_bytes: What the rounded decoder linears take.
         linear_share: That as a share of what they take in bf16.
         rounding_error: ``|rounded - weight|^2 / |weight|^2`` over all of them.
@@ -70,6 +71,7 @@ class PruneResult:
     measured_sparsity: float | None = None
     bits: int | None = None
     group_size: int | None = None
+    codes: str | None = None
     linear_bytes: int | None = None
     linear_share: float | None = None
     rounding_error: float | None = None

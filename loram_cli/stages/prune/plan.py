@@ -254,6 +254,7 @@ def _figures(
         calibration=calibration,
         bits=low_bit.bits if low_bit else None,
         group_size=low_bit.group_size if low_bit else None,
+        codes=low_bit.codes if low_bit else None,
         pruned_layers=_changed(before, after),
         widths=_widths(after),
         base_widths=_widths(before),

@@ -4,7 +4,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Self
 
-from loram_cli.checkpoint.low_bit import BITS, GROUP_MULTIPLE, GROUP_SIZE, LARGEST_GROUP, LowBit
+from loram_cli.checkpoint.low_bit import (
+    BITS,
+    GROUP_MULTIPLE,
+    GROUP_SIZE,
+    LARGEST_GROUP,
+    CodeKind,
+    LowBit,
+)
 from loram_cli.errors import UsageError
 from loram_cli.pruning.experts import ExpertImportance
 from loram_cli.pruning.strategies import DEFAULT, STRATEGIES, strategy_named, summaries
@@ -143,9 +150,15 @@ class PruneSpec(Spec):
     )  # fmt: skip
     group_size: int = setting(
         GROUP_SIZE,
-        help="lowbit: neighbours that share a step and a zero of a byte; a multiple of 8.",
+        help="lowbit: neighbours that share a step of a byte; a multiple of 8.",
         at_least=GROUP_MULTIPLE,
         at_most=LARGEST_GROUP,
+        in_key="changed",
+    )
+    codes: CodeKind = setting(
+        "grid",
+        help="lowbit: grid: equal steps; trellis: values that the codes before tell as well, which "
+        "halves errors and takes longer to make.",
         in_key="changed",
     )
     importance: Importance | None = setting(
@@ -237,7 +250,9 @@ class PruneSpec(Spec):
     @property
     def low_bit(self) -> LowBit | None:
         """How weights are rounded; None for a strategy that rounds none."""
-        return LowBit(self.bits, self.group_size) if self.rounds_weights else None
+        if not self.rounds_weights:
+            return None
+        return LowBit(self.bits, self.group_size, self.codes)
 
     @property
     def zeroes_weights(self) -> bool:
@@ -390,7 +405,7 @@ class PruneSpec(Spec):
 
     def _check_bits(self, strategy: Strategy) -> None:
         defaults = {field.name: field.default for field in fields(self)}
-        for name in ("bits", "group_size"):
+        for name in ("bits", "group_size", "codes"):
             if not strategy.rounds and getattr(self, name) != defaults[name]:
                 raise UsageError(
                     f"{flag(self, name)} does not go with --strategy {self.strategy_name}",

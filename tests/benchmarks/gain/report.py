@@ -61,7 +61,7 @@ def merged(done: Mapping[str, Figures]) -> list[dict[str, Any]]:
         for name in names:
             if name.startswith("loss_polished_"):
                 steps = name.rpartition("_")[2]
-                values = [_kept(f, ends[f["seed"]], f[name]) for f in seeds]
+                values = [_kept(f, ends[f["seed"]], f[name]) for f in seeds if name in f]
                 entry[f"kept_{steps}"] = mean(values)
         found.append(entry)
     return found

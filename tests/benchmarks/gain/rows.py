@@ -71,16 +71,22 @@ def _stru(ratio: float, importance: str = "obs") -> Flags:
     )  # fmt: skip
 
 
-def _low_bit(bits: int, *how: str, samples: int = 24) -> Flags:
+def _low_bit(bits: int, *how: str, samples: int = 24, group_size: int = 48) -> Flags:
     return (
-        "--strategy", "lowbit", "--bits", str(bits), "--group-size", "48", "--calibration", "{train}",
-        *how, "--calibration-samples", str(samples), "--calibration-length", "256",
+        "--strategy", "lowbit", "--bits", str(bits), "--group-size", str(group_size),
+        "--calibration", "{train}", *how, "--calibration-samples", str(samples), "--calibration-length", "256",
     )  # fmt: skip
 
 
 def _both_sides(bits: int) -> Flags:
     """More text: gradients tell more of it than inputs do."""
     return _low_bit(bits, "--importance", "yaqa", samples=64)
+
+
+def _trellis(bits: int, importance: str) -> Flags:
+    samples = 64 if importance == "yaqa" else 24
+    how = ("--codes", "trellis", "--importance", importance)
+    return _low_bit(bits, *how, samples=samples, group_size=64)
 
 
 def _depth(ratio: float) -> Flags:
@@ -224,19 +230,37 @@ _BOTH_SIDES = tuple(
     )
 )
 
+# Codes of a trellis: in groups of 64, whose byte holds a step only.
+_ON_TRELLIS = tuple(
+    Row(
+        name=f"lowbit-{bits}-trellis",
+        label=f"{bits} bits on a trellis by {importance}, not aligned",
+        prune=_trellis(bits, importance),
+        scaled=bits == 2,
+        polish=True,
+        quick=True,
+        decides=True,
+    )
+    for bits, importance in ((3, "gptq"), (2, "yaqa"))
+)
+
 # Narrow and of few bits: pruned and fitted first, then rounded.
 _NARROW_ROUNDED = tuple(
     Row(
-        name=f"stru-{ratio:g}-lowbit-{bits}",
-        label=f"stru {ratio:g} by obs, reconstruct; then {bits} bits by yaqa",
+        name=f"stru-{ratio:g}-lowbit-{bits}{suffix}",
+        label=f"stru {ratio:g} by obs, reconstruct; then {bits} bits {said} by yaqa",
         prune=_stru(ratio),
         align=_MIXED_32K,
-        then=(("prune", _both_sides(bits)),),
+        then=(("prune", rounded),),
         scaled=True,
         polish=True,
         decides=bits == 2,
     )
-    for ratio, bits in ((0.35, 2), (0.65, 3))
+    for ratio, bits, rounded, suffix, said in (
+        (0.35, 2, _both_sides(2), "", "on a grid"),
+        (0.35, 2, _trellis(2, "yaqa"), "-trellis", "on a trellis"),
+        (0.65, 3, _both_sides(3), "", "on a grid"),
+    )
 )
 
 # Every ratio of stru and rand: as pruned, fitted, and in NF4 as well.
@@ -257,7 +281,15 @@ _RATIOS = tuple(
     )
 )
 
-ROWS: tuple[Row, ...] = (*_MADE, *_OTHERS, *_ROUNDED, *_BOTH_SIDES, *_NARROW_ROUNDED, *_RATIOS)
+ROWS: tuple[Row, ...] = (
+    *_MADE,
+    *_OTHERS,
+    *_ROUNDED,
+    *_BOTH_SIDES,
+    *_ON_TRELLIS,
+    *_NARROW_ROUNDED,
+    *_RATIOS,
+)
 
 
 def named(names: tuple[str, ...]) -> tuple[Row, ...]:

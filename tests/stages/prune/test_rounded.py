@@ -68,6 +68,40 @@ def chain(base: Path, text_file: Path, instructions: Path, tmp_path_factory) -> 
     return run
 
 
+@pytest.mark.slow
+def test_codes_of_a_trellis_go_the_whole_way(
+    base: Path, text_file: Path, instructions: Path, tmp_path: Path
+):
+    pruned, aligned = tmp_path / "pruned", tmp_path / "aligned"
+    spec = prune_spec(base, pruned, text_file, codes="trellis", bits=2, importance="yaqa")
+    prune.run(spec, SILENT)
+    on_grid = prune_spec(base, tmp_path / "grid", text_file, bits=2, importance="yaqa")
+    prune.run(on_grid, SILENT)
+    result, other = (Manifest.read(d).results for d in (pruned, tmp_path / "grid"))
+    assert result["codes"] == "trellis"
+    assert result["linear_bytes"] == other["linear_bytes"]
+    assert 0 < result["rounding_error"] < 1
+    align.run(align_spec(pruned, aligned, text_file, method=("reconstruct", "distill")), SILENT)
+    assert Model.open(aligned).config[CONFIG_KEY] == {
+        "bits": 2, "group_size": 16, "codes": "trellis"
+    }  # fmt: skip
+    errors = Manifest.read(aligned).results["chain"][0]["layer_errors"]
+    assert sum(e[1] for e in errors.values()) < sum(e[0] for e in errors.values())
+    train.run(train_spec(aligned, tmp_path / "adapter", instructions), SILENT)
+    streamed = train_spec(aligned, tmp_path / "streamed", instructions, stream=True)
+    train.run(streamed, SILENT)
+    mine, theirs = (
+        load_file(tmp_path / d / "adapter_model.safetensors") for d in ("streamed", "adapter")
+    )
+    for name, factor in theirs.items():
+        torch.testing.assert_close(mine[name], factor, rtol=1e-3, atol=1e-4)
+    recover.run(
+        recover.RecoverSpec(model=base, adapter=tmp_path / "adapter", out=tmp_path / "recovered"),
+        SILENT,
+    )
+    assert Manifest.read(tmp_path / "recovered").results["small_params"] > 0
+
+
 @pytest.mark.parametrize("stage", ["pruned", "aligned"])
 def test_decoder_linears_are_rows_of_bytes(base: Path, chain: Path, stage: str):
     model, stored = Model.open(chain / stage), load_file(chain / stage / "model.safetensors")
@@ -184,6 +218,10 @@ def test_rounding_to_the_nearest_needs_no_text_and_is_repeatable(base: Path, tmp
         ({"ratio": 0.5}, "--ratio does not go with --strategy lowbit"),
         ({"group_size": 12}, "--group-size 12 is no multiple of 8"),
         ({"scope": "global"}, "--scope global does not go with"),
+        (
+            {"strategy": "rand", "bits": 3, "group_size": 64, "codes": "trellis"},
+            "--codes does not go with --strategy rand",
+        ),
         ({"strategy": "rand", "bits": 2}, "--bits does not go with --strategy rand"),
         ({"importance": "taylor"}, "--importance taylor does not go with"),
         ({"strategy": "rand", "bits": 3, "group_size": 64, "source": Path("x")}, "--in x does not"),

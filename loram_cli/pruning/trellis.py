@@ -1,0 +1,235 @@
+"""Codes of a trellis for a group of columns, the best that a Viterbi search finds.
+
+Which values a code may pick depends on the codes before it (:mod:`loram_cli.checkpoint.trellis`),
+so that a group's codes are chosen together: of all ways to arrive at the same last codes only the
+best survives. What a column's error adds to the columns that follow differs from one survivor to
+the next, and each carries its own (per-survivor processing, Raheli et al., 1995).
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from loram_cli.checkpoint.low_bit import LowBit
+from loram_cli.checkpoint.low_bit_codes import STEP_RATIO, STEPS, Codes, group_steps
+from loram_cli.checkpoint.trellis import table, values_of
+from loram_cli.pruning.sparsegpt import Hessian, factor_in_order, falling
+
+# Steps that are tried for a group, against the spread of its weights: a wider one reaches the
+# outermost of them, which feedback has moved outwards.
+_STEP_TRIES = (1.0, 1.25)
+# A row's scale against the step of its widest group: feedback may widen it further.
+_ROOM = 2.0
+_LEAST_SCALE = 6e-8
+# Columns whose errors each survivor holds by themselves; those of earlier ones are summed.
+_BLOCK_COLUMNS = 8
+# Rows searched together; each holds a few hundred survivors with errors of their own.
+_ROWS_TOGETHER = 2048
+
+
+def best_codes(
+    wanted: torch.Tensor,
+    bits: int,
+    feed: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The codes of one group of columns, for every row.
+
+    They minimize ``|(wanted - values) feed|^2`` of each row as far as a Viterbi search can.
+
+    Args:
+        wanted: In steps, fp32, shape (rows, columns).
+        bits: Of a code.
+        feed: Upper triangular, shape (columns, columns): what an error in a column costs in itself
+            and in those after it. None for the identity.
+        values: The table to search; None for that of the bits.
+
+    Returns:
+        uint8, shape (rows, columns).
+    """
+    values = (table(bits) if values is None else values).to(wanted.device)
+    feed = torch.eye(wanted.shape[1], device=wanted.device) if feed is None else feed
+    parts = wanted.split(_ROWS_TOGETHER)
+    return torch.cat([_Search(part, values, 2**bits, feed).codes() for part in parts])
+
+
+class _Search:
+    """Survivors of all rows: one for every sequence of last codes but the oldest.
+
+    Attributes:
+        cost: Of each survivor so far, shape (rows, survivors).
+    """
+
+    def __init__(
+        self, wanted: torch.Tensor, values: torch.Tensor, choices: int, feed: torch.Tensor
+    ) -> None:
+        self._rows, self._columns = wanted.shape
+        device = wanted.device
+        self._wanted, self._choices = wanted, choices
+        self._survivors = values.numel() // self._choices
+        self._values = values.view(self._survivors, self._choices)
+        self._squares = self._values.square()
+        costs = feed.diagonal()
+        self._costs, self._feed = costs.square(), feed / costs
+        self.cost = wanted.new_full((self._rows, self._survivors), torch.inf)
+        # A group begins as if zeros came before it.
+        self.cost[:, 0] = 0
+        self._row = torch.arange(self._rows, device=device).unsqueeze(1)
+        self._each = torch.arange(self._survivors, device=device)
+
+    def codes(self) -> torch.Tensor:
+        """Search through the columns, and back along the best way."""
+        oldest: list[torch.Tensor] = []
+        # What columns of earlier blocks add to each column, by survivor.
+        added = self._wanted.new_zeros(self._rows * self._survivors, self._columns)
+        for begin in range(0, self._columns, _BLOCK_COLUMNS):
+            end = min(begin + _BLOCK_COLUMNS, self._columns)
+            errors, ancestors = self._block(begin, end, added, oldest)
+            flat = (self._row * self._survivors + ancestors).reshape(-1)
+            added = added.index_select(0, flat)
+            added[:, end:].addmm_(errors, self._feed[begin:end, end:])
+        return self._back(oldest)
+
+    def _block(
+        self, begin: int, end: int, added: torch.Tensor, oldest: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of one block: the survivors' errors in them, and where each came from."""
+        errors = added.new_zeros(len(added), end - begin)
+        ancestors = self._each.expand(self._rows, -1)
+        first = self._row * self._survivors
+        for i in range(end - begin):
+            column, cost = begin + i, self._costs[begin + i]
+            wanted = added[:, column].index_select(0, (first + ancestors).reshape(-1))
+            if i:
+                wanted.addmv_(errors, self._feed_to(begin, end, column))
+            wanted = wanted.view(self._rows, -1).add_(self._wanted[:, column : column + 1])
+            # cost (wanted - value)^2 in two passes over all values.
+            so_far = torch.addcmul(self.cost, wanted, wanted * cost).unsqueeze(-1)
+            slope = (wanted * (-2 * cost)).unsqueeze(-1)
+            costs = torch.addcmul(self._squares * cost, slope, self._values).add_(so_far)
+            # The code that leaves the window is the highest part of a place.
+            self.cost, leaving = costs.view(self._rows, self._choices, -1).min(1)
+            oldest.append(leaving.to(torch.uint8))
+            chosen = leaving * self._survivors + self._each
+            came = chosen // self._choices
+            errors = errors.index_select(0, (first + came).reshape(-1))
+            picked = self._values.view(-1).index_select(0, chosen.reshape(-1))
+            missed = self._wanted[:, column : column + 1] - picked.view(self._rows, -1)
+            errors[:, i] = missed.view(-1)
+            ancestors = ancestors.gather(1, came)
+        return errors, ancestors
+
+    def _feed_to(self, begin: int, end: int, column: int) -> torch.Tensor:
+        """What errors in a block's columns add to one of them; nothing from itself or later."""
+        feed = self._feed[begin:end, column].clone()
+        feed[column - begin :] = 0
+        return feed
+
+    def _back(self, oldest: list[torch.Tensor]) -> torch.Tensor:
+        row = self._row[:, 0]
+        place = self.cost.argmin(1)
+        codes = torch.empty(
+            (self._rows, self._columns), dtype=torch.uint8, device=self._wanted.device
+        )
+        for column in range(self._columns - 1, -1, -1):
+            codes[:, column] = (place % self._choices).to(torch.uint8)
+            # The survivor that it came from: the code that left in front, its newest dropped.
+            left = oldest[column][row, place].long()
+            place = (left * self._survivors + place) // self._choices
+        return codes
+
+
+def round_to_nearest_of_trellis(weight: torch.Tensor, low_bit: LowBit) -> Codes:
+    """The best codes of each group by itself."""
+    eye = torch.eye(weight.shape[1], device=weight.device)
+    order = torch.arange(weight.shape[1], device=weight.device)
+    return TrellisColumns(order, eye, low_bit).round(weight)
+
+
+@dataclass(frozen=True)
+class TrellisColumns:
+    """What rounding group by group to a trellis needs of the inputs; it serves any rows.
+
+    Attributes:
+        order: The columns as they are rounded: whole groups, those that cost most first.
+        upper: Factor of the inverse Hessian, in that order.
+        low_bit: Bits and groups.
+    """
+
+    order: torch.Tensor
+    upper: torch.Tensor
+    low_bit: LowBit
+
+    @classmethod
+    def of(
+        cls, hessian: Hessian, low_bit: LowBit, dampening: float, where: str, block_columns: int
+    ) -> Self:
+        """Prepare a Hessian, which is left as it is; a block of columns is always a group.
+
+        Raises:
+            LoramError: It is not finite or has no inverse.
+        """
+        groups = hessian.total.diagonal().split(low_bit.group_size)
+        costs = torch.stack([group.mean() for group in groups])
+        columns = torch.arange(len(hessian.total), device=costs.device).split(low_bit.group_size)
+        order = torch.cat([columns[int(i)] for i in falling(costs)])
+        return cls(order, factor_in_order(hessian, order, dampening, where), low_bit)
+
+    def round(self, weight: torch.Tensor) -> Codes:
+        """Codes of rows in fp32, each group's error fed to those that follow."""
+        low_bit = self.low_bit
+        rows, groups = len(weight), low_bit.groups(weight.shape[1])
+        left = weight[:, self.order]
+        spread = torch.stack([_spread(g) for g in weight.split(low_bit.group_size, 1)], 1)
+        widest = spread.amax(1) * max(_STEP_TRIES)
+        scale = (widest * _ROOM).clamp_min(_LEAST_SCALE).to(torch.float16)
+        codes = torch.zeros(
+            (rows, groups, low_bit.group_size), dtype=torch.uint8, device=weight.device
+        )
+        steps = torch.zeros((rows, groups), dtype=torch.uint8, device=weight.device)
+        begin = 0
+        while begin < left.shape[1]:
+            group = int(self.order[begin]) // low_bit.group_size
+            end = begin + min(low_bit.group_size, weight.shape[1] - group * low_bit.group_size)
+            block, inverse = left[:, begin:end], self.upper[begin:end, begin:end]
+            feed = torch.linalg.inv(inverse)
+            found, index, error = _best_of_steps(block, scale, feed, low_bit)
+            codes[:, group, : end - begin], steps[:, group] = found, index
+            left[:, end:].addmm_(error @ feed, self.upper[begin:end, end:], alpha=-1)
+            begin = end
+        return Codes(codes.reshape(rows, -1), steps, torch.zeros_like(steps), scale)
+
+
+def _spread(weight: torch.Tensor) -> torch.Tensor:
+    """Root of the mean square of each row."""
+    return weight.square().mean(1).sqrt()
+
+
+def _best_of_steps(
+    block: torch.Tensor, scale: torch.Tensor, feed: torch.Tensor, low_bit: LowBit
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, step and error of each row of a group, by the step that costs least."""
+    spread, best = _spread(block).clamp_min(_LEAST_SCALE), None
+    for share in _STEP_TRIES:
+        ratio = (scale.float() / (spread * share)).log2() / STEP_RATIO["trellis"]
+        index = ratio.round_().clamp_(0, STEPS["trellis"] - 1).to(torch.uint8)
+        step = group_steps(index.unsqueeze(1), scale, low_bit)
+        codes = best_codes(block / step, low_bit.bits, feed)
+        filled = torch.nn.functional.pad(codes, (0, -codes.shape[1] % low_bit.group_size))
+        values = values_of(filled.unsqueeze(1), low_bit.bits, torch.float32)[:, 0]
+        error = block - values[:, : block.shape[1]] * step
+        cost = (error @ feed).square().sum(1)
+        if best is None:
+            best = (codes, index, error, cost)
+        else:
+            better = cost < best[3]
+            wide = better.unsqueeze(1)
+            best = (
+                torch.where(wide, codes, best[0]),
+                torch.where(better, index, best[1]),
+                torch.where(wide, error, best[2]),
+                torch.where(better, cost, best[3]),
+            )
+    assert best is not None
+    return best[:3]
