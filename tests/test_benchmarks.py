@@ -58,6 +58,8 @@ def test_gain_kept_is_a_share_of_full_loras(monkeypatch):
         "align_seconds": 300, "loss_before": 1.6, "loss_small": 1.2, "loss_recovered": 1.05,
     }  # fmt: skip
     stray = {**small, "seed": 7}
+    # A second seed, without exact steps, leaves those of the first.
+    again = {**{k: v for k, v in full.items() if "polished" not in k}, "seed": 2}
     rows = merged({"full@1": full, "small@1": small, "small@7": stray})
     assert [(row["name"], round(row["kept"], 6)) for row in rows] == [
         ("full", 1.0), ("stru-0.65-distill", 0.75),
@@ -69,8 +71,9 @@ def test_gain_kept_is_a_share_of_full_loras(monkeypatch):
     scaled = {**small, "scale": 1.7, "loss_scaled": 0.96, "ppl_scaled": 21.0}
     last = table(merged({"full@1": full, "small@1": scaled})).splitlines()[-1]
     assert "| 1.050 | 1.70 | 0.960 | 0.90 | 21.0 |" in last
-    # Ten exact steps alone keep a sixth.
+    # Ten exact steps alone keep a sixth; a seed that took none leaves that as it is.
     assert lines[-2].endswith("| 0.17 |")
+    assert merged({"full@1": full, "full@2": again})[0]["kept_10"] == pytest.approx(1 / 6)
 
 
 def test_a_row_is_measured_no_further_than_it_has_to_be(monkeypatch):

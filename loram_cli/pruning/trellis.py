@@ -16,9 +16,14 @@ from loram_cli.checkpoint.low_bit_codes import STEP_RATIO, STEPS, Codes, group_s
 from loram_cli.checkpoint.trellis import table, values_of
 from loram_cli.pruning.sparsegpt import Hessian, factor_in_order, falling
 
-# Steps that are tried for a group, against the spread of its weights: a wider one reaches the
-# outermost of them, which feedback has moved outwards.
-_STEP_TRIES = (1.0, 1.25)
+# Steps that are tried for a group, against the spread of its weights.
+_STEP_TRIES = tuple(0.7 * 1.08**i for i in range(14))
+# What a step is expected to cost: a share of its square for each weight, and the square of what
+# lies beyond a share of the table's largest value. On four linears of SmolLM2-135M in 2 bits the
+# error of the output is 0.0072; one step of 1.2 for all groups makes it 0.0082, and the better of
+# two after a search with each 0.0076.
+_LOSS = {2: 0.06, 3: 0.018, 4: 0.005}
+_REACH = 0.65
 # A row's scale against the step of its widest group: feedback may widen it further.
 _ROOM = 2.0
 _LEAST_SCALE = 6e-8
@@ -142,9 +147,10 @@ class _Search:
 
 def round_to_nearest_of_trellis(weight: torch.Tensor, low_bit: LowBit) -> Codes:
     """The best codes of each group by itself."""
-    eye = torch.eye(weight.shape[1], device=weight.device)
-    order = torch.arange(weight.shape[1], device=weight.device)
-    return TrellisColumns(order, eye, low_bit).round(weight)
+    written = _Written.of(weight, low_bit)
+    for group, block in enumerate(weight.split(low_bit.group_size, 1)):
+        written.add(group, block, torch.eye(block.shape[1], device=weight.device))
+    return written.codes()
 
 
 @dataclass(frozen=True)
@@ -178,27 +184,54 @@ class TrellisColumns:
 
     def round(self, weight: torch.Tensor) -> Codes:
         """Codes of rows in fp32, each group's error fed to those that follow."""
-        low_bit = self.low_bit
-        rows, groups = len(weight), low_bit.groups(weight.shape[1])
-        left = weight[:, self.order]
-        spread = torch.stack([_spread(g) for g in weight.split(low_bit.group_size, 1)], 1)
-        widest = spread.amax(1) * max(_STEP_TRIES)
-        scale = (widest * _ROOM).clamp_min(_LEAST_SCALE).to(torch.float16)
-        codes = torch.zeros(
-            (rows, groups, low_bit.group_size), dtype=torch.uint8, device=weight.device
-        )
-        steps = torch.zeros((rows, groups), dtype=torch.uint8, device=weight.device)
-        begin = 0
+        size, left = self.low_bit.group_size, weight[:, self.order]
+        written, begin = _Written.of(weight, self.low_bit), 0
         while begin < left.shape[1]:
-            group = int(self.order[begin]) // low_bit.group_size
-            end = begin + min(low_bit.group_size, weight.shape[1] - group * low_bit.group_size)
-            block, inverse = left[:, begin:end], self.upper[begin:end, begin:end]
-            feed = torch.linalg.inv(inverse)
-            found, index, error = _best_of_steps(block, scale, feed, low_bit)
-            codes[:, group, : end - begin], steps[:, group] = found, index
+            group = int(self.order[begin]) // size
+            end = begin + min(size, weight.shape[1] - group * size)
+            feed = torch.linalg.inv(self.upper[begin:end, begin:end])
+            error = written.add(group, left[:, begin:end], feed)
             left[:, end:].addmm_(error @ feed, self.upper[begin:end, end:], alpha=-1)
             begin = end
-        return Codes(codes.reshape(rows, -1), steps, torch.zeros_like(steps), scale)
+        return written.codes()
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A weight's codes, written group by group."""
+
+    low_bit: LowBit
+    written: torch.Tensor
+    steps: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, low_bit: LowBit) -> Self:
+        """None written yet; the rows' scales are chosen."""
+        groups = weight.split(low_bit.group_size, 1)
+        widest = torch.stack([_spread(group) for group in groups], 1).amax(1) * max(_STEP_TRIES)
+        codes = weight.new_zeros((len(weight), len(groups), low_bit.group_size), dtype=torch.uint8)
+        scale = (widest * _ROOM).clamp_min(_LEAST_SCALE).to(torch.float16)
+        return cls(low_bit, codes, codes.new_zeros(codes.shape[:2]), scale)
+
+    def add(self, group: int, block: torch.Tensor, feed: torch.Tensor) -> torch.Tensor:
+        """Choose a group's steps and codes.
+
+        Returns:
+            The error in each weight, shape as the block's: (rows, columns).
+        """
+        bits, columns = self.low_bit.bits, block.shape[1]
+        index = _steps(block, self.scale, feed.diagonal().square(), bits)
+        step = group_steps(index.unsqueeze(1), self.scale, self.low_bit)
+        self.steps[:, group] = index
+        self.written[:, group, :columns] = best_codes(block / step, bits, feed)
+        values = values_of(self.written[:, group : group + 1], bits, torch.float32)
+        return block - values[:, 0, :columns] * step
+
+    def codes(self) -> Codes:
+        """All of them."""
+        written = self.written.reshape(len(self.scale), -1)
+        return Codes(written, self.steps, torch.zeros_like(self.steps), self.scale)
 
 
 def _spread(weight: torch.Tensor) -> torch.Tensor:
@@ -206,30 +239,28 @@ def _spread(weight: torch.Tensor) -> torch.Tensor:
     return weight.square().mean(1).sqrt()
 
 
-def _best_of_steps(
-    block: torch.Tensor, scale: torch.Tensor, feed: torch.Tensor, low_bit: LowBit
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, step and error of each row of a group, by the step that costs least."""
-    spread, best = _spread(block).clamp_min(_LEAST_SCALE), None
+def _steps(
+    block: torch.Tensor, scale: torch.Tensor, costs: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Index of the step of each row of a group that is expected to cost least.
+
+    A step costs what Gaussian numbers lose at it, and what weights beyond its reach lose.
+
+    Args:
+        block: Weights, shape (rows, columns).
+        scale: Of each row.
+        costs: What a squared error in each column costs.
+        bits: Of a code.
+    """
+    spread, reach = _spread(block), _REACH * float(table(bits).abs().max())
+    best = torch.full_like(spread, torch.inf)
+    found = torch.zeros_like(spread)
     for share in _STEP_TRIES:
-        ratio = (scale.float() / (spread * share)).log2() / STEP_RATIO["trellis"]
-        index = ratio.round_().clamp_(0, STEPS["trellis"] - 1).to(torch.uint8)
-        step = group_steps(index.unsqueeze(1), scale, low_bit)
-        codes = best_codes(block / step, low_bit.bits, feed)
-        filled = torch.nn.functional.pad(codes, (0, -codes.shape[1] % low_bit.group_size))
-        values = values_of(filled.unsqueeze(1), low_bit.bits, torch.float32)[:, 0]
-        error = block - values[:, : block.shape[1]] * step
-        cost = (error @ feed).square().sum(1)
-        if best is None:
-            best = (codes, index, error, cost)
-        else:
-            better = cost < best[3]
-            wide = better.unsqueeze(1)
-            best = (
-                torch.where(wide, codes, best[0]),
-                torch.where(better, index, best[1]),
-                torch.where(wide, error, best[2]),
-                torch.where(better, cost, best[3]),
-            )
-    assert best is not None
-    return best[:3]
+        step = spread * share
+        beyond = (block.abs() - reach * step.unsqueeze(1)).clamp_min_(0).square_()
+        cost = beyond.add_((_LOSS[bits] * step.square()).unsqueeze(1)) @ costs
+        better = cost < best
+        best = torch.where(better, cost, best)
+        found = torch.where(better, step, found)
+    ratio = (scale.float() / found.clamp_min(_LEAST_SCALE)).log2() / STEP_RATIO["trellis"]
+    return ratio.round_().clamp_(0, STEPS["trellis"] - 1).to(torch.uint8)

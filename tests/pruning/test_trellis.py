@@ -111,8 +111,9 @@ def test_errors_shrink_by_feedback_and_beside_a_grid(bits: int, columns: int):
                 float((inputs @ error.T).square().sum()),
                 float((gradients @ error @ inputs.T).square().sum()),
             )
+    # What each of them makes small; a grid has a zero for each group as well.
     for place, name in enumerate(("nearest", "gptq", "yaqa")):
-        assert errors["trellis", name][place] < 0.85 * errors["grid", name][place], name
+        assert errors["trellis", name][place] < 0.95 * errors["grid", name][place], name
     assert errors["trellis", "gptq"][1] < 0.1 * errors["trellis", "nearest"][1]
     assert errors["trellis", "yaqa"][2] < 0.4 * errors["trellis", "gptq"][2]
 

@@ -157,8 +157,8 @@ class PruneSpec(Spec):
     )
     codes: CodeKind = setting(
         "grid",
-        help="lowbit: grid: equal steps; trellis: values that the codes before tell as well, which "
-        "halves errors and takes longer to make.",
+        help="lowbit: grid: equal steps; trellis: values that depend on the codes before as well; "
+        "about half the error, slower to make.",
         in_key="changed",
     )
     importance: Importance | None = setting(
