@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from loram_cli.checkpoint.low_bit import GROUP_SIZE
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer
 from loram_cli.modeling.quantize import nf4_config
 from loram_cli.reporting import NullReporter
@@ -42,16 +43,17 @@ def main(work: Path) -> None:
 
     tell("nf4", chances(base, quantization_config=nf4_config(torch.float32)))
     for bits in (3, 2):
-        for importance in ("nearest", "gptq"):
-            out = work / f"{importance}-{bits}"
+        for importance, codes in (("nearest", "grid"), ("gptq", "grid"), ("gptq", "trellis")):
+            out = work / f"{importance}-{codes}-{bits}"
             spec = prune.PruneSpec(
-                model=base, out=out, strategy="lowbit", bits=bits, group_size=_GROUP,
-                importance=importance, calibration="demo:calibration", device="cpu",
+                model=base, out=out, strategy="lowbit", bits=bits, importance=importance,
+                codes=codes, group_size=_GROUP if codes == "grid" else GROUP_SIZE,
+                calibration="demo:calibration", device="cpu",
             )  # fmt: skip
             prune.run(spec, silent)
-            tell(f"{bits} bits, {importance}", chances(out))
+            tell(f"{bits} bits, {importance}, {codes}", chances(out))
     distilled = align.AlignSpec(
-        source=work / "gptq-2", out=work / "distilled", data="demo:corpus", method=("distill",),
+        source=work / "gptq-grid-2", out=work / "distilled", data="demo:corpus", method=("distill",),
         steps=6, batch=8, micro_batch=8, warmup_steps=1, block_length=_LENGTH, eval_rows=4,
         learning_rate=1e-3, device="cpu",
     )  # fmt: skip

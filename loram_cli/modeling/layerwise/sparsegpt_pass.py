@@ -41,7 +41,7 @@ def changed_layers(
         New weights by tensor name, from the first layer to the last.
     """
     states = embedded(stream, windows, pool.new())
-    with reporter.progress("reconstruct", stream.num_layers, "layer") as progress:
+    with reporter.progress("prune", stream.num_layers, "layer") as progress:
         for i in range(stream.num_layers):
             with stream.layer(i) as layer:
                 mine = layer.present(modules)
