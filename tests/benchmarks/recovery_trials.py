@@ -11,7 +11,8 @@ that this keeps, and both once more with the update scaled as ``recover --fit-sc
 none       The factors as ``recover`` scatters them.
 emloc      Whatever the inputs, the full model's linear gives what the small one's gave, within the
            directions that ``lora_A`` reads: the difference of the two weights there is added to
-           the update, up to a limit (EMLoC, arXiv 2506.12015, algorithm 1; ``L`` is the code's 3).
+           the update, up to a limit (EMLoC, arXiv 2506.12015; as its published code does it,
+           ``loraCorrection.py`` of hsi-che-lin/EMLoC, whose limit is 3).
 inputs     ``lora_B M``, with the rank x rank matrix M of least squares by which ``lora_A`` sees, on
            the full model's inputs, what it saw on the small one's.
 moves      ``lora_B`` of least squares by which training moves the linear's outputs in the full
@@ -63,7 +64,7 @@ def emloc(
 
     Args:
         pair: Factors of shapes (r, in) and (out, r).
-        scaling: What ``B A`` is multiplied by; the paper's is 1.
+        scaling: What ``B A`` is multiplied by; 1 in EMLoC's code.
         difference: The full weight less the small one, shape (out, in).
         limit: Mean magnitude of a direction's correction at most, against its update's.
 
