@@ -117,3 +117,70 @@ def test_a_rows_settings_reach_the_products_table(monkeypatch, tmp_path):
     assert (full["prune"], full["kept"], nf4["quantize"], nf4["kept"]) == ({}, 1.0, "nf4", 0.9)
     assert stru["prune"] == {"strategy": "stru", "ratio": 0.65, "importance": "obs"}
     assert (stru["align"], stru["bytes"], stru["kept"]) == ("reconstruct", 0.54, 0.75)
+
+
+def test_emlocs_correction_acts_as_the_small_weight_where_lora_reads(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import torch
+    from recovery_trials import emloc, refit
+
+    from loram_cli.lora.adapter import LoraPair
+
+    torch.manual_seed(0)
+    pair = LoraPair(torch.randn(2, 7), torch.randn(5, 2))
+    full, small = torch.randn(5, 7), torch.randn(5, 7)
+    x = pair.lora_a.T @ torch.randn(2, 3)
+    wanted = (small + 2.0 * pair.lora_b @ pair.lora_a) @ x
+    freely = emloc(pair, 2.0, full - small, limit=1e9)
+    torch.testing.assert_close((full + 2.0 * freely @ pair.lora_a) @ x, wanted)
+    # With a limit, the correction is short, and none at a limit of zero.
+    torch.testing.assert_close(emloc(pair, 2.0, full - small, limit=0.0), pair.lora_b)
+    small_step = emloc(pair, 2.0, full - small, limit=0.1) - pair.lora_b
+    assert 0 < small_step.norm() < (freely - pair.lora_b).norm()
+    read = torch.randn(50, 2)
+    found = refit(torch.zeros(5, 2), read, read @ pair.lora_b.T)
+    torch.testing.assert_close(found.float(), pair.lora_b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_corrections_leave_an_adapter_of_the_base_itself_as_it_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import recovery_trials
+
+    from loram_cli.reporting import NullReporter
+    from loram_cli.runs.rundir import demo_base
+    from loram_cli.stages.prune import stage as prune
+    from loram_cli.stages.train import stage as train
+
+    base, pruned, whole, narrow = demo_base(), *(tmp_path / n for n in ("p", "whole", "narrow"))
+    silent = NullReporter()
+    spec = prune.PruneSpec(
+        model=base, out=pruned, strategy="rand", ratio=0.5, keep_first=1, keep_last=1
+    )
+    prune.run(spec, silent)
+    for source, out in ((base, whole), (pruned, narrow)):
+        settings = {"steps": 4, "learning_rate": 2e-3, "warmup_steps": 1, "max_length": 96}
+        data = {"data": "demo:train", "eval_data": "demo:validation", "eval_examples": 4}
+        train.run(train.TrainSpec(source=source, out=out, **data, **settings), silent)
+    words = [
+        "recovery_trials", str(whole), str(narrow), "--base", str(base), "--full", str(whole),
+        "--eval-data", "demo:validation", "--eval-examples", "8", "--fit-examples", "8",
+        "--scale-examples", "0",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    recovery_trials.main()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()[2:]
+    ]
+    ways = ["none", "emloc", "inputs", "moves"]
+    assert [row[:2] for row in rows[2:]] == [
+        [name, way] for name in ("whole", "narrow") for way in ways
+    ]
+    before, full = (float(row[2]) for row in rows[:2])
+    assert full < before
+    assert [float(row[2]) for row in rows[2:6]] == pytest.approx([full] * 4, abs=2e-3)
+    # Its kept weights are the base's, so that EMLoC's has nothing to add; what runs through differs.
+    none, emloc, inputs, moves = (float(row[2]) for row in rows[6:])
+    assert emloc == pytest.approx(none, abs=2e-4)
+    assert none not in (inputs, moves)
