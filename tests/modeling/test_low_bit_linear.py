@@ -84,7 +84,8 @@ def test_what_is_trained_starts_and_ends_as_it_is_stored(
         optimizer.zero_grad()
         error().backward()
         optimizer.step()
-    assert error().item() < 0.9 * before
+    # On a trellis only steps and scales move.
+    assert error().item() < {"grid": 0.9, "trellis": 0.97}[low_bit.codes] * before
     stored = weight_of(trained.packed(), low_bit, 20, torch.float32)
     again = torch.nn.functional.linear(inputs, stored, plain.bias)
     torch.testing.assert_close(trained(inputs), again)
