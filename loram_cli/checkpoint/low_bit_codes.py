@@ -68,15 +68,28 @@ def unpack(packed: torch.Tensor, low_bit: LowBit, columns: int) -> Codes:
         low_bit: How the rows are rounded.
         columns: Of the weight.
     """
-    rows, codes_end = packed.shape[0], low_bit.code_bytes(columns)
-    planes = packed[:, :codes_end].reshape(rows, low_bit.bits, -1, 1)
+    planes, group = _planes_and_groups(packed, low_bit, columns)
+    planes = planes.unsqueeze(-1)
     place = torch.arange(8, dtype=torch.uint8, device=packed.device)
     codes = (planes[:, 0] >> place) & 1
     for bit in range(1, low_bit.bits):
         codes |= ((planes[:, bit] >> place) & 1) << bit
-    group = packed[:, codes_end:-SCALE_BYTES]
-    step, zero = (group & 15, group >> 4) if low_bit.codes == "grid" else (group, group * 0)
-    return Codes(codes.reshape(rows, -1), step, zero, row_scales(packed))
+    grid = low_bit.codes == "grid"
+    step, zero = (group & 15, group >> 4) if grid else (group, torch.zeros_like(group))
+    return Codes(codes.reshape(len(packed), -1), step, zero, row_scales(packed))
+
+
+def _planes_and_groups(
+    packed: torch.Tensor, low_bit: LowBit, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rows of bytes hold beside their scales.
+
+    Returns:
+        The planes of the codes, shape (rows, bits, bytes), and the groups' bytes.
+    """
+    end = low_bit.code_bytes(columns)
+    planes = packed[:, :end].reshape(len(packed), low_bit.bits, -1)
+    return planes, packed[:, end:-SCALE_BYTES]
 
 
 def row_scales(packed: torch.Tensor) -> torch.Tensor:
@@ -90,10 +103,9 @@ def weight_of(
     """The floating weight of rows of bytes, shape (rows, columns)."""
     if low_bit.codes == "grid":
         return dequantize(unpack(packed, low_bit, columns), low_bit, columns, dtype)
-    rows, codes_end = packed.shape[0], low_bit.code_bytes(columns)
-    planes = packed[:, :codes_end].reshape(rows, low_bit.bits, -1)
+    planes, group = _planes_and_groups(packed, low_bit, columns)
     values = values_of_planes(planes, low_bit.bits, low_bit.groups(columns), dtype)
-    steps = group_steps(packed[:, codes_end:-SCALE_BYTES], row_scales(packed), low_bit)
+    steps = group_steps(group, row_scales(packed), low_bit)
     return _stepped(values, steps, columns)
 
 

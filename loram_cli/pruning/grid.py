@@ -6,7 +6,6 @@ is what HQQ's solver (Badri and Shaji, "Half-Quadratic Quantization", 2023) does
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 
@@ -19,7 +18,8 @@ from loram_cli.checkpoint.low_bit_codes import (
     step_of,
     zero_of,
 )
-from loram_cli.pruning.sparsegpt import Hessian, factor_in_order, falling
+from loram_cli.pruning.columns import LEAST_SCALE, Columns
+from loram_cli.pruning.sparsegpt import falling
 
 # Of the widest group's range: a little less costs its outermost weights, and serves all others.
 _RANGE_SHARE = 0.95
@@ -27,7 +27,6 @@ _RANGE_SHARE = 0.95
 _ZERO_TRIES = (-2, -1, 0, 1, 2)
 # Steps that are tried, by bits: the fewer codes there are, the more of its range a group gives up.
 _STEP_TRIES = {2: range(2, 8), 3: range(4), 4: range(-1, 3)}
-_LEAST_SCALE = 6e-8
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,14 @@ def choose_grid(weight: torch.Tensor, low_bit: LowBit, columns_weight: torch.Ten
     cost = grouped(columns_weight.float().unsqueeze(0), low_bit)
     low, high = groups.amin(-1), groups.amax(-1)
     top = 2**low_bit.bits - 1
-    scale = ((high - low).amax(1) * _RANGE_SHARE / top).clamp(_LEAST_SCALE).to(torch.float16)
+    scale = ((high - low).amax(1) * _RANGE_SHARE / top).clamp(LEAST_SCALE).to(torch.float16)
     reach = float(zero_of(torch.tensor([ZEROS // 2, 0]), low_bit).diff().abs())
     best = torch.full(low.shape, torch.inf, device=weight.device)
     none = torch.zeros(low.shape, dtype=torch.uint8, device=low.device)
     grid = Grid(none, none.clone(), scale)
     # The step at which the codes just span the group, and from there on to those that clip it.
     ratio = -float(torch.log2(step_of(torch.tensor(1), low_bit)))
-    spanning = (scale.float().unsqueeze(1) * top / (high - low).clamp(_LEAST_SCALE)).log2() / ratio
+    spanning = (scale.float().unsqueeze(1) * top / (high - low).clamp(LEAST_SCALE)).log2() / ratio
     for shift in _STEP_TRIES[low_bit.bits]:
         index = (spanning.floor() + shift).clamp(0, STEPS["grid"] - 1).to(torch.uint8)
         step = group_steps(index, scale, low_bit)
@@ -106,42 +105,19 @@ def round_to_grid(weight: torch.Tensor, grid: Grid, low_bit: LowBit) -> Codes:
     return Codes(codes.reshape(weight.shape[0], -1), grid.step, grid.zero, grid.scale)
 
 
-def round_to_nearest_of_grid(weight: torch.Tensor, low_bit: LowBit) -> Codes:
-    """The nearest codes on the grid with the least squared error."""
-    ones = torch.ones(weight.shape[1], device=weight.device)
-    return round_to_grid(weight, choose_grid(weight, low_bit, ones), low_bit)
+class GridColumns(Columns):
+    """Rounding column by column to a grid, by falling cost."""
 
+    @staticmethod
+    def order_of(costs: torch.Tensor, low_bit: LowBit) -> torch.Tensor:
+        """Each column by itself."""
+        return falling(costs)
 
-@dataclass(frozen=True)
-class GridColumns:
-    """What rounding column by column to a grid needs of the inputs; it serves any rows.
-
-    Attributes:
-        costs: What an error in each column costs, shape (columns,).
-        order: The columns as they are rounded.
-        upper: Factor of the inverse Hessian, in that order.
-        low_bit: Bits and groups.
-        block_columns: Columns whose updates are held back until the block is done.
-    """
-
-    costs: torch.Tensor
-    order: torch.Tensor
-    upper: torch.Tensor
-    low_bit: LowBit
-    block_columns: int
-
-    @classmethod
-    def of(
-        cls, hessian: Hessian, low_bit: LowBit, dampening: float, where: str, block_columns: int
-    ) -> Self:
-        """Prepare a Hessian, which is left as it is.
-
-        Raises:
-            LoramError: It is not finite or has no inverse.
-        """
-        order = falling(hessian.total.diagonal())
-        upper = factor_in_order(hessian, order, dampening, where)
-        return cls(hessian.total.diagonal(), order, upper, low_bit, block_columns)
+    @staticmethod
+    def nearest(weight: torch.Tensor, low_bit: LowBit) -> Codes:
+        """The nearest codes on the grid with the least squared error."""
+        ones = torch.ones(weight.shape[1], device=weight.device)
+        return round_to_grid(weight, choose_grid(weight, low_bit, ones), low_bit)
 
     def round(self, weight: torch.Tensor) -> Codes:
         """Codes of rows in fp32, each column's error fed to those that follow."""

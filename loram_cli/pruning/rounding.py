@@ -10,15 +10,12 @@ import torch
 
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import Codes, dequantize
-from loram_cli.pruning.grid import GridColumns, round_to_nearest_of_grid
+from loram_cli.pruning.columns import Columns
+from loram_cli.pruning.grid import GridColumns
 from loram_cli.pruning.sparsegpt import Hessian, factor_in_order, falling
-from loram_cli.pruning.trellis import TrellisColumns, round_to_nearest_of_trellis
+from loram_cli.pruning.trellis import TrellisColumns
 
-_COLUMNS: Mapping[str, type[GridColumns] | type[TrellisColumns]] = {
-    "grid": GridColumns,
-    "trellis": TrellisColumns,
-}
-_NEAREST = {"grid": round_to_nearest_of_grid, "trellis": round_to_nearest_of_trellis}
+_COLUMNS: Mapping[str, type[Columns]] = {"grid": GridColumns, "trellis": TrellisColumns}
 
 # Of the outputs' Hessian, as a share of its mean diagonal. It has few large directions, which are
 # to count, and many small ones that some thousand tokens tell nothing of.
@@ -30,7 +27,7 @@ _MOST_ROW_BLOCKS = 32
 
 def round_nearest(weight: torch.Tensor, low_bit: LowBit) -> Codes:
     """Round each weight by itself; needs no text."""
-    return _NEAREST[low_bit.codes](weight.float(), low_bit)
+    return _COLUMNS[low_bit.codes].nearest(weight.float(), low_bit)
 
 
 def round_with_feedback(

@@ -7,6 +7,7 @@ the next, and each carries its own (per-survivor processing, Raheli et al., 1995
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -14,7 +15,8 @@ import torch
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import STEP_RATIO, STEPS, Codes, group_steps
 from loram_cli.checkpoint.trellis import table, values_of
-from loram_cli.pruning.sparsegpt import Hessian, factor_in_order, falling
+from loram_cli.pruning.columns import LEAST_SCALE, Columns
+from loram_cli.pruning.sparsegpt import falling
 
 # Steps that are tried for a group, against the spread of its weights.
 _STEP_TRIES = tuple(0.7 * 1.08**i for i in range(14))
@@ -26,7 +28,6 @@ _LOSS = {2: 0.06, 3: 0.018, 4: 0.005}
 _REACH = 0.65
 # A row's scale against the step of its widest group: feedback may widen it further.
 _ROOM = 2.0
-_LEAST_SCALE = 6e-8
 # Columns whose errors each survivor holds by themselves; those of earlier ones are summed.
 _BLOCK_COLUMNS = 8
 # Rows searched together; each holds a few hundred survivors with errors of their own.
@@ -60,11 +61,7 @@ def best_codes(
 
 
 class _Search:
-    """Survivors of all rows: one for every sequence of last codes but the oldest.
-
-    Attributes:
-        cost: Of each survivor so far, shape (rows, survivors).
-    """
+    """Survivors of all rows: one for every sequence of last codes but the oldest."""
 
     def __init__(
         self, wanted: torch.Tensor, values: torch.Tensor, choices: int, feed: torch.Tensor
@@ -76,10 +73,11 @@ class _Search:
         self._values = values.view(self._survivors, self._choices)
         self._squares = self._values.square()
         costs = feed.diagonal()
-        self._costs, self._feed = costs.square(), feed / costs
-        self.cost = wanted.new_full((self._rows, self._survivors), torch.inf)
+        self._weights, self._feed = costs.square(), feed / costs
+        # Of each survivor so far.
+        self._cost = wanted.new_full((self._rows, self._survivors), torch.inf)
         # A group begins as if zeros came before it.
-        self.cost[:, 0] = 0
+        self._cost[:, 0] = 0
         self._row = torch.arange(self._rows, device=device).unsqueeze(1)
         self._each = torch.arange(self._survivors, device=device)
 
@@ -104,17 +102,17 @@ class _Search:
         ancestors = self._each.expand(self._rows, -1)
         first = self._row * self._survivors
         for i in range(end - begin):
-            column, cost = begin + i, self._costs[begin + i]
+            column, cost = begin + i, self._weights[begin + i]
             wanted = added[:, column].index_select(0, (first + ancestors).reshape(-1))
             if i:
                 wanted.addmv_(errors, self._feed_to(begin, end, column))
             wanted = wanted.view(self._rows, -1).add_(self._wanted[:, column : column + 1])
             # cost (wanted - value)^2 in two passes over all values.
-            so_far = torch.addcmul(self.cost, wanted, wanted * cost).unsqueeze(-1)
+            so_far = torch.addcmul(self._cost, wanted, wanted * cost).unsqueeze(-1)
             slope = (wanted * (-2 * cost)).unsqueeze(-1)
             costs = torch.addcmul(self._squares * cost, slope, self._values).add_(so_far)
             # The code that leaves the window is the highest part of a place.
-            self.cost, leaving = costs.view(self._rows, self._choices, -1).min(1)
+            self._cost, leaving = costs.view(self._rows, self._choices, -1).min(1)
             oldest.append(leaving.to(torch.uint8))
             chosen = leaving * self._survivors + self._each
             came = chosen // self._choices
@@ -133,7 +131,7 @@ class _Search:
 
     def _back(self, oldest: list[torch.Tensor]) -> torch.Tensor:
         row = self._row[:, 0]
-        place = self.cost.argmin(1)
+        place = self._cost.argmin(1)
         codes = torch.empty(
             (self._rows, self._columns), dtype=torch.uint8, device=self._wanted.device
         )
@@ -145,55 +143,58 @@ class _Search:
         return codes
 
 
-def round_to_nearest_of_trellis(weight: torch.Tensor, low_bit: LowBit) -> Codes:
-    """The best codes of each group by itself."""
-    written = _Written.of(weight, low_bit)
-    for group, block in enumerate(weight.split(low_bit.group_size, 1)):
-        written.add(group, block, torch.eye(block.shape[1], device=weight.device))
-    return written.codes()
-
-
 @dataclass(frozen=True)
-class TrellisColumns:
-    """What rounding group by group to a trellis needs of the inputs; it serves any rows.
+class _Fed:
+    """A group of columns as the sweep deals with it.
 
     Attributes:
-        order: The columns as they are rounded: whole groups, those that cost most first.
-        upper: Factor of the inverse Hessian, in that order.
-        low_bit: Bits and groups.
+        group: Which one of a row's it is.
+        columns: Where its columns are in the sweep's order.
+        feed: What an error in a column costs in itself and in those after it, within the group.
     """
 
-    order: torch.Tensor
-    upper: torch.Tensor
-    low_bit: LowBit
+    group: int
+    columns: slice
+    feed: torch.Tensor
 
-    @classmethod
-    def of(
-        cls, hessian: Hessian, low_bit: LowBit, dampening: float, where: str, block_columns: int
-    ) -> Self:
-        """Prepare a Hessian, which is left as it is; a block of columns is always a group.
 
-        Raises:
-            LoramError: It is not finite or has no inverse.
-        """
-        groups = hessian.total.diagonal().split(low_bit.group_size)
-        costs = torch.stack([group.mean() for group in groups])
-        columns = torch.arange(len(hessian.total), device=costs.device).split(low_bit.group_size)
-        order = torch.cat([columns[int(i)] for i in falling(costs)])
-        return cls(order, factor_in_order(hessian, order, dampening, where), low_bit)
+class TrellisColumns(Columns):
+    """Rounding group by group to a trellis, those groups first that cost most."""
+
+    @staticmethod
+    def order_of(costs: torch.Tensor, low_bit: LowBit) -> torch.Tensor:
+        """Whole groups."""
+        groups = torch.arange(len(costs), device=costs.device).split(low_bit.group_size)
+        means = torch.stack([costs[group].mean() for group in groups])
+        return torch.cat([groups[int(i)] for i in falling(means)])
+
+    @staticmethod
+    def nearest(weight: torch.Tensor, low_bit: LowBit) -> Codes:
+        """The best codes of each group by itself."""
+        written = _Written.of(weight, low_bit)
+        for group, block in enumerate(weight.split(low_bit.group_size, 1)):
+            written.add(group, block, torch.eye(block.shape[1], device=weight.device))
+        return written.codes()
 
     def round(self, weight: torch.Tensor) -> Codes:
         """Codes of rows in fp32, each group's error fed to those that follow."""
-        size, left = self.low_bit.group_size, weight[:, self.order]
-        written, begin = _Written.of(weight, self.low_bit), 0
-        while begin < left.shape[1]:
-            group = int(self.order[begin]) // size
-            end = begin + min(size, weight.shape[1] - group * size)
-            feed = torch.linalg.inv(self.upper[begin:end, begin:end])
-            error = written.add(group, left[:, begin:end], feed)
-            left[:, end:].addmm_(error @ feed, self.upper[begin:end, end:], alpha=-1)
-            begin = end
+        left, written = weight[:, self.order], _Written.of(weight, self.low_bit)
+        for fed in self._groups:
+            error = written.add(fed.group, left[:, fed.columns], fed.feed)
+            end = fed.columns.stop
+            left[:, end:].addmm_(error @ fed.feed, self.upper[fed.columns, end:], alpha=-1)
         return written.codes()
+
+    @cached_property
+    def _groups(self) -> tuple[_Fed, ...]:
+        """In the sweep's order; each block of rows goes through them anew."""
+        size, begin, found = self.low_bit.group_size, 0, []
+        while begin < len(self.order):
+            group = int(self.order[begin]) // size
+            columns = slice(begin, begin + min(size, len(self.order) - group * size))
+            found.append(_Fed(group, columns, torch.linalg.inv(self.upper[columns, columns])))
+            begin = columns.stop
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class _Written:
         groups = weight.split(low_bit.group_size, 1)
         widest = torch.stack([_spread(group) for group in groups], 1).amax(1) * max(_STEP_TRIES)
         codes = weight.new_zeros((len(weight), len(groups), low_bit.group_size), dtype=torch.uint8)
-        scale = (widest * _ROOM).clamp_min(_LEAST_SCALE).to(torch.float16)
+        scale = (widest * _ROOM).clamp_min(LEAST_SCALE).to(torch.float16)
         return cls(low_bit, codes, codes.new_zeros(codes.shape[:2]), scale)
 
     def add(self, group: int, block: torch.Tensor, feed: torch.Tensor) -> torch.Tensor:
@@ -262,5 +263,5 @@ def _steps(
         better = cost < best
         best = torch.where(better, cost, best)
         found = torch.where(better, step, found)
-    ratio = (scale.float() / found.clamp_min(_LEAST_SCALE)).log2() / STEP_RATIO["trellis"]
+    ratio = (scale.float() / found.clamp_min(LEAST_SCALE)).log2() / STEP_RATIO["trellis"]
     return ratio.round_().clamp_(0, STEPS["trellis"] - 1).to(torch.uint8)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.hessians import hessian_of
 
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import STEPS, ZEROS, dequantize
@@ -11,7 +12,6 @@ from loram_cli.errors import LoramError
 from loram_cli.pruning import rounding
 from loram_cli.pruning.grid import Grid, choose_grid, grouped, round_to_grid
 from loram_cli.pruning.rounding import round_nearest, round_on_both_sides, round_with_feedback
-from loram_cli.pruning.sparsegpt import Hessian
 
 ROWS, COLUMNS = 6, 40
 
@@ -22,12 +22,6 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
     inputs = torch.randn(300, 10, generator=generator) @ mixing
     inputs += 0.5 * torch.randn(300, COLUMNS, generator=generator)
     return torch.randn(ROWS, COLUMNS, generator=generator), inputs
-
-
-def hessian_of(inputs: torch.Tensor) -> Hessian:
-    hessian = Hessian(COLUMNS, "cpu")
-    hessian.add(inputs)
-    return hessian
 
 
 def floating(codes, low_bit: LowBit) -> torch.Tensor:

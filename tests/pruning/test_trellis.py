@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
+from helpers.hessians import hessian_of
 
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import dequantize
 from loram_cli.checkpoint.trellis import table, values_of
 from loram_cli.pruning.rounding import round_nearest, round_on_both_sides, round_with_feedback
-from loram_cli.pruning.sparsegpt import Hessian
 from loram_cli.pruning.trellis import best_codes
 
 
@@ -83,12 +83,6 @@ def problem(columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return few + 0.4 * torch.randn(count, width, generator=generator)
 
     return torch.randn(72, columns, generator=generator), drawn(300, columns), drawn(200, 72)
-
-
-def hessian_of(inputs: torch.Tensor) -> Hessian:
-    hessian = Hessian(inputs.shape[1], "cpu")
-    hessian.add(inputs)
-    return hessian
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

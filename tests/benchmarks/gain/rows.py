@@ -71,7 +71,9 @@ def _stru(ratio: float, importance: str = "obs") -> Flags:
     )  # fmt: skip
 
 
-def _low_bit(bits: int, *how: str, samples: int = 24, group_size: int = 48) -> Flags:
+def _low_bit(bits: int, *how: str, group_size: int = 48) -> Flags:
+    # More text for yaqa: gradients tell more of it than inputs do.
+    samples = 64 if "yaqa" in how else 24
     return (
         "--strategy", "lowbit", "--bits", str(bits), "--group-size", str(group_size),
         "--calibration", "{train}", *how, "--calibration-samples", str(samples), "--calibration-length", "256",
@@ -79,14 +81,11 @@ def _low_bit(bits: int, *how: str, samples: int = 24, group_size: int = 48) -> F
 
 
 def _both_sides(bits: int) -> Flags:
-    """More text: gradients tell more of it than inputs do."""
-    return _low_bit(bits, "--importance", "yaqa", samples=64)
+    return _low_bit(bits, "--importance", "yaqa")
 
 
 def _trellis(bits: int, importance: str) -> Flags:
-    samples = 64 if importance == "yaqa" else 24
-    how = ("--codes", "trellis", "--importance", importance)
-    return _low_bit(bits, *how, samples=samples, group_size=64)
+    return _low_bit(bits, "--codes", "trellis", "--importance", importance, group_size=64)
 
 
 def _depth(ratio: float) -> Flags:
