@@ -142,18 +142,16 @@ def load_causal_lm(
     dtype: torch.dtype | str = "auto",
     device: str | None = None,
     attention: str | None = None,
-    quantization_config: Any | None = None,
 ) -> Any:
     """Load a base, pruned, aligned or merged directory as a Hugging Face causal LM.
 
     Args:
         model: A model, or its directory with ``config.json`` and safetensors; widths may differ
-            per layer. Weights of few bits become floating ones; ``low_bit_load`` keeps them. So
-            do experts in MXFP4.
+            per layer. Weights of few bits become floating ones;
+            :class:`.skeleton.SkeletonModel` keeps them. So do experts in MXFP4.
         dtype: Parameter type; ``auto`` takes the checkpoint's own.
         device: ``cpu``, ``cuda``, ...; None takes a GPU when there is one.
         attention: ``sdpa``, ``flash`` or ``eager``; None and ``auto`` leave it to transformers.
-        quantization_config: As ``from_pretrained`` takes it, see :mod:`.quantize`.
 
     Returns:
         The model in evaluation mode.
@@ -167,8 +165,6 @@ def load_causal_lm(
     config = load_config(directory)
     generation = load_generation_config(directory)
     kwargs: dict[str, Any] = {}
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
     if source.wrapper is not None:
         kwargs["key_mapping"] = source.wrapper.renames
     if attention not in (None, "auto"):
@@ -177,8 +173,7 @@ def load_causal_lm(
     stored: Path | None = directory
     entries = source.index.tensors
     reader = TensorReader(source.index, once=True)
-    # What is quantized as it is read shows no NaN afterwards.
-    if quantization_config is not None or any(map(_is_read_here, entries.values())):
+    if any(map(_is_read_here, entries.values())):
         stored = None
         kwargs["state_dict"] = {name: _Stored(reader, name) for name in entries}
         if dtype == "auto":

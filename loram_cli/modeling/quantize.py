@@ -11,33 +11,6 @@ from loram_cli.errors import LoramError
 from loram_cli.quiet import quiet_libraries
 
 
-def nf4_config(compute_dtype: torch.dtype, *, skip_modules: tuple[str, ...] = ("lm_head",)) -> Any:
-    """Load decoder linears in 4-bit NormalFloat, block constants quantized a second time.
-
-    Source: QLoRA (arXiv 2305.14314), section 3, as the paper's QLoRAM uses it.
-
-    Args:
-        compute_dtype: Weights are expanded to this type for each product.
-        skip_modules: Kept in the model's own type; the output head by default.
-
-    Returns:
-        A ``BitsAndBytesConfig`` for ``from_pretrained``.
-
-    Raises:
-        LoramError: bitsandbytes is not installed.
-    """
-    require_bitsandbytes()
-    import transformers
-
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=list(skip_modules),
-    )
-
-
 def require_bitsandbytes() -> None:
     """Refuse what needs bitsandbytes where it is absent.
 
@@ -134,14 +107,3 @@ def keep_standard_layout(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def prepare_for_training(model: Any) -> None:
-    """Freeze a quantized model and keep its layout; every other weight stays in its type.
-
-    PEFT's ``prepare_model_for_kbit_training`` raises all of them to fp32. For embedding and head
-    that costs more memory than all 4-bit layers of a well pruned model; for norms it makes every
-    activation behind them fp32, twice the memory, while RMS norms compute in fp32 anyway.
-    """
-    keep_standard_layout(model)
-    model.requires_grad_(False)

@@ -13,7 +13,12 @@ import torch
 from loram_cli.arch.spec import Family
 from loram_cli.modeling.load import attention_kernel
 from loram_cli.modeling.meta_model import meta_causal_lm, native_config
-from loram_cli.modeling.quantize import nf4_linear, nf4_weight, require_bitsandbytes
+from loram_cli.modeling.quantize import (
+    keep_standard_layout,
+    nf4_linear,
+    nf4_weight,
+    require_bitsandbytes,
+)
 from loram_cli.quiet import quiet_libraries
 
 _INITIAL_STD = 0.02
@@ -70,6 +75,7 @@ def random_causal_lm(
                 done[id(parameter)] = torch.nn.Parameter(weight, requires_grad=False)
             module._parameters[name] = done[id(parameter)]
     if nf4:
+        keep_standard_layout(model)
         # PEFT looks here before it chooses its 4-bit LoRA linear.
         model.is_loaded_in_4bit = True
     return model

@@ -5,14 +5,13 @@ be attached to it, and parts can then be filled one by one, or for a while only,
 ever holds a model that exceeds the memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loram_cli.arch.experts import Experts
 from loram_cli.checkpoint.low_bit import PackedEntry
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
@@ -28,6 +27,8 @@ from loram_cli.modeling.quantize import (
     require_bitsandbytes,
 )
 from loram_cli.quiet import quiet_libraries
+from loram_cli.reporting import Reporter
+from loram_cli.units import MIB
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class SkeletonModel:
         index: The checkpoint's tensors.
         dtype: As asked for.
         device: As asked for.
+        nf4: Whether decoder linears are held in NF4.
         slots: By tensor name, what is to be filled.
         experts: What the family's experts are; None where it has none.
         top_k: How many of its layer's experts a token has at most.
@@ -122,12 +124,12 @@ class SkeletonModel:
         with TensorReader(self.index) as reader:
             fill_stored_buffers(self.model, "", self.index, reader, self.device)
         self._low_bit = source.low_bit
-        nf4 = nf4 and self._low_bit is None
+        self.nf4 = nf4 and self._low_bit is None
         self.slots = self._take_places(
-            set(source.linear_names) if nf4 else set(),
+            set(source.linear_names) if self.nf4 else set(),
             set(source.linear_names) if self._low_bit else set(),
         )
-        if nf4:
+        if self.nf4:
             keep_standard_layout(self.model)
             # PEFT looks here before it chooses its 4-bit LoRA linear.
             self.model.is_loaded_in_4bit = True
@@ -269,28 +271,38 @@ class SkeletonModel:
         )
 
 
-def fill_quantized(skeleton: SkeletonModel, experts: Experts) -> None:
-    """Fill a model whose linears are in NF4, and hold its experts in NF4 as well.
+def fill_whole(skeleton: SkeletonModel, reporter: Reporter) -> None:
+    """Fill a model that fits the memory, in the form that it was asked for.
 
-    Layer by layer, so that no more than one layer's experts are ever there in full.
+    Layer by layer, so that no more than one layer's experts are ever there in full where they are
+    held in NF4.
 
     Args:
-        skeleton: Not filled yet; of no more use afterwards but for its model.
-        experts: What the family's experts are.
+        skeleton: Not filled yet; of no more use afterwards but for its model. LoRA is attached
+            before: PEFT tells 4-bit linears by their stand-ins.
+        reporter: Told of progress.
 
     Raises:
         LoramError: A tensor is absent or of another shape.
     """
-    with TensorReader(skeleton.index) as reader:
-        done = set()
-        for layer, slots in skeleton.layers():
+    total = sum(slot.num_bytes for slot in skeleton.slots.values())
+    with (
+        TensorReader(skeleton.index, once=True) as reader,
+        reporter.progress("load", total / MIB, "MiB") as progress,
+    ):
+
+        def fill_these(slots: Iterable[Slot]) -> None:
             for slot in slots:
                 fill(slot, skeleton.read(slot, reader))
-                done.add(slot.tensor)
-            quantize_experts(layer, experts)
-        for name, slot in skeleton.slots.items():
-            if name not in done:
-                fill(slot, skeleton.read(slot, reader))
+                progress.advance(slot.num_bytes / MIB)
+
+        done = set()
+        for layer, slots in skeleton.layers():
+            fill_these(slots)
+            done |= {slot.tensor for slot in slots}
+            if skeleton.nf4 and skeleton.experts is not None:
+                quantize_experts(layer, skeleton.experts)
+        fill_these(slot for name, slot in skeleton.slots.items() if name not in done)
 
 
 def fill(slot: Slot, weight: Weight) -> None:

@@ -86,7 +86,6 @@ def _train(spec: BenchSpec, config: dict[str, Any], setup: TrainingSetup) -> lis
 
     from loram_cli.arch.registry import family_for
     from loram_cli.arch.targets import lora_targets
-    from loram_cli.modeling.quantize import prepare_for_training
     from loram_cli.modeling.random_model import random_causal_lm
     from loram_cli.training.adapters import attach_lora, lora_config
     from loram_cli.training.data.tokens import TokenRow
@@ -104,8 +103,6 @@ def _train(spec: BenchSpec, config: dict[str, Any], setup: TrainingSetup) -> lis
         nf4=setup.quantize == "nf4",
         seed=spec.seed,
     )
-    if setup.quantize:
-        prepare_for_training(model)
     tied = family.geometry(config).tied_embeddings
     targets = lora_targets(family, tied_embeddings=tied)
     lora = lora_config(targets, rank=spec.rank, dropout=spec.dropout)

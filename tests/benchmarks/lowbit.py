@@ -7,13 +7,12 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from loram_cli.checkpoint.low_bit import GROUP_SIZE
 from loram_cli.modeling.load import load_causal_lm, load_tokenizer
-from loram_cli.modeling.quantize import nf4_config
+from loram_cli.modeling.skeleton import SkeletonModel, fill_whole
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.rundir import demo_base
 from loram_cli.stages.align import stage as align
@@ -30,8 +29,13 @@ def main(work: Path) -> None:
     rows = pack_tokens(load_text("demo:corpus"), load_tokenizer(base), _LENGTH)[:_WINDOWS]
     ids = torch.stack([torch.from_numpy(row.input_ids).long() for row in rows])
 
-    def chances(directory: Path, **how: Any) -> torch.Tensor:
-        model = load_causal_lm(directory, dtype=torch.float32, device="cpu", **how)
+    def chances(directory: Path, nf4: bool = False) -> torch.Tensor:
+        if nf4:
+            skeleton = SkeletonModel(directory, dtype=torch.float32, device="cpu", nf4=True)
+            fill_whole(skeleton, silent)
+            model = skeleton.model.eval()
+        else:
+            model = load_causal_lm(directory, dtype=torch.float32, device="cpu")
         with torch.no_grad():
             return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
 
@@ -41,7 +45,7 @@ def main(work: Path) -> None:
         distance = (wanted.exp() * (wanted - found)).sum(-1).mean()
         sys.stdout.write(f"{name:24} {float(distance):.4f}\n")
 
-    tell("nf4", chances(base, quantization_config=nf4_config(torch.float32)))
+    tell("nf4", chances(base, nf4=True))
     for bits in (3, 2):
         for importance, codes in (("nearest", "grid"), ("gptq", "grid"), ("gptq", "trellis")):
             out = work / f"{importance}-{codes}-{bits}"

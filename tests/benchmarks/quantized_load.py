@@ -27,12 +27,17 @@ from pathlib import Path
 import torch, transformers, bitsandbytes
 from measure import AnonymousPeak
 from loram_cli.modeling.load import load_causal_lm
-from loram_cli.modeling.quantize import nf4_config
+from loram_cli.modeling.skeleton import SkeletonModel, fill_whole
+from loram_cli.reporting import NullReporter
 
-model_dir, nf4 = Path(sys.argv[1]), sys.argv[2] == "nf4"
-more = {"quantization_config": nf4_config(torch.bfloat16)} if nf4 else {}
+model_dir, how = Path(sys.argv[1]), {"dtype": torch.bfloat16, "device": "cpu"}
 with AnonymousPeak() as memory:
-    model = load_causal_lm(model_dir, dtype=torch.bfloat16, device="cpu", **more)
+    if sys.argv[2] == "nf4":
+        skeleton = SkeletonModel(model_dir, nf4=True, **how)
+        fill_whole(skeleton, NullReporter())
+        model = skeleton.model
+    else:
+        model = load_causal_lm(model_dir, **how)
 held = sum(p.nbytes for p in model.parameters())
 told = {"peak": memory.peak_bytes, "after": memory.above_start_bytes(), "packed": held}
 print("\\n" + json.dumps(told))

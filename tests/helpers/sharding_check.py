@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from helpers.nf4 import nf4_model
 from loram_cli.arch.registry import family_for
 from loram_cli.checkpoint.index import read_config
 from loram_cli.modeling.load import load_causal_lm
-from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.sharding import SharedModel, is_shared, release_gathered, whole
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.processes import is_main_process
@@ -38,13 +38,11 @@ def models(directory, way):
     if way == "all":
         shared.load(shared.model, NullReporter())
         return load_causal_lm(directory, **HOW), shared.model
-    family = family_for(read_config(directory), "")
-    config = nf4_config(torch.float32, skip_modules=(family.lm_head,)) if nf4 else None
-    plain = load_causal_lm(directory, quantization_config=config, **HOW)
-    prepare_for_training(plain)
     mine = adapted(shared.model, directory)
     shared.load(mine, NullReporter())
-    return adapted(plain, directory), mine
+    if nf4:
+        return nf4_model(directory, lambda plain: adapted(plain, directory)), mine
+    return adapted(load_causal_lm(directory, **HOW).requires_grad_(False), directory), mine
 
 
 def compare(directory, way):

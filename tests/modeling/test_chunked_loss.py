@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.checkpointing import enable_checkpointing
+from helpers.nf4 import nf4_model
 from helpers.tiny_models import make_base
 from helpers.variants import Variant, mostly_slow
 
@@ -13,7 +14,6 @@ from loram_cli.modeling.chunked_loss import (
     restore_forward,
 )
 from loram_cli.modeling.load import load_causal_lm
-from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.training.adapters import attach_lora, lora_config
 
 TARGETS = ["q_proj", "down_proj", "lm_head"]
@@ -29,11 +29,13 @@ def batch():
 
 
 def lora_model(base, *, nf4=False, targets=TARGETS):
-    quantization = {"quantization_config": nf4_config(torch.float32)} if nf4 else {}
-    model = load_causal_lm(base, dtype=torch.float32, device="cpu", **quantization)
+    def attach(model):
+        return attach_lora(model, lora_config(targets, dropout=0.0), seed=0).train()
+
     if nf4:
-        prepare_for_training(model)
-    model = attach_lora(model, lora_config(targets, dropout=0.0), seed=0).train()
+        model = nf4_model(base, attach)
+    else:
+        model = attach(load_causal_lm(base, dtype=torch.float32, device="cpu"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

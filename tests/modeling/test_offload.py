@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.fake_copies import FakeCopies, watched_by
+from helpers.nf4 import nf4_model
 from helpers.slow import slow
 from helpers.variants import mostly_slow
 
-from loram_cli.arch.registry import family_for
-from loram_cli.checkpoint.index import read_config
 from loram_cli.errors import LoramError
 from loram_cli.modeling.load import load_causal_lm
 from loram_cli.modeling.offload import loaded_within, resident_layers, weight_bytes
-from loram_cli.modeling.quantize import keep_standard_layout, nf4_config
 from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import load_adapter
@@ -40,13 +38,12 @@ def logits_of(model, ids=IDS) -> torch.Tensor:
 
 
 def whole_logits(directory: Path, adapter: Path | None, nf4: bool) -> torch.Tensor:
-    config = None
+    def with_adapter(model):
+        return load_adapter(model, adapter) if adapter else model
+
     if nf4:
-        family = family_for(read_config(directory), "")
-        config = nf4_config(torch.float32, skip_modules=(family.lm_head,))
-    model = load_causal_lm(directory, quantization_config=config, **HOW)
-    keep_standard_layout(model)
-    return logits_of(load_adapter(model, adapter) if adapter else model)
+        return logits_of(nf4_model(directory, with_adapter))
+    return logits_of(with_adapter(load_causal_lm(directory, **HOW)))
 
 
 def held_bytes(model) -> int:

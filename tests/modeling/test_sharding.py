@@ -15,9 +15,11 @@ LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def check_shared(directories):
+    # The script imports helpers as well.
+    search = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *LAUNCHER, SCRIPT, *directories],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search},
         capture_output=True,
         text=True,
         check=False,

@@ -333,12 +333,11 @@ def test_gradient_checkpointing_and_bf16_weights(
     assert result.history[0].loss == pytest.approx(expected.history[0].loss, abs=0.02)
 
 
-def test_nf4_trains_factors_in_fp32(load, tokenizer, pairs, tmp_path):
-    from loram_cli.modeling.quantize import nf4_config, prepare_for_training
+def test_nf4_trains_factors_in_fp32(narrow_dir, tokenizer, pairs, tmp_path):
+    from helpers.nf4 import nf4_model
 
-    base = load(quantization_config=nf4_config(torch.float32))
-    prepare_for_training(base)
-    model = attach_lora(base, lora_config(["q_proj", "lm_head"], dropout=0.0), seed=1).train()
+    lora = lora_config(["q_proj", "lm_head"], dropout=0.0)
+    model = nf4_model(narrow_dir, lambda base: attach_lora(base, lora, seed=1)).train()
     before = trained(model)
     options = replace(OPTIONS, steps=2)
     fit_preferences(model, tokenizer, pairs, [], DPO, options, tmp_path, NullReporter())

@@ -20,10 +20,8 @@ from loram_cli.memory.setup import Packing, TrainingSetup, usual_attention
 from loram_cli.memory.streaming import StreamedMemory, streamed_training_memory
 from loram_cli.memory.training import TrainingMemory, training_memory
 from loram_cli.modeling.load import load_causal_lm
-from loram_cli.modeling.low_bit_load import load_low_bit
-from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.sharding import SharedModel, whole_trained_weights
-from loram_cli.modeling.skeleton import SkeletonModel, fill_quantized
+from loram_cli.modeling.skeleton import SkeletonModel, fill_whole
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, process_count
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
@@ -397,31 +395,18 @@ def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> 
         model = _with_factors(shared.model, spec, work)
         shared.load(model, reporter)
         return model
-    experts = work.model.family.experts
-    if work.model.low_bit is not None:
-        model = load_low_bit(
-            work.model, dtype=dtype, device=device, attention=spec.attention, reporter=reporter
-        )
-        return _with_factors(model, spec, work)
-    if spec.quantize and experts is not None:
+    if spec.quantize or work.model.low_bit is not None:
         skeleton = SkeletonModel(
-            work.model, dtype=dtype, device=device, attention=spec.attention, nf4=True
+            work.model,
+            dtype=dtype,
+            device=device,
+            attention=spec.attention,
+            nf4=spec.quantize == "nf4",
         )
-        # Factors first: PEFT tells 4-bit linears by the stand-ins.
         model = _with_factors(skeleton.model, spec, work)
-        fill_quantized(skeleton, experts)
+        fill_whole(skeleton, reporter)
         return model
-    skipped = (work.model.family.lm_head,)
-    quantization = nf4_config(dtype, skip_modules=skipped) if spec.quantize else None
-    model = load_causal_lm(
-        work.model,
-        dtype=dtype,
-        device=device,
-        attention=spec.attention,
-        quantization_config=quantization,
-    )
-    if spec.quantize:
-        prepare_for_training(model)
+    model = load_causal_lm(work.model, dtype=dtype, device=device, attention=spec.attention)
     return _with_factors(model, spec, work)
 
 

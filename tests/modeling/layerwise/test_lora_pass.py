@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.fake_copies import FakeCopies
+from helpers.nf4 import nf4_model
 from helpers.slow import slow
 from helpers.variants import VARIANTS, mostly_slow
 
@@ -18,7 +19,6 @@ from loram_cli.errors import LoramError
 from loram_cli.modeling.chunked_loss import chunked_loss
 from loram_cli.modeling.layerwise.lora_pass import streamed_lora
 from loram_cli.modeling.load import load_causal_lm
-from loram_cli.modeling.quantize import nf4_config, prepare_for_training
 from loram_cli.modeling.skeleton import SkeletonModel
 from loram_cli.reporting import NullReporter
 from loram_cli.training.adapters import attach_lora, lora_config, lora_targets
@@ -74,11 +74,13 @@ def resident(
     steps=1,
     attention=None,
 ):
-    family = family_for(read_config(directory), "test")
-    quantization = nf4_config(torch.float32, skip_modules=(family.lm_head,)) if nf4 else None
-    model = load_causal_lm(directory, quantization_config=quantization, attention=attention, **FP32)
-    prepare_for_training(model)
-    model = with_factors(model, directory, dropout)
+    def attach(model):
+        return with_factors(model, directory, dropout)
+
+    if nf4:
+        model = nf4_model(directory, attach, attention=attention)
+    else:
+        model = attach(load_causal_lm(directory, attention=attention, **FP32))
     torch.manual_seed(11)
     losses = []
     with chunked_loss(model, 7):

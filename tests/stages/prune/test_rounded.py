@@ -15,7 +15,7 @@ from loram_cli.errors import UsageError
 from loram_cli.memory.account import low_bit_weight_bytes
 from loram_cli.modeling.load import load_causal_lm
 from loram_cli.modeling.low_bit_linear import LowBitLinear
-from loram_cli.modeling.low_bit_load import load_low_bit
+from loram_cli.modeling.skeleton import SkeletonModel, fill_whole
 from loram_cli.reporting import NullReporter
 from loram_cli.runs.manifest import Manifest
 from loram_cli.stages.align import stage as align
@@ -151,7 +151,9 @@ def test_alignment_moves_codes_and_lowers_each_layers_error(chain: Path):
 
 def test_packed_and_floating_models_compute_the_same(chain: Path):
     model = Model.open(chain / "aligned")
-    packed = load_low_bit(model, dtype=torch.float32, device="cpu", attention=None, reporter=SILENT)
+    skeleton = SkeletonModel(model, dtype=torch.float32, device="cpu")
+    fill_whole(skeleton, SILENT)
+    packed = skeleton.model
     kinds = [type(module) for module in packed.modules()]
     assert kinds.count(LowBitLinear) == len(model.linear_names)
     dense = load_causal_lm(model, dtype=torch.float32, device="cpu")
