@@ -44,15 +44,18 @@ def save_twins(directory: Path) -> tuple[Path, Path]:
     return packed, plain
 
 
-def save_large(directory: Path, *, packed: bool) -> int:
-    """A gpt-oss in bf16 of three layers, 96 MiB of experts in each; the bytes of one's in bf16."""
+def save_large(directory: Path, *, packed: bool, width: int = 1024) -> int:
+    """A gpt-oss in bf16 of three layers, 96 MiB of experts in each; the bytes of one's in bf16.
+
+    With another ``width`` of an expert its share of that.
+    """
     import transformers
 
     from loram_cli.arch.registry import family_for
     from loram_cli.checkpoint.index import read_config
 
     transformers.GptOssConfig(
-        vocab_size=258, hidden_size=512, intermediate_size=1024, num_hidden_layers=3,
+        vocab_size=258, hidden_size=512, intermediate_size=width, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_local_experts=32,
         num_experts_per_tok=4, max_position_embeddings=256, dtype="bfloat16", pad_token_id=1,
         bos_token_id=0, eos_token_id=0,

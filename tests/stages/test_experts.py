@@ -259,7 +259,8 @@ def test_layers_without_some_experts_are_fitted_and_recover(
     )  # fmt: skip
     first = align.run(spec, SILENT).manifest.results["chain"][0]
     errors = first["layer_errors"]
-    assert all(after <= before for before, after in errors.values()), errors
+    # Where no token reaches what went, there is nothing to make up for, and the fit rounds.
+    assert all(after <= max(before, 1e-12) for before, after in errors.values()), errors
     assert sum(after < before for before, after in errors.values()) >= len(errors) - 1, errors
     adapted(tmp_path / "aligned", tmp_path / "adapter", instructions)
     check_recovery(tmp_path, base)
@@ -309,12 +310,18 @@ def test_pruning_holds_no_more_than_the_experts_of_two_layers(
 
     from loram_cli.runs.manifest import Manifest
 
-    layer_bytes = save_large(tmp_path / "base", packed=packed)
+    def held(name: str) -> int:
+        command = [
+            sys.executable, "-m", "loram_cli", "prune", "--model", f"{name}/base", "--out",
+            f"{name}/pruned", "--experts-ratio", "0.5", "--experts-importance", importance,
+            "--calibration", str(text_file), "--calibration-samples", "4",
+            "--calibration-length", "24", "--device", "cpu",
+        ]  # fmt: skip
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        return Manifest.read(tmp_path / name / "pruned").peak_memory_increase_bytes
+
+    layer_bytes = save_large(tmp_path / "large" / "base", packed=packed)
     assert layer_bytes == 96 * 2**20
-    command = [
-        sys.executable, "-m", "loram_cli", "prune", "--model", "base", "--out", "pruned",
-        "--experts-ratio", "0.5", "--experts-importance", importance, "--device", "cpu",
-        "--calibration", str(text_file), "--calibration-samples", "4", "--calibration-length", "24",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    assert Manifest.read(tmp_path / "pruned").peak_memory_increase_bytes < 2 * layer_bytes
+    little_bytes = save_large(tmp_path / "small" / "base", packed=packed, width=64)
+    # Beside a small one: libraries that a stage imports take as much for both.
+    assert held("large") - held("small") < 2 * (layer_bytes - little_bytes)

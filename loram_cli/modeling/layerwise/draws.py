@@ -1,9 +1,9 @@
-"""Random numbers of dropout, drawn in the order of a pass through the whole model.
+"""Random numbers of dropout and of routers, drawn in the order of a pass through the whole model.
 
 A resident model draws its masks micro-batch by micro-batch, and in each of them layer by layer;
 where all micro-batches pass a layer before the next one comes, the order is another. The state
 from which each part draws is therefore found beforehand: what each part draws is known by the
-shapes that its dropouts are given, and drawing as much once more takes the generator to where the
+shapes that its calls are given, and drawing as much once more takes the generator to where the
 next part begins. Masks are then those of the resident model, to the bit, and those of a layer's
 second run are those of its first.
 """
@@ -24,6 +24,9 @@ from loram_cli.modeling.layerwise.parts import ModelParts
 # Sequences and tokens of two small passes. Every size of a shape that depends on either is told by
 # them: no two of 2, 3 and 6 become the same of 5, 7 and 35.
 _PROBES = ((2, 3), (5, 7))
+# A number for each element of what they are given: routers choose experts by some, and blur what
+# they see by others.
+_DRAWN = (torch.Tensor.exponential_, torch.Tensor.uniform_, torch.rand_like)
 
 
 def generator_state(device: torch.device) -> torch.Tensor:
@@ -54,7 +57,7 @@ class _Draw:
     """A call that draws.
 
     Attributes:
-        function: ``dropout``, or attention with dropout.
+        function: ``dropout``, attention with dropout, or one of :data:`_DRAWN`.
         args: Tensors as :class:`_Given`, of which a size may be a function of the numbers of
             sequences and tokens; all else as it was.
         kwargs: The same, by name.
@@ -79,7 +82,7 @@ class _Draw:
 
 
 class _Recorded(TorchFunctionMode):
-    """Note what every dropout is given, in order: modules call the function, and layers may too."""
+    """Note what every call that draws is given, in order: modules make them, and layers may too."""
 
     def __init__(self, draws: list[_Draw]) -> None:
         super().__init__()
@@ -90,8 +93,10 @@ class _Recorded(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         # Torch hands dropout's own on by name, however they were passed.
-        if (func is dropout and kwargs["p"] and kwargs["training"]) or (
-            func is scaled_dot_product_attention and kwargs.get("dropout_p")
+        if (
+            (func is dropout and kwargs["p"] and kwargs["training"])
+            or (func is scaled_dot_product_attention and kwargs.get("dropout_p"))
+            or func in _DRAWN
         ):
             told = {name: _given(value) for name, value in kwargs.items()}
             self._draws.append(_Draw(func, tuple(map(_given, args)), told))
@@ -120,7 +125,7 @@ class DrawOrder:
         device: Where it computes.
 
     Raises:
-        LoramError: It draws otherwise than by dropout and by torch's own attention.
+        LoramError: It draws otherwise than by these calls.
     """
 
     def __init__(self, parts: ModelParts, device: torch.device) -> None:
@@ -248,7 +253,7 @@ def _along_tokens(draw: _Draw, tokens: int) -> _Draw:
 def _unknown_draws() -> LoramError:
     return LoramError(
         "this model draws random numbers in training that --stream cannot repeat in its order",
-        "set the dropout rates in config.json to 0, pass --attention sdpa, or leave out --stream",
+        "set dropout and jitter in config.json to 0, pass --attention sdpa, or leave out --stream",
     )
 
 

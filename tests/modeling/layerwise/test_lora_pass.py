@@ -4,6 +4,7 @@ import gc
 import json
 import weakref
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -320,10 +321,23 @@ def test_every_dropout_of_a_config_is_the_resident_models(family, rates, attenti
         assert_equal(passes, batches, expected)
 
 
+@pytest.mark.slow
+def test_routers_that_blur_what_they_see_draw_as_in_a_resident_pass(tmp_path):
+    mixtral = next(variant for variant in VARIANTS if variant.name == "mixtral")
+    blurred = replace(mixtral, changes={**mixtral.changes, "router_jitter_noise": 0.1})
+    directory = blurred.save(tmp_path / "blurred")
+    batches = micro_batches()
+    expected = resident(directory, batches, dropout=0.1)
+    without = resident(mixtral.save(tmp_path / "plain"), batches, dropout=0.1)
+    assert not torch.equal(expected[0][0], without[0][0])
+    with streamed(directory, dropout=0.1) as passes:
+        assert_equal(passes, batches, expected)
+
+
 def test_draws_of_another_kind_are_refused(base):
     with streamed(base, dropout=0.1) as passes:
         passes.parts.layers[1].mlp.register_forward_pre_hook(
-            lambda _, given: (given[0] * (1 + 0.01 * torch.rand_like(given[0])),)
+            lambda _, given: (given[0] * (1 + 0.01 * torch.randn_like(given[0])),)
         )
         with pytest.raises(LoramError, match="draws random numbers"):
             passes.accumulate(micro_batches(), 100)
