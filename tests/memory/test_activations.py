@@ -13,7 +13,6 @@ from loram_cli.arch.registry import family_for
 from loram_cli.memory.activations import activations
 from loram_cli.memory.setup import TrainingSetup
 from loram_cli.modeling.chunked_loss import chunked_loss
-from loram_cli.modeling.quantize import prepare_for_training
 from loram_cli.modeling.random_model import random_causal_lm
 from loram_cli.training.adapters import attach_lora, lora_config
 
@@ -49,8 +48,6 @@ def build(setup, config):
         attention=setup.attention,
         nf4=setup.quantize == "nf4",
     )
-    if setup.quantize:
-        prepare_for_training(model)
     targets = [*family.lora_targets, family.lm_head_target]
     model = attach_lora(
         model, lora_config(targets, rank=setup.rank, dropout=setup.dropout), seed=0
