@@ -8,6 +8,8 @@ from loram_cli.schema import Bytes, redefined, setting
 from loram_cli.stages.fit.spec import FitSpec
 from loram_cli.units import GIB
 
+Trained = Literal["all", "norms", "lora"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlignSettings(FitSpec):
@@ -63,6 +65,13 @@ class AlignSettings(FitSpec):
         1e-3, help="reconstruct: their rate, falling linearly.", above=0
     )
     distill_temperature: float = setting(1.0, help="distill: softens both distributions.", above=0)
+    trained: Trained = setting(
+        "all",
+        help="distill and pretrain: train all weights, norms and biases alone, or LoRA factors on "
+        "the linears, which are then merged.",
+        in_key="changed",
+    )
+    rank: int = setting(16, help="--trained lora: LoRA r.", at_least=1, in_key="changed")
     train_lm_head: bool = setting(
         False, help="Train the output head too; the reference code freezes it."
     )

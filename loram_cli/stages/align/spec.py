@@ -23,3 +23,10 @@ class AlignSpec(AlignSettings):
         super().check()
         if not self.method or len(set(self.method)) != len(self.method):
             raise UsageError("--method: expected one or more methods, each once")
+        if self.trained == "lora" and self.fsdp:
+            raise UsageError(
+                "--trained lora does not go with --fsdp: factors are merged in one process",
+                "pass --trained norms or all",
+            )
+        if self.trained != "all" and self.train_lm_head:
+            raise UsageError(f"--train-lm-head does not go with --trained {self.trained}")

@@ -27,8 +27,8 @@ from loram_cli.runs.staging import SCRATCH_NAMES
 from loram_cli.runs.whole import damage, is_marked, mark_whole
 from loram_cli.schema import plain, revived
 from loram_cli.stages.align.methods.method import Alignment
-from loram_cli.stages.align.methods.pretrain import frozen_params
 from loram_cli.stages.align.methods.table import METHODS
+from loram_cli.stages.align.methods.trained import check_trained, trained_params
 from loram_cli.stages.align.spec import AlignSpec
 from loram_cli.stages.core.lifecycle import StageResult, stage_run
 from loram_cli.stages.core.lineage import check_base, describe_source
@@ -91,7 +91,7 @@ def plan(spec: AlignSpec, reporter: Reporter, *, count: bool = False) -> StagePl
     fits = [method for method in spec.method if METHODS[method].takes_steps]
     if fits:
         steps = len(fits) * spec.steps
-        figures |= {"trained_params": model.num_params - frozen_params(spec, model)}
+        figures |= {"trained_params": trained_params(spec, model)}
         figures |= {"steps": steps, "tokens": steps * spec.batch * spec.block_length}
     if count:
         figures |= _counted(spec, reporter)
@@ -127,6 +127,8 @@ def run(spec: AlignSpec, reporter: Reporter) -> StageResult:
             return stage.finished
         # Activations are not in the count, and what makes them less would not help.
         smaller = [] if spec.method == ("reconstruct",) else ["--method reconstruct"]
+        if smaller and spec.trained == "all":
+            smaller.append("--trained norms")
         warn_of_memory(planned, smaller, device, reporter)
         return stage.commit(
             _align(spec, planned, device, stage.path, stage.restart_meter, reporter)
@@ -150,6 +152,8 @@ def _check_methods(spec: AlignSpec, manifest: Manifest, model: Model) -> None:
                 f"{'holds its linears as factors' if whole_layers else 'lacks whole layers'}",
                 "pass --method distill or pretrain",
             )
+    if any(METHODS[name].takes_steps for name in spec.method):
+        check_trained(spec, model, bool(manifest.sparsity))
     if process_count() > 1 and not (
         len(spec.method) == 1 and METHODS[spec.method[0]].several_processes
     ):

@@ -48,25 +48,19 @@ def fit_causal_text(
     work_dir: Path,
     reporter: Reporter,
     *,
-    train_lm_head: bool = False,
     masked: Sequence[str] = (),
     teaching: "Teaching | None" = None,
 ) -> FitResult:
-    """Train every parameter of a pruned model on packed text: its words, or a teacher's logits.
-
-    The output head stays frozen by default, as in the paper's reference code. With tied
-    embeddings the head is the embedding, and so both stay frozen: that matrix is the one part
-    of the pruned model that the full model shares entry by entry, and the adapter will meet the
-    original one.
+    """Train a pruned model on packed text: its words, or a teacher's logits.
 
     Args:
-        model: A causal LM, changed in place; parameters become fp32.
+        model: A causal LM of which some parameters require gradients, changed in place; those
+            become fp32.
         train: Packed blocks, see :func:`.tokens.pack_tokens`.
         evaluation: Blocks set aside; may be empty.
         options: How.
         work_dir: Where checkpoints are kept.
         reporter: Progress and warnings.
-        train_lm_head: Train the output head as well.
         masked: Names of weights whose zeros are to stay, see :mod:`.masks`.
         teaching: The full model to learn from; None learns the text itself. Evaluation losses
             are of the text either way.
@@ -76,12 +70,6 @@ def fit_causal_text(
         KeyboardInterrupt: After Ctrl-C, once the checkpoint of the step under way is written;
             after SIGTERM, what its handler raises.
     """
-    model.requires_grad_(True)
-    if not train_lm_head:
-        head = model.get_output_embeddings()
-        head.requires_grad_(False)
-        if head.weight is model.get_input_embeddings().weight:
-            reporter.note("embeddings are tied: lm_head is frozen, and the embedding with it")
     hooks = keep_zeros(model, masked)
     try:
         label = "align" if teaching is None else "distill"

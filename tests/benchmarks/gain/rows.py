@@ -45,14 +45,23 @@ class Row:
 # and half of the tokens from each.
 _WIKI_8K = ("--data", "{text}", "--method", "reconstruct", "--calibration-samples", "16")
 _MIXED_32K = ("--data", "{mixed}", "--method", "reconstruct", "--calibration-samples", "64")
-_STEPS = (
-    "--steps", "40", "--batch", "4", "--micro-batch", "4", "--warmup-steps", "4",
-    "--learning-rate", "6e-4", "--precision", "bf16", "--eval-rows", "4",
-)  # fmt: skip
+
+
+def _steps(rate: str, *more: str) -> Flags:
+    return (
+        "--steps", "40", "--batch", "4", "--micro-batch", "4", "--warmup-steps", "4",
+        "--learning-rate", rate, "--precision", "bf16", "--eval-rows", "4", *more,
+    )  # fmt: skip
+
+
+_STEPS = _steps("6e-4")
 _DISTILLED = ("--data", "{mixed}", "--method", "distill", *_STEPS)
 _BOTH = (
     "--data", "{mixed}", "--method", "reconstruct,distill", "--calibration-samples", "64", *_STEPS,
 )  # fmt: skip
+# Of what stays near the base's weights: norms and biases, or factors that are merged.
+_NORMS = _steps("2e-3", "--trained", "norms")
+_FACTORS = _steps("5e-4", "--trained", "lora")
 _NF4 = ("--quantize", "nf4")
 _TRAIN_131K = (
     "--data", "{train}", "--method", "reconstruct", "--calibration-samples", "256",
@@ -149,6 +158,27 @@ _OTHERS = (
         decides=True,
     ),
     Row(
+        name="stru-0.65-obs-8k",
+        label="stru 0.65 by obs, reconstruct, 8k tokens, half of them training data",
+        prune=_stru(0.65),
+        align=(*_MIXED_32K[:-1], "16"),
+        scaled=True,
+    ),
+    *(
+        Row(
+            name=f"stru-0.65-obs-{name}",
+            label=f"stru 0.65 by obs, reconstruct, then distill {what}, 115k tokens",
+            prune=_stru(0.65),
+            align=(*_BOTH[:6], *steps),
+            scaled=True,
+        )
+        for name, what, steps in (
+            ("norms", "norms alone", _NORMS),
+            ("factors", "factors of rank 16", _FACTORS),
+            ("distill", "all weights", _STEPS),
+        )
+    ),
+    Row(
         name="stru-0.65-wanda",
         label="stru 0.65 by wanda, reconstruct, 32k tokens",
         prune=_stru(0.65, "wanda"),
@@ -230,17 +260,26 @@ _BOTH_SIDES = tuple(
 )
 
 # Codes of a trellis: in groups of 64, whose byte holds a step only.
-_ON_TRELLIS = tuple(
+_ON_TRELLIS = (
     Row(
-        name=f"lowbit-{bits}-trellis",
-        label=f"{bits} bits on a trellis by {importance}, not aligned",
-        prune=_trellis(bits, importance),
-        scaled=bits == 2,
-        polish=True,
-        quick=True,
-        decides=True,
-    )
-    for bits, importance in ((3, "gptq"), (2, "yaqa"))
+        name="lowbit-2-trellis-norms",
+        label="2 bits on a trellis by yaqa, distill norms alone, 82k tokens",
+        prune=_trellis(2, "yaqa"),
+        align=("--data", "{mixed}", "--method", "distill", *_NORMS),
+        scaled=True,
+    ),
+    *(
+        Row(
+            name=f"lowbit-{bits}-trellis",
+            label=f"{bits} bits on a trellis by {importance}, not aligned",
+            prune=_trellis(bits, importance),
+            scaled=bits == 2,
+            polish=True,
+            quick=True,
+            decides=True,
+        )
+        for bits, importance in ((3, "gptq"), (2, "yaqa"))
+    ),
 )
 
 # Narrow and of few bits: pruned and fitted first, then rounded.
@@ -270,6 +309,7 @@ _RATIOS = tuple(
         prune=flags(ratio),
         align=align,
         train=train,
+        scaled=True,
     )
     for name, flags in (("stru", _stru), ("rand", _rand))
     for ratio in (0.2, 0.35, 0.5, 0.65)

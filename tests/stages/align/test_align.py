@@ -201,6 +201,75 @@ def test_distillation_comes_nearer_to_the_full_model(text_file, tmp_path):
     assert near < 0.9 * far
 
 
+@pytest.mark.parametrize("method", ["distill", "pretrain"])
+@pytest.mark.parametrize("trained", ["norms", "lora"])
+def test_norms_or_factors_alone_are_trained(pruned, text_file, tmp_path, method, trained):
+    spec = align_spec(pruned, tmp_path / "out", text_file, method=(method,), trained=trained)
+    planned = align.plan(spec, SILENT)
+    results = align.run(spec, SILENT).manifest.results
+    assert results["trained_params"] == planned.figures["trained_params"]
+    before, after = tensors(pruned), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    norms = {name for name, tensor in before.items() if tensor.dim() == 1}
+    linears = {name for name in before.keys() - norms if ".layers." in name}
+    assert moved == (norms if trained == "norms" else linears)
+    if trained == "lora":
+        name = "model.layers.1.mlp.up_proj.weight"
+        update = (after[name] - before[name]).float()
+        assert torch.linalg.matrix_rank(update, rtol=1e-3) <= 16
+    # Of a model that is frozen, only what is trained has moments.
+    all_of_it = align.plan(replace(spec, trained="all", out=tmp_path / "all"), SILENT)
+    assert planned.memory_bytes < all_of_it.memory_bytes
+
+
+def test_a_model_near_the_base_is_distilled_by_its_norms(text_file, tmp_path):
+    base = make_base(tmp_path / "base", initializer_range=0.2)
+    pruned = prune_half(base, tmp_path / "pruned")
+    losses = {}
+    for trained in ("norms", "lora"):
+        spec = align_spec(
+            pruned, tmp_path / trained, text_file, method=("pretrain",), trained=trained, steps=20,
+            learning_rate=1e-2,
+        )  # fmt: skip
+        results = align.run(spec, SILENT).manifest.results
+        losses[trained] = results["eval_loss_after"] - results["eval_loss_before"]
+    assert max(losses.values()) < -0.05
+
+
+def test_factors_are_not_merged_into_zeros_or_factors(base, text_file, tmp_path):
+    ways = {"unst": {"ratio": 0.5, "importance": "l2"}, "lowrank": {"ratio": 0.5}}
+    for strategy, settings in ways.items():
+        calibration: dict[str, object] = {}
+        if strategy == "lowrank":
+            calibration = {"calibration": str(text_file), "calibration_samples": 8}
+        spec = prune.PruneSpec(
+            model=base, out=tmp_path / strategy, strategy=strategy, **settings, **calibration,
+            **KEEP,
+        )  # fmt: skip
+        prune.run(spec, SILENT)
+        how = align_spec(tmp_path / strategy, tmp_path / "x", text_file, trained="lora")
+        with pytest.raises(UsageError, match="--trained lora: "):
+            align.run(how, SILENT)
+    with pytest.raises(UsageError, match="--trained lora does not go with --fsdp"):
+        align_spec(tmp_path, tmp_path / "x", text_file, trained="lora", fsdp=True)
+    with pytest.raises(UsageError, match="--train-lm-head does not go with --trained norms"):
+        align_spec(tmp_path, tmp_path / "x", text_file, trained="norms", train_lm_head=True)
+
+
+def test_all_but_the_head_is_trained_unless_asked(base, text_file, tmp_path):
+    tied = make_base(tmp_path / "tied", tie_word_embeddings=True)
+    for model, heads in ((base, {"lm_head.weight"}), (tied, {"model.embed_tokens.weight"})):
+        pruned = prune_half(model, tmp_path / f"{model.name}-pruned")
+        reporter = WarningRecorder()
+        for trains_head in (False, True):
+            out = tmp_path / f"{model.name}-{trains_head}"
+            align.run(align_spec(pruned, out, text_file, train_lm_head=trains_head), reporter)
+            before, after = tensors(pruned), tensors(out)
+            kept = {name for name in before if torch.equal(before[name], after[name])}
+            assert kept == (set() if trains_head else heads)
+
+
 def test_zeroed_weights_stay_zero_in_distillation(base, text_file, tmp_path):
     sparse = tmp_path / "sparse"
     pruning = {"strategy": "unst", "ratio": 0.5, "importance": "l2"}

@@ -68,6 +68,18 @@ def chain(base: Path, text_file: Path, instructions: Path, tmp_path_factory) -> 
     return run
 
 
+def test_norms_alone_are_trained_and_codes_stay(chain: Path, text_file: Path, tmp_path: Path):
+    spec = align_spec(
+        chain / "pruned", tmp_path / "out", text_file, method=("pretrain",), trained="norms"
+    )
+    align.run(spec, SILENT)
+    before, after = (load_file(d / "model.safetensors") for d in (chain / "pruned", spec.out))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name, tensor in before.items() if tensor.dim() == 1}
+    with pytest.raises(UsageError, match="not merged into the few bits of"):
+        align.plan(replace(spec, trained="lora"), SILENT)
+
+
 @pytest.mark.slow
 def test_codes_of_a_trellis_go_the_whole_way(
     base: Path, text_file: Path, instructions: Path, tmp_path: Path

@@ -1,4 +1,4 @@
-"""Method ``distill``: all parameters learn the full model's next-token distribution."""
+"""Method ``distill``: the full model's next-token distribution is learnt."""
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.reporting import Reporter
@@ -9,7 +9,7 @@ from loram_cli.stages.core.results import MethodResult
 
 
 def distill(work: Alignment, reporter: Reporter) -> MethodResult:
-    """Train all parameters towards the full model's next-token distribution."""
+    """Train towards the full model's next-token distribution."""
     import torch
 
     from loram_cli.modeling.load import load_causal_lm

@@ -50,6 +50,8 @@ def write_low_bit(
         for name, tensor in plan.items():
             if name in trained:
                 writer.write(name, trained[name].packed().cpu())
+            elif isinstance(entries[name], PackedEntry):  # of codes that were not trained
+                writer.write(name, reader.read_packed(name))
             elif name in parameters:
                 writer.write(name, parameters[name].detach().to("cpu", tensor.dtype))
             else:  # a stored twin of a tied head

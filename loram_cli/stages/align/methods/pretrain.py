@@ -1,43 +1,41 @@
-"""Method ``pretrain``: continued pre-training of all parameters (paper, section 3.3)."""
+"""Method ``pretrain``: continued pre-training (paper, section 3.3)."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
+from loram_cli.memory.account import BF16_BYTES, FP32_BYTES
 from loram_cli.memory.sharing import GATHERED_LAYERS, gathered_bytes
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import process_count
 from loram_cli.stages.align.methods.method import Alignment, Method, Needs
+from loram_cli.stages.align.methods.trained import merged, trained_params, with_trained
 from loram_cli.stages.align.settings import AlignSettings
 from loram_cli.stages.core.results import MethodResult
 
 if TYPE_CHECKING:
     from loram_cli.training.loop.distill import Teaching
 
-_FP32_BYTES = 4
-
 
 def pretrain(work: Alignment, reporter: Reporter) -> MethodResult:
-    """Continue pre-training of all parameters."""
+    """Continue pre-training."""
     return fit(work, None, "Alignment of the pruned model", reporter)
-
-
-def frozen_params(spec: AlignSettings, model: Model) -> int:
-    """Parameters that stay frozen: those of an untied head, unless it is trained too."""
-    head = model.index.tensors.get(f"{model.family.lm_head}.weight")
-    return 0 if head is None or spec.train_lm_head else math.prod(head.shape)
 
 
 def fit_needs(spec: AlignSettings, model: Model, base: Model | None) -> Needs:
     """fp32 weights, gradients and AdamW's two moments; checkpoints hold all but the gradients."""
-    params, frozen = model.num_params, frozen_params(spec, model)
+    params, trained = model.num_params, trained_params(spec, model)
+    # A checkpoint of factors holds nothing else.
+    saved = trained if spec.trained == "lora" else params
     # The next checkpoint is written before the one before last is removed.
-    disk = 3 * _FP32_BYTES * (3 * params - 2 * frozen)
-    memory = _FP32_BYTES * (4 * params - 3 * frozen)
+    disk = 3 * FP32_BYTES * (saved + 2 * trained)
+    memory = FP32_BYTES * (params + 3 * trained)
+    if spec.trained != "all":
+        in_fp32 = spec.precision == "fp32" or (spec.precision == "auto" and spec.device == "cpu")
+        memory = (FP32_BYTES if in_fp32 else BF16_BYTES) * params + 4 * FP32_BYTES * trained
     if spec.fsdp:
         layer, after = gathered_bytes(
-            model.family, model.config, lambda name, params: _FP32_BYTES * params
+            model.family, model.config, lambda name, params: FP32_BYTES * params
         )
         memory = -(-memory // process_count()) + (GATHERED_LAYERS + 1) * layer + 2 * after
     return Needs(disk, memory)
@@ -46,7 +44,7 @@ def fit_needs(spec: AlignSettings, model: Model, base: Model | None) -> Needs:
 def fit(
     work: Alignment, teaching: "Teaching | None", title: str, reporter: Reporter
 ) -> MethodResult:
-    """Train all parameters, and write the model in the type that it was stored in."""
+    """Train what ``--trained`` says, and write the model in the type that it was stored in."""
     import shutil
 
     import torch
@@ -58,6 +56,7 @@ def fit(
     from loram_cli.stages.align.methods.low_bit import with_trained_codes, write_low_bit
     from loram_cli.stages.fit.run import finish_fit, fit_options
     from loram_cli.training.loop.loop import fit_causal_text, save_causal_lm
+    from loram_cli.training.loop.options import weights_dtype
 
     spec, source = work.spec, work.source
     if source.low_bit is not None and process_count() > 1:
@@ -66,8 +65,9 @@ def fit(
             "align without a launcher",
         )
     # Master weights in fp32: steps of 5e-5 vanish in bfloat16's eight bits.
+    dtype = torch.float32 if spec.trained == "all" else weights_dtype(spec.precision, work.device)
     how: dict[str, Any] = {
-        "dtype": torch.float32,
+        "dtype": dtype,
         "device": work.device,
         "attention": spec.attention,
     }
@@ -77,7 +77,10 @@ def fit(
         model = shared.model
     else:
         model = load_causal_lm(source, **how)
-    codes = with_trained_codes(model, source, work.device) if source.low_bit else {}
+    codes = {}
+    if source.low_bit is not None and spec.trained == "all":
+        codes = with_trained_codes(model, source, work.device)
+    model = with_trained(model, source, spec, reporter)
     masked = list(source.linear_names) if work.sparse else []
     fitted = fit_causal_text(
         model.train(),
@@ -86,14 +89,14 @@ def fit(
         fit_options(spec),
         work.out,
         reporter,
-        train_lm_head=spec.train_lm_head,
         masked=masked,
         teaching=teaching,
     )
     losses = finish_fit(fitted, work.out, title)
+    model = merged(model, spec)
     zeros = _count_zeros(model, masked, source) if work.sparse else None
     stored = source.dtype.to_torch()
-    if codes:
+    if source.low_bit is not None:
         write_low_bit(model, codes, source, work.out)
     elif spec.fsdp:
         write_whole(model, work.out, stored)
