@@ -41,10 +41,12 @@ class OutputGradients:
 
     Args:
         directory: Where the files go, of :func:`kept_params` for each module in two bytes.
+        instead: The importance that does without, for what is said where they cannot be had.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, instead: str = "gptq") -> None:
         self._directory = directory
+        self._instead = instead
         self._files: dict[str, Path] = {}
 
     def __enter__(self) -> "OutputGradients":
@@ -110,7 +112,7 @@ class OutputGradients:
         if unreached:
             raise LoramError(
                 f"{prefix}{unreached[0]}: the loss's gradient does not reach it",
-                "pass --importance gptq",
+                f"pass --importance {self._instead}",
             )
         file = self._directory / f"{prefix}safetensors"
         tensors = {
@@ -121,7 +123,7 @@ class OutputGradients:
         except (OSError, SafetensorError) as error:
             raise LoramError(
                 f"{file}: gradients cannot be kept on disk ({error})",
-                "free some of it, or pass --importance gptq",
+                f"free some of it, or pass --importance {self._instead}",
             ) from error
         self._files |= dict.fromkeys(tensors, file)
 
