@@ -156,13 +156,6 @@ def with_experts(layer: LayerGeometry, count: int) -> LayerGeometry:
     return replace(layer, num_experts=count, top_k=min(layer.top_k, reached))
 
 
-def group_axis(module: LinearModule) -> str | None:
-    """The groups that a module's input runs over; None where it is not cut."""
-    if len(module.columns) != 1 or module.columns[0] not in PRUNED_AXES:
-        return None
-    return "intermediate" if module.columns[0] == "intermediate" else "key_value"
-
-
 def params_per_group(
     family: Family, config: Mapping[str, Any], layer: LayerGeometry
 ) -> dict[str, int]:

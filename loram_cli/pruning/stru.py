@@ -27,6 +27,6 @@ STRATEGY = Strategy(
     summary="ranked groups",
     ratio=0.65,
     paper_ratios=(0.65, 0.75, 0.85, 0.95),
-    importances=("taylor", "l2", "wanda", "obs", "surgeon"),
+    importances=("taylor", "l2", "wanda", "obs"),
     keep=keep_highest,
 )

@@ -199,7 +199,7 @@ def test_linears_as_factors_train_and_recover(
 
 @pytest.mark.slow
 @EVERY
-@pytest.mark.parametrize("importance", ["obs", "surgeon", "wanda"])
+@pytest.mark.parametrize("importance", ["obs", "wanda"])
 def test_groups_ranked_by_activations_recover(
     variant: Variant, importance: str, text_file: Path, instructions: Path, tmp_path: Path
 ):

@@ -41,12 +41,10 @@ class OutputGradients:
 
     Args:
         directory: Where the files go, of :func:`kept_params` for each module in two bytes.
-        instead: The importance that does without, for what is said where they cannot be had.
     """
 
-    def __init__(self, directory: Path, instead: str = "gptq") -> None:
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._instead = instead
         self._files: dict[str, Path] = {}
 
     def __enter__(self) -> "OutputGradients":
@@ -112,7 +110,7 @@ class OutputGradients:
         if unreached:
             raise LoramError(
                 f"{prefix}{unreached[0]}: the loss's gradient does not reach it",
-                f"pass --importance {self._instead}",
+                "pass --importance gptq",
             )
         file = self._directory / f"{prefix}safetensors"
         tensors = {
@@ -123,7 +121,7 @@ class OutputGradients:
         except (OSError, SafetensorError) as error:
             raise LoramError(
                 f"{file}: gradients cannot be kept on disk ({error})",
-                f"free some of it, or pass --importance {self._instead}",
+                "free some of it, or pass --importance gptq",
             ) from error
         self._files |= dict.fromkeys(tensors, file)
 

@@ -1,25 +1,20 @@
 """What calibrated pruning reads and holds: windows of text, and hidden states between layers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from loram_cli.arch.spec import Family
 from loram_cli.checkpoint.model import Model
 from loram_cli.errors import UsageError
 from loram_cli.memory.account import BF16_BYTES, FP32_BYTES
 from loram_cli.modeling.layerwise.gradients import boundaries_kept
-from loram_cli.modeling.layerwise.output_gradients import OutputGradients, kept_params
+from loram_cli.modeling.layerwise.output_gradients import kept_params
 from loram_cli.modeling.layerwise.states import BoundaryPool, computed_dtype
 from loram_cli.modeling.layerwise.stream import LayerStream
 from loram_cli.modeling.load import load_tokenizer
 from loram_cli.pruning.calibrate import calibration_windows
-from loram_cli.pruning.groups import group_axis
 from loram_cli.pruning.sparsegpt import hessian_bytes
-from loram_cli.reporting import Reporter
 from loram_cli.stages.core.results import CalibrationFigures
 from loram_cli.stages.prune.spec import CALIBRATED, EXPERTS_CALIBRATED, PruneSpec
 from loram_cli.training.data.documents import load_text
@@ -33,10 +28,9 @@ _DEFAULT_WINDOWS = {
     "gptq": (64, 384),
     "yaqa": (64, 384),
 }
-_BY_HESSIAN = ("sparsegpt", "wanda", "obs", "surgeon", "svd", "gptq", "yaqa")
-_BY_OUTPUT_GRADIENTS = ("yaqa", "surgeon")
+_BY_HESSIAN = ("sparsegpt", "wanda", "obs", "svd", "gptq", "yaqa")
 _OTHER_WINDOWS = (32, 512)
-# Tokens of the windows that gradients of outputs are taken on: more tell little more.
+# Tokens of the windows that "yaqa" takes gradients on: more tell little more.
 _GRADIENT_TOKENS = 16384
 # A router spreads tokens over all experts: each must have seen some hundred.
 _EXPERT_WINDOWS = (128, 512)
@@ -128,24 +122,18 @@ def calibration_needs(
     if method not in _BY_HESSIAN:
         return needs
     widest = hessian_bytes(model.family, config)
-    if method not in _BY_OUTPUT_GRADIENTS:
+    if method != "yaqa":
         return replace(needs, hessian_bytes=widest)
     some = min(samples, max(1, _GRADIENT_TOKENS // length))
     gradients = _held(spec, model, some, length, boundaries_kept(model.num_layers, 0))
-    modules = _watched_modules(method, model.family)
-    inside = {f"{module}.weight" for module in modules}
-    watched = [n for n in model.linear_names if model.family.split_layer(n)[1] in inside]
-    outputs = [model.shapes[name][0] for name in watched]
+    outputs = [model.shapes[name][0] for name in model.linear_names]
     kept = [kept_params(rows) for rows in outputs]
-    summed = FP32_BYTES * sum(kept[: len(modules)])
+    summed = FP32_BYTES * sum(kept[: len(model.family.modules)])
     return replace(
         needs,
         memory_bytes=max(needs.memory_bytes, gradients.memory_bytes),
         disk_bytes=max(needs.disk_bytes, gradients.disk_bytes) + BF16_BYTES * sum(kept),
-        # yaqa factors a matrix over the outputs besides.
-        hessian_bytes=max(widest + 4 * FP32_BYTES * max(outputs) ** 2, summed)
-        if method == "yaqa"
-        else max(widest, summed),
+        hessian_bytes=max(widest + 4 * FP32_BYTES * max(outputs) ** 2, summed),
         gradients=gradients,
     )
 
@@ -171,42 +159,6 @@ def load_windows(spec: PruneSpec, needs: CalibrationNeeds) -> torch.Tensor:
     texts = load_text(spec.calibration)
     tokenizer = load_tokenizer(spec.read)
     return calibration_windows(texts, tokenizer, needs.samples, needs.length, spec.seed)
-
-
-def _watched_modules(method: str, family: Family) -> tuple[str, ...]:
-    """Linears whose outputs' gradients count: all, or those whose inputs are cut."""
-    cut = method == "surgeon"
-    return tuple(m.name for m in family.modules if not cut or group_axis(m) is not None)
-
-
-@contextmanager
-def output_gradients(
-    spec: PruneSpec,
-    model: Model,
-    needs: CalibrationNeeds,
-    windows: torch.Tensor,
-    work: Path,
-    reporter: Reporter,
-) -> Iterator[OutputGradients | None]:
-    """How the loss's gradients by outputs vary, while a method works; None where it takes none.
-
-    Raises:
-        LoramError: See :meth:`.OutputGradients.collect`.
-    """
-    if needs.gradients is None:
-        yield None
-        return
-    assert spec.method is not None
-    instead = "gptq" if spec.method == "yaqa" else "obs"
-    with OutputGradients(work / "gradients", instead) as gradients:
-        with (
-            LayerStream(model, spec.device) as stream,
-            open_pool(spec, needs.gradients, stream, work) as pool,
-        ):
-            modules = _watched_modules(spec.method, model.family)
-            part = windows[: needs.gradients.samples]
-            gradients.collect(stream, part, modules, pool, reporter)
-        yield gradients
 
 
 def open_pool(

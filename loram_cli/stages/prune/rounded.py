@@ -9,6 +9,7 @@ from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import Codes, dequantize, pack
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.memory.account import BF16_BYTES
+from loram_cli.modeling.layerwise.output_gradients import OutputGradients
 from loram_cli.modeling.layerwise.sparsegpt_pass import changed_layers
 from loram_cli.modeling.layerwise.stream import LayerStream
 from loram_cli.pruning.rounding import (
@@ -19,7 +20,7 @@ from loram_cli.pruning.rounding import (
 from loram_cli.pruning.sparsegpt import Hessian
 from loram_cli.reporting import Reporter
 from loram_cli.stages.core.results import PruneResult
-from loram_cli.stages.prune.calibration import load_windows, open_pool, output_gradients
+from loram_cli.stages.prune.calibration import load_windows, open_pool
 from loram_cli.stages.prune.plan import PruneWork
 from loram_cli.stages.prune.rewrite import Changes, write_linears_changed
 from loram_cli.stages.prune.spec import PruneSpec
@@ -104,13 +105,20 @@ def _by_feedback(
     rows: dict[str, _Row] = {}
     windows = load_windows(spec, needs)
     modules = [module.name for module in work.model.family.modules]
-    with output_gradients(spec, work.model, needs, windows, directory, reporter) as gradients:
+    with OutputGradients(directory / "gradients") as gradients:
+        if needs.gradients is not None:
+            with (
+                LayerStream(work.model, spec.device) as stream,
+                open_pool(spec, needs.gradients, stream, directory) as pool,
+            ):
+                part = windows[: needs.gradients.samples]
+                gradients.collect(stream, part, modules, pool, reporter)
 
         def change(weights: dict[str, torch.Tensor], hessian: Hessian) -> dict[str, torch.Tensor]:
             changed = {}
             for name, weight in weights.items():
                 how = (low_bit, spec.dampening, name, spec.block_columns)
-                if gradients is None:
+                if needs.gradients is None:
                     codes = round_with_feedback(weight, hessian, *how)
                 else:
                     codes = round_on_both_sides(weight, hessian, gradients.take(name), *how)

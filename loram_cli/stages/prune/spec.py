@@ -33,16 +33,14 @@ from loram_cli.units import GIB
 # The ways to say how much goes; one of them is given, or the strategy's own ratio is taken.
 AMOUNTS = ("ratio", "plan", "target_params", "fit_memory")
 Importance = Literal[
-    "taylor", "l2", "wanda", "obs", "surgeon", "sparsegpt", "cosine", "svd", "gptq", "yaqa",
-    "nearest",
-]  # fmt: skip
+    "taylor", "l2", "wanda", "obs", "sparsegpt", "cosine", "svd", "gptq", "yaqa", "nearest"
+]
 
 # What needs text, and what for.
 CALIBRATED = {
     "taylor": "ranks by gradients on text",
     "wanda": "ranks by activations on text",
     "obs": "ranks by activations on text",
-    "surgeon": "ranks by activations and gradients on text",
     "cosine": "ranks by hidden states on text",
     "sparsegpt": "updates on text",
     "gptq": "updates on text",
@@ -165,8 +163,8 @@ class PruneSpec(Spec):
     )
     importance: Importance | None = setting(
         None,
-        help="taylor, wanda, obs, surgeon (stru), sparsegpt (unst, semi), cosine (depth), "
-        "svd (lowrank), gptq, yaqa (lowbit), or l2, nearest (no data).",
+        help="taylor, wanda or obs (stru), sparsegpt (unst, semi), cosine (depth), svd (lowrank), "
+        "gptq, yaqa (lowbit), or l2, nearest (no data).",
         default_text="the strategy's first",
     )
     calibration: str | None = setting(
@@ -194,7 +192,7 @@ class PruneSpec(Spec):
     )
     dampening: float = setting(
         0.01,
-        help="sparsegpt, gptq, yaqa, obs, surgeon, svd: share of the Hessian's mean diagonal.",
+        help="sparsegpt, gptq, yaqa, obs, svd: share of the Hessian's mean diagonal.",
         at_least=0,
     )
     block_columns: int = setting(128, help="sparsegpt: columns per update.", at_least=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from loram_cli.arch.spec import LayerGeometry, LinearModule
+from loram_cli.arch.spec import PRUNED_AXES, LayerGeometry, LinearModule
 from loram_cli.checkpoint.background import one_torch_thread, read_ahead
 from loram_cli.checkpoint.reader import TensorReader
 from loram_cli.checkpoint.writer import ShardedWriter
@@ -16,7 +16,7 @@ from loram_cli.modeling.layerwise.gradients import layer_gradients
 from loram_cli.modeling.layerwise.sparsegpt_pass import changed_layers
 from loram_cli.modeling.layerwise.stream import LayerStream
 from loram_cli.pruning.column_scores import obs_scores, wanda_scores
-from loram_cli.pruning.groups import LayerKeep, group_axis, params_per_group
+from loram_cli.pruning.groups import LayerKeep, params_per_group
 from loram_cli.pruning.plan import pruned_layers
 from loram_cli.pruning.scores import (
     LayerScores,
@@ -32,7 +32,7 @@ from loram_cli.pruning.slicing import read_kept
 from loram_cli.pruning.sparsegpt import Hessian
 from loram_cli.pruning.strategy import LayerToPrune
 from loram_cli.reporting import Reporter
-from loram_cli.stages.prune.calibration import load_windows, open_pool, output_gradients
+from loram_cli.stages.prune.calibration import load_windows, open_pool
 from loram_cli.stages.prune.experts import choose_experts
 from loram_cli.stages.prune.plan import PruneWork
 from loram_cli.stages.prune.spec import PruneSpec
@@ -185,15 +185,11 @@ def _taylor_scores(
 def _column_scores(
     spec: PruneSpec, work: PruneWork, layers: range, directory: Path, reporter: Reporter
 ) -> dict[int, LayerScores]:
-    """Scores from what goes into the modules whose input is cut, and their weights.
-
-    Where gradients count as well, errors of the outputs are weighed by them (the curvature of LLM
-    Surgeon, arXiv 2312.17244, with obs's rounds).
-    """
+    """Scores from what goes into the modules whose input is cut, and their weights."""
     assert work.calibration is not None
     windows = load_windows(spec, work.calibration)
     family, before = work.model.family, work.before.layers
-    axes = {m.name: axis for m in family.modules if (axis := group_axis(m)) is not None}
+    axes = {m.name: axis for m in family.modules if (axis := _group_axis(m)) is not None}
     scores = {i: _no_scores(before[i]) for i in layers}
 
     def rank(weights: dict[str, torch.Tensor], hessian: Hessian) -> dict[str, torch.Tensor]:
@@ -205,16 +201,11 @@ def _column_scores(
                 mine = scores[layer][axes[module.name]]
                 if spec.method == "wanda":
                     mine += wanda_scores(weight, hessian.total, len(mine)).cpu()
-                    continue
-                if gradients is not None:
-                    weight = gradients.take(name).to(weight.device) @ weight.float()
-                mine += obs_scores(weight, hessian.total, len(mine), spec.dampening).cpu()
+                else:
+                    mine += obs_scores(weight, hessian.total, len(mine), spec.dampening).cpu()
         return {}
 
     with (
-        output_gradients(
-            spec, work.model, work.calibration, windows, directory, reporter
-        ) as gradients,
         LayerStream(work.model, spec.device) as stream,
         open_pool(spec, work.calibration, stream, directory) as pool,
     ):
@@ -223,12 +214,18 @@ def _column_scores(
     return scores
 
 
+def _group_axis(module: LinearModule) -> str | None:
+    """The groups that a module's input runs over; None where it is not cut."""
+    if len(module.columns) != 1 or module.columns[0] not in PRUNED_AXES:
+        return None
+    return "intermediate" if module.columns[0] == "intermediate" else "key_value"
+
+
 _SCORES = {
     "l2": _l2_scores,
     "taylor": _taylor_scores,
     "wanda": _column_scores,
     "obs": _column_scores,
-    "surgeon": _column_scores,
 }
 
 

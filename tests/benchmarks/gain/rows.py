@@ -179,14 +179,6 @@ _OTHERS = (
         )
     ),
     Row(
-        name="stru-0.65-surgeon",
-        label="stru 0.65 by surgeon, reconstruct, 32k tokens, half of them training data",
-        prune=_stru(0.65, "surgeon"),
-        align=_MIXED_32K,
-        scaled=True,
-        decides=True,
-    ),
-    Row(
         name="stru-0.65-wanda",
         label="stru 0.65 by wanda, reconstruct, 32k tokens",
         prune=_stru(0.65, "wanda"),
