@@ -32,7 +32,7 @@ def write_frontier(done: Mapping[str, Figures], base: str, file: Path) -> None:
     for entry in merged(done):
         row = rows[entry["name"]]
         # Two prunings, one after the other, are more than one command can choose.
-        if row.then:
+        if row.then or not row.choosable:
             continue
         alike = [p["kept"] for p in points if p["bytes"] == round(entry["bytes"], 4)]
         if alike and entry["kept"] < max(alike) + _NOISE:

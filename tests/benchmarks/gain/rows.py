@@ -23,6 +23,8 @@ class Row:
         polish: Whether exact steps on the full model follow recovery, scaled where it is.
         quick: Whether ``--quick`` runs it.
         decides: Whether it runs with every seed; other rows run with the first.
+        choosable: Whether ``prune --fit-memory`` may take it: not where alignment takes flags that
+            it does not say.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Row:
     polish: bool = False
     quick: bool = False
     decides: bool = False
+    choosable: bool = True
 
     def deciding(self) -> list[object]:
         """What its figures depend on."""
@@ -153,6 +156,7 @@ _OTHERS = (
         label="stru 0.65 by obs, reconstruct, 131k tokens of training data",
         prune=_stru(0.65),
         align=_TRAIN_131K,
+        choosable=False,
         scaled=True,
         polish=True,
         decides=True,
@@ -170,6 +174,7 @@ _OTHERS = (
             label=f"stru 0.65 by obs, reconstruct, then distill {what}, 115k tokens",
             prune=_stru(0.65),
             align=(*_BOTH[:6], *steps),
+            choosable=False,
             scaled=True,
         )
         for name, what, steps in (
@@ -266,6 +271,7 @@ _ON_TRELLIS = (
         label="2 bits on a trellis by yaqa, distill norms alone, 82k tokens",
         prune=_trellis(2, "yaqa"),
         align=("--data", "{mixed}", "--method", "distill", *_NORMS),
+        choosable=False,
         scaled=True,
     ),
     *(
