@@ -1,4 +1,4 @@
-"""Reporters for tests: one that keeps warnings, and one that ends the work in the middle."""
+"""Reporters for tests: one that keeps warnings and notes, and one that ends the work in the middle."""
 
 from contextlib import nullcontext
 
@@ -6,10 +6,14 @@ from loram_cli.reporting import NullReporter
 
 
 class WarningRecorder(NullReporter):
-    """Keeps the warnings it gets."""
+    """Keeps the warnings and the notes it gets."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
 
     def warn(self, line: str) -> None:
         self.warnings.append(line)

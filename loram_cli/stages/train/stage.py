@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import peft  # noqa: F401 - imported here so that its memory is not charged to training
 import transformers
@@ -64,6 +64,8 @@ from loram_cli.training.loop.options import FitResult, best_step, resolve_precis
 from loram_cli.training.streamed import streamed_within
 
 __all__ = ["TrainSpec", "plan", "run"]
+
+_Skeleton = TypeVar("_Skeleton", bound=SkeletonModel)
 
 
 @dataclass(frozen=True)
@@ -332,13 +334,7 @@ def _fit(
 ) -> FitResult:
     """Train, and write the adapter of the last step; the model is gone afterwards."""
     if spec.stream:
-        skeleton = SkeletonModel(
-            work.model,
-            dtype=weights_dtype(spec.precision, device),
-            device=device,
-            attention=spec.attention,
-            nf4=spec.quantize == "nf4",
-        )
+        skeleton = _skeleton(SkeletonModel, spec, work, device)
         model = _with_factors(skeleton.model, spec, work)
         setup = _setup(spec, work.targets, work.model.config, device)
         memory = _streamed_memory(spec, work.model.family, work.model.config, setup)
@@ -383,31 +379,30 @@ def _tell_start(spec: TrainSpec, work: TrainWork, reporter: Reporter) -> None:
 
 def _load(spec: TrainSpec, work: TrainWork, device: str, reporter: Reporter) -> Any:
     """The frozen model with LoRA factors on it."""
-    dtype = weights_dtype(spec.precision, device)
     if spec.fsdp:
-        shared = SharedModel(
-            work.model,
-            dtype=dtype,
-            device=device,
-            attention=spec.attention,
-            nf4=spec.quantize == "nf4",
-        )
+        shared = _skeleton(SharedModel, spec, work, device)
         model = _with_factors(shared.model, spec, work)
         shared.load(model, reporter)
         return model
     if spec.quantize or work.model.low_bit is not None:
-        skeleton = SkeletonModel(
-            work.model,
-            dtype=dtype,
-            device=device,
-            attention=spec.attention,
-            nf4=spec.quantize == "nf4",
-        )
+        skeleton = _skeleton(SkeletonModel, spec, work, device)
         model = _with_factors(skeleton.model, spec, work)
         fill_whole(skeleton, reporter)
         return model
+    dtype = weights_dtype(spec.precision, device)
     model = load_causal_lm(work.model, dtype=dtype, device=device, attention=spec.attention)
     return _with_factors(model, spec, work)
+
+
+def _skeleton(kind: type[_Skeleton], spec: TrainSpec, work: TrainWork, device: str) -> _Skeleton:
+    """The frozen model before its weights are there, in the form that is asked for."""
+    return kind(
+        work.model,
+        dtype=weights_dtype(spec.precision, device),
+        device=device,
+        attention=spec.attention,
+        nf4=spec.quantize == "nf4",
+    )
 
 
 def _with_factors(model: Any, spec: TrainSpec, work: TrainWork) -> Any:

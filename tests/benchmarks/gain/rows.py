@@ -47,7 +47,13 @@ class Row:
 # ``{text}``, ``{train}`` and ``{mixed}`` become the bench's data: general text, the training data,
 # and half of the tokens from each.
 _WIKI_8K = ("--data", "{text}", "--method", "reconstruct", "--calibration-samples", "16")
-_MIXED_32K = ("--data", "{mixed}", "--method", "reconstruct", "--calibration-samples", "64")
+
+
+def _mixed(samples: int) -> Flags:
+    return ("--data", "{mixed}", "--method", "reconstruct", "--calibration-samples", str(samples))
+
+
+_MIXED_32K = _mixed(64)
 
 
 def _steps(rate: str, *more: str) -> Flags:
@@ -59,9 +65,15 @@ def _steps(rate: str, *more: str) -> Flags:
 
 _STEPS = _steps("6e-4")
 _DISTILLED = ("--data", "{mixed}", "--method", "distill", *_STEPS)
-_BOTH = (
-    "--data", "{mixed}", "--method", "reconstruct,distill", "--calibration-samples", "64", *_STEPS,
-)  # fmt: skip
+
+
+def _both(steps: Flags) -> Flags:
+    return (
+        "--data", "{mixed}", "--method", "reconstruct,distill", "--calibration-samples", "64",
+        *steps,
+    )  # fmt: skip
+
+
 # Of what stays near the base's weights: norms and biases, or factors that are merged.
 _NORMS = _steps("2e-3", "--trained", "norms")
 _FACTORS = _steps("5e-4", "--trained", "lora")
@@ -136,7 +148,7 @@ _MADE = (
         name="stru-0.65-distill",
         label="stru 0.65 by taylor, reconstruct, then distill, 115k tokens",
         prune=_stru(0.65, "taylor"),
-        align=_BOTH,
+        align=_both(_STEPS),
     ),
 )
 
@@ -165,7 +177,7 @@ _OTHERS = (
         name="stru-0.65-obs-8k",
         label="stru 0.65 by obs, reconstruct, 8k tokens, half of them training data",
         prune=_stru(0.65),
-        align=(*_MIXED_32K[:-1], "16"),
+        align=_mixed(16),
         scaled=True,
     ),
     *(
@@ -173,7 +185,7 @@ _OTHERS = (
             name=f"stru-0.65-obs-{name}",
             label=f"stru 0.65 by obs, reconstruct, then distill {what}, 115k tokens",
             prune=_stru(0.65),
-            align=(*_BOTH[:6], *steps),
+            align=_both(steps),
             choosable=False,
             scaled=True,
         )

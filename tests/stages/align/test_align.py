@@ -261,10 +261,11 @@ def test_all_but_the_head_is_trained_unless_asked(base, text_file, tmp_path):
     tied = make_base(tmp_path / "tied", tie_word_embeddings=True)
     for model, heads in ((base, {"lm_head.weight"}), (tied, {"model.embed_tokens.weight"})):
         pruned = prune_half(model, tmp_path / f"{model.name}-pruned")
-        reporter = WarningRecorder()
         for trains_head in (False, True):
-            out = tmp_path / f"{model.name}-{trains_head}"
+            out, reporter = tmp_path / f"{model.name}-{trains_head}", WarningRecorder()
             align.run(align_spec(pruned, out, text_file, train_lm_head=trains_head), reporter)
+            told = any("embeddings are tied" in note for note in reporter.notes)
+            assert told == (model is tied and not trains_head)
             before, after = tensors(pruned), tensors(out)
             kept = {name for name in before if torch.equal(before[name], after[name])}
             assert kept == (set() if trains_head else heads)

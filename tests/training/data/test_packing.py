@@ -108,6 +108,11 @@ def test_gradients_are_those_of_one_example_at_a_time(with_lora, rows, packing):
         torch.testing.assert_close(mine[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
+# Their files say no: the GPTs' flash attention is not told of positions, though their masks are, and
+# a convolution tells too little of another example to be seen here.
+APART_ALL_THE_SAME = {"gpt_bigcode", "gpt_neo", "gptj", "lfm2-rounded"}
+
+
 def check_family(variant: Variant) -> None:
     """Logits of examples that share a row against those of each alone."""
     family = family_for({"model_type": variant.model_type}, "test")
@@ -125,10 +130,8 @@ def check_family(variant: Variant) -> None:
         float((shared[begin : begin + len(part)] - part).abs().max())
         for begin, part in ((0, alone[0]), (13, alone[1]))
     )
-    # Some say no though their masks would do: their flash attention is not told of positions.
-    assert gap < 5e-5 or not family.packs, f"{variant.name}: {gap}"
-    if variant.name == "falcon":  # and what is looked for is found
-        assert gap > 1e-3
+    apart = family.packs or variant.name in APART_ALL_THE_SAME
+    assert (gap < 5e-5) == apart, f"{variant.name}: {gap}, packs {family.packs}"
 
 
 @pytest.mark.integration

@@ -29,8 +29,9 @@ def fit_needs(spec: AlignSettings, model: Model, base: Model | None) -> Needs:
     saved = trained if spec.trained == "lora" else params
     # The next checkpoint is written before the one before last is removed.
     disk = 3 * FP32_BYTES * (saved + 2 * trained)
-    memory = FP32_BYTES * (params + 3 * trained)
-    if spec.trained != "all":
+    if spec.trained == "all":
+        memory = FP32_BYTES * (params + 3 * trained)
+    else:
         in_fp32 = spec.precision == "fp32" or (spec.precision == "auto" and spec.device == "cpu")
         memory = (FP32_BYTES if in_fp32 else BF16_BYTES) * params + 4 * FP32_BYTES * trained
     if spec.fsdp:
