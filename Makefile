@@ -68,7 +68,7 @@ bench-gain: $(VENV)/installed ## gain kept by each small model of a real base, f
 bench-objectives: $(VENV)/installed ## DPO and GRPO after SFT on the demo base, beside full LoRA
 	$(BIN)/python $(BENCHMARKS)/objectives.py loram-objectives $(ARGS)
 
-bench-gpu: $(VENV)/installed ## all of it on one 80 GB GPU, 8 minutes (ARGS=--cpu-rehearsal: without one)
+bench-gpu: $(VENV)/installed ## all of it on one 80 GB GPU, 11 minutes (ARGS=--cpu-rehearsal: without one)
 	$(BIN)/python $(BENCHMARKS)/gpu $(ARGS)
 
 clean: ## remove the environment, builds and ./loram-run

@@ -15,6 +15,7 @@ from loram_cli.pruning.strategy import Strategy
 from loram_cli.schema import Bytes, Spec, setting
 from loram_cli.stages.fit.spec import (
     CHECKPOINTING_HELP,
+    COMPILE_HELP,
     CROSS_ENTROPY_HELP,
     DEVICE_FORM,
     DEVICE_HELP,
@@ -187,6 +188,7 @@ class BenchSpec(StepSpec):
         repeat=True,
     )
     steps: int = setting(8, help="Timed steps.", at_least=1)
+    compile_layers: bool = setting(False, flag="--compile", help=COMPILE_HELP)
     attention: Literal["sdpa", "flash", "eager"] = setting("sdpa", help="sdpa, flash or eager.")
     device: str | None = setting(None, help=DEVICE_HELP, form=DEVICE_FORM)
     seed: int = setting(0, help=SEED_HELP, at_least=0, at_most=HIGHEST_SEED)

@@ -70,9 +70,10 @@ def test_the_whole_path_runs_on_a_cpu(tmp_path):
 def test_rows_of_a_card_are_what_was_asked_for_in_order():
     rows = card_rows()
     letters = "".join(dict.fromkeys(row.name[0] for row in rows))
-    assert letters == "abcefgh" and len({row.name for row in rows}) == len(rows)
+    assert letters == "fhgebca" and len({row.name for row in rows}) == len(rows)
     assert {row.kind for row in rows} == set(KINDS)
-    assert sum(row.seconds for row in rows) < 8 * 60
+    # The demo, last, may be left out by the budget.
+    assert sum(row.seconds for row in rows if row.kind != "demo") < 11 * 60
     for row in rows:
         if row.kind == "train":
             arguments = dict(row.arguments)
@@ -84,7 +85,7 @@ def test_rows_of_a_card_are_what_was_asked_for_in_order():
 
 def test_rows_can_be_chosen():
     rows = card_rows()
-    assert [row.name for row in chosen(rows, ["e2", "g"])] == ["e2", "g1", "g2"]
+    assert [row.name for row in chosen(rows, ["e2", "g"])] == ["g1", "g2", "e2"]
     assert {row.name[0] for row in chosen(rows, ["d"])} == {"b", "c"}
     assert chosen(rows, []) == rows
     with pytest.raises(ValueError, match="no row x"):
@@ -185,9 +186,10 @@ def test_tables_are_written_between_the_markers_of_both_pages(tmp_path, monkeypa
     file = results.write(tmp_path)
     for _ in range(2):  # a second time changes nothing
         assert command.main(["--write-docs", str(file)]) == 0
-        for page in pages:
+        told = ("29.00 GiB | 10.00 | 5120", "29.00 GiB | 29.00 GiB | 5120")
+        for page, figures in zip(pages, told, strict=True):
             text = page.read_text()
-            assert text.count("| b1 | 7B LoRA | 29.00 GiB | 10.00 | 5120 |") == 1
+            assert text.count(f"| b1 | 7B LoRA | {figures} |") == 1
             assert text.count(tables.START) == text.count(tables.END) == 1
             assert "No figure of a GPU stands here" not in text
     results.card = "cpu"

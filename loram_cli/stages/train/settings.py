@@ -6,7 +6,7 @@ from typing import Literal
 
 from loram_cli.memory.setup import Packing
 from loram_cli.schema import redefined, setting
-from loram_cli.stages.fit.spec import RANK_HELP, FitSpec, Quantization
+from loram_cli.stages.fit.spec import COMPILE_HELP, RANK_HELP, FitSpec, Quantization
 from loram_cli.training.choices import Keep, Precision
 
 # Where neither epochs nor steps are given.
@@ -80,6 +80,9 @@ class TrainSettings(FitSpec):
         FitSpec,
         "precision",
         help="auto (bf16 on a GPU that has it, and on AMX from 50M parameters), fp32 or bf16.",
+    )
+    compile_layers: bool = setting(
+        False, flag="--compile", help=f"{COMPILE_HELP[:-1]} (SFT only).", in_key=False
     )
     packing: Packing = setting(
         "auto",

@@ -65,6 +65,7 @@ class TrainSpec(TrainSettings):
         self._check_rewards()
         self._check_fsdp()
         self._check_stream()
+        self._check_compile()
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -152,6 +153,15 @@ class TrainSpec(TrainSettings):
                 f"--stream does not go with --cross-entropy {self.cross_entropy}",
                 "pass --cross-entropy chunked",
             )
+
+    def _check_compile(self) -> None:
+        if not self.compile_layers:
+            return
+        if self.objective != "sft":
+            raise UsageError(f"--compile does not go with --objective {self.objective}")
+        for name in ("fsdp", "stream"):
+            if getattr(self, name):
+                raise UsageError(f"--compile does not go with {flag(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,8 @@ def fingerprint(
     plain = spec_to_mapping(
         replace(options, checkpoint_steps=1, report_to=(), keep_checkpoints=None)
     )
+    # Neither does how layers are run, but for rounding.
+    del plain["compile_layers"]
     shapes = {name: list(shape) for name, shape in trainable.items()}
     return {
         "settings": digest_of(plain),

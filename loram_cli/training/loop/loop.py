@@ -24,6 +24,7 @@ from loram_cli.training.adapters import save_adapter
 from loram_cli.training.data.tokens import TokenRow
 from loram_cli.training.distributed import share
 from loram_cli.training.loop.checkpoints import Found, fingerprint, newest_checkpoint
+from loram_cli.training.loop.compiled import compiled_layers
 from loram_cli.training.loop.job import Job, TrainerParts, text_job
 from loram_cli.training.loop.masks import keep_zeros
 from loram_cli.training.loop.options import (
@@ -164,11 +165,14 @@ def fit_job(
         interruption, main = Interruption(), is_main_process()
         in_chunks = job.chunked_loss and options.cross_entropy == "chunked"
         chunks = chunked_loss(model) if in_chunks else nullcontext()
+        compiled = compiled_layers(model, options.compile_layers)
+        if options.compile_layers:
+            reporter.note("compiling the layers: the first steps take a minute or two longer")
         use_cache = model.config.use_cache
         model.config.use_cache = False
         try:
             bar = reporter.progress(job.label, steps, "step")
-            with chunks, interruption.caught(), bar as progress:
+            with chunks, compiled, interruption.caught(), bar as progress:
                 told = StepCallback(progress, interruption, options.batch, reporter, job.evaluates)
                 callbacks = [
                     *_keeping(model, options, folder, shared, reporter),

@@ -48,6 +48,7 @@ class FitOptions:
             the optimizer state.
         precision: Of the computation; see :func:`resolve_precision`.
         gradient_checkpointing: Recompute activations instead of keeping them.
+        compile_layers: Run decoder layers compiled, see :mod:`.compiled`.
         cross_entropy: ``chunked`` never holds all logits, ``full`` is transformers' own loss.
         checkpoint_steps: Write a checkpoint every so many steps.
         eval_steps: Evaluate every so many steps, besides start and end; None for these two only.
@@ -71,6 +72,7 @@ class FitOptions:
     optimizer: Optimizer = "adamw"
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
+    compile_layers: bool = False
     cross_entropy: CrossEntropy = "chunked"
     checkpoint_steps: int = 100
     eval_steps: int | None = None

@@ -66,9 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget-minutes",
         type=float,
-        default=8.0,
+        default=11.0,
         metavar="N",
-        help="leave out rows that no longer fit (default: 8)",
+        help="leave out rows that no longer fit (default: 11)",
     )
     parser.add_argument(
         "--only",

@@ -4,7 +4,7 @@ python tests/benchmarks/gpu/gather_wheels.py DIR            # here, where PyPI i
 python DIR/install_wheels.py                                # there, with the same DIR
 
 The machine: Python 3.12 on x86_64 with torch, transformers, peft and what they need. What bench-gpu
-and the product need beside that is worked out by pip against what is there (:data:`PRESENT`), downloaded for cp312, and packed into parts of at most 60 MB: whole wheels where
+and the product need beside that is worked out by pip against what is there (:data:`PRESENT`), downloaded for cp312, and packed into parts of at most 54 MB: whole wheels where
 they fit, and slices of one wheel where it does not (bitsandbytes is larger than a part). Each part
 can travel by itself; ``install_wheels.py`` joins those that are in its folder, checks every wheel's
 SHA-256, and installs without an index what the machine does not have already.
@@ -22,21 +22,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-PART_BYTES = 60 * 10**6
+PART_BYTES = 54 * 10**6
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_26_x86_64",
              "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
              "manylinux_2_5_x86_64", "manylinux1_x86_64")  # fmt: skip
-# What is wanted there, by name; the second list is taken along where the machine might lack it.
 WANTED = ("bitsandbytes>=0.49", "datasets>=4.7", "trl>=1.16,<1.17", "lm-eval>=0.4.13")
-SMALL = ("rich>=14", "markdown-it-py", "mdurl", "pygments", "shellingham", "annotated-doc",
-         "pytest>=8.4", "pytest-timeout>=2.3", "pyyaml>=6")  # fmt: skip
 # What that machine has, with all that these need; its own pip told the versions. None of it is
 # carried, and what is carried has to go with it.
 PRESENT = ("accelerate==1.15.0", "huggingface-hub==1.33.0", "numpy==2.5.2", "safetensors==0.8.0",
            "tokenizers==0.23.2", "torch==2.11.0", "transformers==5.17.0", "peft", "typer>=0.20",
            "pandas", "pyarrow", "scikit-learn", "fsspec[http]", "xxhash", "sacrebleu", "matplotlib",
-           "requests")  # fmt: skip
+           "requests", "rich>=14", "pyyaml>=6", "pytest>=8.4", "pytest-timeout")  # fmt: skip
 # Their only release is source: wheels of them are built here, and fit every Python.
 SOURCE_ONLY = ("rouge-score", "word2number", "sqlitedict")
 # lm-eval and rouge-score name them; scoring what we score needs neither, and nltk is large.
@@ -91,11 +88,10 @@ def download(folder: Path) -> None:
         folder: Where they go.
     """
     present = {_name(line) for line in _resolved(PRESENT)}
-    kept = [_name(line) for line in SMALL]
     needed = [
         line
-        for line in _resolved((*PRESENT, *WANTED, *SMALL))
-        if _name(line) in kept or _name(line) not in {*present, *NOT_NEEDED}
+        for line in _resolved((*PRESENT, *WANTED))
+        if _name(line) not in {*present, *NOT_NEEDED}
     ]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     pip += ["--python-version", PYTHON, "--implementation", "cp", "--abi", "cp312", "--abi", "abi3"]

@@ -101,4 +101,4 @@ class Results:
         before = self.rows.get(outcome.name)
         if before is None or before.status != "measured" or outcome.status == "measured":
             self.rows[outcome.name] = outcome
-        self.rows = dict(sorted(self.rows.items()))
+        self.rows = dict(sorted(self.rows.items(), key=lambda row: (row[0][0], int(row[0][1:]))))
