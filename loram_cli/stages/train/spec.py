@@ -203,6 +203,8 @@ class PolishSpec(TrainSpec):
     reward_weights: tuple[float, ...] = redefined(TrainSpec, "reward_weights", flag="")
     allow_code_execution: bool = redefined(TrainSpec, "allow_code_execution", flag="")
     fsdp: bool = redefined(TrainSpec, "fsdp", flag="")
+    # A few steps do not earn what compiling takes.
+    compile_layers: bool = redefined(TrainSpec, "compile_layers", flag="")
     # Its held-out loss is the full model's already.
     score_recovered: bool = redefined(TrainSpec, "score_recovered", flag="")
 
