@@ -21,8 +21,8 @@ _ALWAYS = (
 _STREAMED = (
     "stream: 'train --on full --stream', embedding, head and two decoder layers on the GPU; "
     "offload: with --offload-activations, which 'card' assumes; RAM: copies of all layers",
-    "s/step: a floor and no measurement, the slowest of computing, copying from RAM and (or) "
-    "reading from the disk; --bus, --disk and --tflops tell it your machine",
+    "s/step: a floor and no measurement, the slowest of computing, starting kernels, copying from "
+    "RAM and (or) reading from the disk; see --tflops, --layer-ms, --bus and --disk",
 )
 
 

@@ -9,7 +9,12 @@ from loram_cli.arch.spec import Family
 from loram_cli.errors import UsageError
 from loram_cli.memory import account
 from loram_cli.memory.setup import TrainingSetup
-from loram_cli.memory.streaming import layer_bytes, step_traffic, streamed_training_memory
+from loram_cli.memory.streaming import (
+    layer_bytes,
+    layer_starts,
+    step_traffic,
+    streamed_training_memory,
+)
 from loram_cli.memory.training import USABLE_SHARE, TrainingMemory, training_memory
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.tools.stream_rows import Speeds, micro_batches
@@ -258,18 +263,21 @@ def _computed(
     kind: Kind,
     ratio: float,
 ) -> Way:
-    """A way whose model is on the device whole: computing is all that takes time."""
+    """A way whose model is on the device whole: it computes, and starts what is computed."""
     one, count = micro_batches(setup, asked.batch)
+    recomputed = setup.gradient_checkpointing
     flops = step_traffic(asked.family, config, one, count).flops
-    share = 1.0 if setup.gradient_checkpointing else _WITHOUT_RECOMPUTING
+    share = 1.0 if recomputed else _WITHOUT_RECOMPUTING
+    layers = len(asked.family.geometry(config).layers)
+    starts = layer_starts(setup, layers, count, recomputed=recomputed)
     return Way(
         kind=kind,
         precision="nf4" if setup.quantize else "bf16",
         ratio=ratio,
         multiple_of=asked.multiple_of if ratio else 1,
         micro_batch=setup.micro_batch,
-        gradient_checkpointing=setup.gradient_checkpointing,
+        gradient_checkpointing=recomputed,
         training_bytes=memory.total,
         params=account.count_params(asked.family, config).total,
-        seconds=flops * share / asked.speeds.flops,
+        seconds=max(flops * share / asked.speeds.flops, starts * asked.speeds.start_seconds),
     )

@@ -256,7 +256,12 @@ def _streams(
 
 
 def _speeds(spec: MemoryReportSpec) -> Speeds:
-    return Speeds(bus=spec.bus * 1e9, disk=spec.disk * 1e9, flops=spec.tflops * 1e12)
+    return Speeds(
+        bus=spec.bus * 1e9,
+        disk=spec.disk * 1e9,
+        flops=spec.tflops * 1e12,
+        start_seconds=spec.layer_ms / 1e3,
+    )
 
 
 def _base_config(spec: MemoryReportSpec) -> dict[str, Any]:

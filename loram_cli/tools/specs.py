@@ -127,6 +127,11 @@ class MemoryReportSpec(StepSpec):
     tflops: float = setting(
         60.0, help="TFLOP/s that training reaches: RTX 3090 40, 4090 100, H100 400.", above=0
     )
+    layer_ms: float = setting(
+        6.0,
+        help="Milliseconds to start a layer's kernels, forward and back: 6 beside an H100.",
+        at_least=0,
+    )
 
     def check(self) -> None:
         """Refuse two models, or settings that do not go together.

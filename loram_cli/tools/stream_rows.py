@@ -25,16 +25,21 @@ class Speeds:
         bus: Bytes between its memory and the GPU.
         disk: Bytes from the disk.
         flops: Floating-point operations of the GPU, as a training reaches them.
+        start_seconds: That its processor takes to start a layer's kernels, forward and back.
     """
 
     bus: float
     disk: float
     flops: float
+    start_seconds: float
 
     def seconds(self, traffic: StepTraffic) -> float:
         """The least time of a step."""
         return traffic.seconds(
-            device_bandwidth=self.bus, disk_bandwidth=self.disk, flops_per_second=self.flops
+            device_bandwidth=self.bus,
+            disk_bandwidth=self.disk,
+            flops_per_second=self.flops,
+            start_seconds=self.start_seconds,
         )
 
 

@@ -159,13 +159,16 @@ def test_the_slowest_of_computing_copying_and_reading_is_a_steps_time():
     setup = TrainingSetup(quantize="nf4", micro_batch=1)
     slow = {"device_bandwidth": 50e9, "disk_bandwidth": 3e9, "flops_per_second": 400e12}
 
-    def seconds(micro_batches, **how):
-        return step_traffic(family, config, setup, micro_batches, **how).seconds(**slow)
+    def seconds(micro_batches, start_seconds=0.0, **how):
+        traffic = step_traffic(family, config, setup, micro_batches, **how)
+        return traffic.seconds(**slow, start_seconds=start_seconds)
 
     # One micro-batch waits for the bus or the disk, many for the arithmetic.
     assert seconds(1, host_copies=True) == pytest.approx(2 * 35e9 / 50e9, rel=0.05)
     assert seconds(1) == pytest.approx(2 * 2 * 68.5e9 / 3e9, rel=0.05)
     assert seconds(64, host_copies=True) == pytest.approx(6 * 68.7e9 * 64 * 512 / 400e12, rel=0.01)
+    # Or for the processor: 80 layers, started twice in each of 64 passes, NF4's more kernels each.
+    assert seconds(64, 6e-3, host_copies=True) == pytest.approx(80 * 2 * 1.4 * 64 * 6e-3)
 
 
 def test_hidden_states_beside_the_device_and_layers_that_stay_trade_one_for_the_other():

@@ -1,6 +1,8 @@
 """The ways that fit a memory, and the rows layer by layer, beside the arithmetic they come from."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +15,10 @@ from loram_cli.tools.fit_ways import Question, fitting_ways
 from loram_cli.tools.stream_rows import Speeds, stream_rows
 from loram_cli.units import GIB
 
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "gpu" / "measured"
 CONFIG = load_preset("llama2-13b")
 FAMILY = family_for(CONFIG, "13b")
-SPEEDS = Speeds(bus=25e9, disk=3e9, flops=60e12)
+SPEEDS = Speeds(bus=25e9, disk=3e9, flops=60e12, start_seconds=0.0)
 
 
 def asked(gib, **changes):
@@ -70,10 +73,40 @@ def test_more_memory_takes_away_flags_and_then_streaming():
     assert list(at[80]) == ["LoRA", "QLoRA"]
 
 
+@pytest.mark.parametrize(
+    ("row", "preset", "ratio", "measured"),
+    [
+        ("b1", "llama2-7b", 0.0, {}),
+        ("b2", "llama2-13b", 0.0, {}),
+        ("b4", "llama2-13b", 0.65, {}),
+        ("b5", "llama2-7b", 0.0, {"gradient_checkpointing": True}),
+        ("b6", "llama2-13b", 0.0, {"gradient_checkpointing": True}),
+        ("b8", "llama2-13b", 0.65, {"gradient_checkpointing": True}),
+        ("c3", "llama3.1-70b", 0.57, {"gradient_checkpointing": True, "quantize": "nf4",
+                                      "micro_batch": 1}),
+    ],
+)  # fmt: skip
+def test_seconds_are_near_those_of_an_h100(row, preset, ratio, measured):
+    from loram_cli.tools import fit_ways
+    from loram_cli.tools.specs import BenchModel
+
+    name = f"{preset}:{ratio:g}:x64" if ratio else preset
+    config = BenchModel.parse(name).config()
+    setup = TrainingSetup(**measured)
+    h100 = Speeds(bus=54e9, disk=3e9, flops=400e12, start_seconds=6e-3)
+    question = asked(80, family=family_for(config, name), config=config, setup=setup,
+                     batch=setup.micro_batch, speeds=h100)  # fmt: skip
+    memory = training_memory(question.family, config, setup)
+    way = fit_ways._computed(question, config, setup, memory, "resident", 0.0)
+    (file,) = MEASURED.glob("nvidia-h100*.json")
+    figures = json.loads(file.read_text())["rows"][row]["figures"]
+    assert way.seconds == pytest.approx(figures["seconds_per_step"], rel=0.3)
+
+
 def test_layers_that_the_card_has_room_for_need_no_ram():
     small, large = ways(8, batch=4)["stream LoRA"], ways(24, batch=4)["stream LoRA"]
     assert large.host_bytes < small.host_bytes
-    slow = Speeds(bus=1e9, disk=1e9, flops=1e18)
+    slow = Speeds(bus=1e9, disk=1e9, flops=1e18, start_seconds=0.0)
     small, large = (ways(gib, batch=4, speeds=slow)["stream LoRA"] for gib in (8, 24))
     assert large.seconds < small.seconds
 

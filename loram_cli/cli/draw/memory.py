@@ -223,7 +223,7 @@ def _speeds(result: MemoryReport) -> str:
     speeds = result.speeds
     return (
         f"floors at {speeds.flops / 1e12:g} TFLOP/s, {speeds.bus / 1e9:g} GB/s from RAM, "
-        f"{speeds.disk / 1e9:g} GB/s from disk"
+        f"{speeds.disk / 1e9:g} GB/s from disk, {speeds.start_seconds * 1e3:g} ms a layer"
     )
 
 

@@ -81,6 +81,10 @@ _NF4 = ("--quantize", "nf4")
 _TRAIN_131K = (
     "--data", "{train}", "--method", "reconstruct", "--calibration-samples", "256",
 )  # fmt: skip
+_TRAIN_262K = (*_TRAIN_131K[:-1], "512")
+_TRAIN_131K_NORMS = (
+    "--data", "{train}", "--method", "reconstruct,distill", "--calibration-samples", "256", *_NORMS,
+)  # fmt: skip
 # Of few bits: gradient steps on one layer at a time.
 _BLOCKS = (
     "--data", "{train}", "--method", "reconstruct", "--calibration-samples", "64",
@@ -172,6 +176,23 @@ _OTHERS = (
         scaled=True,
         polish=True,
         decides=True,
+    ),
+    Row(
+        name="stru-0.65-obs-262k",
+        label="stru 0.65 by obs, reconstruct, 262k tokens of training data",
+        prune=_stru(0.65),
+        align=_TRAIN_262K,
+        choosable=False,
+        scaled=True,
+    ),
+    Row(
+        name="stru-0.65-obs-131k-norms",
+        label="stru 0.65 by obs, reconstruct, 131k tokens of training data; distill norms alone",
+        prune=_stru(0.65),
+        align=_TRAIN_131K_NORMS,
+        choosable=False,
+        scaled=True,
+        polish=True,
     ),
     Row(
         name="stru-0.65-obs-8k",

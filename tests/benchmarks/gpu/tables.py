@@ -67,7 +67,8 @@ def headline(results: Results) -> str:
     chosen = [row for row in rows if row.name in HEADLINE] or rows
     return (
         f"Training steps on one {results.card}, {results.date}, by `make bench-gpu` "
-        "([all of it](loram_cli/docs/memory.md)):\n\n"
+        "([all of it](loram_cli/docs/memory.md)); 4 x 512 tokens a step, of 70B 1 x 512 in NF4; "
+        "x64 is `prune --multiple-of 64`, and compiled `train --compile`:\n\n"
         + _table(chosen, ["predicted peak", "measured", "tokens/s"], cells)
         + "\n"
     )
