@@ -222,8 +222,8 @@ def _way_said(way: Way, result: MemoryReport) -> str:
 def _speeds(result: MemoryReport) -> str:
     speeds = result.speeds
     return (
-        f"floors at {speeds.flops / 1e12:g} TFLOP/s, {speeds.bus / 1e9:g} GB/s from RAM, "
-        f"{speeds.disk / 1e9:g} GB/s from disk, {speeds.start_seconds * 1e3:g} ms a layer"
+        f"floors at {speeds.flops / 1e12:g} TFLOP/s, RAM {speeds.bus / 1e9:g} and "
+        f"disk {speeds.disk / 1e9:g} GB/s, {speeds.start_seconds * 1e3:g} ms a layer"
     )
 
 
