@@ -122,7 +122,7 @@ def _train(spec: BenchSpec, config: dict[str, Any], setup: TrainingSetup) -> lis
         checkpoint_steps=steps + 1,
         precision=setup.precision,
         gradient_checkpointing=spec.gradient_checkpointing,
-        compile_layers=spec.compile_layers,
+        compile_layers=spec.compile,
         cross_entropy=spec.cross_entropy,
         optimizer=spec.optimizer,
         seed=spec.seed,

@@ -193,7 +193,7 @@ class BenchSpec(StepSpec):
         repeat=True,
     )
     steps: int = setting(8, help="Timed steps.", at_least=1)
-    compile_layers: bool = setting(False, flag="--compile", help=COMPILE_HELP)
+    compile: bool = setting(False, help=COMPILE_HELP)
     attention: Literal["sdpa", "flash", "eager"] = setting("sdpa", help="sdpa, flash or eager.")
     device: str | None = setting(None, help=DEVICE_HELP, form=DEVICE_FORM)
     seed: int = setting(0, help=SEED_HELP, at_least=0, at_most=HIGHEST_SEED)

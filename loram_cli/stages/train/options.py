@@ -17,7 +17,7 @@ def train_options(spec: TrainSettings, examples: int) -> FitOptions:
     return replace(
         fit_options(spec, examples),
         packing=spec.packing if spec.objective == "sft" else "off",
-        compile_layers=spec.compile_layers,
+        compile_layers=spec.compile,
         early_stopping=spec.early_stopping,
         keep_checkpoints=spec.keep_checkpoints,
     )

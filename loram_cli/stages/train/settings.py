@@ -81,9 +81,7 @@ class TrainSettings(FitSpec):
         "precision",
         help="auto (bf16 on a GPU that has it, and on AMX from 50M parameters), fp32 or bf16.",
     )
-    compile_layers: bool = setting(
-        False, flag="--compile", help=f"{COMPILE_HELP[:-1]} (SFT only).", in_key=False
-    )
+    compile: bool = setting(False, help=f"{COMPILE_HELP[:-1]} (SFT only).", in_key=False)
     packing: Packing = setting(
         "auto",
         help="auto (examples of like length share a pass, and rows where more than 5% would be "

@@ -155,7 +155,7 @@ class TrainSpec(TrainSettings):
             )
 
     def _check_compile(self) -> None:
-        if not self.compile_layers:
+        if not self.compile:
             return
         if self.objective != "sft":
             raise UsageError(f"--compile does not go with --objective {self.objective}")
@@ -204,7 +204,7 @@ class PolishSpec(TrainSpec):
     allow_code_execution: bool = redefined(TrainSpec, "allow_code_execution", flag="")
     fsdp: bool = redefined(TrainSpec, "fsdp", flag="")
     # A few steps do not earn what compiling takes.
-    compile_layers: bool = redefined(TrainSpec, "compile_layers", flag="")
+    compile: bool = redefined(TrainSpec, "compile", flag="")
     # Its held-out loss is the full model's already.
     score_recovered: bool = redefined(TrainSpec, "score_recovered", flag="")
 

@@ -111,7 +111,7 @@ def _table_8() -> Iterator[Row]:
         for how, settings in (("", _PLAIN), (", chunked + checkpointing", _SAVING))
         for model, label in _TABLE_8
     ]
-    compiled = {**_PLAIN, "compile_layers": True}
+    compiled = {**_PLAIN, "compile": True}
     rows += [(f"{label}, compiled", model, compiled, 30) for model, label in _TABLE_8[1::2]]
     return _trainings("b", rows)
 
@@ -129,7 +129,7 @@ def _seventies() -> Iterator[Row]:
               )  # fmt: skip
     yield Row(name="c4", label="70B QLoRAM 0.85 x64, compiled", kind="train", seconds=45,
               arguments={**_LARGE, "row": "llama2-70b:0.85:nf4:x64", "device": "cuda",
-                         "compile_layers": True})  # fmt: skip
+                         "compile": True})  # fmt: skip
 
 
 def _offloads() -> Iterator[Row]:

@@ -138,7 +138,7 @@ def _base_of(row: Outcome, rows: Iterable[Outcome]) -> Outcome | None:
         and other.name[0] == row.name[0]
         and other.label.split(",")[0] == _BASE
         and other.figures["gradient_checkpointing"] == row.figures["gradient_checkpointing"]
-        and other.arguments.get("compile_layers") == row.arguments.get("compile_layers")
+        and other.arguments.get("compile") == row.arguments.get("compile")
     ]
     return same[0] if same else None
 

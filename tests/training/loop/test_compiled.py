@@ -121,7 +121,7 @@ def test_a_checkpoint_serves_compiled_and_plain_layers():
 )
 def test_what_it_does_not_go_with(settings, why):
     with pytest.raises(UsageError, match=why):
-        TrainSpec(**SPEC, compile_layers=True, **settings)
+        TrainSpec(**SPEC, compile=True, **settings)
 
 
 @slow
