@@ -25,8 +25,9 @@ _GENERATOR_BYTES = {"cpu": 5056, "cuda": 16}
 # Products of a forward, a second forward and a backward pass, by weight and token: a frozen weight
 # has no gradient of its own.
 _FLOPS_PER_WEIGHT = 3 * 2
-# Kernels of a layer, to those of one in bf16 that keeps its activations: as measured.
-_RECOMPUTED_STARTS = 2.0
+# To start a layer's kernels, to those of a bf16 layer that keeps its activations: 12 ms with a
+# second forward pass to 6 ms without, beside an H100, and 17 ms with weights in NF4 (bench-gpu).
+_STARTS = 2.0
 _NF4_STARTS = 1.4
 
 
@@ -55,8 +56,9 @@ class StepTraffic:
         disk_bytes: Weights from the checkpoint, as it stores them.
         state_bytes: Hidden states and gradients to and from the machine's memory or a file.
         flops: Of the products with frozen weights, both forward passes and the backward pass.
-        layer_starts: How often a decoder layer's kernels are started, a plain bf16 layer's once
-            forward and back counted as 1; see :func:`layer_starts`.
+        layer_starts: How often a decoder layer's kernels are started, both forward passes and the
+            backward pass: a fast GPU waits for them, however few numbers they work on. Those of a
+            bf16 layer that keeps its activations, forward and back, count as 1.
     """
 
     device_bytes: int
@@ -179,31 +181,14 @@ def step_traffic(
     products = sum(params) + geometry.vocab_size * geometry.hidden_size
     # Forward, hidden states are written once and read twice; gradients are written and read once.
     moved = 5 * len(layers) * hidden if offload_activations else 0
+    starts = _STARTS * (_NF4_STARTS if setup.quantize == "nf4" else 1.0)
     return StepTraffic(
         device_bytes=sum(forward) + sum(backward),
         disk_bytes=0 if host_copies else read * stored_bytes,
         state_bytes=moved,
         flops=_FLOPS_PER_WEIGHT * products * micro_batches * setup.tokens,
-        layer_starts=layer_starts(setup, len(layers), micro_batches, recomputed=True),
+        layer_starts=starts * len(layers) * micro_batches,
     )
-
-
-def layer_starts(
-    setup: TrainingSetup, layers: int, micro_batches: int, *, recomputed: bool
-) -> float:
-    """How often a step starts a decoder layer's kernels, however few numbers these work on.
-
-    A fast GPU waits for them. Beside an H100 a layer took 6 ms in bf16, 12 ms where its forward
-    pass is computed again, and 17 ms where its weights are in NF4 as well (``make bench-gpu``).
-
-    Args:
-        setup: Gives the precision.
-        layers: Of the model.
-        micro_batches: Of an optimizer step.
-        recomputed: Whether there is a second forward pass.
-    """
-    nf4 = _NF4_STARTS if setup.quantize == "nf4" else 1.0
-    return micro_batches * layers * nf4 * (_RECOMPUTED_STARTS if recomputed else 1.0)
 
 
 def layer_bytes(family: Family, config: Mapping[str, Any], setup: TrainingSetup) -> list[int]:

@@ -9,20 +9,17 @@ from loram_cli.arch.spec import Family
 from loram_cli.errors import UsageError
 from loram_cli.memory import account
 from loram_cli.memory.setup import TrainingSetup
-from loram_cli.memory.streaming import (
-    layer_bytes,
-    layer_starts,
-    step_traffic,
-    streamed_training_memory,
-)
+from loram_cli.memory.streaming import layer_bytes, step_traffic, streamed_training_memory
 from loram_cli.memory.training import USABLE_SHARE, TrainingMemory, training_memory
 from loram_cli.pruning.plan import layer_widths, pruned_config
 from loram_cli.tools.stream_rows import Speeds, micro_batches
 
 Kind = Literal["resident", "pruned", "streamed"]
 _PRECISIONS: tuple[Literal["bf16", "nf4"], ...] = ("bf16", "nf4")
-# Without checkpointing a frozen weight has two products of the three: no second forward pass.
+# Without checkpointing a frozen weight has two products of the three: no second forward pass. Its
+# kernels take half as long to start.
 _WITHOUT_RECOMPUTING = 2 / 3
+_STARTS_WITHOUT_RECOMPUTING = 1 / 2
 # The largest ratio of the paper's tables: what little is left beyond it is no model to train on.
 _MOST_HUNDREDTHS = 95
 
@@ -265,19 +262,19 @@ def _computed(
 ) -> Way:
     """A way whose model is on the device whole: it computes, and starts what is computed."""
     one, count = micro_batches(setup, asked.batch)
-    recomputed = setup.gradient_checkpointing
-    flops = step_traffic(asked.family, config, one, count).flops
-    share = 1.0 if recomputed else _WITHOUT_RECOMPUTING
-    layers = len(asked.family.geometry(config).layers)
-    starts = layer_starts(setup, layers, count, recomputed=recomputed)
+    step = step_traffic(asked.family, config, one, count)
+    flops, starts = float(step.flops), step.layer_starts
+    if not setup.gradient_checkpointing:
+        flops *= _WITHOUT_RECOMPUTING
+        starts *= _STARTS_WITHOUT_RECOMPUTING
     return Way(
         kind=kind,
         precision="nf4" if setup.quantize else "bf16",
         ratio=ratio,
         multiple_of=asked.multiple_of if ratio else 1,
         micro_batch=setup.micro_batch,
-        gradient_checkpointing=recomputed,
+        gradient_checkpointing=setup.gradient_checkpointing,
         training_bytes=memory.total,
         params=account.count_params(asked.family, config).total,
-        seconds=max(flops * share / asked.speeds.flops, starts * asked.speeds.start_seconds),
+        seconds=max(flops / asked.speeds.flops, starts * asked.speeds.start_seconds),
     )
