@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from loram_cli.errors import LoramError, UsageError
 
 # What these hold may be without limit, and stands as Infinity in published files.
 _UNLIMITED = ("time_step_limit",)
+# Half a character can only be written as an escape: the text itself is UTF-8.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_text(file: Path) -> str:
@@ -36,9 +39,19 @@ def read_json(file: Path) -> dict[str, Any]:
             is not finite.
     """
     text = read_text(file)
+    # A tokenizer holds a million strings, and every command reads one: looked through only where
+    # there may be something to find.
+    infinite: list[float] = []
+
+    def number(digits: str) -> float:
+        found = float(digits)
+        if not math.isfinite(found):
+            infinite.append(found)
+        return found
+
     try:
-        value = json.loads(text)
-        unsound = _unsound(value)
+        value = json.loads(text, parse_float=number, parse_constant=number)
+        unsound = _unsound(value) if infinite or _SURROGATE.search(text) else None
     except (ValueError, RecursionError) as error:
         raise LoramError(f"{file}: not valid JSON ({str(error)[:100]})") from error
     if not isinstance(value, dict):

@@ -1,6 +1,6 @@
 """What a directory's tokenizer files say, without loading a tokenizer."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,20 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
     Raises:
         LoramError: There is such a token, or a file that is no tokenizer's.
     """
-    highest, token, file = max(_tokens(directory), default=(-1, "", directory))
-    more = _new_specials(directory) if 0 <= highest < vocab_size else []
+    config = _read(directory / "tokenizer_config.json")
+    found = list(_vocabularies(directory, config))
+    placeholders = set(_placeholders(config))
+    highest, token, file = max(
+        (
+            (i, token, file)
+            for file, tokens in found
+            for token, i in tokens.items()
+            if token not in placeholders
+        ),
+        default=(-1, "", directory),
+    )
+    known = placeholders.union(*(tokens for _, tokens in found))
+    more = _new_specials(directory, config, known) if 0 <= highest < vocab_size else []
     last = highest + len(more)
     if last >= vocab_size:
         if more:
@@ -65,35 +77,36 @@ def encoding(tokenizer: Any) -> Iterator[None]:
         ) from error
 
 
-def _tokens(directory: Path) -> Iterator[tuple[int, str, Path]]:
-    """Id, text and file of each file's highest token."""
-    config = _read(directory / "tokenizer_config.json")
-    placeholders = set(_placeholders(config))
-    for file, found in _vocabularies(directory, config):
-        try:
-            ids = [(int(i), str(token), file) for token, i in found if token not in placeholders]
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise LoramError(
-                f"{file}: not a tokenizer ({type(error).__name__}: {error})",
-                "copy the base model's tokenizer files into the directory",
-            ) from error
-        if ids:
-            yield max(ids)
-
-
 def _vocabularies(
     directory: Path, config: Mapping[str, Any]
-) -> Iterator[tuple[Path, Iterable[tuple[Any, Any]]]]:
-    """Per file its tokens and their ids, read as they are used."""
-    whole = directory / "tokenizer.json"
+) -> Iterator[tuple[Path, dict[str, int]]]:
+    """Per file its tokens and their ids."""
+    whole, vocabulary = directory / "tokenizer.json", directory / "vocab.json"
     if whole.is_file():
-        yield whole, _of_tokenizer(read_json(whole))
+        yield whole, _ids(whole, _of_tokenizer, read_json(whole))
     else:
-        vocabulary = directory / "vocab.json"
-        yield vocabulary, _read(vocabulary).items()
+        yield vocabulary, _ids(vocabulary, dict.items, _read(vocabulary))
     added = directory / "added_tokens.json"
-    yield added, _read(added).items()
-    yield directory / "tokenizer_config.json", _of_decoder(config.get("added_tokens_decoder"))
+    yield added, _ids(added, dict.items, _read(added))
+    decoder = config.get("added_tokens_decoder")
+    settings = directory / "tokenizer_config.json"
+    yield settings, _ids(settings, _of_decoder, decoder)
+
+
+def _ids(
+    file: Path, tokens_of: Callable[[Any], Iterable[tuple[Any, Any]]], data: Any
+) -> dict[str, int]:
+    """The tokens of a file and their ids; of a token that stands twice, the higher one."""
+    ids: dict[str, int] = {}
+    try:
+        for token, i in tokens_of(data):
+            ids[str(token)] = max(int(i), ids.get(str(token), -1))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise LoramError(
+            f"{file}: not a tokenizer ({type(error).__name__}: {error})",
+            "copy the base model's tokenizer files into the directory",
+        ) from error
+    return ids
 
 
 def _of_decoder(decoder: Any) -> Iterator[tuple[Any, Any]]:
@@ -123,13 +136,12 @@ def _set_around(processor: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
             yield tuple(processor[key])
 
 
-def _new_specials(directory: Path) -> list[tuple[Path, str]]:
+def _new_specials(
+    directory: Path, config: Mapping[str, Any], known: Set[str]
+) -> list[tuple[Path, str]]:
     """Special tokens that no vocabulary has, each with the file that names it."""
     if not (directory / "tokenizer.json").is_file():
         return []  # nothing here reads the other kinds whole
-    config = _read(directory / "tokenizer_config.json")
-    known = {str(token) for _, found in _vocabularies(directory, config) for token, _ in found}
-    known.update(_placeholders(config))
     named = dict.fromkeys(_specials(config), directory / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
         # The older file, which counts without the newer key only.

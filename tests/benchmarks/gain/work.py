@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ Figures = dict[str, Any]
 _POLISH_RATE = "2e-4"
 _SCALED = ("--fit-scale",)
 _TEXT_WINDOWS = 16
-_SCORED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +221,9 @@ def _scores(bench: Bench, name: str, adapters: tuple[Path, ...]) -> Figures:
     from loram_cli.modeling.load import load_causal_lm, load_tokenizer
     from loram_cli.training.adapters import load_adapter
 
-    model = load_causal_lm(bench.model, dtype=torch.bfloat16)
+    # A CPU without instructions for bf16 takes many times as long in it.
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    model = load_causal_lm(bench.model, dtype=torch.bfloat16 if bf16 else torch.float32)
     for adapter in adapters:
         model = load_adapter(model, adapter)
     tokenizer = load_tokenizer(bench.model)
@@ -235,43 +235,18 @@ def _scores(bench: Bench, name: str, adapters: tuple[Path, ...]) -> Figures:
 def _answer_loss(model: Any, tokenizer: Any, bench: Bench) -> float:
     from loram_cli.reporting import NullReporter
     from loram_cli.training.data.documents import load_instructions
-    from loram_cli.training.data.tokens import PadCollator, tokenize_examples
+    from loram_cli.training.data.tokens import tokenize_examples
+    from loram_cli.training.loop.mean_loss import mean_loss
 
     examples = load_instructions(bench.eval_data, tokenizer=tokenizer)[: bench.eval_examples]
     rows = tokenize_examples(examples, tokenizer, int(bench.flag("--max-length")), NullReporter())
-    rows.sort(key=lambda row: len(row.input_ids))
-    collate = PadCollator(tokenizer.pad_token_id or 0)
-    batches = (rows[i : i + _SCORED_AT_ONCE] for i in range(0, len(rows), _SCORED_AT_ONCE))
-    return _mean_loss(model, map(collate, batches))
+    return mean_loss(model, rows)
 
 
 def _text_loss(model: Any, tokenizer: Any, bench: Bench) -> float:
-    import torch
-
     from loram_cli.training.data.documents import load_text
     from loram_cli.training.data.tokens import pack_tokens
+    from loram_cli.training.loop.mean_loss import mean_loss
 
     rows = pack_tokens(load_text(str(bench.text_eval)), tokenizer, bench.block_length)
-    ids = [torch.from_numpy(row.input_ids).long()[None] for row in rows[:_TEXT_WINDOWS]]
-    return _mean_loss(model, ({"input_ids": one, "labels": one} for one in ids))
-
-
-def _mean_loss(model: Any, batches: Iterable[dict[str, Any]]) -> float:
-    import torch
-
-    from loram_cli.training.data.tokens import IGNORED_LABEL
-
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            wanted = moved["labels"][:, 1:]
-            logits = model(input_ids=moved["input_ids"], use_cache=False).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1),
-                wanted.flatten(),
-                ignore_index=IGNORED_LABEL,
-                reduction="sum",
-            )
-            total, count = total + float(loss), count + int((wanted != IGNORED_LABEL).sum())
-    return total / count
+    return mean_loss(model, rows[:_TEXT_WINDOWS])
