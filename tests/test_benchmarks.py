@@ -46,7 +46,7 @@ def test_make_benches_name_scripts_that_exist():
 
 def test_gain_kept_is_a_share_of_full_loras(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from gain.report import merged, table
+    from gain.report import cells, merged, table
 
     common = {"bytes": 1.0, "predicted_peak_bytes": 2**30, "train_seconds": 60, "ppl_recovered": 20}
     full = {
@@ -64,16 +64,61 @@ def test_gain_kept_is_a_share_of_full_loras(monkeypatch):
     assert [(row["name"], round(row["kept"], 6)) for row in rows] == [
         ("full", 1.0), ("stru-0.65-distill", 0.75),
     ]  # fmt: skip
-    lines = table(rows).splitlines()
+    lines = table(cells(rows)).splitlines()
     assert [line.count("|") for line in lines] == [15] * 5
     assert "| 0.75 |" in lines[-1] and "| 115k |" in lines[-1]
     # A scaled update counts where there is one.
     scaled = {**small, "scale": 1.7, "loss_scaled": 0.96, "ppl_scaled": 21.0}
-    last = table(merged({"full@1": full, "small@1": scaled})).splitlines()[-1]
+    last = table(cells(merged({"full@1": full, "small@1": scaled}))).splitlines()[-1]
     assert "| 1.050 | 1.70 | 0.960 | 0.90 | 21.0 |" in last
     # Ten exact steps alone keep a sixth; a seed that took none leaves that as it is.
     assert lines[-2].endswith("| 0.17 |")
     assert merged({"full@1": full, "full@2": again})[0]["kept_10"] == pytest.approx(1 / 6)
+
+
+def test_rows_measured_elsewhere_stay_on_the_page(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gain.report import _BLOCK, parsed, write_report
+
+    page = tmp_path / "gain.md"
+    page.write_text(
+        "before\n<!-- bench-gain A -->\n| small model | bytes | kept | + 2 exact |\n|---|---|---|---|\n"
+        "| NF4 (QLoRA) | 0.26 | 0.90 ±0.00 | 0.95 |\n| base |  |  |  |\n<!-- /bench-gain -->\n"
+        "between\n<!-- bench-gain B -->\n<!-- /bench-gain -->\nafter\n"
+    )
+    done = {
+        "full@1": {
+            "name": "full", "seed": 1, "bytes": 1.0, "predicted_peak_bytes": 2**30, "train_seconds": 60,
+            "loss_base": 1.5, "ppl_base": 18.0, "loss_before": 1.5, "loss_small": 0.9,
+            "loss_recovered": 0.9, "loss_polished_10": 1.4, "ppl_recovered": 20,
+        }
+    }  # fmt: skip
+    for base in ("A", "B", "A"):
+        write_report(done, base, tmp_path, docs=True)
+    text = page.read_text()
+    assert text.startswith("before\n") and "-->\nbetween\n<!--" in text and text.endswith("after\n")
+    one, other = (parsed(block["table"]) for block in _BLOCK.finditer(text))
+    assert [row["small model"] for row in one] == ["base", "full LoRA", "NF4 (QLoRA)"]
+    assert (one[0]["before"], one[1]["+ 10 exact"], one[2]["+ 2 exact"]) == (
+        "1.500",
+        "0.17",
+        "0.95",
+    )
+    assert [row["small model"] for row in other] == ["base", "full LoRA"]
+    assert (tmp_path / "gain.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="no table between marks of C"):
+        write_report(done, "C", tmp_path, docs=True)
+
+
+def test_names_of_points_lie_on_nothing_else(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gain.report import _free_place, _overlap
+
+    taken = []
+    for i in range(12):
+        taken.append(_free_place(0.5, 0.9 + i / 500, "stru-0.65-obs", taken))
+    pairs = [(a, b) for i, a in enumerate(taken) for b in taken[:i]]
+    assert not any(_overlap(*pair) for pair in pairs)
 
 
 def test_a_row_is_measured_no_further_than_it_has_to_be(monkeypatch):

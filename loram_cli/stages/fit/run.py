@@ -20,6 +20,7 @@ from loram_cli.training.loop.options import (
     FitOptions,
     FitResult,
     resolve_precision,
+    slow_in_bf16,
 )
 from loram_cli.training.tracking import check_trackers
 from loram_cli.units import format_bytes
@@ -76,6 +77,11 @@ def fit_device(spec: FitSpec, reporter: Reporter) -> str:
     """
     device = check_device(spec)
     warn_of_unused_gpu(spec.device, reporter)
+    if spec.precision == "bf16" and slow_in_bf16(device):
+        reporter.warn(
+            "--precision bf16: this CPU has no instructions for it, and takes many times as long "
+            "as in fp32; leave --precision out"
+        )
     tell_launcher(spec, resolve_precision(spec.precision, device), reporter)
     forget_launcher()
     join_processes(device)

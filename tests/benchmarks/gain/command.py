@@ -23,6 +23,7 @@ from gain.report import write_report
 from gain.rows import FULL, ROWS, Row, named
 from gain.work import Bench, measure, measure_polished, measure_scaled
 from loram_cli.schema import digest_of, plain
+from loram_cli.training.loop.options import slow_in_bf16
 
 Figures = dict[str, Any]
 
@@ -30,6 +31,7 @@ Figures = dict[str, Any]
 def main(words: list[str] | None = None) -> int:
     """Run the rows that are left, and write the table and the picture."""
     options = _options(words)
+    precision = options.precision or ("fp32" if slow_in_bf16("cpu") else "bf16")
     bench = Bench(
         model=options.model.resolve(),
         out=options.out.resolve(),
@@ -39,7 +41,8 @@ def main(words: list[str] | None = None) -> int:
         text_eval=options.text_eval.resolve(),
         eval_examples=options.eval_examples,
         block_length=options.block_length,
-        train=tuple(options.train.split()),
+        train=(*options.train.split(), "--precision", precision),
+        precision=precision,
     )
     polish = tuple(int(count) for count in options.polish.split(",") if count)
     chosen = ROWS
@@ -62,11 +65,12 @@ def main(words: list[str] | None = None) -> int:
             print(f"{key}: {row.label}\n    {_told(found)}", flush=True)
             known = done[key] = {**known, **found}
             file.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
-    print(write_report(done, bench.out))
+    base = options.base_name or bench.model.name
+    print(write_report(done, base, bench.out))
     if options.docs is not None:
-        write_report(done, options.docs, docs=True)
+        write_report(done, base, options.docs, docs=True)
     if options.frontier is not None:
-        write_frontier(done, options.base_name or bench.model.name, options.frontier)
+        write_frontier(done, base, options.frontier)
     return 0
 
 
@@ -126,8 +130,9 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         default=_TRAIN,
         help="flags of every training (default: 40 steps of 8, rank 8, rate 5e-4, 320 tokens)",
     )
+    add("--precision", help="of every training (default: bf16; fp32 on a CPU that is slow in it)")
     add("--polish", default="10", help="exact steps after recovery, by commas (default: 10)")
-    add("--docs", type=Path, help="also write gain.md's table and gain.png there")
+    add("--docs", type=Path, help="also put the rows into gain.md's table there, and draw gain.png")
     add("--frontier", type=Path, help="also write what prune --fit-memory chooses by there")
     add("--base-name", default="", help="the base's name there (default: its directory's)")
     return parser.parse_args(words)
@@ -135,5 +140,5 @@ def _options(words: list[str] | None) -> argparse.Namespace:
 
 _TRAIN = (
     "--steps 40 --batch 8 --micro-batch 4 --rank 8 --learning-rate 5e-4 --warmup-steps 4 "
-    "--dropout 0 --max-length 320 --precision bf16"
+    "--dropout 0 --max-length 320"
 )

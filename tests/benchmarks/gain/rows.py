@@ -45,7 +45,7 @@ class Row:
 
 
 # ``{text}``, ``{train}`` and ``{mixed}`` become the bench's data: general text, the training data,
-# and half of the tokens from each.
+# and half of the tokens from each; ``{precision}`` that of its trainings.
 _WIKI_8K = ("--data", "{text}", "--method", "reconstruct", "--calibration-samples", "16")
 
 
@@ -59,7 +59,7 @@ _MIXED_32K = _mixed(64)
 def _steps(rate: str, *more: str) -> Flags:
     return (
         "--steps", "40", "--batch", "4", "--micro-batch", "4", "--warmup-steps", "4",
-        "--learning-rate", rate, "--precision", "bf16", "--eval-rows", "4", *more,
+        "--learning-rate", rate, "--precision", "{precision}", "--eval-rows", "4", *more,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ class Bench:
         eval_examples: Answers that are scored.
         block_length: Tokens of a window of text.
         train: Flags of every training.
+        precision: Of its computation, and of the scoring.
     """
 
     model: Path
@@ -45,6 +46,7 @@ class Bench:
     eval_examples: int
     block_length: int
     train: Flags
+    precision: str
 
     def deciding(self) -> dict[str, Any]:
         """What the figures depend on."""
@@ -53,6 +55,7 @@ class Bench:
     def filled(self, flags: Flags) -> Flags:
         """Flags with the bench's data in place of its names."""
         data = {
+            "precision": self.precision,
             "text": self.text,
             "train": self.train_data,
             "mixed": f"{self.text}:0.5,{self.train_data}:0.5",
@@ -221,9 +224,8 @@ def _scores(bench: Bench, name: str, adapters: tuple[Path, ...]) -> Figures:
     from loram_cli.modeling.load import load_causal_lm, load_tokenizer
     from loram_cli.training.adapters import load_adapter
 
-    # A CPU without instructions for bf16 takes many times as long in it.
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    model = load_causal_lm(bench.model, dtype=torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.float32 if bench.precision == "fp32" else torch.bfloat16
+    model = load_causal_lm(bench.model, dtype=dtype)
     for adapter in adapters:
         model = load_adapter(model, adapter)
     tokenizer = load_tokenizer(bench.model)

@@ -5,6 +5,7 @@ import socket
 from dataclasses import replace
 
 import pytest
+from helpers.reporters import WarningRecorder
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -104,6 +105,19 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, tmp_path, device, re
     spec = TrainSpec(source=tmp_path, out=tmp_path / "out", data="x", device=device)
     with pytest.raises(UsageError, match=reason):
         fit_device(spec, NullReporter())
+
+
+@pytest.mark.parametrize(
+    ("precision", "slow", "warned"), [("bf16", True, 1), ("bf16", False, 0), ("auto", True, 0)]
+)
+def test_a_cpu_without_bf16_is_told_what_it_takes(monkeypatch, tmp_path, precision, slow, warned):
+    monkeypatch.setattr("loram_cli.stages.fit.run.slow_in_bf16", lambda device: slow)
+    spec = TrainSpec(
+        source=tmp_path, out=tmp_path / "out", data="x", device="cpu", precision=precision
+    )
+    recorder = WarningRecorder()
+    assert fit_device(spec, recorder) == "cpu"
+    assert sum("no instructions for it" in line for line in recorder.warnings) == warned
 
 
 def test_more_processes_than_gpus_are_refused(launched, monkeypatch, tmp_path):
