@@ -110,6 +110,39 @@ def test_rows_measured_elsewhere_stay_on_the_page(monkeypatch, tmp_path):
         write_report(done, "C", tmp_path, docs=True)
 
 
+def test_a_vocabulary_without_unused_tokens_splits_text_as_before(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import torch
+    from safetensors.torch import load_file, save_file
+    from second_base import _ALWAYS, trim
+    from tokenizers import AddedToken, Tokenizer, models
+
+    names = [*_ALWAYS, "<unused>", *(f"<0x{i:02X}>" for i in range(256)), *"abcdexyz"]
+    merges = [("x", "y"), ("xy", "z"), ("a", "b"), ("c", "d"), ("ab", "cd"), ("b", "c")]
+    vocab = {token: i for i, token in enumerate([*names, *map("".join, merges)])}
+    whole = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
+    whole.add_special_tokens([AddedToken(t, special=True) for t in (*_ALWAYS, "<unused>")])
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    whole.save(str(before / "tokenizer.json"))
+    for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
+        (before / name).write_text(json.dumps({"vocab_size": len(vocab)}))
+    rows = torch.arange(len(vocab))[:, None].float()
+    save_file({"model.embed_tokens.weight": rows}, before / "model.safetensors")
+
+    trim(before, after, ["abcde", "edcbc"])
+    cut = Tokenizer.from_file(str(after / "tokenizer.json"))
+    for text in ("abcde", "edcbc<eos>", "é"):
+        assert cut.encode(text).tokens == whole.encode(text).tokens
+    left = cut.get_vocab()
+    assert {"ab", "cd", "abcd", "bc", "<mask>"} <= set(left)
+    assert not {"xy", "xyz", "x", "<unused>"} & set(left)
+    # Each token has the row that it had.
+    kept = load_file(after / "model.safetensors")["model.embed_tokens.weight"]
+    assert {token: int(kept[i]) for token, i in left.items()} == {t: vocab[t] for t in left}
+    assert json.loads((after / "config.json").read_text())["vocab_size"] == len(left) == len(kept)
+
+
 def test_names_of_points_lie_on_nothing_else(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from gain.report import _free_place, _overlap

@@ -336,6 +336,8 @@ _NARROW_ROUNDED = tuple(
     for ratio, bits, rounded, suffix, said in (
         (0.35, 2, _both_sides(2), "", "on a grid"),
         (0.35, 2, _trellis(2, "yaqa"), "-trellis", "on a trellis"),
+        # Of one key/value head, which stays, and so of MLPs alone: as few bytes.
+        (0.55, 2, _trellis(2, "yaqa"), "-trellis", "on a trellis"),
         (0.65, 3, _both_sides(3), "", "on a grid"),
     )
 )
