@@ -49,7 +49,29 @@ def _share_kept(
 
 
 def width_advice(result: PruneResult) -> list[str]:
-    """A line where pruning left MLPs of a width that GPUs multiply slowly."""
+    """Lines where the ratio is too low for any head, or leaves MLPs of a slow width."""
+    return _whole_heads(result) + _slow_width(result)
+
+
+def _whole_heads(result: PruneResult) -> list[str]:
+    """Query heads go with the key/value head that they share: of few, a ratio may leave all."""
+    if result.ratio is None or result.scope != "layer":
+        return []
+    pruned = [
+        kept[1]
+        for i, kept in result.widths.items()
+        if kept != result.base_widths[i] and kept[1] and kept[1] == result.base_widths[i][1]
+    ]
+    if not pruned or max(pruned) * result.ratio >= 1:
+        return []
+    heads = f"{pruned[0]} key/value head{'s' if pruned[0] > 1 else ''}"
+    return [
+        f"all attention heads stay: {result.ratio:g} of {heads} is less than one, and query heads "
+        "go with theirs; MLP channels alone are dropped"
+    ]
+
+
+def _slow_width(result: PruneResult) -> list[str]:
     slow = [
         kept[2]
         for i, kept in result.widths.items()

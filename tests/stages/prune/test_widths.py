@@ -135,6 +135,28 @@ def test_widths_that_a_gpu_multiplies_slowly_are_told(channels, base_channels, s
     assert all("4838 MLP channels" in line and "--multiple-of 64" in line for line in advice)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kept", "ratio", "said"),
+    [
+        ((4, 1), (4, 1), 0.65, "0.65 of 1 key/value head is less"),
+        ((14, 2), (14, 2), 0.35, "0.35 of 2 key/value heads is less"),
+        ((14, 2), (7, 1), 0.65, None),
+        # A family whose heads do not go at any ratio.
+        ((8, 8), (8, 8), 0.65, None),
+        ((4, 1), (4, 1), None, None),
+    ],
+)
+def test_a_ratio_that_is_too_low_for_a_head_is_told(heads, kept, ratio, said):
+    result = PruneResult(
+        base_params=2, pruned_params=1, reduction=2.0, removed_share=0.5, weight_bytes=2,
+        ratio=ratio, scope="layer", widths={"0": (*heads, 64), "1": (*kept, 32)},
+        base_widths={"0": (*heads, 64), "1": (*heads, 64)},
+    )  # fmt: skip
+    advice = width_advice(result)
+    assert len(advice) == (said is not None)
+    assert all(said in line and "MLP channels alone" in line for line in advice)
+
+
 def setup_of(budget):
     return TrainingSetup(
         rank=budget.get("rank", 8),
