@@ -361,6 +361,15 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def slow_in_bf16(device: str) -> bool:
+    """Whether a device computes bf16 far slower than fp32: a CPU without instructions for it.
+
+    oneDNN leaves such products to plain loops: of AVX2's, a layer's forward pass takes 6 times as
+    long as in fp32, and its backward pass 100 times.
+    """
+    return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def unused_gpu(device: str | None) -> str | None:
     """Why a machine's NVIDIA GPU stays idle though no device was asked for; None where none does.
 

@@ -19,6 +19,23 @@ class WarningRecorder(NullReporter):
         self.warnings.append(line)
 
 
+class ProgressRecorder(NullReporter):
+    """Keeps the steps of its latest progress bar, and its total."""
+
+    def progress(self, label, total, unit="it"):
+        self.total, self.steps = total, []
+        return nullcontext(self)
+
+    def advance(self, steps: float = 1) -> None:
+        self.steps.append(steps)
+
+    def skip(self, steps: float) -> None:
+        pass
+
+    def detail(self, text: str) -> None:
+        pass
+
+
 class Interruption(Exception):
     """Raised by :class:`Interrupter`, and caught nowhere in the product."""
 

@@ -12,13 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from loram_cli.errors import LoramError
+from loram_cli.memory.setup import chunk_tokens
 from loram_cli.modeling.layerwise.states import BoundaryPool
 from loram_cli.modeling.layerwise.stream import DecoderLayer, LayerStream
 from loram_cli.modeling.layerwise.walk import HiddenStates, embedded
 from loram_cli.reporting import Progress, Reporter
-
-# Logits that exist at a time; in fp32 with their gradient this is a quarter of a GiB.
-_CHUNK_LOGITS = 2**24
 
 Watch = Callable[[int, DecoderLayer], AbstractContextManager[object]]
 """Stands around the forward and backward passes of a layer, by its index."""
@@ -63,9 +61,8 @@ def layer_gradients(
     with reporter.progress("calibrate", total, "layer") as progress:
         kept, last = _forward(stream, windows, layers, pool, progress)
         # From here on ``last`` holds the loss's gradient at the boundary under way.
-        loss = _head_backward(stream, windows, last)
+        loss = _head_backward(stream, windows, last, progress)
         progress.detail(f"loss {loss:.3f}")
-        progress.advance()
         for i in backward_layers:
             looks = watch if watch is not None and i in layers else None
             with stream.layer(i) as layer, looks(i, layer) if looks else nullcontext():
@@ -107,17 +104,18 @@ def _forward(
     return kept, current
 
 
-def _head_backward(stream: LayerStream, windows: torch.Tensor, last: HiddenStates) -> float:
+def _head_backward(
+    stream: LayerStream, windows: torch.Tensor, last: HiddenStates, progress: Progress
+) -> float:
     """Replace the last hidden states by the loss's gradient; the loss, in nats per token.
 
     The vocabulary is wide: logits are made, and differentiated, for a chunk of tokens at a time.
     """
-    chunk = max(1, _CHUNK_LOGITS // stream.vocab_size)
+    chunk = chunk_tokens(stream.vocab_size)
     count = windows[:, 1:].numel()
     total = 0.0
     with stream.head() as logits_of:
-        for start in last.starts:
-            hidden = last.read(start)
+        for start, hidden in last.batches(progress):
             targets = windows[start : start + len(hidden), 1:].to(stream.device).reshape(-1)
             # The last token of a window predicts nothing.
             tokens = hidden[:, :-1].reshape(1, -1, hidden.shape[-1])

@@ -2,12 +2,11 @@
 
 import torch
 
+from loram_cli.memory.setup import chunk_tokens
 from loram_cli.modeling.layerwise.states import BoundaryPool
 from loram_cli.modeling.layerwise.stream import LayerStream
 from loram_cli.modeling.layerwise.walk import embedded
 from loram_cli.reporting import Reporter
-
-_CHUNK_TOKENS = 512
 
 
 @torch.no_grad()
@@ -33,7 +32,7 @@ def streamed_loss(
                 tokens = hidden[:, :-1].reshape(1, -1, hidden.shape[-1])
                 targets = windows[start : start + len(hidden), 1:].to(stream.device).reshape(-1)
                 # No longer than a window: a model that learns its positions has no more of them.
-                size = min(_CHUNK_TOKENS, hidden.shape[1] - 1)
+                size = min(chunk_tokens(stream.vocab_size), hidden.shape[1] - 1)
                 for begin in range(0, tokens.shape[1], size):
                     logits = logits_of(tokens[:, begin : begin + size])[0].float()
                     chunk = targets[begin : begin + size]

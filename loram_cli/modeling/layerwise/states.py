@@ -9,14 +9,20 @@ from typing import Any
 import torch
 
 from loram_cli.errors import LoramError
+from loram_cli.modeling.load import slow_in_bf16
 
 
-def computed_dtype(stored: torch.dtype) -> torch.dtype:
-    """The type to run a checkpoint in: bf16 as it is, all else in fp32.
+def computed_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    """The type to run a checkpoint in: bf16 as it is where that is fast, all else in fp32.
 
     In fp16 small gradients underflow, and one layer at a time is cheap to raise.
+
+    Args:
+        stored: The type of its weights.
+        device: Where it runs.
     """
-    return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+    as_stored = stored == torch.bfloat16 and not slow_in_bf16(device)
+    return torch.bfloat16 if as_stored else torch.float32
 
 
 class Boundary:

@@ -69,7 +69,7 @@ class LayerStream:
         self.family = self._source.family
         self.device = usable_device(device)
         self._reader = TensorReader(self._source.index)
-        self.dtype = computed_dtype(self._source.dtype.to_torch())
+        self.dtype = computed_dtype(self._source.dtype.to_torch(), self.device)
         file = self._source.directory / "config.json"
         with loading(file), quiet_libraries():
             config = native_config(self._source.config, self.dtype)

@@ -7,7 +7,12 @@ from typing import Any, TypeVar
 from loram_cli.errors import UsageError
 from loram_cli.memory.training import CUDA_CONTEXT_BYTES
 from loram_cli.modeling.free_memory import free_memory_bytes
-from loram_cli.modeling.load import default_device, usable_device, warn_of_unused_gpu
+from loram_cli.modeling.load import (
+    default_device,
+    slow_in_bf16,
+    usable_device,
+    warn_of_unused_gpu,
+)
 from loram_cli.reporting import Reporter
 from loram_cli.runs.processes import is_main_process, local_device, process_count
 from loram_cli.stages.core.plan import StagePlan
@@ -20,7 +25,6 @@ from loram_cli.training.loop.options import (
     FitOptions,
     FitResult,
     resolve_precision,
-    slow_in_bf16,
 )
 from loram_cli.training.tracking import check_trackers
 from loram_cli.units import format_bytes

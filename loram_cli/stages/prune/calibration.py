@@ -12,7 +12,7 @@ from loram_cli.modeling.layerwise.gradients import boundaries_kept
 from loram_cli.modeling.layerwise.output_gradients import kept_params
 from loram_cli.modeling.layerwise.states import BoundaryPool, computed_dtype
 from loram_cli.modeling.layerwise.stream import LayerStream
-from loram_cli.modeling.load import load_tokenizer
+from loram_cli.modeling.load import default_device, load_tokenizer
 from loram_cli.pruning.calibrate import calibration_windows
 from loram_cli.pruning.sparsegpt import hessian_bytes
 from loram_cli.stages.core.results import CalibrationFigures
@@ -142,7 +142,8 @@ def _held(
     spec: PruneSpec, model: Model, samples: int, length: int, boundaries: int
 ) -> CalibrationNeeds:
     """Hidden states of windows at so many boundaries, in memory as far as it may be."""
-    item_bytes = computed_dtype(model.dtype.to_torch()).itemsize
+    device = spec.device or default_device()
+    item_bytes = computed_dtype(model.dtype.to_torch(), device).itemsize
     each = samples * length * model.geometry.hidden_size * item_bytes
     in_memory = min(boundaries, spec.calibration_memory // each)
     on_disk = boundaries - in_memory

@@ -22,8 +22,8 @@ from gain.frontier import write_frontier
 from gain.report import write_report
 from gain.rows import FULL, ROWS, Row, named
 from gain.work import Bench, measure, measure_polished, measure_scaled
+from loram_cli.modeling.load import slow_in_bf16
 from loram_cli.schema import digest_of, plain
-from loram_cli.training.loop.options import slow_in_bf16
 
 Figures = dict[str, Any]
 
