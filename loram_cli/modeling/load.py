@@ -365,7 +365,7 @@ def slow_in_bf16(device: str) -> bool:
     """Whether a device computes bf16 far slower than fp32: a CPU without instructions for it.
 
     oneDNN leaves such products to plain loops: of AVX2's, a layer's forward pass takes 6 times as
-    long as in fp32, and its backward pass 100 times.
+    long as in fp32, and its backward pass 40 times.
     """
     return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -223,7 +223,8 @@ BROKEN = {
 def test_a_hostile_template_ends_in_one_error_that_names_its_file(
     chatty, load, tmp_path, monkeypatch, template
 ):
-    monkeypatch.setattr(templates, "MOST_SECONDS", 0.3)
+    if "range" in template:  # the others end by what they do, however slow the machine
+        monkeypatch.setattr(templates, "MOST_SECONDS", 0.3)
     chatty(template).save_pretrained(tmp_path / "model")
     from transformers import AutoTokenizer
 
