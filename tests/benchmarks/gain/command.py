@@ -42,7 +42,6 @@ def main(words: list[str] | None = None) -> int:
         eval_examples=options.eval_examples,
         block_length=options.block_length,
         train=(*options.train.split(), "--precision", precision),
-        precision=precision,
     )
     polish = tuple(int(count) for count in options.polish.split(",") if count)
     chosen = ROWS

@@ -151,8 +151,8 @@ def _cells(row: Figures) -> Cells:
         kept,
         f"{row.get('ppl_scaled', row['ppl_recovered']):.1f}",
     )
-    counts = sorted(int(name.removeprefix("kept_")) for name in row if name.startswith("kept_"))
-    exact = {f"+ {count} exact": f"{row[f'kept_{count}']:.2f}" for count in counts}
+    steps = (name.removeprefix("kept_") for name in row if name.startswith("kept_"))
+    exact = {f"+ {count} exact": f"{row[f'kept_{count}']:.2f}" for count in steps}
     return dict(zip(_HEADER, values, strict=True)) | exact
 
 
@@ -206,7 +206,7 @@ def draw(tables: Mapping[str, Iterable[Cells]], file: Path) -> None:
             ha=side, va="center", arrowprops=leader,
         )  # fmt: skip
     axes.axhline(1, color="#888888", linewidth=0.8, linestyle=":")
-    # Names stand to the right of their points.
+    # Room for names to the right of their points.
     axes.set_xlim(0, 1.15)
     axes.set_ylim(0, _TOP)
     axes.set_xlabel("frozen decoder weights held while training, against bf16")

@@ -33,8 +33,7 @@ class Bench:
         text_eval: General text that is held out.
         eval_examples: Answers that are scored.
         block_length: Tokens of a window of text.
-        train: Flags of every training.
-        precision: Of its computation, and of the scoring.
+        train: Flags of every training; scoring computes in their ``--precision``.
     """
 
     model: Path
@@ -46,7 +45,6 @@ class Bench:
     eval_examples: int
     block_length: int
     train: Flags
-    precision: str
 
     def deciding(self) -> dict[str, Any]:
         """What the figures depend on."""
@@ -55,7 +53,7 @@ class Bench:
     def filled(self, flags: Flags) -> Flags:
         """Flags with the bench's data in place of its names."""
         data = {
-            "precision": self.precision,
+            "precision": self.flag("--precision"),
             "text": self.text,
             "train": self.train_data,
             "mixed": f"{self.text}:0.5,{self.train_data}:0.5",
@@ -224,7 +222,7 @@ def _scores(bench: Bench, name: str, adapters: tuple[Path, ...]) -> Figures:
     from loram_cli.modeling.load import load_causal_lm, load_tokenizer
     from loram_cli.training.adapters import load_adapter
 
-    dtype = torch.float32 if bench.precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if bench.flag("--precision") == "fp32" else torch.bfloat16
     model = load_causal_lm(bench.model, dtype=dtype)
     for adapter in adapters:
         model = load_adapter(model, adapter)
