@@ -17,6 +17,7 @@ import torch
 
 from loram_cli.checkpoint.model import Model
 from loram_cli.checkpoint.reader import TensorReader
+from loram_cli.modeling.layerwise.raised import RaisedWeight
 from loram_cli.modeling.layerwise.states import computed_dtype
 from loram_cli.modeling.load import loading, settle_calls, usable_device
 from loram_cli.modeling.meta_model import fill_stored_buffers, meta_causal_lm, native_config
@@ -69,12 +70,17 @@ class LayerStream:
         self.family = self._source.family
         self.device = usable_device(device)
         self._reader = TensorReader(self._source.index)
-        self.dtype = computed_dtype(self._source.dtype.to_torch(), self.device)
+        stored = self._source.dtype.to_torch()
+        self.dtype = computed_dtype(stored, self.device)
+        experts = self.family.experts
+        self._kept_as_stored = experts.parameters if experts and stored != self.dtype else ()
+        # One expert after the other, where each is raised as it is taken.
+        how = {"experts_implementation": "eager"} if self._kept_as_stored else {}
         file = self._source.directory / "config.json"
         with loading(file), quiet_libraries():
             config = native_config(self._source.config, self.dtype)
             settle_calls(config, str(file))
-            self._model = meta_causal_lm(self.family, config, self.device)
+            self._model = meta_causal_lm(self.family, config, self.device, **how)
         self._layers = self._model.get_submodule(self.family.layers)
         self.num_layers = self._source.num_layers
         self.hidden_size = self._source.geometry.hidden_size
@@ -129,7 +135,7 @@ class LayerStream:
         module = self._layers[index]
         prefix = self.family.layer_prefix(index)
         weights = {
-            name: self._read(prefix + name, parameter.shape)
+            name: self._read(prefix + name, parameter.shape, raised=name in self._kept_as_stored)
             for name, parameter in module.named_parameters()
         }
         fill_stored_buffers(module, prefix, self._source.index, self._reader, self.device)
@@ -186,8 +192,10 @@ class LayerStream:
         }
         _set_parameters(self._model, small)
 
-    def _read(self, name: str, shape: torch.Size) -> torch.Tensor:
+    def _read(self, name: str, shape: torch.Size, *, raised: bool = False) -> torch.Tensor:
         self._source.index.entry_of(name, shape)
+        if raised:
+            return RaisedWeight(self._reader.read(name).to(self.device), self.dtype)
         return self._reader.read(name).to(self.device, self.dtype)
 
 
