@@ -1,17 +1,45 @@
 """What rounding with error feedback needs of a module's inputs, whatever its codes stand for."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
 
 from loram_cli.checkpoint.low_bit import LowBit
-from loram_cli.checkpoint.low_bit_codes import Codes
+from loram_cli.checkpoint.low_bit_codes import Codes, dequantize
 from loram_cli.pruning.sparsegpt import Hessian, factor_in_order
 
 LEAST_SCALE = 6e-8
 """Of a row, so that fp16 holds it as more than zero."""
+
+
+class RowFeed:
+    """Blocks of rows, and what an error in one costs the rows that follow.
+
+    Args:
+        upper: Factor of the inverse of the outputs' Hessian, in the order of the rows.
+        size: Rows of a block; the last one may have fewer.
+    """
+
+    def __init__(self, upper: torch.Tensor, size: int) -> None:
+        rows = len(upper)
+        self.blocks = tuple(slice(i, min(i + size, rows)) for i in range(0, rows, size))
+        self._after = [
+            torch.linalg.solve_triangular(
+                upper[block, block], upper[block, block.stop :], upper=True
+            )
+            for block in self.blocks
+        ]
+
+    def passed_on(self, block: int, error: torch.Tensor) -> torch.Tensor:
+        """What to take from the rows after a block, shape (rows after it, columns).
+
+        Args:
+            block: Which.
+            error: Of its rows, shape (rows, columns).
+        """
+        return self._after[block].T @ error
 
 
 @dataclass(frozen=True)
@@ -60,3 +88,19 @@ class Columns(ABC):
     @abstractmethod
     def round(self, weight: torch.Tensor) -> Codes:
         """Codes of rows in fp32, errors fed to the columns that follow."""
+
+    def round_rows(self, weight: torch.Tensor, rows: RowFeed) -> Codes:
+        """Codes of rows in fp32, errors fed to the columns that follow and to the rows that do.
+
+        Args:
+            weight: Shape (rows, columns), its rows in the order of ``rows``; changed.
+            rows: Their blocks.
+        """
+        parts = []
+        for i, block in enumerate(rows.blocks):
+            part = self.round(weight[block])
+            rounded = dequantize(part, self.low_bit, weight.shape[1], torch.float32)
+            weight[block.stop :] -= rows.passed_on(i, weight[block] - rounded)
+            parts.append(part)
+        joined = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Codes)}
+        return Codes(**joined)

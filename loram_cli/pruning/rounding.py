@@ -9,8 +9,8 @@ from dataclasses import fields
 import torch
 
 from loram_cli.checkpoint.low_bit import LowBit
-from loram_cli.checkpoint.low_bit_codes import Codes, dequantize
-from loram_cli.pruning.columns import Columns
+from loram_cli.checkpoint.low_bit_codes import Codes
+from loram_cli.pruning.columns import Columns, RowFeed
 from loram_cli.pruning.grid import GridColumns
 from loram_cli.pruning.sparsegpt import Hessian, factor_in_order, falling
 from loram_cli.pruning.trellis import TrellisColumns
@@ -99,26 +99,7 @@ def round_on_both_sides(
     outputs.add(gradients.to(weight.device, torch.float32) / largest)
     order = falling(outputs.total.diagonal())
     upper = factor_in_order(outputs, order, _OUTPUT_DAMPENING, f"{where}: its outputs")
-    left = weight.float()[order]
     size = max(_LEAST_BLOCK_ROWS, -(-len(weight) // _MOST_ROW_BLOCKS))
-    parts = []
-    for begin in range(0, len(left), size):
-        end = begin + size
-        block = left[begin:end]
-        codes = columns.round(block)
-        parts.append(codes)
-        error = block - dequantize(codes, low_bit, block.shape[1], torch.float32)
-        within = upper[begin:end, begin:end]
-        whitened = torch.linalg.solve_triangular(within.T, error, upper=False)
-        left[end:].addmm_(upper[begin:end, end:].T, whitened, alpha=-1)
-    return _rows_put_back(parts, order)
-
-
-def _rows_put_back(parts: list[Codes], order: torch.Tensor) -> Codes:
-    """One weight's codes from those of its blocks of rows, which are in another order."""
+    codes = columns.round_rows(weight.float()[order], RowFeed(upper, size))
     back = torch.argsort(order)
-
-    def joined(name: str) -> torch.Tensor:
-        return torch.cat([getattr(part, name) for part in parts])[back]
-
-    return Codes(*(joined(field.name) for field in fields(Codes)))
+    return Codes(*(getattr(codes, field.name)[back] for field in fields(Codes)))

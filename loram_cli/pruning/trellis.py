@@ -6,6 +6,7 @@ best survives. What a column's error adds to the columns that follow differs fro
 the next, and each carries its own (per-survivor processing, Raheli et al., 1995).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -15,7 +16,7 @@ import torch
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import STEP_RATIO, STEPS, Codes, group_steps
 from loram_cli.checkpoint.trellis import table, values_of
-from loram_cli.pruning.columns import LEAST_SCALE, Columns
+from loram_cli.pruning.columns import LEAST_SCALE, Columns, RowFeed
 from loram_cli.pruning.sparsegpt import falling
 
 # Steps that are tried for a group, against the spread of its weights.
@@ -26,12 +27,13 @@ _STEP_TRIES = tuple(0.7 * 1.08**i for i in range(14))
 # two after a search with each 0.0076.
 _LOSS = {2: 0.06, 3: 0.018, 4: 0.005}
 _REACH = 0.65
-# A row's scale against the step of its widest group: feedback may widen it further.
-_ROOM = 2.0
+# A row's scale against the step of its widest group: what columns and rows feed may widen it.
+_ROOM = 4.0
 # Columns whose errors each survivor holds by themselves; those of earlier ones are summed.
 _BLOCK_COLUMNS = 8
-# Rows searched together; each holds a few hundred survivors with errors of their own.
-_ROWS_TOGETHER = 2048
+# Rows searched together, each with some hundred ways to go on: on a CPU as many as its cache holds.
+_ROWS_TOGETHER = {"cpu": 512}
+_ROWS_ON_GPU = 2048
 
 
 def best_codes(
@@ -48,7 +50,8 @@ def best_codes(
         wanted: In steps, fp32, shape (rows, columns).
         bits: Of a code.
         feed: Upper triangular, shape (columns, columns): what an error in a column costs in itself
-            and in those after it. None for the identity.
+            and in those after it. Several of shape (sets, columns, columns) are each for as many
+            of the rows, in order. None for the identity.
         values: The table to search; None for that of the bits.
 
     Returns:
@@ -56,91 +59,173 @@ def best_codes(
     """
     values = (table(bits) if values is None else values).to(wanted.device)
     feed = torch.eye(wanted.shape[1], device=wanted.device) if feed is None else feed
-    parts = wanted.split(_ROWS_TOGETHER)
-    return torch.cat([_Search(part, values, 2**bits, feed).codes() for part in parts])
+    together = _ROWS_TOGETHER.get(wanted.device.type, _ROWS_ON_GPU)
+    if feed.dim() == 2:
+        parts = wanted.split(together)
+        feeds = (feed.unsqueeze(0),) * len(parts)
+    else:
+        rows = len(wanted) // len(feed)
+        sets = max(1, together // rows)
+        parts, feeds = wanted.split(sets * rows), feed.split(sets)
+    searches = zip(parts, feeds, strict=True)
+    return torch.cat([_Search(part, values, 2**bits, each).codes() for part, each in searches])
 
 
 class _Search:
-    """Survivors of all rows: one for every sequence of last codes but the oldest."""
+    """Survivors of all rows: one for every sequence of last codes but the oldest.
+
+    They stand in an array of as many axes as such a sequence has codes, and the rows in its last
+    one, so that each operation runs through memory in order. A new code takes the axis of the code
+    that leaves: no survivor moves but along that axis, and each axis is the oldest in turn.
+    """
 
     def __init__(
         self, wanted: torch.Tensor, values: torch.Tensor, choices: int, feed: torch.Tensor
     ) -> None:
-        self._rows, self._columns = wanted.shape
-        device = wanted.device
-        self._wanted, self._choices = wanted, choices
-        self._survivors = values.numel() // self._choices
-        self._values = values.view(self._survivors, self._choices)
-        self._squares = self._values.square()
-        costs = feed.diagonal()
-        self._weights, self._feed = costs.square(), feed / costs
-        # Of each survivor so far.
-        self._cost = wanted.new_full((self._rows, self._survivors), torch.inf)
-        # A group begins as if zeros came before it.
-        self._cost[:, 0] = 0
-        self._row = torch.arange(self._rows, device=device).unsqueeze(1)
-        self._each = torch.arange(self._survivors, device=device)
+        self._wanted = wanted.T.contiguous()
+        self._columns, self._rows = self._wanted.shape
+        self._choices = choices
+        self._survivors = values.numel() // choices
+        # Places by the codes from the oldest to the newest: one more than a survivor has.
+        window = (values.numel() - 1).bit_length() // (choices - 1).bit_length()
+        self._axes = (choices,) * (window - 1)
+        places = values.view((choices,) * window)
+        self._tables = [self._turned(places, axis) for axis in range(window - 1)]
+        self._squares = [values.square() for values in self._tables]
+        self._numbers = torch.arange(choices, device=wanted.device, dtype=wanted.dtype)
+        self._numbers = self._numbers.view(-1, *[1] * window)
+        costs = feed.diagonal(dim1=1, dim2=2)
+        self._feed = feed / costs.unsqueeze(1)
+        # Of each column and row.
+        self._weights = costs.square().T.repeat_interleave(self._rows // len(feed), 1)
+        # Of each survivor so far; a group begins as if zeros came before it.
+        self._cost = wanted.new_full((self._survivors, self._rows), torch.inf)
+        self._cost[0] = 0
+        self._cost = self._cost.view(*self._axes, self._rows)
 
     def codes(self) -> torch.Tensor:
         """Search through the columns, and back along the best way."""
-        oldest: list[torch.Tensor] = []
-        # What columns of earlier blocks add to each column, by survivor.
+        leaving: list[torch.Tensor] = []
+        first = torch.arange(self._rows, device=self._wanted.device).unsqueeze(1) * self._survivors
+        # What columns of earlier blocks add to those that are left, by row and survivor.
         added = self._wanted.new_zeros(self._rows * self._survivors, self._columns)
         for begin in range(0, self._columns, _BLOCK_COLUMNS):
             end = min(begin + _BLOCK_COLUMNS, self._columns)
-            errors, ancestors = self._block(begin, end, added, oldest)
-            flat = (self._row * self._survivors + ancestors).reshape(-1)
-            added = added.index_select(0, flat)
-            added[:, end:].addmm_(errors, self._feed[begin:end, end:])
-        return self._back(oldest)
+            errors, ancestors = self._block(begin, end, added[:, : end - begin], leaving)
+            if end < self._columns:
+                flat = (first + ancestors.T.long()).reshape(-1)
+                added = added[:, end - begin :].index_select(0, flat)
+                by_survivor = errors.permute(2, 1, 0).reshape(len(self._feed), -1, end - begin)
+                by_set = added.view(len(self._feed), -1, self._columns - end)
+                by_set.baddbmm_(by_survivor, self._feed[:, begin:end, end:])
+        return self._back(leaving)
+
+    def _turned(self, places: torch.Tensor, axis: int) -> torch.Tensor:
+        """The table where ``axis`` is the oldest: by the code that leaves, then by survivor."""
+        codes = len(self._axes)
+        order = [1 + (i - axis - 1) % codes for i in range(codes)]
+        return places.permute(0, *order).contiguous().unsqueeze(-1)
 
     def _block(
-        self, begin: int, end: int, added: torch.Tensor, oldest: list[torch.Tensor]
+        self, begin: int, end: int, added: torch.Tensor, leaving: list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns of one block: the survivors' errors in them, and where each came from."""
-        errors = added.new_zeros(len(added), end - begin)
-        ancestors = self._each.expand(self._rows, -1)
-        first = self._row * self._survivors
-        for i in range(end - begin):
+        """Columns of one block.
+
+        Args:
+            begin: The first one.
+            end: One past the last.
+            added: What earlier blocks add to them, shape (rows * survivors, columns).
+            leaving: Gets for each column the code that leaves, by survivor and row.
+
+        Returns:
+            The survivors' errors in them, shape (columns, survivors, rows), and the survivor of
+            the block's beginning that each comes from, shape (survivors, rows).
+        """
+        columns, shape = end - begin, (self._survivors, self._rows)
+        # What a survivor takes along: of each column what is wanted of it, and its error once it
+        # is dealt with; then where the survivor came from.
+        held = self._wanted.new_empty((columns + 1, *shape))
+        by_column = added.view(self._rows, self._survivors, columns).permute(2, 1, 0)
+        torch.add(by_column, self._wanted[begin:end, None], out=held[:columns])
+        held[columns] = torch.arange(self._survivors, device=held.device).unsqueeze(1)
+        held = held.view(columns + 1, *self._axes, self._rows)
+        feed = self._feed[:, begin:end, begin:end].permute(1, 2, 0)
+        feed = feed.repeat_interleave(self._rows // len(self._feed), 2)
+        feed = feed.view(columns, columns, *[1] * len(self._axes), self._rows)
+        for i in range(columns):
             column, cost = begin + i, self._weights[begin + i]
-            wanted = added[:, column].index_select(0, (first + ancestors).reshape(-1))
-            if i:
-                wanted.addmv_(errors, self._feed_to(begin, end, column))
-            wanted = wanted.view(self._rows, -1).add_(self._wanted[:, column : column + 1])
+            axis = column % len(self._axes)
+            table = self._tables[axis]
             # cost (wanted - value)^2 in two passes over all values.
-            so_far = torch.addcmul(self._cost, wanted, wanted * cost).unsqueeze(-1)
-            slope = (wanted * (-2 * cost)).unsqueeze(-1)
-            costs = torch.addcmul(self._squares * cost, slope, self._values).add_(so_far)
-            # The code that leaves the window is the highest part of a place.
-            self._cost, leaving = costs.view(self._rows, self._choices, -1).min(1)
-            oldest.append(leaving.to(torch.uint8))
-            chosen = leaving * self._survivors + self._each
-            came = chosen // self._choices
-            errors = errors.index_select(0, (first + came).reshape(-1))
-            picked = self._values.view(-1).index_select(0, chosen.reshape(-1))
-            missed = self._wanted[:, column : column + 1] - picked.view(self._rows, -1)
-            errors[:, i] = missed.view(-1)
-            ancestors = ancestors.gather(1, came)
-        return errors, ancestors
+            weighted = held[i] * cost
+            so_far = torch.addcmul(self._cost, held[i], weighted)
+            ways, slopes = _ways(so_far, axis), _ways(weighted, axis)
+            costs = torch.addcmul(ways, slopes, table, value=-2)
+            self._cost, tests = _least(costs.addcmul_(self._squares[axis], cost))
+            leaving.append(_picked(self._numbers, tests).to(torch.uint8).reshape(shape))
+            held = _picked(_ways(held, axis, before=1), tests)
+            error = torch.sub(self._wanted[column], _picked(table, tests), out=held[i])
+            held[i + 1 : columns].addcmul_(feed[i, i + 1 :], error)
+        flat = held.view(columns + 1, *shape)
+        return flat[:columns], flat[columns]
 
-    def _feed_to(self, begin: int, end: int, column: int) -> torch.Tensor:
-        """What errors in a block's columns add to one of them; nothing from itself or later."""
-        feed = self._feed[begin:end, column].clone()
-        feed[column - begin :] = 0
-        return feed
-
-    def _back(self, oldest: list[torch.Tensor]) -> torch.Tensor:
-        row = self._row[:, 0]
-        place = self._cost.argmin(1)
+    def _back(self, leaving: list[torch.Tensor]) -> torch.Tensor:
+        place = self._cost.view(self._survivors, self._rows).argmin(0)
         codes = torch.empty(
-            (self._rows, self._columns), dtype=torch.uint8, device=self._wanted.device
+            (self._columns, self._rows), dtype=torch.uint8, device=self._wanted.device
         )
         for column in range(self._columns - 1, -1, -1):
-            codes[:, column] = (place % self._choices).to(torch.uint8)
-            # The survivor that it came from: the code that left in front, its newest dropped.
-            left = oldest[column][row, place].long()
-            place = (left * self._survivors + place) // self._choices
-        return codes
+            axis = column % len(self._axes)
+            unit = self._choices ** (len(self._axes) - 1 - axis)
+            newest = place // unit % self._choices
+            codes[column] = newest
+            # The survivor that it came from: the code that left in place of its newest.
+            left = leaving[column].gather(0, place.unsqueeze(0))[0].long()
+            place = place + (left - newest) * unit
+        return codes.T.contiguous()
+
+
+def _ways(survivors: torch.Tensor, axis: int, before: int = 0) -> torch.Tensor:
+    """Survivors by the code that leaves, at the place of each survivor that may come from them.
+
+    Args:
+        survivors: Shape (..., *axes, rows).
+        axis: That of the oldest codes.
+        before: Axes before those of the codes.
+
+    Returns:
+        A view of shape (choices, ..., *axes, rows), of size 1 at ``axis``.
+    """
+    return survivors.movedim(before + axis, 0).unsqueeze(1 + before + axis)
+
+
+def _least(costs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The least of the costs of all ways, and the way: by halves, 1 where the second is less.
+
+    By halves, and not by ``min``, which is not vectorized on a CPU and takes twenty times as long.
+
+    Args:
+        costs: Shape (choices, *axes, rows); the choices are a power of 2.
+    """
+    tests = []
+    while len(costs) > 1:
+        tests.append((costs[1::2] < costs[0::2]).to(costs.dtype))
+        costs = torch.minimum(costs[0::2], costs[1::2])
+    return costs[0], tests
+
+
+def _picked(ways: torch.Tensor, tests: list[torch.Tensor]) -> torch.Tensor:
+    """Of each survivor's ways the one that :func:`_least` found.
+
+    Args:
+        ways: Finite, shape (choices, ..., *axes, rows).
+        tests: As found.
+    """
+    for test in tests:
+        chosen = test.view(len(test), *[1] * (ways.dim() - test.dim()), *test.shape[1:])
+        # Of a weight of 0 or 1 exactly one of the two, as ``where``, which is not vectorized.
+        ways = torch.lerp(ways[0::2], ways[1::2], chosen)
+    return ways[0]
 
 
 @dataclass(frozen=True)
@@ -171,19 +256,62 @@ class TrellisColumns(Columns):
     @staticmethod
     def nearest(weight: torch.Tensor, low_bit: LowBit) -> Codes:
         """The best codes of each group by itself."""
-        written = _Written.of(weight, low_bit)
+        written, rows = _Written.of(weight, low_bit), slice(0, len(weight))
         for group, block in enumerate(weight.split(low_bit.group_size, 1)):
-            written.add(group, block, torch.eye(block.shape[1], device=weight.device))
+            feed = torch.eye(block.shape[1], device=weight.device)
+            fed = _Fed(group, slice(0, block.shape[1]), feed)
+            written.add([_Cell(0, rows, fed)], block.unsqueeze(0))
         return written.codes()
 
     def round(self, weight: torch.Tensor) -> Codes:
         """Codes of rows in fp32, each group's error fed to those that follow."""
-        left, written = weight[:, self.order], _Written.of(weight, self.low_bit)
-        for fed in self._groups:
-            error = written.add(fed.group, left[:, fed.columns], fed.feed)
-            end = fed.columns.stop
-            left[:, end:].addmm_(error @ fed.feed, self.upper[fed.columns, end:], alpha=-1)
+        return self._swept(weight, None)
+
+    def round_rows(self, weight: torch.Tensor, rows: RowFeed) -> Codes:
+        """Codes of blocks of rows, each block's error fed to the rows that follow.
+
+        A group of a block waits for the groups before it and for the blocks before it. Those on
+        one diagonal wait for no other of it, and are searched together: a search of a few rows
+        alone takes almost as long.
+        """
+        return self._swept(weight, rows)
+
+    def _swept(self, weight: torch.Tensor, rows: RowFeed | None) -> Codes:
+        blocks = (slice(0, len(weight)),) if rows is None else rows.blocks
+        written = _Written.of(weight, self.low_bit)
+        # As the columns before a column leave it, and as only the rows before a row do.
+        left = weight[:, self.order]
+        by_rows = left if rows is None else left.clone()
+        for diagonal in range(len(blocks) + len(self._groups) - 1):
+            first = max(0, diagonal - len(self._groups) + 1)
+            cells = [
+                _Cell(block, blocks[block], self._groups[diagonal - block])
+                for block in range(first, min(diagonal + 1, len(blocks)))
+            ]
+            for alike in _alike(cells):
+                wanted = torch.stack([left[cell.rows, cell.fed.columns] for cell in alike])
+                for cell, error in zip(alike, written.add(alike, wanted), strict=True):
+                    self._pass_on(cell, error, rows, left, by_rows)
         return written.codes()
+
+    def _pass_on(
+        self,
+        cell: "_Cell",
+        error: torch.Tensor,
+        rows: RowFeed | None,
+        left: torch.Tensor,
+        by_rows: torch.Tensor,
+    ) -> None:
+        """Feed a cell's error to its rows' later columns, and to the later rows of its columns."""
+        columns = cell.fed.columns
+        if rows is not None:
+            # Rows make up for what a row is off altogether, what its columns made up for included.
+            off = error + by_rows[cell.rows, columns] - left[cell.rows, columns]
+            passed = rows.passed_on(cell.block, off)
+            left[cell.rows.stop :, columns] -= passed
+            by_rows[cell.rows.stop :, columns] -= passed
+        after = self.upper[columns, columns.stop :]
+        left[cell.rows, columns.stop :].addmm_(error @ cell.fed.feed, after, alpha=-1)
 
     @cached_property
     def _groups(self) -> tuple[_Fed, ...]:
@@ -198,8 +326,34 @@ class TrellisColumns(Columns):
 
 
 @dataclass(frozen=True)
+class _Cell:
+    """A group of columns of a block of rows.
+
+    Attributes:
+        block: Which block it is of.
+        rows: Its rows.
+        fed: Its columns.
+    """
+
+    block: int
+    rows: slice
+    fed: _Fed
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows.stop - self.rows.start, len(self.fed.feed)
+
+
+def _alike(cells: list[_Cell]) -> Iterator[list[_Cell]]:
+    """Cells of one shape each: the last rows and the last columns may be fewer."""
+    for shape in dict.fromkeys(cell.shape for cell in cells):
+        yield [cell for cell in cells if cell.shape == shape]
+
+
+@dataclass(frozen=True)
 class _Written:
-    """A weight's codes, written group by group."""
+    """A weight's codes, written cell by cell."""
 
     low_bit: LowBit
     written: torch.Tensor
@@ -215,19 +369,29 @@ class _Written:
         scale = (widest * _ROOM).clamp_min(LEAST_SCALE).to(torch.float16)
         return cls(low_bit, codes, codes.new_zeros(codes.shape[:2]), scale)
 
-    def add(self, group: int, block: torch.Tensor, feed: torch.Tensor) -> torch.Tensor:
-        """Choose a group's steps and codes.
+    def add(self, cells: list[_Cell], wanted: torch.Tensor) -> torch.Tensor:
+        """Choose steps and codes of cells of one shape.
+
+        Args:
+            cells: Which.
+            wanted: Their weights, shape (cells, rows, columns).
 
         Returns:
-            The error in each weight, shape as the block's: (rows, columns).
+            The error in each weight, shape as theirs.
         """
-        bits, columns = self.low_bit.bits, block.shape[1]
-        index = _steps(block, self.scale, feed.diagonal().square(), bits)
-        step = group_steps(index.unsqueeze(1), self.scale, self.low_bit)
-        self.steps[:, group] = index
-        self.written[:, group, :columns] = best_codes(block / step, bits, feed)
-        values = values_of(self.written[:, group : group + 1], bits, torch.float32)
-        return block - values[:, 0, :columns] * step
+        bits, (rows, columns) = self.low_bit.bits, cells[0].shape
+        feeds = torch.stack([cell.fed.feed for cell in cells])
+        scale = torch.cat([self.scale[cell.rows] for cell in cells])
+        costs = feeds.diagonal(dim1=1, dim2=2).square()
+        index = _steps(wanted, scale.view(len(cells), rows), costs, bits)
+        step = group_steps(index.view(-1, 1), scale, self.low_bit)
+        codes = self.written.new_zeros(len(scale), self.low_bit.group_size)
+        codes[:, :columns] = best_codes(wanted.reshape(len(scale), columns) / step, bits, feeds)
+        for cell, their_codes, their_steps in zip(cells, codes.split(rows), index, strict=True):
+            self.written[cell.rows, cell.fed.group] = their_codes
+            self.steps[cell.rows, cell.fed.group] = their_steps
+        values = values_of(codes.unsqueeze(1), bits, torch.float32)[:, 0, :columns] * step
+        return wanted - values.view_as(wanted)
 
     def codes(self) -> Codes:
         """All of them."""
@@ -237,31 +401,34 @@ class _Written:
 
 def _spread(weight: torch.Tensor) -> torch.Tensor:
     """Root of the mean square of each row."""
-    return weight.square().mean(1).sqrt()
+    return weight.square().mean(-1).sqrt()
 
 
 def _steps(
-    block: torch.Tensor, scale: torch.Tensor, costs: torch.Tensor, bits: int
+    wanted: torch.Tensor, scale: torch.Tensor, costs: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """Index of the step of each row of a group that is expected to cost least.
+    """Index of the step of each row of some cells that is expected to cost least.
 
     A step costs what Gaussian numbers lose at it, and what weights beyond its reach lose.
 
     Args:
-        block: Weights, shape (rows, columns).
-        scale: Of each row.
-        costs: What a squared error in each column costs.
+        wanted: Weights, shape (cells, rows, columns).
+        scale: Of each row, shape (cells, rows).
+        costs: What a squared error in each column costs, shape (cells, columns).
         bits: Of a code.
+
+    Returns:
+        uint8, shape (cells, rows).
     """
-    spread, reach = _spread(block), _REACH * float(table(bits).abs().max())
+    spread, reach = _spread(wanted), _REACH * float(table(bits).abs().max())
     best = torch.full_like(spread, torch.inf)
     found = torch.zeros_like(spread)
     for share in _STEP_TRIES:
         step = spread * share
-        beyond = (block.abs() - reach * step.unsqueeze(1)).clamp_min_(0).square_()
-        cost = beyond.add_((_LOSS[bits] * step.square()).unsqueeze(1)) @ costs
-        better = cost < best
-        best = torch.where(better, cost, best)
+        beyond = (wanted.abs() - reach * step.unsqueeze(-1)).clamp_min_(0).square_()
+        cost = beyond.add_((_LOSS[bits] * step.square()).unsqueeze(-1)) @ costs.unsqueeze(-1)
+        better = cost[..., 0] < best
+        best = torch.where(better, cost[..., 0], best)
         found = torch.where(better, step, found)
     ratio = (scale.float() / found.clamp_min(LEAST_SCALE)).log2() / STEP_RATIO["trellis"]
     return ratio.round_().clamp_(0, STEPS["trellis"] - 1).to(torch.uint8)

@@ -9,8 +9,10 @@ from helpers.hessians import hessian_of
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import dequantize
 from loram_cli.checkpoint.trellis import table, values_of
+from loram_cli.pruning import trellis
+from loram_cli.pruning.columns import Columns, RowFeed
 from loram_cli.pruning.rounding import round_nearest, round_on_both_sides, round_with_feedback
-from loram_cli.pruning.trellis import best_codes
+from loram_cli.pruning.trellis import TrellisColumns, best_codes
 
 
 def feed_of(columns: int, seed: int = 0) -> torch.Tensor:
@@ -110,6 +112,45 @@ def test_errors_shrink_by_feedback_and_beside_a_grid(bits: int, columns: int):
         assert errors["trellis", name][place] < 0.95 * errors["grid", name][place], name
     assert errors["trellis", "gptq"][1] < 0.1 * errors["trellis", "nearest"][1]
     assert errors["trellis", "yaqa"][2] < 0.4 * errors["trellis", "gptq"][2]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_sets_of_rows_have_their_own_feed(bits: int, monkeypatch):
+    wanted = torch.randn(12, 24, generator=torch.Generator().manual_seed(3))
+    feeds = torch.stack([feed_of(24, seed) for seed in range(3)])
+    each = [best_codes(rows, bits, feed) for rows, feed in zip(wanted.split(4), feeds, strict=True)]
+    assert torch.equal(best_codes(wanted, bits, feeds), torch.cat(each))
+    monkeypatch.setitem(trellis._ROWS_TOGETHER, "cpu", 8)
+    assert torch.equal(best_codes(wanted, bits, feeds), torch.cat(each))
+
+
+def test_diagonals_are_the_sweep_of_one_block_of_rows_after_the_other(monkeypatch):
+    """The last block of rows and the last group of columns are smaller than the others."""
+    low_bit, (weight, inputs, gradients) = LowBit(2, 32, "trellis"), problem(104)
+    searches = []
+
+    def counted(wanted, *how):
+        searches.append(len(wanted))
+        return best_codes(wanted, *how)
+
+    # A row's scale is that of its weights alone, whatever rows before it have fed to it.
+    monkeypatch.setattr(trellis, "_spread", lambda part: part.new_full(part.shape[:-1], 0.5))
+    columns = TrellisColumns.of(hessian_of(inputs), low_bit, 0.01, "here", 128)
+    moment = gradients.T @ gradients
+    upper = torch.linalg.cholesky(torch.linalg.inv(moment + 0.1 * moment.diagonal().mean()
+                                                   * torch.eye(72)), upper=True)  # fmt: skip
+    rows = RowFeed(upper, 20)
+    assert [block.stop for block in rows.blocks] == [20, 40, 60, 72]
+    expected = Columns.round_rows(columns, weight.clone(), rows)
+    monkeypatch.setattr(trellis, "best_codes", counted)
+    found = columns.round_rows(weight.clone(), rows)
+    # A tie may fall the other way in fp32, and moves all that follows it.
+    assert found.codes.eq(expected.codes).float().mean() > 0.97
+    assert found.step.eq(expected.step).float().mean() > 0.97
+    # Four blocks and four groups on seven diagonals; what is smaller is searched apart.
+    assert max(searches) >= 40
+    assert len(searches) < 4 * 4
+    assert sum(searches) == 72 * 4
 
 
 def test_zeros_and_far_weights_are_kept():
