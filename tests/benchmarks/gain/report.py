@@ -6,7 +6,8 @@ some rows of a base puts them in, and leaves those that were measured elsewhere.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,6 +27,8 @@ _BLOCK = re.compile(
 )
 _FIRST, _BASE, _FULL = "small model", "base", "full LoRA"
 _TOP = 1.08  # of the picture, in shares kept
+_LEAST = 0.07  # of the bytes, at the picture's left
+_SHARES = (0.1, 0.14, 0.2, 0.3, 0.5, 0.7, 1)
 _EXACT = re.compile(r"\+ (\d+) exact")
 _HEADER = (
     "small model", "bytes", "peak", "align", "train", "align tokens", "before", "small",
@@ -182,7 +185,11 @@ def draw(tables: Mapping[str, Iterable[Cells]], file: Path) -> None:
     colours = ("#c8553d", "#2f5d8a", "#4f772d", "#6d597a")
     for (base, rows), colour in zip(tables.items(), colours, strict=False):
         points = [
-            (float(row["bytes"]), float(row["kept"].split()[0]), short.get(row[_FIRST], ""))
+            (
+                _across(float(row["bytes"])),
+                float(row["kept"].split()[0]),
+                short.get(row[_FIRST], ""),
+            )
             for row in rows
             if row.get("kept")
         ]
@@ -192,6 +199,7 @@ def draw(tables: Mapping[str, Iterable[Cells]], file: Path) -> None:
                 best = kept
                 frontier.append((held, kept))
         axes.plot(*zip(*frontier, strict=True), color=colour, linewidth=1, zorder=1, label=base)
+        taken += [box for pair in pairwise(frontier) for box in _along(*pair)]
         for held, kept, name in points:
             axes.scatter(held, kept, color=colour, s=22, zorder=2)
             taken.append((held - 0.007, kept - 0.009, held + 0.007, kept + 0.009))
@@ -208,12 +216,25 @@ def draw(tables: Mapping[str, Iterable[Cells]], file: Path) -> None:
     axes.axhline(1, color="#888888", linewidth=0.8, linestyle=":")
     # Room for names to the right of their points.
     axes.set_xlim(0, 1.15)
+    axes.set_xticks([_across(share) for share in _SHARES], [f"{share:g}" for share in _SHARES])
     axes.set_ylim(0, _TOP)
     axes.set_xlabel("frozen decoder weights held while training, against bf16")
     axes.set_ylabel("share of full LoRA's gain kept")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower left")
     figure.savefig(file, dpi=140)
     pyplot.close(figure)
+
+
+def _across(held: float) -> float:
+    """Where a share of the bytes lies in the picture: by its logarithm, as the least lie densely."""
+    return math.log(held / _LEAST) / math.log(1 / _LEAST)
+
+
+def _along(start: tuple[float, float], end: tuple[float, float]) -> Iterator[_Box]:
+    """What a line takes."""
+    for i in range(101):
+        across, up = (a + (b - a) * i / 100 for a, b in zip(start, end, strict=True))
+        yield across, up - 0.002, across, up + 0.002
 
 
 def _free_place(held: float, kept: float, name: str, taken: list[_Box]) -> _Box:
