@@ -15,7 +15,7 @@ import torch
 
 from loram_cli.checkpoint.low_bit import LowBit
 from loram_cli.checkpoint.low_bit_codes import STEP_RATIO, STEPS, Codes, group_steps
-from loram_cli.checkpoint.trellis import table, values_of
+from loram_cli.checkpoint.trellis import WINDOW, table, values_of
 from loram_cli.pruning.columns import LEAST_SCALE, Columns, RowFeed
 from loram_cli.pruning.sparsegpt import falling
 
@@ -59,16 +59,17 @@ def best_codes(
     """
     values = (table(bits) if values is None else values).to(wanted.device)
     feed = torch.eye(wanted.shape[1], device=wanted.device) if feed is None else feed
+    feeds = feed.view(-1, *feed.shape[-2:])
     together = _ROWS_TOGETHER.get(wanted.device.type, _ROWS_ON_GPU)
-    if feed.dim() == 2:
-        parts = wanted.split(together)
-        feeds = (feed.unsqueeze(0),) * len(parts)
-    else:
-        rows = len(wanted) // len(feed)
-        sets = max(1, together // rows)
-        parts, feeds = wanted.split(sets * rows), feed.split(sets)
-    searches = zip(parts, feeds, strict=True)
-    return torch.cat([_Search(part, values, 2**bits, each).codes() for part, each in searches])
+    rows = len(wanted) // len(feeds)
+    sets = max(1, together // rows)
+    # Whole sets, as many as go together; or one whose own rows may be too many.
+    searches = (
+        _Search(part, bits, values, some)
+        for of_sets, some in zip(wanted.split(sets * rows), feeds.split(sets), strict=True)
+        for part in of_sets.split(together)
+    )
+    return torch.cat([search.codes() for search in searches])
 
 
 class _Search:
@@ -80,20 +81,19 @@ class _Search:
     """
 
     def __init__(
-        self, wanted: torch.Tensor, values: torch.Tensor, choices: int, feed: torch.Tensor
+        self, wanted: torch.Tensor, bits: int, values: torch.Tensor, feed: torch.Tensor
     ) -> None:
         self._wanted = wanted.T.contiguous()
         self._columns, self._rows = self._wanted.shape
-        self._choices = choices
-        self._survivors = values.numel() // choices
-        # Places by the codes from the oldest to the newest: one more than a survivor has.
-        window = (values.numel() - 1).bit_length() // (choices - 1).bit_length()
-        self._axes = (choices,) * (window - 1)
-        places = values.view((choices,) * window)
-        self._tables = [self._turned(places, axis) for axis in range(window - 1)]
-        self._squares = [values.square() for values in self._tables]
-        self._numbers = torch.arange(choices, device=wanted.device, dtype=wanted.dtype)
-        self._numbers = self._numbers.view(-1, *[1] * window)
+        self._choices = 2**bits
+        # A value's place has one code more than a survivor.
+        self._axes = (self._choices,) * (WINDOW[bits] - 1)
+        self._survivors = self._choices ** len(self._axes)
+        places = values.view(self._choices, *self._axes)
+        self._tables = [self._turned(places, axis) for axis in range(len(self._axes))]
+        self._squares = [turned.square() for turned in self._tables]
+        numbers = torch.arange(self._choices, device=wanted.device, dtype=wanted.dtype)
+        self._numbers = numbers.view(-1, *[1] * len(self._axes), 1)
         costs = feed.diagonal(dim1=1, dim2=2)
         self._feed = feed / costs.unsqueeze(1)
         # Of each column and row.
@@ -155,16 +155,16 @@ class _Search:
         for i in range(columns):
             column, cost = begin + i, self._weights[begin + i]
             axis = column % len(self._axes)
-            table = self._tables[axis]
+            values = self._tables[axis]
             # cost (wanted - value)^2 in two passes over all values.
             weighted = held[i] * cost
             so_far = torch.addcmul(self._cost, held[i], weighted)
             ways, slopes = _ways(so_far, axis), _ways(weighted, axis)
-            costs = torch.addcmul(ways, slopes, table, value=-2)
+            costs = torch.addcmul(ways, slopes, values, value=-2)
             self._cost, tests = _least(costs.addcmul_(self._squares[axis], cost))
             leaving.append(_picked(self._numbers, tests).to(torch.uint8).reshape(shape))
             held = _picked(_ways(held, axis, before=1), tests)
-            error = torch.sub(self._wanted[column], _picked(table, tests), out=held[i])
+            error = torch.sub(self._wanted[column], _picked(values, tests), out=held[i])
             held[i + 1 : columns].addcmul_(feed[i, i + 1 :], error)
         flat = held.view(columns + 1, *shape)
         return flat[:columns], flat[columns]

@@ -124,6 +124,24 @@ def test_sets_of_rows_have_their_own_feed(bits: int, monkeypatch):
     assert torch.equal(best_codes(wanted, bits, feeds), torch.cat(each))
 
 
+@pytest.mark.parametrize("sets", [1, 3])
+@pytest.mark.parametrize("together", [3, 5, 10])
+def test_no_search_has_more_rows_than_go_together(sets: int, together: int, monkeypatch):
+    wanted = torch.randn(12, 24, generator=torch.Generator().manual_seed(3))
+    feeds = torch.stack([feed_of(24, seed) for seed in range(sets)])
+    expected, rows, search = best_codes(wanted, 2, feeds), [], trellis._Search
+
+    def counted(part, *how):
+        rows.append(len(part))
+        return search(part, *how)
+
+    monkeypatch.setattr(trellis, "_Search", counted)
+    monkeypatch.setitem(trellis._ROWS_TOGETHER, "cpu", together)
+    assert torch.equal(best_codes(wanted, 2, feeds), expected)
+    assert max(rows) <= together
+    assert sum(rows) == 12
+
+
 def test_diagonals_are_the_sweep_of_one_block_of_rows_after_the_other(monkeypatch):
     """The last block of rows and the last group of columns are smaller than the others."""
     low_bit, (weight, inputs, gradients) = LowBit(2, 32, "trellis"), problem(104)
