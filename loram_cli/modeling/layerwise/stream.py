@@ -73,7 +73,8 @@ class LayerStream:
         stored = self._source.dtype.to_torch()
         self.dtype = computed_dtype(stored, self.device)
         experts = self.family.experts
-        self._kept_as_stored = experts.parameters if experts and stored != self.dtype else ()
+        narrower = stored.itemsize < self.dtype.itemsize
+        self._kept_as_stored = experts.parameters if experts and narrower else ()
         # One expert after the other, where each is raised as it is taken.
         how = {"experts_implementation": "eager"} if self._kept_as_stored else {}
         file = self._source.directory / "config.json"

@@ -28,20 +28,21 @@ def with_experts() -> list[Variant]:
     ]
 
 
-def halved(variant: Variant, directory: Path) -> Path:
-    """In fp16, which is computed in fp32 on every machine."""
+def stored(variant: Variant, directory: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """In fp16 unless told, which is computed in fp32 on every machine."""
     base = variant.save(directory)
     file = base / "model.safetensors"
-    weights = {name: weight.half() for name, weight in load_file(file).items()}
+    weights = {name: weight.to(dtype) for name, weight in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    name = str(dtype).removeprefix("torch.")
+    (base / "config.json").write_text(json.dumps({**config, "dtype": name}))
     return base
 
 
 @mostly_slow(with_experts())
 def test_the_loss_is_the_whole_models_in_fp32(variant, tmp_path):
-    base = halved(variant, tmp_path / "base")
+    base = stored(variant, tmp_path / "base")
     model = load_causal_lm(base, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         logits = model(windows()).logits[:, :-1].flatten(0, 1)
@@ -61,13 +62,25 @@ def test_the_loss_is_the_whole_models_in_fp32(variant, tmp_path):
     assert set(held) == {RaisedWeight}
 
 
-def mixtral(directory: Path) -> Path:
-    return halved(next(v for v in with_experts() if v.model_type == "mixtral"), directory)
+def mixtral() -> Variant:
+    return next(variant for variant in with_experts() if variant.model_type == "mixtral")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_experts_that_are_no_narrower_are_held_as_they_are_computed(dtype, tmp_path):
+    with LayerStream(stored(mixtral(), tmp_path / "base", dtype), "cpu") as stream:
+        experts = stream.family.experts
+        assert experts is not None
+        with stream.layer(1) as layer:
+            held = [layer.module.get_parameter(name) for name in experts.parameters]
+    assert [(type(weight), weight.dtype) for weight in held] == [
+        (torch.nn.Parameter, torch.float32)
+    ] * len(experts.parameters)
 
 
 def test_steps_on_a_layer_reach_its_experts(tmp_path):
     """In fp32: steps as small as these would vanish in 16 bits."""
-    with LayerStream(mixtral(tmp_path / "base"), "cpu") as stream:
+    with LayerStream(stored(mixtral(), tmp_path / "base"), "cpu") as stream:
         hidden = torch.randn(2, LENGTH, stream.hidden_size)
         list(stream.embed(windows()[:2], 2))
         with stream.layer(1) as layer:
